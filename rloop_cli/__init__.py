@@ -1,0 +1,1 @@
+"""The door: what the user types, reads and gets back."""

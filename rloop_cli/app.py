@@ -1,0 +1,107 @@
+"""One Typer app: registers each stage's `run` as a command, and turns a user's mistake into one line.
+
+A stage's `run` holds plain annotations, `Annotated[int, "help text"] = 16`, so that no stage knows of the command
+line; a parameter typed as a dataclass is spread into its fields, each an option of its own.
+"""
+
+import dataclasses
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from stages import STAGES, load
+from stages.core.errors import InputError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="rloop",
+    help="RLoop: short RL runs in a loop, each from a policy fine-tuned on what the last one found.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+    },
+)
+
+
+def command(run: Callable[..., Any]) -> Callable[..., None]:
+    """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
+
+    Raises typer.Exit(2) for an InputError; any other exception passes on as a traceback, since it is our mistake.
+    """
+    hints = get_type_hints(run, include_extras=True)
+    parameters = inspect.signature(run).parameters
+    groups = {name: hints[name] for name in parameters if dataclasses.is_dataclass(hints[name])}
+
+    def call(debug: bool, **options: Any) -> None:
+        for name, group in groups.items():
+            options[name] = group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
+        try:
+            run(**options)
+        except InputError as error:
+            _fail(str(error), debug)
+
+    call.__doc__ = run.__doc__
+    call.__signature__ = inspect.Signature(_options(parameters, hints, groups))  # type: ignore[attr-defined]
+    return call
+
+
+def _options(parameters: Any, hints: dict[str, Any], groups: dict[str, Any]) -> list[inspect.Parameter]:
+    options = []
+    for name, parameter in parameters.items():
+        if name in groups:
+            types = get_type_hints(groups[name], include_extras=True)
+            options += [_option(f.name, types[f.name], _default(f)) for f in dataclasses.fields(groups[name])]
+        else:
+            options.append(_option(name, hints[name], parameter.default))
+    debug = Annotated[bool, "show the whole traceback of an error"]
+    return [*options, _option("debug", debug, False)]
+
+
+def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    """One keyword parameter whose string annotation became Typer's help text; -/_ are the same in its flag."""
+    text = ""
+    if get_origin(hint) is Annotated:
+        hint, text = get_args(hint)[:2]
+    flag = "--" + name.replace("_", "-").strip("-")
+    declarations = [f"{flag}/--no-{flag[2:]}"] if hint is bool else [flag]
+    option = typer.Option(*declarations, help=text)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, option], default=default
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"rloop: {message}", err=True)
+    raise typer.Exit(USER_ERROR)
+
+
+for _stage in STAGES:
+    app.command(_stage)(command(load(_stage).run))
+
+
+def main() -> None:
+    """Run the command line; an interruption by the keyboard ends it with code 130 and no traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("rloop: interrupted", err=True)
+        sys.exit(INTERRUPTED)

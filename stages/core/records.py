@@ -1,0 +1,138 @@
+"""The records that pass between stages, one JSON object a line, and the check that each file holds them.
+
+Records are plain dictionaries, so unknown keys travel along untouched and no time goes into conversion.
+A missing or ill-typed field is an InputError that names file, line and field. Counts are stored, never rates:
+every metric can be recomputed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from stages.core import jsonl
+from stages.core.errors import InputError
+
+Verdict = Literal["correct", "wrong", "no_answer", "rejected", "timeout", "error"]
+FinishReason = Literal["stop", "length"]
+
+
+class Problem(TypedDict):
+    """Made by prepare and toy, read by rl, sample and eval.
+
+    {"id": "math-500/7", "problem": "What is 3 + 4?", "answer": "7", "source": "math-500"}
+    """
+
+    id: str
+    problem: str
+    answer: str
+    source: str
+
+
+class Rollout(TypedDict):
+    """A completion with its reward; made by rl, sample and eval, read by filter, analyze and report.
+
+    {"problem_id": "math-500/7", "sample": 0, "step": 12, "policy": "runs/0/policy", "prompt": "What is 3 + 4?",
+     "completion": "3 + 4 = \\\\boxed{7}", "answer": "7", "reward": 1.0, "verdict": "correct", "num_tokens": 9,
+     "finish_reason": "stop"}
+
+    `prompt` is the exact text the engine saw; `reward` is the verifier's 0.0 or 1.0, never shaped; `step` is 0
+    outside rl. rl adds `trained` (bool: did its group enter an update) and `shaped_reward` (float).
+    """
+
+    problem_id: str
+    sample: int
+    step: int
+    policy: str
+    prompt: str
+    completion: str
+    answer: str
+    reward: float
+    verdict: Verdict
+    num_tokens: int
+    finish_reason: FinishReason
+
+
+class Example(TypedDict):
+    """A rollout worth learning from, in TRL's prompt/completion columns; made by filter, read by rft.
+
+    {"problem_id": "math-500/7", "prompt": "What is 3 + 4?", "completion": "3 + 4 = \\\\boxed{7}", "pass_rate": 0.05}
+    """
+
+    problem_id: str
+    prompt: str
+    completion: str
+    pass_rate: float
+
+
+class Result(TypedDict):
+    """What one policy did on one problem; made by eval, read by analyze and report.
+
+    {"problem_id": "math-500/7", "policy": "runs/1/policy", "num_samples": 32, "num_correct": 5, "num_truncated": 0}
+    """
+
+    problem_id: str
+    policy: str
+    num_samples: int
+    num_correct: int
+    num_truncated: int
+
+
+Record = TypeVar("Record", Problem, Rollout, Example, Result)
+
+
+def read(path: str | Path, kind: type[Record]) -> Iterator[Record]:
+    """Yield the records of `path`, each checked against `kind`."""
+    check = checker(kind)
+    name = "stdin" if str(path) == "-" else str(path)
+    for number, record in jsonl.read(path):
+        if (fault := check(record)) is not None:
+            raise InputError(f"{name}:{number}: {fault}")
+        yield cast(Record, record)
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """All problems of `path`; a duplicate id is an InputError, as is a file without any."""
+    seen: dict[str, int] = {}
+    problems = []
+    for number, problem in enumerate(read(path, Problem), 1):
+        if problem["id"] in seen:
+            first = seen[problem["id"]]
+            raise InputError(f"{path}:{number}: problem id {problem['id']!r} was already used on line {first}")
+        seen[problem["id"]] = number
+        problems.append(problem)
+    return problems
+
+
+def checker(kind: type[Record]) -> Any:
+    """A function from a dictionary to None, or to a sentence on the first field that `kind` forbids.
+
+    A JSON number without a point is an int to JSON writers in other languages, so ints pass as floats;
+    booleans never pass as numbers.
+    """
+    fields = [(name, *_accepted(hint)) for name, hint in get_type_hints(kind).items()]
+
+    def check(record: dict[str, Any]) -> str | None:
+        for name, types, values in fields:
+            value = record.get(name, _MISSING)
+            if type(value) not in types or (values and value not in values):
+                return _fault(kind.__name__, name, value, types, values)
+        return None
+
+    return check
+
+
+_MISSING = object()
+
+
+def _accepted(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
+    if get_origin(hint) is Literal:
+        return (str,), get_args(hint)
+    return ((float, int) if hint is float else (hint,)), ()
+
+
+def _fault(kind: str, name: str, value: Any, types: tuple[type, ...], values: tuple[str, ...]) -> str:
+    if value is _MISSING:
+        return f"a {kind} needs the field {name!r}"
+    expected = " or ".join(values) if values else types[0].__name__
+    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+    return f"field {name!r} of a {kind} must be {expected}, found {type(value).__name__} {shown}"
