@@ -1,0 +1,134 @@
+"""From a problem's text to the exact prompt that the engine sees: one template object for rl, sample and eval.
+
+Every rollout stores the rendered prompt, and every manifest the template's digest, so what a policy was asked can
+always be read back. Problems are pasted in, never formatted: braces, `%` and the placeholder itself stay as they are.
+
+BOS: a rendered prompt that already begins with the tokenizer's BOS must not get a second one. Tokenise with
+`add_special_tokens=template.needs_special_tokens`: False for a tokenizer's own chat template, which holds its special
+tokens as text, and for a text that begins with the BOS; True otherwise, so that a tokenizer that wants a BOS adds it.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.core.errors import InputError
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+R1_ZERO_BEFORE = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+    "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
+    "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: You must put your answer "
+    "inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer will be extracted "
+    "automatically by the \\boxed{} tag.\nThis is the problem:\n"
+)
+PLACEHOLDER = "{problem}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a problem is put to a policy.
+
+    `stop` holds texts that end a completion beside the tokenizer's own end tokens; `end_tokens` sorts them for an
+    engine. `digest` names the template by what it does, whatever its `name`.
+    """
+
+    name: str
+    render: Callable[[str], str]
+    stop: tuple[str, ...]
+    digest: str
+    needs_special_tokens: bool
+
+    def end_tokens(self, tokenizer: Any) -> tuple[list[int], list[str]]:
+        """Split `stop` into token ids and texts: (ids of those that are one token of `tokenizer`, the other texts).
+
+        A special token is skipped when completions are decoded, so as a text it would never be seen.
+        """
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[text] for text in self.stop if text in vocabulary]
+        return ids, [text for text in self.stop if text not in vocabulary]
+
+
+def load(name_or_path: str, tokenizer: Any = None) -> Template:
+    """The template of this name, or of this file: a text with {problem} in it once.
+
+    boxed      Qwen2.5's chat markup: system line, problem, "... put your final answer within \\boxed{}"
+    qwen-math  Qwen2.5-Math's: the instruction is the system line, the problem stands alone
+    r1-zero    R1-Zero's conversation, answer in \\boxed{} inside <answer> (Open-Reasoner-Zero's wording)
+    dapo       the plain wrapper of DAPO-Math-17k, answer on a last line "Answer: ..."
+    chat       `tokenizer`'s own chat template, the user's turn being the problem and boxed's instruction
+    none       the problem's text and nothing else
+
+    Raises InputError for an unknown name, a file without {problem}, or `chat` without a chat template.
+    """
+    if name_or_path in _TEXTS:
+        return _pasted(name_or_path, *_TEXTS[name_or_path], tokenizer)
+    if name_or_path == "chat":
+        return _chat(tokenizer)
+    return _pasted(name_or_path, *_from_file(Path(name_or_path)), (), tokenizer)
+
+
+def _qwen(system: str, after_problem: str) -> tuple[str, str, tuple[str, ...]]:
+    before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    return before, f"{after_problem}<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>",)
+
+
+_TEXTS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # before the problem, after it, stop
+    "boxed": _qwen("You are a helpful assistant.", f"\n{INSTRUCTION}"),
+    "qwen-math": _qwen(INSTRUCTION, ""),
+    "r1-zero": (R1_ZERO_BEFORE, "\nAssistant: <think>", ("</answer>",)),
+    "dapo": (DAPO_BEFORE, DAPO_AFTER, ()),
+    "none": ("", "", ()),
+}
+NAMES = (*_TEXTS, "chat")
+
+
+def _pasted(name: str, before: str, after: str, stop: tuple[str, ...], tokenizer: Any) -> Template:
+    def render(problem: str) -> str:
+        return before + problem + after
+
+    bos = getattr(tokenizer, "bos_token", None)
+    has_bos = bool(bos) and before.startswith(bos)
+    return Template(name, render, stop, _digest(before, after, *stop), needs_special_tokens=not has_bos)
+
+
+def _chat(tokenizer: Any) -> Template:
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(f"template chat: the policy's tokenizer has no chat template; choose another of {_choices()}")
+
+    def render(problem: str) -> str:
+        turn = {"role": "user", "content": f"{problem}\n{INSTRUCTION}"}
+        return str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
+
+    return Template("chat", render, (), _digest(tokenizer.get_chat_template(), INSTRUCTION), needs_special_tokens=False)
+
+
+def _from_file(path: Path) -> tuple[str, str]:
+    """The text before the place for the problem, and the text after it."""
+    if not path.is_file():
+        raise InputError(f"template {path}: neither one of {_choices()} nor a file")
+    try:
+        text = path.read_text(encoding="utf-8").removesuffix("\n")  # the end of line that editors add
+    except UnicodeDecodeError as error:
+        raise InputError(f"template {path}: not a UTF-8 text ({error.reason} at byte {error.start})") from None
+    if text.count(PLACEHOLDER) != 1:
+        raise InputError(f"template {path}: {PLACEHOLDER} must stand in it once, found {text.count(PLACEHOLDER)} times")
+    before, after = text.split(PLACEHOLDER)
+    return before, after
+
+
+def _digest(*parts: str) -> str:
+    """SHA-256 over the parts, each with its length, so that no two templates share one."""
+    return hashlib.sha256(b"".join(f"{len(part)}:{part}".encode() for part in parts)).hexdigest()
+
+
+def _choices() -> str:
+    return ", ".join(NAMES)
