@@ -1,0 +1,124 @@
+"""pass@k against the enumeration of subsets, intervals against the theory of the mean, and what is refused."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stages.core import metrics
+from stages.core.errors import InputError
+
+
+def result(problem: str, num_correct: int, num_samples: int = 4, policy: str = "p", **extra: int) -> dict:
+    counts = {"num_samples": num_samples, "num_correct": num_correct, "num_truncated": 0}
+    return {"problem_id": problem, "policy": policy} | counts | extra
+
+
+def pass_by_enumeration(n: int, c: int, k: int) -> float:
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    return sum(any(subset) for subset in subsets) / len(subsets)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 1), (5, 2), (6, 6), (8, 3), (9, 8)])
+def test_pass_at_k_equals_the_share_of_subsets_that_hold_a_correct_sample(n, k):
+    found = metrics.pass_at_k([n] * (n + 1), range(n + 1), k)
+    assert found == pytest.approx([pass_by_enumeration(n, c, k) for c in range(n + 1)], abs=1e-14)
+
+
+def test_pass_at_k_stays_exact_where_the_binomials_exceed_a_float():
+    exact = 1 - math.comb(3997, 500) / math.comb(4000, 500)
+    assert metrics.pass_at_k([4000], [3], 500)[0] == pytest.approx(exact, rel=1e-12)
+
+
+def test_pass_at_k_takes_another_number_of_samples_for_each_problem():
+    found = metrics.pass_at_k([4, 8], [1, 3], 2)
+    assert found == pytest.approx([pass_by_enumeration(4, 1, 2), pass_by_enumeration(8, 3, 2)])
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "message"), [(4, 1, 5, "at least 5"), (4, 1, 0, "1 or more"), (4, 5, 2, "edited")]
+)
+def test_impossible_counts_are_refused(n, c, k, message):
+    with pytest.raises(InputError, match=message):
+        metrics.pass_at_k([n], [c], k)
+
+
+def test_summary_of_a_policy_is_the_mean_over_problems():
+    summary = metrics.summarise([result("a", 4), result("b", 1), result("c", 0)], ks=(1, 2))
+    assert (summary["num_problems"], summary["num_samples"]) == (3, 4)
+    assert summary["avg@4"]["value"] == pytest.approx(5 / 12)
+    assert summary["pass@1"]["value"] == pytest.approx(5 / 12)
+    assert summary["pass@2"]["value"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert summary["truncated"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_further_counts_become_metrics_only_where_every_result_has_them():
+    whole = [result("a", 4, num_tokens=40, num_no_answer=1), result("b", 1, num_tokens=20, num_no_answer=0)]
+    assert metrics.summarise(whole, ks=(1,))["mean_tokens"]["value"] == pytest.approx(7.5)
+    assert metrics.summarise(whole, ks=(1,))["no_answer"]["value"] == pytest.approx(0.125)
+    assert "mean_tokens" not in metrics.summarise([*whole, result("c", 1)], ks=(1,))
+
+
+def test_interval_agrees_with_the_normal_one_on_many_values_and_is_the_same_every_time():
+    values = np.random.default_rng(7).normal(0.5, 0.2, size=800)
+    half = 1.96 * values.std() / math.sqrt(800)
+    found = metrics.interval(values)
+    assert found["low"] == pytest.approx(values.mean() - half, abs=half / 10)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=half / 10)
+    metrics._resamples.cache_clear()
+    assert metrics.interval(values) == found
+
+
+def test_intervals_hold_the_truth_in_about_95_of_100_draws():
+    rng = np.random.default_rng(1)
+    held = [
+        found["low"] <= 0.3 <= found["high"] for found in map(metrics.interval, rng.binomial(8, 0.3, (400, 60)) / 8)
+    ]
+    assert 0.91 < np.mean(held) < 0.98
+
+
+def test_a_paired_difference_is_real_where_two_intervals_overlap():
+    first = [result(str(i), i % 9, 10) for i in range(90)]
+    second = [result(str(i), i % 9 + (i % 3 > 0), 10, policy="q") for i in reversed(range(90))]
+    found = metrics.compare(first, second, ks=(1,))["avg@10"]
+    alone = [metrics.summarise(results, ks=(1,))["avg@10"] for results in (first, second)]
+    assert found["value"] == pytest.approx(2 / 30) and found["real"]
+    assert alone[0]["high"] > alone[1]["low"]
+
+
+def test_policies_with_other_numbers_of_samples_are_compared_on_the_smaller():
+    found = metrics.compare([result("a", 4, 8)], [result("a", 3, 4, policy="q")], ks=(2,))
+    assert list(found) == ["avg@4", "pass@2", "truncated"]
+    assert found["avg@4"]["value"] == pytest.approx(0.25)
+
+
+def test_a_policy_does_not_differ_from_itself():
+    results = [result(str(i), i % 4) for i in range(20)]
+    assert not any(found["real"] or found["value"] for found in metrics.compare(results, results, ks=(1, 4)).values())
+
+
+def test_policies_on_different_problems_are_not_compared():
+    with pytest.raises(InputError, match="different problems"):
+        metrics.compare([result("a", 1)], [result("b", 1)], ks=(1,))
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([], "no results"),
+        ([result("a", 1), result("b", 1, policy="q")], "one policy"),
+        ([result("a", 1), result("a", 1)], "two results"),
+        ([result("a", 0, 0)], "without samples"),
+    ],
+)
+def test_results_that_are_not_one_policys_on_distinct_problems_are_refused(results, message):
+    with pytest.raises(InputError, match=message):
+        metrics.summarise(results, ks=(1,))
+
+
+def test_importing_metrics_loads_neither_numpy_nor_torch():
+    code = "import sys, stages.core.metrics; sys.exit(bool({'numpy', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
