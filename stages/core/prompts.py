@@ -95,8 +95,8 @@ def _pasted(name: str, before: str, after: str, stop: tuple[str, ...], tokenizer
     def render(problem: str) -> str:
         return before + problem + after
 
-    bos = getattr(tokenizer, "bos_token", None)
-    has_bos = bool(bos) and before.startswith(bos)
+    bos: str = getattr(tokenizer, "bos_token", None) or ""
+    has_bos = bos != "" and before.startswith(bos)
     return Template(name, render, stop, _digest(before, after, *stop), needs_special_tokens=not has_bos)
 
 
