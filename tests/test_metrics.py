@@ -80,6 +80,15 @@ def test_intervals_hold_the_truth_in_about_95_of_100_draws():
     assert 0.91 < np.mean(held) < 0.98
 
 
+def test_the_average_of_sets_is_surer_than_each_and_weighs_them_alike():
+    sets = [np.random.default_rng(i).normal(i, 1, size=200 * i) for i in (1, 2)]
+    found, alone = metrics.average_interval(sets), metrics.interval(sets[0])
+    half = 1.96 * math.sqrt(sets[0].var() / 200 + sets[1].var() / 400) / 2
+    assert found["value"] == pytest.approx((sets[0].mean() + sets[1].mean()) / 2)
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.1)
+    assert found["high"] - found["low"] < alone["high"] - alone["low"]
+
+
 def test_a_paired_difference_is_real_where_two_intervals_overlap():
     first = [result(str(i), i % 9, 10) for i in range(90)]
     second = [result(str(i), i % 9 + (i % 3 > 0), 10, policy="q") for i in reversed(range(90))]

@@ -77,8 +77,9 @@ def per_problem(
 ) -> dict[str, "Array"]:
     """Each metric's value on each problem, in the order of `results`: avg@n, pass@k, truncated.
 
-    n is `num_samples`, or else the smallest number of samples of any problem. Where every result also counts `num_no_answer` or `num_tokens`
-    (a sum over samples), `no_answer` (share) and `mean_tokens` (tokens a completion) are there too.
+    n is `num_samples`, or else the smallest number of samples of any problem. Where every result also counts
+    `num_no_answer` or `num_tokens` (a sum over samples), `no_answer` (share) and `mean_tokens` (tokens a completion)
+    are there too.
     """
     import numpy as np
 
@@ -135,7 +136,11 @@ def difference(first: "ArrayLike", second: "ArrayLike", seed: int = 0) -> Differ
     """Mean of second - first over problems (arrays [problems], same order), with its interval."""
     import numpy as np
 
-    found = interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), seed)
+    return judged(interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), seed))
+
+
+def judged(found: Interval) -> Difference:
+    """A difference's interval, with whether it excludes zero."""
     return {**found, "real": found["low"] > 0 or found["high"] < 0}
 
 
@@ -143,14 +148,21 @@ def interval(values: "ArrayLike", seed: int = 0) -> Interval:
     """Mean of `values` [problems] with its 95 % percentile bootstrap interval; a seed gives one interval."""
     import numpy as np
 
-    values = np.asarray(values, dtype=np.float64)
-    means = _resamples(len(values), seed) @ values / len(values)
+    return average_interval([np.asarray(values, dtype=np.float64)], seed)
+
+
+def average_interval(sets: Sequence["Array"], seed: int = 0) -> Interval:
+    """The plain average of several sets' means (each an array [problems]), every set resampled on its own."""
+    import numpy as np
+
+    means = sum(_resamples(len(values), seed + i) @ values / len(values) for i, values in enumerate(sets)) / len(sets)
     tail = (1 - COVERAGE) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+    value = sum(float(values.mean()) for values in sets) / len(sets)
+    return {"value": value, "low": float(low), "high": float(high)}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _resamples(num_problems: int, seed: int) -> "Array":
     """How often each problem is drawn in each resample, [resamples, problems]; shared by all metrics of a set."""
     import numpy as np
