@@ -1,0 +1,163 @@
+"""Policies as checkpoint directories: find them, refuse broken ones in words, load, save, and read their weights."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def resolve(policy: str) -> Path:
+    """The directory of `policy`: itself, or the local copy of a hub model id.
+
+    Raises InputError where it is neither, or lacks config, tokenizer or weights, or names no end token.
+    """
+    path = Path(policy)
+    if not path.is_dir():
+        path = _from_hub(policy)
+    _check(path)
+    return path
+
+
+def _from_hub(policy: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if policy.startswith((".", "/", "~")) or policy.count("/") != 1:
+        raise InputError(f"policy {policy}: no such directory")
+    try:
+        return Path(snapshot_download(policy, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # the hub client raises a dozen kinds, all of them "not to be had"
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"policy {policy}: no such directory, and the hub did not give it ({reason})") from error
+
+
+def _check(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise InputError(f"policy {path}: config.json is missing: is this a checkpoint directory?")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"policy {path}: the tokenizer is missing (none of {', '.join(TOKENIZER_FILES)})")
+    if not weight_files(path):
+        raise InputError(f"policy {path}: the weights are missing (no *.safetensors file)")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; those its index names, where it has one."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(path.glob("*.safetensors"))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint, with a pad token; InputError where there is no end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"policy {path}: the tokenizer does not load: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"policy {path}: the tokenizer names no end token (eos_token), so completions would never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """Token ids of rendered prompts; a begin token already in the text is not added a second time."""
+    begin = tokenizer.bos_token
+    return [
+        tokenizer(prompt, add_special_tokens=not (begin and prompt.startswith(begin)))["input_ids"]
+        for prompt in prompts
+    ]
+
+
+def context_length(path: Path) -> int:
+    """The most tokens, prompt and completion together, that the policy was built for."""
+    config = load_config(path).get_text_config()
+    return int(config.max_position_embeddings)
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration of a checkpoint."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"policy {path}: config.json does not load: {str(error).splitlines()[0]}") from error
+
+
+def load_model(path: Path, dtype: "torch.dtype") -> Any:
+    """The causal language model of a checkpoint in `dtype`, on the CPU.
+
+    Raises InputError where the weights don't fit the configuration: other shapes, or tensors missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        check_shapes(path)
+        raise InputError(f"policy {path}: the weights do not load: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise InputError(f"policy {path}: {len(info['missing_keys'])} weights are missing, such as {names}")
+    return model
+
+
+def check_shapes(path: Path) -> None:
+    """Raise InputError where a weight on disk has another shape than the configuration asks for."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(load_config(path)).state_dict()
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
+                found = list(weights.get_slice(name).get_shape())
+                if name in expected and list(expected[name].shape) != found:
+                    wanted = list(expected[name].shape)
+                    raise InputError(f"policy {path}: weight {name} has shape {found}, config.json asks for {wanted}")
+
+
+def disk_weights(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """The (name, tensor) pairs of a checkpoint as its files hold them, with an output head even where it is tied."""
+    from safetensors import safe_open
+
+    def read() -> Iterator[tuple[str, "torch.Tensor"]]:
+        for file in weight_files(path):
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield name, weights.get_tensor(name)
+
+    return with_head(read(), tied=bool(load_config(path).tie_word_embeddings))
+
+
+def with_head(
+    weights: Iterator[tuple[str, "torch.Tensor"]], tied: bool
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """`weights`, and for tied embeddings the embedding once more as the output head.
+
+    The engine holds the head as a weight of its own: vLLM's reload on the CPU leaves a tied one stale.
+    """
+    for name, tensor in weights:
+        if tied and name == "lm_head.weight":
+            continue
+        yield name, tensor
+        if tied and name.endswith("embed_tokens.weight"):
+            yield "lm_head.weight", tensor
+
+
+def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"] | None = None) -> None:
+    """Write model and tokenizer to the directory `path` in the form that transformers and vLLM load."""
+    model.save_pretrained(path, state_dict=state, safe_serialization=True)
+    tokenizer.save_pretrained(path)
