@@ -24,8 +24,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a directory: name a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.exists() and not path.is_file():  # renaming over /dev/null would replace it for the whole machine
+        raise InputError(f"{path} is not a plain file: name another --out, or - for stdout where a stage takes it")
+    beside = _beside(path)
     try:
         yield beside
         _sync(beside)
@@ -42,8 +43,8 @@ def whole_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_occupied(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = _beside(path)
+    shutil.rmtree(beside, ignore_errors=True)  # left by a killed process that had the same id
     beside.mkdir()
     try:
         yield beside
@@ -98,8 +99,8 @@ def digest(path: str | Path) -> str:
     if not path.is_dir():
         return ""
     total = hashlib.sha256()
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        total.update(f"{file.relative_to(path)}\0{digest(file)}\n".encode())
+    for item in sorted(item for item in path.rglob("*") if item.is_file()):
+        total.update(f"{item.relative_to(path)}\0{digest(item)}\n".encode())
     return total.hexdigest()
 
 
@@ -126,6 +127,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _beside(path: Path) -> Path:
+    """A name for the unfinished `path` in its own directory, which is made where it is missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot make its directory: {error.strerror}") from None
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,119 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import orjson
+import pytest
+
+from stages.core import outputs
+from stages.core.errors import InputError
+
+
+def test_a_file_appears_only_when_its_writing_ended_well(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with outputs.whole_file(path) as beside:
+        beside.write_text("all")
+        assert not path.exists()
+    assert path.read_text() == "all"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_writing_leaves_the_former_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("former")
+    with pytest.raises(ZeroDivisionError), outputs.whole_file(path) as beside:
+        beside.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "."])
+def test_what_is_not_a_plain_file_is_never_replaced(path):
+    with pytest.raises(InputError, match=r"is not a plain file|is a directory"), outputs.whole_file(path):
+        pass
+
+
+def test_a_file_where_a_directory_must_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot make its directory"), outputs.whole_file(tmp_path / "file" / "b"):
+        pass
+
+
+def test_a_directory_appears_only_when_its_writing_ended_well(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), outputs.whole_dir(path) as beside:
+        (beside / "a").touch()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with outputs.whole_dir(path) as beside:
+        (beside / "sub").mkdir()
+        (beside / "sub" / "a").write_text("all")
+        assert not path.exists()
+    assert (path / "sub" / "a").read_text() == "all"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_directory_may_be_written_and_a_full_one_may_not(tmp_path):
+    path = tmp_path / "out"
+    path.mkdir()
+    with outputs.whole_dir(path) as beside:
+        (beside / "a").touch()
+    with pytest.raises(InputError, match="already holds something"), outputs.whole_dir(path):
+        pass
+    assert [file.name for file in path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_process_of_the_same_id_left_does_not_come_along(tmp_path):
+    left = tmp_path / f".out.{os.getpid()}.partial"
+    left.mkdir()
+    (left / "old").touch()
+    with outputs.whole_dir(tmp_path / "out") as beside:
+        (beside / "new").touch()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
+
+
+HOLDER = """
+import sys, time
+from stages.core import outputs
+with outputs.locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_keeps_a_second_process_out_until_the_first_dies(tmp_path):
+    path = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="is being written by another process"), outputs.locked(path):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with outputs.locked(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_digest_of_a_directory_follows_names_and_contents(tmp_path):
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").write_text("2")
+    first = outputs.digest(tmp_path)
+    assert outputs.digest(tmp_path) == first
+    (tmp_path / "b").rename(tmp_path / "c")
+    second = outputs.digest(tmp_path)
+    (tmp_path / "c").write_text("3")
+    assert len({first, second, outputs.digest(tmp_path)}) == 3
+    assert outputs.digest(tmp_path / "missing") == ""
+
+
+def test_a_manifest_says_what_ran_on_what(tmp_path):
+    started = time.monotonic()
+    made = outputs.manifest("filter", {"seed": 0}, {"a": "12"}, {"examples": 3}, time.monotonic() - started)
+    outputs.write_json(tmp_path / "manifest.json", made)
+    back = orjson.loads((tmp_path / "manifest.json").read_bytes())
+    assert (back["stage"], back["parameters"], back["inputs"]) == ("filter", {"seed": 0}, {"a": "12"})
+    assert back["counts"] == {"examples": 3}
+    assert back["versions"]["python"] == sys.version.split()[0]

@@ -1,0 +1,78 @@
+import orjson
+import pytest
+
+from stages.core import records
+from stages.core.errors import InputError
+from stages.core.records import Example, Problem, Result, Rollout
+
+PROBLEM = {"id": "mine/1", "problem": "1 + 1?", "answer": "2", "source": "mine"}
+ROLLOUT = {
+    "problem_id": "mine/1",
+    "sample": 0,
+    "step": 12,
+    "policy": "runs/0/policy",
+    "prompt": "1 + 1?",
+    "completion": "\\boxed{2}",
+    "answer": "2",
+    "reward": 1.0,
+    "verdict": "correct",
+    "num_tokens": 9,
+    "finish_reason": "stop",
+}
+EXAMPLE = {"problem_id": "mine/1", "prompt": "1 + 1?", "completion": "\\boxed{2}", "pass_rate": 0.05}
+RESULT = {"problem_id": "mine/1", "policy": "p", "num_samples": 32, "num_correct": 5, "num_truncated": 0}
+KINDS = [(Problem, PROBLEM), (Rollout, ROLLOUT), (Example, EXAMPLE), (Result, RESULT)]
+
+
+def write(path, *lines):
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(("kind", "record"), KINDS)
+def test_records_are_read_as_written_with_their_unknown_keys(tmp_path, kind, record):
+    path = write(tmp_path / "file.jsonl", record, {**record, "extra": [1]})
+    assert list(records.read(path, kind)) == [record, {**record, "extra": [1]}]
+
+
+@pytest.mark.parametrize(("kind", "record"), KINDS)
+def test_every_field_is_needed_and_typed(kind, record):
+    check = records.checker(kind)
+    assert check(record) is None
+    for field in record:
+        without = {name: value for name, value in record.items() if name != field}
+        assert check(without) == f"a {kind.__name__} needs the field {field!r}"
+        for wrong in (None, ["a"], {"a": 1}, True):
+            assert f"field {field!r} of a {kind.__name__} must be" in check({**record, field: wrong})
+        other = 1 if isinstance(record[field], str) else "1"
+        assert f"field {field!r} of a {kind.__name__} must be" in check({**record, field: other})
+
+
+def test_an_int_passes_as_a_float_and_a_float_not_as_an_int():
+    check = records.checker(Rollout)
+    assert check({**ROLLOUT, "reward": 1}) is None
+    assert check({**ROLLOUT, "step": 1.0}) == "field 'step' of a Rollout must be int, found float 1.0"
+
+
+def test_a_verdict_beyond_the_known_ones_is_refused():
+    fault = records.checker(Rollout)({**ROLLOUT, "verdict": "maybe"})
+    assert fault == (
+        "field 'verdict' of a Rollout must be correct or wrong or no_answer or rejected or timeout or error, "
+        "found str 'maybe'"
+    )
+
+
+def test_a_long_wrong_value_is_shown_in_part():
+    assert len(records.checker(Rollout)({**ROLLOUT, "sample": "x" * 1000})) < 150
+
+
+def test_the_error_names_file_and_line(tmp_path):
+    path = write(tmp_path / "file.jsonl", PROBLEM, {**PROBLEM, "answer": 2})
+    with pytest.raises(InputError, match=r"file.jsonl:2: field 'answer' of a Problem must be str, found int 2"):
+        list(records.read(path, Problem))
+
+
+def test_a_duplicate_problem_id_is_an_error_that_names_both_lines(tmp_path):
+    path = write(tmp_path / "file.jsonl", PROBLEM, {**PROBLEM, "id": "mine/2"}, PROBLEM)
+    with pytest.raises(InputError, match=r"file.jsonl:3: problem id 'mine/1' was already used on line 1"):
+        records.read_problems(path)
