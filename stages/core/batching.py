@@ -1,0 +1,64 @@
+"""Which sequences go together: micro-batches by token budget, shares of ranks, and the endless stream of problems."""
+
+import random
+from collections.abc import Sequence
+
+
+def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Pack sequence numbers into micro-batches of at most `max_tokens` tokens, padding included, longest first.
+
+    Sorting by length first makes padding small: neighbours are nearly as long as each other. A sequence that is
+    longer than the budget has a micro-batch of its own. Ties keep their order, so the same lengths give the same result.
+    """
+    batches: list[list[int]] = []
+    widest = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batches and (len(batches[-1]) + 1) * widest <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            widest = lengths[index]
+    return batches
+
+
+def shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deal sequence numbers to ranks so that each holds about as many tokens: longest first, back and forth."""
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    for turn, index in enumerate(sorted(range(len(lengths)), key=lambda index: -lengths[index])):
+        lap, seat = divmod(turn, num_ranks)
+        dealt[seat if lap % 2 == 0 else num_ranks - 1 - seat].append(index)
+    return dealt
+
+
+def split(items: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Cut into `num_parts` runs whose sizes differ by at most one; none is dropped. Fewer parts where items run out."""
+    num_parts = min(num_parts, len(items))
+    cuts = [len(items) * part // num_parts for part in range(num_parts + 1)] if num_parts else [0]
+    return [list(items[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+
+
+class ProblemStream:
+    """Problem numbers without end: every epoch a fresh permutation, each number once an epoch.
+
+    The whole state is `position`, the count of numbers handed out, so a run resumes exactly.
+    """
+
+    def __init__(self, num_problems: int, seed: int, position: int = 0):
+        self.num_problems = num_problems
+        self.seed = seed
+        self.position = position
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` problem numbers."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> int:
+        epoch, place = divmod(self.position, self.num_problems)
+        if epoch != self._epoch:
+            self._order = list(range(self.num_problems))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+            self._epoch = epoch
+        self.position += 1
+        return self._order[place]
