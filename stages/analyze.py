@@ -1,0 +1,206 @@
+"""Analyze: what a run learns, forgets and repeats, from the evaluations of its checkpoints (the paper's section 3).
+
+For each run found in the evaluations (RLoop's way through its iterations, vanilla RL's): the learning matrix, the
+forgetting matrix and the similarity matrix over its checkpoints, and similarity step by step; for RLoop against
+vanilla RL the differential forgetting matrix over the steps that both have. No torch, no engine: counts and texts.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from stages.core import dynamics, outputs, similarity
+from stages.core.errors import InputError
+from stages.core.records import Result
+from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, find_evals, places, read_evals, read_rollouts, way
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+DEFINITIONS = {
+    "learning": "share of problems solved at step j and not at step i",
+    "forgetting": "share of problems solved at step i and not at step j",
+    "similarity": "mean Jaccard similarity of bigrams over all pairs of completions of steps i and j",
+    "differential_forgetting": "forgetting of RL minus forgetting of RLoop; positive where RLoop forgets less",
+}
+NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}
+
+
+def run(
+    evals: Annotated[list[str], "an eval's output, or a directory of them; all of one problem set (repeatable)"],
+    out: Annotated[str, "directory to write"],
+    min_correct: Annotated[int, "a problem is solved where at least so many of its samples are correct"] = 1,
+) -> None:
+    """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
+
+    \b
+    Example:
+      rloop analyze --evals runs/eval/valid --out runs/analysis
+    """
+    start = time.monotonic()
+    if min_correct < 1:
+        raise InputError(f"--min-correct {min_correct}: name 1 or more, or every problem counts as solved")
+    outputs.refuse_occupied(out)
+    directories = find_evals(evals)
+    evaluation = _one_set(read_evals(directories))
+    ways = _ways(places(evaluation.results))
+    matrices, steps = _matrices(evaluation, ways, min_correct)
+    with outputs.whole_dir(out) as directory:
+        _write(directory, matrices, steps)
+        metrics = _metrics(matrices, steps)
+        outputs.write_json(directory / "metrics.json", metrics)
+        inputs = {str(path / "results.jsonl"): outputs.digest(path / "results.jsonl") for path in directories}
+        parameters = {"evals": evals, "min_correct": min_correct}
+        counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
+        manifest = outputs.manifest("analyze", parameters, inputs, counts, time.monotonic() - start)
+        outputs.write_json(directory / "manifest.json", manifest)
+
+
+def _one_set(found: Mapping[str, Evaluation]) -> Evaluation:
+    """Several directories are one set if they hold the same problems; dynamics.solved refuses those that don't."""
+    if len(found) > 1 and len({frozenset(_problems(evaluation)) for evaluation in found.values()}) > 1:
+        raise InputError(f"--evals holds several problem sets ({', '.join(found)}): name the evals of one")
+    merged = Evaluation(next(iter(found)), {}, [])
+    for evaluation in found.values():
+        merged.rollouts.extend(evaluation.rollouts)
+        for policy, results in evaluation.results.items():
+            merged.results.setdefault(policy, results)
+    return merged
+
+
+def _problems(evaluation: Evaluation) -> list[str]:
+    return [result["problem_id"] for results in evaluation.results.values() for result in results]
+
+
+def _ways(found: Sequence[Place]) -> dict[str, list[Place]]:
+    """Each method's places from the base on; one checkpoint alone is no way. Two at one place are an InputError."""
+    methods = [method for method in dict.fromkeys(place.method for place in found) if method != BASE]
+    ways = {method: way(found, method) for method in methods}
+    for method, on_way in ways.items():
+        labels = [place.label for place in on_way]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            both = " and ".join(place.policy for place in on_way if place.label == twice)
+            raise InputError(f"two policies stand at step {twice} of {method}: {both}; name the evals of one run")
+    ways = {method: on_way for method, on_way in ways.items() if len(on_way) > 1}
+    if not ways:
+        raise InputError("the evals hold no two checkpoints of one run: evaluate more --policy .../checkpoints/step_N")
+    return ways
+
+
+Matrix = dict[str, Any]  # {"name", "run", "number", "definition", "labels", "policies", "values" [labels, labels]}
+
+
+def _matrices(
+    evaluation: Evaluation, ways: Mapping[str, list[Place]], min_correct: int
+) -> tuple[list[Matrix], list[dict[str, Any]]]:
+    texts = _completions(evaluation)
+    matrices, steps = [], []
+    forgotten: dict[str, Any] = {}
+    for method, on_way in ways.items():
+        results: list[list[Result]] = [evaluation.results[place.policy] for place in on_way]
+        is_solved = dynamics.solved(results, min_correct)
+        forgotten[method] = dynamics.forgetting(is_solved)
+        matrices.append(_matrix("learning", method, on_way, dynamics.learning(is_solved)))
+        matrices.append(_matrix("forgetting", method, on_way, forgotten[method]))
+        if all(place.policy in texts for place in on_way):
+            alike = similarity.similarity_matrix([texts[place.policy] for place in on_way])
+            matrices.append(_matrix("similarity", method, on_way, alike))
+            steps += _similarity_by_step(method, on_way, alike, results)
+    if RL in ways and RLOOP in ways:
+        matrices += _differential(ways, forgotten)
+    return matrices, steps
+
+
+def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
+    """Policy -> problem id -> its completions."""
+    texts: dict[str, dict[str, list[str]]] = {}
+    for rollout in read_rollouts(evaluation):
+        of_policy = texts.setdefault(rollout["policy"], {})
+        of_policy.setdefault(rollout["problem_id"], []).append(rollout["completion"])
+    for policy, of_policy in texts.items():
+        if of_policy.keys() != {result["problem_id"] for result in evaluation.results.get(policy, [])}:
+            raise InputError(f"rollouts and results of {policy} are on different problems: evaluate it again")
+    return texts
+
+
+def _matrix(name: str, run: str, on_way: Sequence[Place], values: "NDArray[Any]") -> Matrix:
+    return {
+        "name": name,
+        "run": run,
+        "number": NUMBERS[name],
+        "definition": DEFINITIONS[name],
+        "labels": [place.label for place in on_way],
+        "policies": [place.policy for place in on_way],
+        "values": values,
+    }
+
+
+def _differential(ways: Mapping[str, list[Place]], forgotten: Mapping[str, "NDArray[Any]"]) -> list[Matrix]:
+    """Forgetting of RL minus that of RLoop over the steps that both were evaluated at.
+
+    Where RLoop has two policies at a step, the end of an iteration's RL and the fine-tuned start of the next, the
+    former counts: like vanilla's, it is a checkpoint of RL.
+    """
+    of_rl = {place.step: index for index, place in enumerate(ways[RL])}
+    of_rloop: dict[int, int] = {}
+    for index, place in enumerate(ways[RLOOP]):  # RL's endpoint stands before the fine-tuned policy of its step
+        of_rloop.setdefault(place.step, index)
+    common = sorted(of_rl.keys() & of_rloop.keys())
+    if len(common) < 2:
+        return []
+    first, second = [of_rl[step] for step in common], [of_rloop[step] for step in common]
+    values = forgotten[RL][first][:, first] - forgotten[RLOOP][second][:, second]
+    on_way = [
+        Place(f"{ways[RL][i].policy} | {ways[RLOOP][j].policy}", "", 0, step, str(step))
+        for i, j, step in zip(first, second, common, strict=True)
+    ]
+    return [_matrix("differential_forgetting", "", on_way, values)]
+
+
+def _similarity_by_step(
+    method: str, on_way: Sequence[Place], alike: "NDArray[Any]", results: Sequence[Sequence[Result]]
+) -> list[dict[str, Any]]:
+    """For each checkpoint: similarity within it (as the paper counts, and of distinct samples), and to the others."""
+    rows = []
+    for index, (place, of_place) in enumerate(zip(on_way, results, strict=True)):
+        samples = min(result["num_samples"] for result in of_place)
+        within = alike[index, index]
+        rows.append(
+            {
+                "run": method,
+                "step": place.step,
+                "after_rft": int(place.fine_tuned),
+                "within": float(within),
+                "within_distinct": float(similarity.without_self(within, samples)),
+                "to_others": float((alike[index].sum() - within) / (len(on_way) - 1)),
+                "policy": place.policy,
+            }
+        )
+    return rows
+
+
+def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A number a matrix for `dvc metrics`: its mean above the diagonal; similarity within, its mean over steps."""
+    import numpy as np
+
+    metrics: dict[str, Any] = {}
+    for found in matrices:
+        above = found["values"][np.triu_indices(len(found["labels"]), 1)]
+        metrics.setdefault(found["run"] or f"{RL} - {RLOOP}", {})[f"mean_{found['name']}"] = float(above.mean())
+    for method in dict.fromkeys(row["run"] for row in steps):
+        within = [row["within"] for row in steps if row["run"] == method]
+        metrics[method]["mean_similarity_within"] = sum(within) / len(within)
+    return metrics
+
+
+def _write(directory: Path, matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> None:
+    from stages.core import figures
+
+    for found in matrices:
+        name = "_".join(part for part in (found["name"], found["run"]) if part)
+        outputs.write_json(directory / f"{name}.json", found | {"values": found["values"].tolist()})
+        figures.save(figures.of_matrix(found), directory)
+    if steps:
+        outputs.write_json(directory / "similarity_by_step.json", {"steps": list(steps)})
+        figures.save(figures.of_similarity(steps), directory)

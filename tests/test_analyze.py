@@ -1,0 +1,164 @@
+"""Learning, forgetting and similarity, worked out by hand on three checkpoints and two problems."""
+
+import csv
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages import analyze
+from stages.core import dynamics, jsonl, similarity
+from stages.core.errors import InputError
+
+BASE = "runs/0/policy"
+
+
+def rollout(policy: str, problem: str, sample: int, completion: str, reward: float) -> dict:
+    return {
+        "problem_id": problem,
+        "sample": sample,
+        "step": 0,
+        "policy": policy,
+        "prompt": problem,
+        "completion": completion,
+        "answer": "1",
+        "reward": reward,
+        "verdict": "correct" if reward else "wrong",
+        "num_tokens": 3,
+        "finish_reason": "stop",
+    }
+
+
+def evaluate(directory: Path, samples: dict[str, dict[str, list[tuple[str, int]]]]) -> None:
+    """Write an eval's output from policy -> problem -> [(completion, reward), ...]."""
+    rollouts, results = [], []
+    for policy, problems in samples.items():
+        for problem, drawn in problems.items():
+            rollouts += [rollout(policy, problem, i, text, float(reward)) for i, (text, reward) in enumerate(drawn)]
+            counts = {"num_samples": len(drawn), "num_correct": sum(reward for _, reward in drawn), "num_truncated": 0}
+            results.append({"problem_id": problem, "policy": policy} | counts)
+    jsonl.write(directory / "rollouts.jsonl", rollouts)
+    jsonl.write(directory / "results.jsonl", results)
+
+
+def by_hand(tmp_path: Path) -> Path:
+    evaluate(
+        tmp_path / "runs/eval/valid",
+        {
+            BASE: {"p": [("a b c", 1), ("a b d", 0)], "q": [("x y", 0), ("x y", 0)]},
+            "runs/vanilla/rl/checkpoints/step_000005": {
+                "p": [("a b c", 0), ("c b a", 0)],
+                "q": [("x y", 1), ("z y", 1)],
+            },
+            "runs/vanilla/rl/checkpoints/step_000010": {"p": [("a b d", 1), ("e", 0)], "q": [("x y z", 0), ("", 1)]},
+        },
+    )
+    return tmp_path / "runs/eval/valid"
+
+
+def values(path: Path) -> list:
+    return json.loads(path.read_text())["values"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("analysis")
+    analyze.run(evals=[str(by_hand(directory))], out=str(directory / "out"))
+    return directory / "out"
+
+
+def test_matrices_equal_those_worked_out_by_hand(out):
+    # solved (p, q): base yes no, step 5 no yes, step 10 yes yes
+    assert values(out / "learning_RL.json") == [[0, 0.5, 0.5], [0.5, 0, 0.5], [0, 0, 0]]
+    assert values(out / "forgetting_RL.json") == [[0, 0.5, 0], [0.5, 0, 0], [0.5, 0.5, 0]]
+    # p: base {ab, bc} {ab, bd}, step 5 {ab, bc} {cb, ba}, step 10 {ab, bd} {}
+    # q: base {xy} {xy}, step 5 {xy} {zy}, step 10 {xy, yz} {}
+    third = 1 / 3
+    p = np.array(
+        [
+            [(1 + third + third + 1) / 4, (1 + third) / 4, (third + 1) / 4],
+            [(1 + third) / 4, 2 / 4, third / 4],
+            [(third + 1) / 4, third / 4, 2 / 4],
+        ]
+    )
+    q = np.array([[1, 2 / 4, 2 * 0.5 / 4], [2 / 4, 2 / 4, 0.5 / 4], [2 * 0.5 / 4, 0.5 / 4, 2 / 4]])
+    assert np.array(values(out / "similarity_RL.json")) == pytest.approx((p + q) / 2, abs=1e-15)
+
+
+def test_each_matrix_is_there_as_json_tsv_and_figures_with_labels(out):
+    assert json.loads((out / "learning_RL.json").read_text())["labels"] == ["0", "5", "10"]
+    rows = list(csv.reader((out / "forgetting_RL.tsv").open(), delimiter="\t"))
+    assert rows[:2] == [["step", "0", "5", "10"], ["0", "0", "0.5", "0"]]
+    assert (out / "similarity_RL.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "similarity_RL.svg").read_text()
+    steps = list(csv.DictReader((out / "similarity_by_step.tsv").open(), delimiter="\t"))
+    assert [float(row["within"]) for row in steps] == pytest.approx([5 / 6, 0.5, 0.5], abs=1e-5)
+    assert [float(row["within_distinct"]) for row in steps] == pytest.approx([2 / 3, 0, 0], abs=1e-5)
+
+
+def test_more_correct_samples_can_be_asked_for():
+    results = [[{"problem_id": "p", "num_correct": 1}, {"problem_id": "q", "num_correct": 2}]]
+    assert dynamics.solved(results, min_correct=2).tolist() == [[False, True]]
+
+
+def test_differential_forgetting_aligns_rloop_and_rl_by_global_step(tmp_path):
+    right, wrong = [("t u", 1)], [("t u", 0)]
+    solved = {
+        BASE: (1, 0),
+        "runs/1/rl/checkpoints/step_000002": (1, 1),
+        "runs/1/policy": (0, 0),
+        "runs/2/rl/checkpoints/step_000002": (1, 0),
+        "runs/vanilla/rl/checkpoints/step_000002": (1, 1),
+        "runs/vanilla/rl/checkpoints/step_000004": (0, 0),
+    }
+    samples = {
+        policy: {problem: right if yes else wrong for problem, yes in zip("pq", of_policy, strict=True)}
+        for policy, of_policy in solved.items()
+    }
+    evaluate(tmp_path / "valid", samples)
+    analyze.run(evals=[str(tmp_path / "valid")], out=str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out/differential_forgetting.json").read_text())
+    assert found["labels"] == ["0", "2", "4"]
+    assert found["values"] == [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
+    labels = json.loads((tmp_path / "out/learning_RLoop.json").read_text())["labels"]
+    assert labels == ["0", "2", "2+RFT", "4"]
+
+
+def test_sparse_similarity_agrees_with_the_plain_loop_over_sets():
+    rng = np.random.default_rng(3)
+    texts = [[" ".join(rng.choice(list("abcdefgh"), rng.integers(0, 30))) for _ in range(5 + i)] for i in range(4)]
+    sets = [[set(pairwise(text.split())) for text in of_checkpoint] for of_checkpoint in texts]
+    plain = [
+        [np.mean([len(s & t) / len(s | t) if s | t else 1.0 for s in first for t in second]) for second in sets]
+        for first in sets
+    ]
+    assert similarity.problem_similarity(texts) == pytest.approx(np.array(plain), abs=1e-12)
+
+
+def test_bigrams_are_of_words_numbers_and_marks_whatever_the_blanks():
+    first, second, third = similarity.bigrams(["2*6=12", "2 * 6  = 12", "2*6=1 2"])
+    assert first.tolist() == second.tolist() != third.tolist()
+
+
+def test_what_is_learned_forward_is_forgotten_backward():
+    is_solved = np.random.default_rng(0).random((5, 40)) < 0.5
+    assert (dynamics.learning(is_solved) == dynamics.forgetting(is_solved).T).all()
+    gain = is_solved.mean(1)[None, :] - is_solved.mean(1)[:, None]
+    assert dynamics.learning(is_solved) - dynamics.forgetting(is_solved) == pytest.approx(gain)
+
+
+def test_evals_of_several_sets_or_of_one_checkpoint_are_refused(tmp_path):
+    by_hand(tmp_path)
+    evaluate(tmp_path / "runs/eval/other", {BASE: {"r": [("a", 1)]}})
+    with pytest.raises(InputError, match="several problem sets"):
+        analyze.run(evals=[str(tmp_path / "runs/eval")], out=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="no two checkpoints"):
+        analyze.run(evals=[str(tmp_path / "runs/eval/other")], out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_without_results_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no results\.jsonl"):
+        analyze.run(evals=[str(tmp_path)], out=str(tmp_path / "out"))
