@@ -1,0 +1,193 @@
+"""Supervised fine-tuning of a policy on tokenised examples with TRL's SFTTrainer, one process or many.
+
+The gradient of an optimizer step is that of one sum over all its completion tokens divided by their number, however
+the examples are spread over processes and micro-batches. Weights and optimizer are float32; bfloat16 is autocast.
+Left out on purpose: packing. It counts a batch in blocks, not in examples, needs a FlashAttention to keep examples
+apart, and saves little where neighbours have the same length. Checkpoints on the way, too: an epoch of RFT is short.
+"""
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import Progress
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from stages.core import policy as policies
+from stages.core.errors import InputError
+from stages.core.examples import IGNORED, Row, lr_share, microbatch_size, order
+
+
+@dataclass
+class Tuned:
+    """What came of a fine-tuning: the log's rows, one an optimizer step, and the figures of the whole."""
+
+    log: list[dict[str, float]] = field(default_factory=list)
+    num_tokens: int = 0
+    padding_share: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)  # what the knobs came to: dtype, microbatch_size, ...
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: the first of all that were launched."""
+    return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
+
+
+def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: Path | None) -> Tuned:
+    """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
+
+    `knobs` are the stage's. Every launched process must call this. Raises InputError where the batch does not divide
+    among the processes, and where loss or gradient stop being finite numbers.
+    """
+    num_processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
+    if knobs.batch_size % num_processes:
+        raise InputError(f"--batch-size {knobs.batch_size} does not divide among {num_processes} processes: change it")
+    share = knobs.batch_size // num_processes
+    size = microbatch_size(share, max(map(len, rows)), knobs.tokens_per_microbatch)
+    steps = order([len(row) for row in rows], knobs.batch_size, knobs.epochs, knobs.seed)
+    counts = [sum(rows[number].num_labels for number in step) for step in steps]
+    logging.disable_progress_bar()  # ours is the only one
+    model = policies.load_model(path, torch.float32)
+    configs = copy.deepcopy((model.config, model.generation_config))
+    with tempfile.TemporaryDirectory() as scratch:
+        config = _config(knobs, size, share // size, scratch)
+        watch = _Watch(counts, show=out is not None)
+        trainer = _Trainer(
+            model=model,
+            args=config,
+            train_dataset=_dataset(rows, steps, knobs.batch_size, tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            callbacks=[watch],
+        )
+        trainer.schedule = (knobs.warmup_share, knobs.min_lr_share)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered by all processes together
+    if out is not None:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model.config, model.generation_config = configs  # the trainer writes its own pad token and tags into them
+        policies.save(model, tokenizer, out, state)
+    return Tuned(
+        log=watch.log,
+        num_tokens=sum(counts),
+        padding_share=_padding_share([[len(rows[number]) for number in step] for step in steps], size),
+        settings={
+            "dtype": "bfloat16" if config.bf16 else "float32",
+            "microbatch_size": size,
+            "num_processes": num_processes,
+        },
+    )
+
+
+def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig:
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=scratch,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,  # the data set holds the epochs one after another
+        train_sampling_strategy="sequential",
+        max_length=None,
+        learning_rate=knobs.lr,
+        weight_decay=knobs.weight_decay,
+        adam_beta1=knobs.beta1,
+        adam_beta2=knobs.beta2,
+        max_grad_norm=knobs.max_grad_norm,
+        bf16=knobs.dtype == "bfloat16" or (knobs.dtype == "auto" and on_gpu),
+        gradient_checkpointing=knobs.gradient_checkpointing,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        seed=knobs.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _dataset(rows: Sequence[Row], steps: Sequence[Sequence[int]], batch_size: int, pad_token_id: int) -> Dataset:
+    """The rows in the order they are trained on, each step filled up to `batch_size` with rows that teach nothing.
+
+    Without these, a launcher with several processes would repeat examples to make the last step even.
+    """
+    blank = Row([pad_token_id] * 2, [IGNORED] * 2)
+    ordered = [row for step in steps for row in [*(rows[n] for n in step), *[blank] * (batch_size - len(step))]]
+    return Dataset.from_dict(
+        {"input_ids": [row.input_ids for row in ordered], "labels": [row.labels for row in ordered]}
+    )
+
+
+def _padding_share(steps: Sequence[Sequence[int]], size: int) -> float:
+    """The share of padding among the tokens that go through the model, by the lengths of each step's examples."""
+    padded = used = 0
+    for lengths in steps:
+        for start in range(0, len(lengths), size):
+            used += sum(lengths[start : start + size])
+            padded += size * max(lengths[start : start + size])
+    return 1.0 - used / padded
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer with our schedule: transformers' own have no linear fall to a share of the peak."""
+
+    schedule: tuple[float, float]  # share of steps that warm up, share of the peak that the last step runs at
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        def share(step: int) -> float:
+            return lr_share(min(step, num_training_steps - 1), num_training_steps, *self.schedule)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
+
+
+class _Watch(TrainerCallback):
+    """Keeps a row for each optimizer step, moves the progress bar, and stops what has stopped making sense."""
+
+    def __init__(self, counts: Sequence[int], show: bool):
+        self.counts = counts
+        self.log: list[dict[str, float]] = []
+        self.started = 0.0
+        self.bar = Progress(console=Console(stderr=True), disable=not show)
+        self.task = self.bar.add_task("fine-tuning", total=len(counts))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        step = state.global_step
+        if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
+            raise InputError(f"step {step}: loss {logs['loss']}, gradient norm {logs['grad_norm']}: lower --lr")
+        row = {
+            "step": step,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "tokens": self.counts[step - 1],
+            "seconds": round(time.perf_counter() - self.started, 4),
+        }
+        self.log.append(row)
+        self.bar.update(self.task, advance=1, description=f"fine-tuning, loss {row['loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+        assert len(self.log) == len(self.counts), f"{len(self.log)} steps were done, {len(self.counts)} planned"
