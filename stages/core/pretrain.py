@@ -115,9 +115,9 @@ def _encode(tokenizer: Qwen2Tokenizer, pairs: Sequence[Pair]) -> list[tuple[list
 
 def _pad(texts: Sequence[tuple[list[int], int]], pad: int) -> Batch:
     length = max(len(ids) for ids, _ in texts) - 1
-    inputs = torch.full((len(texts), length), pad)
-    targets = torch.full((len(texts), length), IGNORED)
-    for row, (ids, num_prompt_tokens) in enumerate(texts):
-        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, num_prompt_tokens - 1 : len(ids) - 1] = torch.tensor(ids[num_prompt_tokens:])
-    return inputs, targets
+    inputs, targets = [], []
+    for ids, num_prompt_tokens in texts:
+        rest = length + 1 - len(ids)
+        inputs.append(ids[:-1] + [pad] * rest)
+        targets.append([IGNORED] * (num_prompt_tokens - 1) + ids[num_prompt_tokens:] + [IGNORED] * rest)
+    return torch.tensor(inputs), torch.tensor(targets)
