@@ -1,82 +1,445 @@
-"""The expensive half of the verifier: comparison with math-verify, in worker processes of its own."""
+"""The expensive half of the verifier: math-verify and sympy, in worker processes of their own, under bounds.
+
+math-verify's grammar (latex2sympy2_extended) reads an expression. Numbers then decide: both sides are evaluated to 30
+digits at a few fixed points, 100 digits where there is no variable (math-verify compares six decimals and simplifies
+for what differs, which is slower and calls sqrt(2)*1e-20 equal to sqrt(3)*1e-20). Only what cannot be evaluated goes
+to `math_verify.verify`, the answer first, as it wants them.
+
+Bounds on each pair: DEADLINE_S of CPU time, then a signal; BACKSTOP_S more, then the kernel ends the worker, since
+sympy can sit in C code that no handler interrupts; MAX_MEMORY. Wall time is not bounded here.
+
+Run as `python -m stages.core.algebra DESCRIPTOR PARENT` by core.verifier only.
+"""
 
 import ctypes
 import json
+import logging
 import os
+import re
 import resource
 import signal
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from stages.core import answers
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from math_verify import verify
+
+from stages.core import answers, notation
 from stages.core.records import Verdict
 
-DEADLINE_S = 1.0
-BACKSTOP_S = 3
-MAX_MEMORY = 2**30
+DEADLINE_S = 1.0  # honest pairs take 2 to 60 ms
+BACKSTOP_S = 2
+MAX_MEMORY = 2**30  # bytes, beyond what the worker holds when it is ready
+MAX_RESIDENT = 400 * 2**20  # a worker that has grown beyond it leaves, and is replaced
+
+_COMMANDS = frozenset(
+    [
+        "frac",
+        "sqrt",
+        "pi",
+        "cdot",
+        "times",
+        "div",
+        "infty",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "coth",
+        "log",
+        "ln",
+        "lg",
+        "exp",
+        "binom",
+        "lfloor",
+        "rfloor",
+        "lceil",
+        "rceil",
+        "cup",
+        "cap",
+        "setminus",
+        "mathbb",
+        "emptyset",
+        "circ",
+        "begin",
+        "end",
+        "sum",
+        "prod",
+        "int",
+        "lim",
+        "to",
+        "max",
+        "min",
+        "gcd",
+        "lcm",
+        "mod",
+        "bmod",
+        "det",
+        "overline",
+        "bar",
+        "dot",
+        "ddot",
+        "vec",
+        "hat",
+        "widehat",
+        "prime",
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "vartheta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "varrho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+        "hbar",
+        "partial",
+        "langle",
+        "rangle",
+        "lvert",
+        "rvert",
+        "vert",
+        "in",
+        "le",
+        "ge",
+        "ne",
+    ]
+)
+
+
+class _Unreadable(Exception):
+    """Text that is not an expression."""
+
+
+class _AnswerUnreadable(Exception):
+    """The answer itself is not an expression: nothing can be compared with it."""
 
 
 class _Deadline(BaseException):
-    pass
+    """The bound of CPU time."""
 
 
-def _on_deadline(*_: Any) -> None:
-    raise _Deadline
+# --- comparing ----------------------------------------------------------------------------------------------------
 
 
 def compare(answer: str, prediction: str) -> Verdict:
-    """The verdict on a prediction that the text alone did not decide."""
-    from math_verify import verify
+    """The verdict on a prediction, by algebra where needed; not bounded."""
+    try:
+        return "correct" if answers.equal(answer, prediction, same) else "wrong"
+    except answers.Refused:
+        return "rejected"
+    except _AnswerUnreadable:
+        return "error"
 
-    return "correct" if verify(parse(answer), parse(prediction), timeout_seconds=None) else "wrong"
+
+def same(kind: str, gold: str, pred: str) -> bool:
+    """Whether two expressions are equal ("value"), or have the same zeros or sign up to a constant factor."""
+    try:
+        left = parse(gold)
+    except _Unreadable as error:
+        raise _AnswerUnreadable(str(error)) from None
+    if gold == pred:
+        return True
+    try:
+        right = parse(pred)
+    except _Unreadable:
+        return False
+    if kind == "value":
+        return _same_value(left, right, gold, pred)
+    return _same_up_to_factor(left, right, positive=kind == "inequality")
 
 
 @lru_cache(4096)
 def parse(text: str) -> Any:
-    """The sympy object of an answer."""
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as math_parse
+    """The sympy object of an expression in canonical LaTeX; decimals become fractions, i the imaginary unit.
 
-    config = LatexExtractionConfig(boxed_match_priority=0)
-    return math_parse(f"\\boxed{{{text}}}", [config], fallback_mode="no_fallback", parsing_timeout=None)
-
-
-def bounded(answer: str, prediction: str) -> Verdict:
-    """`compare` under the bounds of CPU time and memory."""
-    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + BACKSTOP_S, hard))
-    signal.signal(signal.SIGPROF, _on_deadline)
-    signal.setitimer(signal.ITIMER_PROF, DEADLINE_S)
+    Raises _Unreadable, and Refused for commands that no answer needs (they build huge objects).
+    """
+    for command in _commands(text):
+        if command not in _COMMANDS:
+            raise answers.Refused(f"the command \\{command}")
+    if _is_tower(text):
+        raise answers.Refused("a tower of powers or factorials")
+    is_complex = "i" in _letters(text)
     try:
+        found = latex2sympy(
+            text,
+            is_real=not is_complex,
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _Unreadable(text) from error
+    if not isinstance(found, (sympy.Basic, sympy.MatrixBase)):
+        raise _Unreadable(text)
+    return _exact(found)
+
+
+def _commands(text: str) -> set[str]:
+    """The names of the LaTeX commands in a text."""
+    return set(re.findall(r"\\([a-zA-Z]+)", text))
+
+
+def _letters(text: str) -> set[str]:
+    """Letters that stand alone, outside of commands and environments."""
+    text = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
+    return set(re.findall(r"[a-zA-Z]", text))
+
+
+def _is_tower(text: str) -> bool:
+    """Whether a text asks for a number of more digits than any answer has; sympy would write out every one."""
+    if re.search(r"\^\{-?\d{6,}|\d{6,}!|!!!|\\(?:binom|Gamma)\s*[{(]\d{6,}|[\d.]\s*[eE][+-]?\d{4,}", text):
+        return True
+    for base, exponent in re.findall(r"\^\{\(?(\d+)\^\{(\d+)", text):
+        if len(base) > 6 or len(exponent) > 2 or int(base) ** int(exponent) > 10**5:
+            return True
+    return any(int(n) > 5000 for n in re.findall(r"(\d+)\)?!", text))
+
+
+def _exact(found: Any) -> Any:
+    """Floats as the fractions they were written as; the symbol i as the imaginary unit; no UnevaluatedExpr."""
+    swaps = {item: sympy.Rational(str(item)) for item in found.atoms(sympy.Float)}
+    swaps |= {item: sympy.I for item in found.atoms(sympy.Symbol) if item.name == "i"}
+    return found.xreplace(swaps) if swaps else found
+
+
+# Where expressions are evaluated: for the n-th variable of the k-th point. Of both signs, no two alike, no integer.
+_POINTS = [
+    [
+        sympy.Rational(sign * (37 * n + 91 + 53 * k), 61 + 8 * n + 5 * k)
+        for n, sign in zip(range(24), signs * 8, strict=False)
+    ]
+    for k, signs in enumerate([(1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1), (1, 1, -1)])
+]
+_NEEDED_POINTS = 3
+
+
+def _points(*sides: Any) -> list[dict[Any, Any]]:
+    symbols = sorted(set().union(*(side.free_symbols for side in sides)), key=lambda symbol: symbol.name)
+    if len(symbols) > len(_POINTS[0]):
+        raise answers.Refused("too many variables")
+    return [dict(zip(symbols, values, strict=False)) for values in (_POINTS if symbols else [[]])]
+
+
+def _evaluate(side: Any, point: dict[Any, Any], digits: int) -> Any:
+    """A number, real or complex, or None where there is none."""
+    value = side.evalf(digits, subs=point) if point else side.evalf(digits)
+    if not isinstance(value, sympy.Basic) or not value.is_number or value.has(sympy.nan, sympy.zoo):
+        return None
+    if value in (sympy.oo, -sympy.oo):
+        return value
+    real, imaginary = value.as_real_imag()
+    return value if real.is_Float or (real.is_Rational and (imaginary.is_Float or imaginary.is_Rational)) else None
+
+
+def _close(left: Any, right: Any, digits: int) -> bool:
+    if left == right:
+        return True
+    if left.is_infinite or right.is_infinite:
+        return False
+    scale = max(abs(left), abs(right))
+    return bool(abs(left - right) <= scale * sympy.Float(10) ** -digits)
+
+
+def _same_value(left: Any, right: Any, gold: str, pred: str) -> bool:
+    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
+        return bool(verify(left, right, timeout_seconds=None))
+    points = _points(left, right)
+    digits = 30 if points[0] else 100
+    agreed = 0
+    for point in points:
+        one, two = _evaluate(left, point, digits), _evaluate(right, point, digits)
+        if one is None and two is None:
+            continue
+        if one is None or two is None:
+            if points[0]:
+                continue
+            break
+        if not _close(one, two, digits * 2 // 3):
+            return (not point and _is_rounded(one, two, gold, pred)) or _both_zero(one, two, left, right)
+        agreed += 1
+        if agreed == min(_NEEDED_POINTS, len(points)):
+            return points[0] != {} or _agree_exactly(left, right)
+    return bool(verify(left, right, timeout_seconds=None))
+
+
+def _agree_exactly(left: Any, right: Any) -> bool:
+    """For two constants that agree to many digits: whether they also do as fractions, where they are some."""
+    left, right = left.doit(), right.doit()
+    return bool(left == right) if left.is_Rational and right.is_Rational else True
+
+
+def _both_zero(one: Any, two: Any, left: Any, right: Any) -> bool:
+    """Rounding leaves dust where a value is exactly zero: whether dust is all that the two differ by."""
+    if max(abs(one), abs(two)) > sympy.Float(10) ** -25:
+        return False
+    return sympy.simplify(left - right) == 0
+
+
+def _is_rounded(one: Any, two: Any, gold: str, pred: str) -> bool:
+    """3.14159265 for pi: a decimal of six digits or more that the other value rounds or is cut to."""
+    for literal, other, text in ((pred, one, gold), (gold, two, pred)):
+        if other.is_real and notation.number(text) is None:
+            value = Fraction(str(sympy.Rational(str(other))))
+            if notation.is_rounding_of(literal, value):
+                return True
+    return False
+
+
+def _same_up_to_factor(left: Any, right: Any, positive: bool) -> bool:
+    """Whether left/right is one constant everywhere, as for x^2-1=0 and 2x^2=2."""
+    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
+        return False
+    if left.free_symbols != right.free_symbols:
+        return False
+    ratios = []
+    for point in _points(left, right):
+        one, two = _evaluate(left, point, 30), _evaluate(right, point, 30)
+        if one is not None and two is not None and one != 0 and two != 0:
+            ratios.append(one / two)
+    if len(ratios) < _NEEDED_POINTS or (positive and not ratios[0] > 0):
+        return False
+    return all(_close(ratio, ratios[0], 20) for ratio in ratios)
+
+
+# --- the worker ---------------------------------------------------------------------------------------------------
+
+
+class _Bounds:
+    """Ends a call at its bound of CPU time: by an exception, or, where none gets through, by the kernel."""
+
+    def __init__(self) -> None:
+        self._armed = False
+        signal.signal(signal.SIGPROF, self._expire)
+
+    def _expire(self, *_: Any) -> None:
+        if self._armed:  # at most once, so that nothing can escape from the handling of the first
+            self._armed = False
+            raise _Deadline
+
+    def __call__(self, call: Callable[[], Verdict]) -> Verdict:
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used + DEADLINE_S + BACKSTOP_S), hard))
         try:
-            return compare(answer, prediction)
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, signal.SIG_IGN)
-    except _Deadline:
-        return "timeout"
-    except Exception:
-        return "error"
+            signal.setitimer(signal.ITIMER_PROF, DEADLINE_S)
+            self._armed = True
+            verdict = call()
+            self._armed = False
+        except _Deadline:
+            verdict = "timeout"
+        except (Exception, MemoryError, RecursionError):
+            self._armed = False
+            verdict = "error"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return verdict
+
+
+_WARM_UP = (
+    "\\frac{1}{2}",
+    "\\sqrt{2}+3\\pi",
+    "2\\sqrt{3}-\\frac{\\sqrt{5}}{7}",
+    "x^{2}-3x+2",
+    "(x-1)(x+1)",
+    "\\sin(x)\\cos(2y)",
+    "e^{2x}\\ln(3)",
+    "\\log_{2}(3)",
+    "\\binom{5}{2}+4!",
+    "\\frac{a+b}{c-d}",
+    "-\\frac{3}{4}i",
+    "2^{10}\\cdot3",
+    "\\sqrt[3]{16}",
+    "\\frac{n(n+1)}{2}",
+    "\\lfloor\\frac{x}{2}\\rfloor",
+    "x_{1}+\\alpha",
+    "|x|",
+    "0.5x",
+)
 
 
 def main() -> None:
-    """Serve one parent over the pipe whose descriptor is the first argument; the second is the parent's id."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[2]):
-        return
+    """Serve the parent over the socket whose descriptor is the first argument; the second is the parent's id."""
+    _die_with(int(sys.argv[2]))
+    logging.disable()
     pipe = Connection(int(sys.argv[1]))
-    parse("1")
+    for text in _WARM_UP:  # the parser's tables fill as it reads; without this the first pairs take ten times as long
+        same("value", text, text + "+1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (_mapped() + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    bounded = _Bounds()
     while True:
         try:
             answer, predictions = json.loads(pipe.recv_bytes())
         except EOFError:
             return
         for prediction in predictions:
-            pipe.send_bytes(bounded(answer, prediction).encode())
+            verdict = bounded(partial(compare, answer, prediction))
+            pipe.send_bytes(verdict.encode())
+        if _resident() > MAX_RESIDENT:
+            return
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the parent dies, however it dies, and whatever this process is doing (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit()
+
+
+def _mapped() -> int:
+    """Bytes of address space in use."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _resident() -> int:
+    """Bytes of memory in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":
