@@ -4,7 +4,7 @@ Reading streams. Writing appears whole or not at all. `-` is stdin or stdout.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,22 +37,28 @@ def read(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, record
 
 
-def scan(file: LineSource, name: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def scan(
+    file: LineSource, name: str, check: Callable[[dict[str, Any]], str | None] | None = None
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (line number from 1, offset of the line in bytes, object) for each line of an open file.
 
-    Holds one line at a time. Raises InputError as `read` does.
+    Holds one line at a time. Raises InputError as `read` does, and for what `check` says of an object.
     """
     number = offset = 0
-    for line in iter(partial(file.readline, MAX_LINE_BYTES + 1), b""):
+    loads, limit = orjson.loads, MAX_LINE_BYTES
+    for line in iter(partial(file.readline, limit + 1), b""):
         number += 1
         try:
-            record = orjson.loads(line)
+            record = loads(line)
         except orjson.JSONDecodeError:
             record = None
-        if type(record) is not dict or len(line) > MAX_LINE_BYTES:
+        size = len(line)
+        if type(record) is not dict or size > limit:
             record = parse_line(line, f"{name}:{number}")
+        if check is not None and (fault := check(record)) is not None:
+            raise InputError(f"{name}:{number}: {fault}")
         yield number, offset, record
-        offset += len(line)
+        offset += size
     if number == 0:
         raise InputError(f"{name} is empty: expected one JSON object a line")
 

@@ -89,11 +89,7 @@ def read(path: str | Path, kind: type[Record]) -> Iterator[Record]:
 
 def scan(file: jsonl.LineSource, name: str, kind: type[Record]) -> Iterator[tuple[int, int, Record]]:
     """Yield (line number from 1, offset of the line in bytes, record checked against `kind`) of an open file."""
-    check = checker(kind)
-    for number, offset, record in jsonl.scan(file, name):
-        if (fault := check(record)) is not None:
-            raise InputError(f"{name}:{number}: {fault}")
-        yield number, offset, cast(Record, record)
+    return cast(Iterator[tuple[int, int, Record]], jsonl.scan(file, name, checker(kind)))
 
 
 def read_problems(path: str | Path) -> list[Problem]:

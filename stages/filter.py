@@ -1,0 +1,252 @@
+"""Rollouts in, examples out: the successes on the problems that stayed hard, which rft learns from.
+
+A problem's pass rate is taken over all its rollouts of the whole phase, those that no update saw included, so it is
+known only at the end: the first pass checks and counts every line, the second goes back to the successes that count.
+Left out on purpose: any ranking of successes by length, likelihood or a judge.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import orjson
+
+from stages.core import jsonl, records
+from stages.core.errors import InputError
+from stages.core.outputs import refuse_occupied
+from stages.core.records import Example, Rollout
+from stages.core.selection import Draw, Positions, Tally, can_select, yield_table
+
+FLUSH_LINES = 4096  # lines between two moves of the bar
+
+
+def run(
+    *,
+    rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable"],
+    out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run"] = "",
+    max_pass_rate: Annotated[float, "a problem is hard if its pass rate lies strictly below this; 1 is no bound"] = 0.1,
+    max_per_problem: Annotated[int, "keep at most so many successes of a problem, drawn at random; 0 keeps all"] = 0,
+    seed: Annotated[int, "decides the draw of --max-per-problem"] = 0,
+    keep_truncated: Annotated[bool, "keep successes that were cut at the token limit"] = False,
+    keep_duplicates: Annotated[bool, "keep every copy of a completion that was drawn more than once"] = False,
+    dry_run: Annotated[bool, "write nothing; print the yield by threshold as a table"] = False,
+) -> None:
+    """Choose the successes on hard problems as examples to fine-tune on.
+
+    The pass rate of a problem is its share of successes among all rollouts given, whether an update saw them or not.
+    Chosen are successes of the problems strictly below --max-pass-rate, in the order in which they come. Standard
+    input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
+
+    Example: rloop filter --rollouts runs/1/rl --out runs/1/examples.jsonl
+    """
+    _check_options(out, max_pass_rate, max_per_problem, dry_run)
+    sources = _sources(rollouts)
+    tallies, successes = _count(sources, keep_truncated)
+    draw = Draw(seed, keep_duplicates)
+    if dry_run:
+        draw.add(_candidates(sources, successes, set(range(len(tallies)))))
+        examples = {number: min(count, max_per_problem or count) for number, count in draw.num_candidates().items()}
+        print(yield_table(tallies.values(), max_pass_rate, examples))
+        return
+    hard = {tally.number: tally for tally in tallies.values() if tally.num_usable and tally.is_below(max_pass_rate)}
+    if not hard:
+        raise InputError(_nothing_selected(tallies, max_pass_rate))
+    draw.add(_candidates(sources, successes, hard))
+    count = jsonl.write(out, _examples(sources, draw.chosen(max_per_problem), tallies))
+    print(_summary(tallies, hard, sum(draw.num_candidates().values()), count, max_pass_rate, out), file=sys.stderr)
+
+
+def _check_options(out: str, max_pass_rate: float, max_per_problem: int, dry_run: bool) -> None:
+    if not 0 < max_pass_rate <= 1:
+        raise InputError(f"--max-pass-rate {max_pass_rate:g}: must lie above 0 and be at most 1 (10 % is 0.1)")
+    if max_per_problem < 0:
+        raise InputError(f"--max-per-problem {max_per_problem}: must be positive, or 0 for all")
+    if dry_run:
+        return
+    if not out:
+        raise InputError("--out is missing: name a file, or - for stdout, or ask for --dry-run")
+    if out != "-":
+        refuse_occupied(out)
+
+
+@dataclass
+class _Source:
+    """One file of rollouts, read twice; what can be read only once is copied to `spool` on the way."""
+
+    path: str
+    spool: Any = None
+
+    @property
+    def name(self) -> str:
+        return jsonl.name_of(self.path)
+
+    @contextmanager
+    def first_pass(self) -> Iterator[jsonl.LineSource]:
+        with jsonl.opened(self.path) as file:
+            if self.path != "-" and file.seekable():
+                yield file
+            else:
+                self.spool = tempfile.TemporaryFile()  # noqa: SIM115 (read again later)
+                yield _Tee(file, self.spool)
+
+    @contextmanager
+    def second_pass(self) -> Iterator[BinaryIO]:
+        if self.spool is not None:
+            yield self.spool
+        else:
+            with jsonl.opened(self.path) as file:
+                yield file
+
+
+@dataclass
+class _Tee:
+    file: BinaryIO
+    copy: BinaryIO
+
+    def readline(self, limit: int, /) -> bytes:
+        line = self.file.readline(limit)
+        self.copy.write(line)
+        return line
+
+
+def _sources(paths: list[str]) -> list[_Source]:
+    """The files that `paths` stand for: an rl output stands for its steps in order. Each must be named once."""
+    files = [file for path in paths for file in (_step_files(Path(path)) if Path(path).is_dir() else [path])]
+    seen = set()
+    for file in files:
+        identity = file if file == "-" else str(Path(file).resolve())
+        if identity in seen:
+            raise InputError(f"--rollouts {file}: was given twice; its rollouts would count twice")
+        seen.add(identity)
+    return [_Source(file) for file in files]
+
+
+def _step_files(directory: Path) -> list[str]:
+    files = sorted(str(file) for file in directory.glob("rollouts/step_*.jsonl"))
+    if not files:
+        raise InputError(f"{directory} holds no rollouts/step_*.jsonl: expected an rl output or a JSONL file")
+    return files
+
+
+def _count(sources: list[_Source], keep_truncated: bool) -> tuple[dict[str, Tally], Positions]:
+    """First pass: check every line, count by problem id, and note where the usable successes stand."""
+    tallies: dict[str, Tally] = {}
+    successes = Positions()
+    with _progress(sources) as advance:
+        for place, source in enumerate(sources):
+            with source.first_pass() as file:
+                for offset in _count_file(file, source.name, place, tallies, successes, keep_truncated):
+                    advance(place, offset)
+    return tallies, successes
+
+
+def _count_file(
+    file: jsonl.LineSource,
+    name: str,
+    place: int,
+    tallies: dict[str, Tally],
+    successes: Positions,
+    keep_truncated: bool,
+) -> Iterator[int]:
+    """Count the rollouts of one file; yield the offset reached every so many lines."""
+    add_success = successes.buffer.extend
+    for line, offset, rollout in records.scan(file, name, Rollout):
+        problem_id, reward = rollout["problem_id"], rollout["reward"]
+        tally = tallies.get(problem_id)
+        if tally is None:
+            tally = tallies[problem_id] = Tally(len(tallies))
+        tally.num_rollouts += 1
+        if reward == 1:
+            tally.num_correct += 1
+            if keep_truncated or rollout["finish_reason"] != "length":
+                tally.num_usable += 1
+                add_success((place, offset, tally.number))
+        elif reward != 0:
+            raise InputError(f"{name}:{line}: reward {reward:g} must be 0 or 1, as the verifier gave it")
+        if not line % FLUSH_LINES:
+            successes.flush()
+            yield offset
+
+
+def _candidates(
+    sources: list[_Source], successes: Positions, numbers: Iterable[int]
+) -> Iterator[tuple[int, int, int, str, str]]:
+    """Second pass: the texts of the successes on the problems with these numbers."""
+    wanted = (position for position in successes if position[2] in numbers)
+    for (place, offset, number), rollout in _revisit(sources, wanted):
+        yield place, offset, number, rollout["prompt"], rollout["completion"]
+
+
+def _examples(
+    sources: list[_Source], chosen: Iterable[tuple[int, int]], tallies: dict[str, Tally]
+) -> Iterator[Example]:
+    for _, rollout in _revisit(sources, chosen):
+        problem_id = rollout["problem_id"]
+        yield Example(
+            problem_id=problem_id,
+            prompt=rollout["prompt"],
+            completion=rollout["completion"],
+            pass_rate=tallies[problem_id].pass_rate,
+        )
+
+
+def _revisit(sources: list[_Source], positions: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Rollout]]:
+    """The rollouts that stand at `positions`, each beginning with source and offset; the sources in order."""
+    for place, group in groupby(positions, key=lambda position: position[0]):
+        with sources[place].second_pass() as file:
+            for position in group:
+                file.seek(position[1])
+                yield position, orjson.loads(file.readline())
+
+
+@contextmanager
+def _progress(sources: list[_Source]) -> Iterator[Any]:
+    """A bar over the bytes of all sources on a terminal's stderr; yields what moves it to (source, offset)."""
+    if not sys.stderr.isatty():
+        yield lambda place, offset: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    sizes = [Path(source.path).stat().st_size if Path(source.path).is_file() else 0 for source in sources]
+    before = [sum(sizes[:place]) for place in range(len(sizes))]
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading rollouts", total=sum(sizes) if all(sizes) else None)
+        yield lambda place, offset: bar.update(task, completed=before[place] + offset)
+
+
+def _nothing_selected(tallies: dict[str, Tally], max_pass_rate: float) -> str:
+    """What to tell the user, the yield table below it."""
+    most = max(tally.num_rollouts for tally in tallies.values())
+    if not any(tally.num_usable for tally in tallies.values()):
+        fault = "no rollout succeeded within the token limit: start from a stronger policy or easier problems"
+    elif not can_select(tallies.values(), max_pass_rate):
+        fault = (
+            f"--max-pass-rate {max_pass_rate:g} can select nothing: no problem has more than {most} rollouts, and one "
+            f"success in {most} is {1 / most:.3g} already; raise it above that, or draw more rollouts a problem"
+        )
+    else:
+        fault = (
+            f"no problem with a success has a pass rate below --max-pass-rate {max_pass_rate:g}: raise it, "
+            "or explore for more steps"
+        )
+    return f"{fault}. The yield by threshold:\n{yield_table(tallies.values(), max_pass_rate)}"
+
+
+def _summary(
+    tallies: dict[str, Tally], hard: dict[int, Tally], num_distinct: int, count: int, max_pass_rate: float, out: str
+) -> str:
+    num_correct = sum(tally.num_correct for tally in hard.values())
+    num_usable = sum(tally.num_usable for tally in hard.values())
+    num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
+    below = f" with a pass rate below {max_pass_rate:g}" if max_pass_rate < 1 else ""
+    return (
+        f"filter: {num_rollouts:,} rollouts of {len(tallies):,} problems; {num_correct:,} successes on {len(hard):,} "
+        f"problems{below}; dropped {num_correct - num_usable:,} truncated, {num_usable - num_distinct:,} duplicates, "
+        f"{num_distinct - count:,} over the cap; {count:,} examples -> {'stdout' if out == '-' else out}"
+    )

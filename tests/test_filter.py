@@ -1,0 +1,263 @@
+import io
+import random
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+
+import orjson
+import pytest
+
+from stages import filter as stage
+from stages.core import jsonl
+from stages.core.errors import InputError
+from stages.core.records import Example, read
+from stages.core.selection import Draw, Positions, Tally, yield_table
+
+
+def rollout(problem_id, reward, completion="a \\boxed{1}", finish_reason="stop", prompt=None, **more):
+    return {
+        "problem_id": problem_id,
+        "sample": 0,
+        "step": 1,
+        "policy": "p",
+        "prompt": prompt or f"prompt of {problem_id}",
+        "completion": completion,
+        "answer": "1",
+        "reward": reward,
+        "verdict": "correct" if reward else "wrong",
+        "num_tokens": 3,
+        "finish_reason": finish_reason,
+        **more,
+    }
+
+
+def random_rollouts(seed, num_problems=40, num_rollouts=1500):
+    """Problems from never to always solved, with duplicates and truncated completions."""
+    rng = random.Random(seed)
+    rates = [number / num_problems for number in range(num_problems)]
+    for _ in range(num_rollouts):
+        number = rng.randrange(num_problems)
+        reward = float(rng.random() < rates[number])
+        yield rollout(f"p/{number}", reward, f"{rng.randrange(12)}é", rng.choice(["stop", "stop", "length"]))
+
+
+def expected(rollouts, max_pass_rate):
+    """The definition, in memory."""
+    groups = defaultdict(list)
+    for one in rollouts:
+        groups[one["problem_id"]].append(one["reward"])
+    rates = {problem_id: sum(rewards) / len(rewards) for problem_id, rewards in groups.items()}
+    seen, examples = set(), []
+    for one in rollouts:
+        text = (one["prompt"], one["completion"])
+        if not one["reward"] or one["finish_reason"] == "length" or text in seen:
+            continue
+        if rates[one["problem_id"]] < max_pass_rate or max_pass_rate == 1:
+            seen.add(text)
+            fields = {name: one[name] for name in ("problem_id", "prompt", "completion")}
+            examples.append({**fields, "pass_rate": rates[one["problem_id"]]})
+    return examples
+
+
+def run(tmp_path, rollouts, **options):
+    """The examples that filter makes of these rollouts."""
+    out = tmp_path / "examples.jsonl"
+    out.unlink(missing_ok=True)
+    jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
+    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), **options)
+    return list(read(out, Example))
+
+
+@pytest.mark.parametrize("max_pass_rate", [0.07, 0.3, 0.5, 1])
+def test_examples_are_those_of_the_definition_in_the_same_order(tmp_path, max_pass_rate, monkeypatch):
+    monkeypatch.setattr(stage, "FLUSH_LINES", 7)
+    rollouts = list(random_rollouts(seed=1))
+    assert run(tmp_path, rollouts, max_pass_rate=max_pass_rate) == expected(rollouts, max_pass_rate)
+
+
+def test_a_pass_rate_equal_to_the_bound_is_not_below_it(tmp_path):
+    hard = [rollout("hard", 1.0)] + [rollout("hard", 0.0)] * 10
+    edge = [rollout("edge", 1.0, str(number)) for number in range(3)] + [rollout("edge", 0.0)] * 27
+    assert [example["problem_id"] for example in run(tmp_path, hard + edge)] == ["hard"]
+
+
+def test_one_success_late_in_the_phase_changes_the_fate_of_the_first(tmp_path):
+    rollouts = [rollout("a", 1.0), *[rollout("a", 0.0)] * 10, rollout("b", 1.0), *[rollout("b", 0.0)] * 10]
+    late = rollout("a", 1.0, "other", trained=False)
+    assert [example["problem_id"] for example in run(tmp_path, [*rollouts, late])] == ["b"]
+
+
+def test_duplicates_truncated_and_integer_rewards(tmp_path):
+    rollouts = [rollout("a", 1, "x"), rollout("a", 1, "x"), rollout("a", 1, "y", "length"), rollout("a", 1, "z")]
+
+    def completions(**options):
+        return [example["completion"] for example in run(tmp_path, rollouts, max_pass_rate=1, **options)]
+
+    assert completions() == ["x", "z"]
+    assert completions(keep_duplicates=True) == ["x", "x", "z"]
+    assert completions(keep_truncated=True) == ["x", "y", "z"]
+
+
+def test_where_prompt_ends_and_completion_begins_tells_rollouts_apart(tmp_path):
+    rollouts = [rollout("a", 1, "bc", prompt="a"), rollout("a", 1, "c", prompt="ab")]
+    assert len(run(tmp_path, rollouts, max_pass_rate=1)) == 2
+
+
+def test_the_cap_draws_by_seed_and_not_by_order(tmp_path):
+    rollouts = [rollout(problem, 1, str(number)) for number in range(50) for problem in "ab"]
+    options = {"max_pass_rate": 1, "max_per_problem": 3}
+
+    def drawn(rollouts, seed):
+        return {(one["problem_id"], one["completion"]) for one in run(tmp_path, rollouts, seed=seed, **options)}
+
+    first = drawn(rollouts, 0)
+    assert sorted(problem for problem, _ in first) == ["a", "a", "a", "b", "b", "b"]
+    assert drawn(rollouts[::-1], 0) == first
+    assert len({frozenset(drawn(rollouts, seed)) for seed in range(5)}) == 5
+
+
+def test_over_many_seeds_every_candidate_is_drawn_about_equally_often():
+    times = Counter()
+    for seed in range(300):
+        draw = Draw(seed, keep_duplicates=False)
+        draw.add((0, number, 7, "prompt", f"completion {number}") for number in range(10))
+        times.update(offset for _, offset in draw.chosen(3))
+    assert sum(times.values()) == 900
+    assert len(times) == 10
+    assert all(60 < count < 120 for count in times.values())  # 90 expected, standard deviation 8
+
+
+def test_the_cap_draws_among_duplicates_that_are_kept(tmp_path):
+    rollouts = [rollout("a", 1, "x")] * 5
+    assert len(run(tmp_path, rollouts, max_pass_rate=1, max_per_problem=3, keep_duplicates=True)) == 3
+
+
+def test_an_rl_output_is_its_steps_in_order_and_several_inputs_count_together(tmp_path):
+    rollouts = list(random_rollouts(seed=2))
+    for step in range(12):
+        jsonl.write(tmp_path / "rl" / "rollouts" / f"step_{step:06d}.jsonl", rollouts[step * 100 : step * 100 + 100])
+    jsonl.write(tmp_path / "more.jsonl", rollouts[1200:])
+    out = tmp_path / "out.jsonl"
+    stage.run(rollouts=[str(tmp_path / "rl"), str(tmp_path / "more.jsonl")], out=str(out), max_pass_rate=0.5)
+    assert list(read(out, Example)) == expected(rollouts, 0.5)
+
+
+def test_in_a_pipe_only_examples_go_to_stdout(tmp_path, monkeypatch, capsys):
+    rollouts = list(random_rollouts(seed=3))
+    stdin = b"".join(orjson.dumps(one) + b"\n" for one in rollouts)
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
+    stage.run(rollouts=["-"], out="-", max_pass_rate=0.5)
+    assert [orjson.loads(line) for line in out.getvalue().splitlines()] == expected(rollouts, 0.5)
+    assert "1,500 rollouts of 40 problems" in capsys.readouterr().err
+
+
+def test_a_named_pipe_can_be_read_once_and_that_suffices(tmp_path):
+    rollouts = list(random_rollouts(seed=4))
+    jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
+    program = "import sys; from stages import filter; filter.run(rollouts=[sys.argv[1]], out='-', max_pass_rate=0.5)"
+    shell = 'exec "$0" -c "$1" <(cat "$2")'
+    command = ["bash", "-c", shell, sys.executable, program, str(tmp_path / "rollouts.jsonl")]
+    lines = subprocess.run(command, capture_output=True, check=True).stdout.splitlines()
+    assert [orjson.loads(line) for line in lines] == expected(rollouts, 0.5)
+
+
+def test_dry_run_prints_the_yield_by_threshold_and_writes_nothing(tmp_path, capsys):
+    rollouts = list(random_rollouts(seed=5))
+    jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
+    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], dry_run=True, max_pass_rate=0.25)
+    rows = {line[:12].strip(): line[12:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["pass rate"] == ["problems", "successes", "examples"]
+    for name, threshold in (("below 0.1", 0.1), ("below 0.25", 0.25), ("any", 1)):
+        examples = expected(rollouts, threshold)
+        assert rows[name][0] == str(len({example["problem_id"] for example in examples}))
+        assert rows[name][2] == str(len(examples))
+    assert [file.name for file in tmp_path.iterdir()] == ["rollouts.jsonl"]
+
+
+def test_the_summary_accounts_for_every_success(tmp_path, capsys):
+    rollouts = [rollout("a", 1, "x"), rollout("a", 1, "x"), rollout("a", 1, "y", "length"), rollout("a", 1, "z")]
+    run(tmp_path, [*rollouts, rollout("b", 0)], max_pass_rate=1, max_per_problem=1)
+    assert capsys.readouterr().err.startswith(
+        "filter: 5 rollouts of 2 problems; 4 successes on 1 problems; "
+        "dropped 1 truncated, 1 duplicates, 1 over the cap; 1 examples -> "
+    )
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "max_pass_rate", "fault"),
+    [
+        ([rollout("a", 0.0)] * 20, 0.1, "no rollout succeeded"),
+        ([rollout("a", 1.0, finish_reason="length")] + [rollout("a", 0.0)] * 20, 0.1, "no rollout succeeded"),
+        ([rollout("a", 1.0)] + [rollout("a", 0.0)] * 7, 0.1, "one success in 8 is 0.125 already; raise it"),
+        ([rollout("a", 1.0)] + [rollout("a", 0.0)] * 9, 0.1, "one success in 10 is 0.1 already; raise it"),
+        ([rollout("a", 1.0)] * 2 + [rollout("a", 0.0)] * 12, 0.1, "no problem with a success has a pass rate below"),
+    ],
+)
+def test_a_selection_of_nothing_is_an_error_with_the_yield_table(tmp_path, rollouts, max_pass_rate, fault):
+    with pytest.raises(InputError, match=fault) as caught:
+        run(tmp_path, rollouts, max_pass_rate=max_pass_rate)
+    assert "The yield by threshold:\npass rate       problems   successes\nbelow 0.05 " in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["rollouts.jsonl"]
+
+
+@pytest.mark.parametrize("reward", [0.5, -1, 2.0])
+def test_a_shaped_reward_is_refused_with_its_line(tmp_path, reward):
+    with pytest.raises(InputError, match=rf"rollouts.jsonl:2: reward {reward:g} must be 0 or 1"):
+        run(tmp_path, [rollout("a", 1.0), rollout("a", reward)])
+
+
+def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
+    lines = [orjson.dumps(one) for one in random_rollouts(seed=6)]
+    (tmp_path / "rollouts.jsonl").write_bytes(b"\n".join([*lines, lines[-1][:-5]]))
+    with pytest.raises(InputError, match=r"rollouts.jsonl:1501: not valid JSON"):
+        stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(tmp_path / "out.jsonl"))
+    assert [file.name for file in tmp_path.iterdir()] == ["rollouts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"max_pass_rate": 10}, "10 % is 0.1"),
+        ({"max_pass_rate": 0}, "must lie above 0"),
+        ({"max_per_problem": -1}, "must be positive"),
+        ({"out": ""}, "--out is missing"),
+        ({"out": "rollouts.jsonl"}, "already holds something"),
+        ({"rollouts": ["missing.jsonl"]}, "missing.jsonl: no such file"),
+        ({"rollouts": ["rollouts.jsonl", "./rollouts.jsonl"]}, "given twice"),
+        ({"rollouts": ["-", "-"]}, "given twice"),
+        ({"rollouts": ["."]}, "holds no rollouts/step_"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_read(tmp_path, monkeypatch, options, fault):
+    monkeypatch.chdir(tmp_path)
+    jsonl.write("rollouts.jsonl", [rollout("a", 1.0)])
+    with pytest.raises(InputError, match=fault):
+        stage.run(**{"rollouts": ["rollouts.jsonl"], "out": "out.jsonl", **options})
+
+
+def test_positions_come_back_in_order_whatever_was_flushed():
+    positions = Positions()
+    triples = [(number % 3, number * 10**12, number) for number in range(50_000)]
+    for place, triple in enumerate(triples):
+        positions.buffer.extend(triple)
+        if place % 777 == 0:
+            positions.flush()
+    assert list(positions) == triples
+    assert list(positions) == triples
+
+
+def test_a_draw_without_a_cap_is_everything_once():
+    draw = Draw(seed=-3, keep_duplicates=False)
+    draw.add([(0, 10, 5, "p", "x"), (0, 20, 5, "p", "x"), (1, 0, 6, "q", "x"), (1, 5, 5, "p", "y")])
+    assert list(draw.chosen(0)) == [(0, 10), (1, 0), (1, 5)]
+    assert draw.num_candidates() == {5: 2, 6: 1}
+
+
+def test_the_yield_table_holds_the_users_own_threshold():
+    tallies = [Tally(0, 100, 4, 3), Tally(1, 10, 10, 10), Tally(2, 10, 0, 0)]
+    lines = yield_table(tallies, 0.07, {0: 2, 1: 1}).splitlines()
+    assert lines[2].split() == ["below", "0.07", "1", "3", "2"]
+    assert lines[-1].split() == ["any", "2", "13", "3"]
