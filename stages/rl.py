@@ -5,22 +5,32 @@ Killed at any moment, the same command goes on where it stopped. What was left o
 bonus and a reward model; DAPO has none.
 """
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+from stages.core.errors import InputError
+from stages.core.progress import warn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from stages.core.rollouts import Prompt
+    from stages.core.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs:
     """Every knob of the stage with its default: the paper's, or DAPO's own where the paper is silent."""
 
-    steps: Annotated[int, "training steps; in each, groups are generated and the policy is updated"] = 200
+    steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated"] = 200
     problems_per_step: Annotated[int, "groups in a full batch (dynamic sampling refills up to this number)"] = 512
     group_size: Annotated[int, "rollouts for each problem"] = 16
     max_tokens: Annotated[int, "most tokens in a completion"] = 2048
     temperature: Annotated[float, "sampling temperature"] = 1.0
     template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
-    max_rounds: Annotated[int, "rounds of generation in a step before a batch that is not full is taken as it is"] = 10
+    max_rounds: Annotated[int, "rounds of drawing in a step before a batch that is not full is taken as it is"] = 10
     minibatches: Annotated[int, "optimizer updates on each step's rollouts"] = 16
     clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low"] = 0.2
     clip_high: Annotated[float, "the ratio is clipped above 1 + clip_high"] = 0.28
@@ -31,10 +41,10 @@ class Knobs:
     advantage_eps: Annotated[float, "added to the group's standard deviation"] = 1e-6
     importance_cap: Annotated[float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off"] = 2.0
     lr: Annotated[float, "learning rate of AdamW after the warm-up"] = 1e-6
-    warmup_steps: Annotated[int, "training steps over which the learning rate grows from 0"] = 10
+    warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value"] = 10
     weight_decay: Annotated[float, "weight decay of AdamW"] = 0.1
-    beta1: Annotated[float, "first moment's decay of AdamW"] = 0.9
-    beta2: Annotated[float, "second moment's decay of AdamW"] = 0.999
+    beta1: Annotated[float, "decay of AdamW's first moment"] = 0.9
+    beta2: Annotated[float, "decay of AdamW's second moment"] = 0.999
     max_grad_norm: Annotated[float, "the gradient is scaled down to this norm"] = 1.0
     alarm_grad_norm: Annotated[float, "a gradient norm above this is counted as an alarm in the log"] = 50.0
     tokens_per_microbatch: Annotated[int, "most tokens, padding included, in one forward and backward pass"] = 16384
@@ -43,8 +53,27 @@ class Knobs:
     memory_fraction: Annotated[float, "share of a GPU's memory for the engine"] = 0.5
     mismatch_bound: Annotated[float, "float32: largest trainer/engine log-prob difference allowed at start-up"] = 1e-3
     checkpoint_every: Annotated[int, "training steps between checkpoints; the last step always has one"] = 50
+    save_every: Annotated[int, "training steps between the states that a killed run resumes from"] = 10
     tracker: Annotated[str, "also log to an accelerate tracker: tensorboard, wandb, or none"] = "none"
     seed: Annotated[int, "seed of data order and sampling"] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what can't work, in the flag's own name."""
+        if self.group_size < 2:
+            raise InputError(f"--group-size {self.group_size}: a group needs at least 2 rollouts to be compared")
+        for name in ("steps", "problems_per_step", "max_tokens", "max_rounds", "minibatches", "tokens_per_microbatch"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("checkpoint_every", "save_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "must be above 0: greedy samples are all equal")
+        _require(
+            0 <= self.overlong_buffer <= self.max_tokens,
+            "overlong_buffer",
+            self.overlong_buffer,
+            f"must be between 0 and --max-tokens {self.max_tokens}",
+        )
+        _require(0 < self.clip_low < 1 and self.clip_high > 0, "clip_low", self.clip_low, "must be between 0 and 1")
+        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto float32 bfloat16")
 
 
 def run(
@@ -52,11 +81,167 @@ def run(
     problems: Annotated[Path, "problems to train on (JSONL)"],
     out: Annotated[Path, "directory to write"],
     knobs: Knobs,
+    restart_if_changed: Annotated[
+        bool, "where OUT holds a run with other settings, remove that and start over"
+    ] = False,
 ) -> None:
     """Explore with DAPO from a start policy and keep every rollout.
 
-    Example: rloop rl --policy toy/policy --problems toy/train.jsonl --out runs/1/rl --template none --steps 3
+    Example: rloop rl --policy toy/policy --problems toy/train.jsonl --out runs/1/rl --template none --steps 2
+    --problems-per-step 8 --max-tokens 72 --overlong-buffer 0 --minibatches 1 --lr 3e-4
     """
-    from stages.core.exploration import explore
+    from stages.core import outputs, prompts, records
+    from stages.core import policy as policies
+    from stages.core.lifetime import end_with_parent
+    from stages.core.rollouts import make_prompts
+    from stages.core.rundir import RunDir
 
-    explore(policy, problems, out, knobs)
+    end_with_parent()
+    path = policies.resolve(policy)
+    tokenizer = policies.load_tokenizer(path)
+    template = prompts.load(knobs.template, tokenizer)
+    context = policies.context_length(path)
+    ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, knobs.max_tokens, context)
+    _say_left_out(left_out, knobs.max_tokens, context)
+    accelerator = _accelerator(knobs, out)
+    identity = {
+        "parameters": {**asdict(knobs), "processes": accelerator.num_processes, "template_digest": template.digest},
+        "inputs": {"policy": outputs.digest(path), "problems": outputs.digest(problems)},
+    }
+    directory = RunDir(out)
+    with outputs.locked(out) if accelerator.is_main_process else nullcontext():
+        finished, done = _begin(accelerator, directory, identity, restart_if_changed)
+        if finished:
+            warn(f"{out} already holds this run, finished: nothing to do")
+            return
+        _explore(accelerator, directory, done, policy, path, ready, template.end_tokens(tokenizer), knobs)
+        if accelerator.is_main_process:
+            _finish(directory, identity, knobs, left_out)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _explore(
+    accelerator: "Accelerator",
+    directory: "RunDir",
+    done: int,
+    policy: str,
+    path: Path,
+    ready: "list[Prompt]",
+    ends: tuple[list[int], list[str]],
+    knobs: Knobs,
+) -> None:
+    """Put the parts together and do the steps that are left."""
+    from stages.core.engine import Sampling, VllmEngine
+    from stages.core.exploration import Explorer
+    from stages.core.lifetime import stop_signal
+    from stages.core.trainer import Objective, Trainer
+    from stages.core.verifier import Verifier
+
+    objective = Objective(
+        clip_low=knobs.clip_low,
+        clip_high=knobs.clip_high,
+        importance_cap=knobs.importance_cap,
+        max_grad_norm=knobs.max_grad_norm,
+        minibatches=knobs.minibatches,
+        tokens_per_microbatch=knobs.tokens_per_microbatch,
+    )
+    engine = VllmEngine(
+        path,
+        max_model_len=max(len(prompt.token_ids) for prompt in ready) + knobs.max_tokens,
+        dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
+        memory_fraction=knobs.memory_fraction,
+        sleeps=True,
+        distributed=accelerator.num_processes > 1,
+        empty=True,
+    )
+    trainer = Trainer(
+        path,
+        accelerator,
+        objective,
+        temperature=knobs.temperature,
+        betas=(knobs.beta1, knobs.beta2),
+        weight_decay=knobs.weight_decay,
+        gradient_checkpointing=knobs.gradient_checkpointing,
+    )
+    stop_ids, stop = ends
+    sampling = Sampling(
+        knobs.group_size, knobs.max_tokens, knobs.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
+    )
+    with Verifier() as verifier, stop_signal() as stop_flag:
+        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling)
+        worst = explorer.check_hand_over()
+        if accelerator.is_main_process:
+            warn(f"engine and trainer agree to {worst:.1e} in log-probability ({accelerator.mixed_precision} autocast)")
+        explorer.run(directory, stop_flag, done, policy)
+
+
+def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
+    import torch
+    from accelerate import Accelerator
+
+    half = knobs.dtype == "bfloat16" or (knobs.dtype == "auto" and torch.cuda.is_available())
+    tracker = None if knobs.tracker == "none" else knobs.tracker
+    accelerator = Accelerator(
+        mixed_precision="bf16" if half else "no",
+        log_with=tracker,
+        project_dir=str(out / "tracker") if tracker else None,
+    )
+    if tracker:
+        accelerator.init_trackers("rloop-rl", config=asdict(knobs))
+    return accelerator
+
+
+def _begin(
+    accelerator: "Accelerator", directory: "RunDir", identity: dict[str, Any], restart_if_changed: bool
+) -> tuple[bool, int]:
+    """Whether the run is finished, and after which step to go on; the main rank looks, the others are told."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        finished = directory.begin(identity, restart_if_changed)
+        found = [finished, 0 if finished else directory.resume_step()]
+        if found[1]:
+            warn(f"going on after step {found[1]}")
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0], found[1]
+
+
+def _finish(directory: "RunDir", identity: dict[str, Any], knobs: Knobs, left_out: list[str]) -> None:
+    """Check that all was done that was planned, and write what the run comes to."""
+    from stages.core import outputs
+    from stages.core.rundir import step_name
+
+    rows = directory.log_rows()
+    assert [row["step"] for row in rows] == list(range(1, knobs.steps + 1)), "log.tsv does not hold each planned step"
+    files = sorted(file.stem for file in directory.path.glob("rollouts/*.jsonl"))
+    assert files == [step_name(step) for step in range(1, knobs.steps + 1)], "a step's rollouts are missing"
+    totals = ("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "seconds", "generate_s", "verify_s")
+    totals += ("update_s", "handover_s", "short_batch", "skipped_updates", "grad_alarms", "timeouts")
+    metrics = {
+        "steps": len(rows),
+        **{name: sum(row[name] for row in rows) for name in totals},
+        "pass_rate_first": rows[0]["pass_rate"],
+        "pass_rate_last": rows[-1]["pass_rate"],
+        "entropy_last": rows[-1].get("entropy"),
+        "grad_norm_max": max((row["grad_norm_max"] for row in rows if "grad_norm_max" in row), default=None),
+    }
+    counts = {"steps": len(rows), "rollouts": int(metrics["num_rollouts"]), "problems_left_out": left_out}
+    manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, metrics["seconds"])
+    directory.finish(metrics, {**manifest, "template_digest": identity["parameters"]["template_digest"]})
+
+
+def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
+    if left_out:
+        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        warn(
+            f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
+            f"policy's context of {context} tokens ({some})"
+        )
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise InputError(f"--{name.replace('_', '-')} {value} {rule}")

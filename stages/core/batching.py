@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Pack sequence numbers into micro-batches of at most `max_tokens` tokens, padding included, longest first.
 
     Sorting by length first makes padding small: neighbours are nearly as long as each other. A sequence that is
-    longer than the budget has a micro-batch of its own. Ties keep their order, so the same lengths give the same result.
+    longer than the budget has a micro-batch of its own. Ties keep their order.
     """
     batches: list[list[int]] = []
     widest = 0
@@ -34,7 +35,7 @@ def split(items: Sequence[int], num_parts: int) -> list[list[int]]:
     """Cut into `num_parts` runs whose sizes differ by at most one; none is dropped. Fewer parts where items run out."""
     num_parts = min(num_parts, len(items))
     cuts = [len(items) * part // num_parts for part in range(num_parts + 1)] if num_parts else [0]
-    return [list(items[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [list(items[start:end]) for start, end in pairwise(cuts)]
 
 
 class ProblemStream:

@@ -10,6 +10,16 @@ from stages.core.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+NO_MATTER = {  # keys of config.json in which policies of one engine may differ; end tokens are compared on their own
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -102,31 +112,59 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (RuntimeError, OSError, ValueError) as error:
         check_shapes(path)
         raise InputError(f"policy {path}: the weights do not load: {str(error).splitlines()[0]}") from error
+    model, info = loaded
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"policy {path}: {len(info['missing_keys'])} weights are missing, such as {names}")
     return model
 
 
+def difference(first: Path, second: Path) -> str | None:
+    """Why the weights of `second` cannot replace those of `first` in one engine; None where they can.
+
+    Tied and untied embeddings can: the engine always holds a head of its own.
+    """
+    before, after = (load_config(path).to_dict() for path in (first, second))
+    for key in sorted((before.keys() | after.keys()) - NO_MATTER):
+        if before.get(key) != after.get(key):
+            return f"{key} is {before.get(key)} in the one and {after.get(key)} in the other"
+    before_ids, after_ids = (end_token_ids(path) for path in (first, second))
+    return None if before_ids == after_ids else f"end tokens are {before_ids} in the one and {after_ids} in the other"
+
+
+def end_token_ids(path: Path) -> list[int]:
+    """The token ids that end a completion: the tokenizer's end token and those of the generation configuration."""
+    file = path / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    more = named if isinstance(named, list) else [named]
+    return sorted({load_tokenizer(path).eos_token_id, *(token for token in more if token is not None)})
+
+
 def check_shapes(path: Path) -> None:
-    """Raise InputError where a weight on disk has another shape than the configuration asks for."""
+    """Raise InputError where a weight on disk is missing or has another shape than the configuration asks for."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(load_config(path)).state_dict()
+        model = AutoModelForCausalLM.from_config(load_config(path))
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, list[int]] = {}
     for file in weight_files(path):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
-                found = list(weights.get_slice(name).get_shape())
-                if name in expected and list(expected[name].shape) != found:
-                    wanted = list(expected[name].shape)
-                    raise InputError(f"policy {path}: weight {name} has shape {found}, config.json asks for {wanted}")
+            found |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    for name in expected.keys() & found.keys():
+        if expected[name] != found[name]:
+            raise InputError(
+                f"policy {path}: weight {name} has shape {found[name]}, config.json asks for {expected[name]}"
+            )
+    missing = expected.keys() - found.keys() - set(model.all_tied_weights_keys)
+    if missing and found.keys() <= expected.keys():  # other names mean that the loader renames weights
+        raise InputError(f"policy {path}: {len(missing)} weights are missing, such as {min(missing)}")
 
 
 def disk_weights(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -142,9 +180,7 @@ def disk_weights(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
     return with_head(read(), tied=bool(load_config(path).tie_word_embeddings))
 
 
-def with_head(
-    weights: Iterator[tuple[str, "torch.Tensor"]], tied: bool
-) -> Iterator[tuple[str, "torch.Tensor"]]:
+def with_head(weights: Iterator[tuple[str, "torch.Tensor"]], tied: bool) -> Iterator[tuple[str, "torch.Tensor"]]:
     """`weights`, and for tied embeddings the embedding once more as the output head.
 
     The engine holds the head as a weight of its own: vLLM's reload on the CPU leaves a tied one stale.
@@ -159,5 +195,8 @@ def with_head(
 
 def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"] | None = None) -> None:
     """Write model and tokenizer to the directory `path` in the form that transformers and vLLM load."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model.save_pretrained(path, state_dict=state, safe_serialization=True)
     tokenizer.save_pretrained(path)

@@ -5,7 +5,7 @@ The verifier works on finished groups while the engine still generates the other
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.core import policy as policies
 from stages.core.engine import Completion, Engine, Sampling
@@ -24,18 +24,37 @@ class Prompt:
     token_ids: list[int]
 
 
+class Settled(NamedTuple):
+    """Scores that are there already, in the place of a batch that is under way."""
+
+    scores: list[Score]
+
+    def result(self) -> list[Score]:
+        """The scores."""
+        return self.scores
+
+
 @dataclass
 class Group:
     """The completions drawn for one prompt, with their scores, in the order of the samples."""
 
     prompt: Prompt
     completions: list[Completion]
-    _batch: Batch = field(repr=False)
+    batch: Batch | Settled = field(repr=False)
 
     @property
     def scores(self) -> list[Score]:
         """The verifier's scores; waits for them where they are not there yet."""
-        return self._batch.result()
+        return self.batch.result()
+
+    def settled(self) -> "Group":
+        """The same group with its scores waited for, free to travel to another process."""
+        return Group(self.prompt, self.completions, Settled(self.scores))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all completions, end tokens included."""
+        return sum(len(completion.token_ids) for completion in self.completions)
 
     @property
     def rewards(self) -> list[float]:
@@ -100,14 +119,32 @@ def draw(
     `on_group` is called with the number of tokens of each finished group, for progress bars. The scores may still be
     under way when this returns; the first look at `Group.scores` waits for them.
     """
-    groups: list[Group | None] = [None] * len(prompts)
+    groups: dict[int, Group] = {}
+
+    def finished(index: int, group: Group) -> None:
+        groups[index] = group
+        if on_group is not None:
+            on_group(group.num_tokens)
+
+    draw_each(engine, verifier, prompts, sampling, finished)
+    return [groups[index] for index in range(len(prompts))]
+
+
+def draw_each(
+    engine: Engine,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    on_group: Callable[[int, Group], None],
+) -> None:
+    """As `draw`, for more groups than memory should hold: each goes to `on_group` with its prompt's index, then away.
+
+    The engine still holds the completions of the whole call.
+    """
 
     def finished(index: int, completions: list[Completion]) -> None:
         answer = prompts[index].problem["answer"]
         batch = verifier.submit([(completion.text, answer) for completion in completions])
-        groups[index] = Group(prompts[index], completions, batch)
-        if on_group is not None:
-            on_group(sum(len(completion.token_ids) for completion in completions))
+        on_group(index, Group(prompts[index], completions, batch))
 
     engine.generate([prompt.token_ids for prompt in prompts], sampling, finished)
-    return [group for group in groups if group is not None]

@@ -1,0 +1,55 @@
+"""Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+LINES = 20  # lines of progress over a whole run where stderr is no terminal
+
+
+def warn(message: str) -> None:
+    """One line on stderr for what the user should know and the run survives."""
+    print(f"rloop: {message}", file=sys.stderr, flush=True)
+
+
+class StepProgress:
+    """A bar over steps with a note; `quiet` for the ranks that don't speak."""
+
+    def __init__(self, title: str, total: int, done: int = 0, quiet: bool = False):
+        from rich.console import Console  # here, since the stages import this module for `warn`
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.title, self.total, self.quiet = title, total, quiet
+        self.started = time.monotonic()
+        self.on_terminal = sys.stderr.isatty()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet or not self.on_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> "StepProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def note(self, note: str) -> None:
+        """Say what is going on within the step at hand."""
+        self._bar.update(self._task, note=note)
+
+    def step(self, done: int, note: str) -> None:
+        """Say that `done` steps are done."""
+        self._bar.update(self._task, completed=done, note=note)
+        every = max(1, self.total // LINES)
+        if not self.quiet and not self.on_terminal and (done % every == 0 or done == self.total):
+            seconds = time.monotonic() - self.started
+            print(f"{self.title} {done}/{self.total}  {note}  {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""The growing directory of an rl run: what is in it at any moment is whole, and tells where to go on.
+
+rollouts/step_000001.jsonl ...   checkpoints/step_000050/ ...   log.tsv   metrics.json   manifest.json
+state/run.json                   parameters, inputs and versions the run was begun with
+state/step_000010/               weights, optimizer and position after that step; the newest one only
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from stages.core import jsonl
+from stages.core.errors import InputError
+from stages.core.outputs import whole_file, write_json
+from stages.core.records import Rollout
+
+
+def step_name(step: int) -> str:
+    """ "step_000012": names sort as the steps do."""
+    return f"step_{step:06d}"
+
+
+class RunDir:
+    """An rl output directory. Steps count from 1; `step` 0 is the start."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.state = path / "state"
+        self.log_path = path / "log.tsv"
+
+    def begin(self, identity: Mapping[str, Any], restart_if_changed: bool) -> bool:
+        """Claim the directory for a run of this `identity` (parameters and input digests).
+
+        Returns whether the run is already finished. Raises InputError where the directory holds another run, naming
+        the difference, or something that is no run; with `restart_if_changed` another run is removed instead.
+        """
+        identity = orjson.loads(orjson.dumps(identity, default=str))
+        known = self._identity()
+        if known is not None and (changes := differences(known, identity)):
+            if not restart_if_changed:
+                raise InputError(
+                    f"{self.path} was begun with other settings: {'; '.join(changes)}. Give those again to go on, "
+                    f"or name another --out (or remove {self.path}) to start over; nothing was changed"
+                )
+            shutil.rmtree(self.path)
+            known = None
+        if known is None:
+            self._refuse_foreign()
+            self.state.mkdir(parents=True, exist_ok=True)
+            write_json(self.state / "run.json", identity)
+        return (self.path / "manifest.json").is_file()
+
+    def resume_step(self) -> int:
+        """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away."""
+        saved = self._saved_steps()
+        step = saved[-1] if saved else 0
+        for path in [*self.path.glob("rollouts/step_*.jsonl"), *self.path.glob("checkpoints/step_*")]:
+            if int(path.stem.split("_")[1]) > step:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.path.rglob(".*.partial"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._cut_log(step)
+        return step
+
+    def state_dir(self, step: int) -> Path:
+        """Where the state after `step` lies."""
+        return self.state / step_name(step)
+
+    def forget_states_before(self, step: int) -> None:
+        """Remove the states that `step` supersedes."""
+        for old in self._saved_steps():
+            if old < step:
+                shutil.rmtree(self.state_dir(old))
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies."""
+        return self.path / "checkpoints" / step_name(step)
+
+    def write_rollouts(self, step: int, rollouts: Iterable[Rollout]) -> None:
+        """Write the step's rollouts, whole; a later call for the same step replaces them."""
+        jsonl.write(self.path / "rollouts" / f"{step_name(step)}.jsonl", rollouts)
+
+    def append_log(self, row: Mapping[str, Any]) -> None:
+        """Add a line to log.tsv, with the header before the first."""
+        fresh = not self.log_path.exists()
+        with self.log_path.open("a") as file:
+            if fresh:
+                file.write("\t".join(row) + "\n")
+            file.write("\t".join(_cell(value) for value in row.values()) + "\n")
+
+    def log_rows(self) -> list[dict[str, float]]:
+        """log.tsv as numbers; an empty cell is left out."""
+        if not self.log_path.exists():
+            return []
+        header, *lines = self.log_path.read_text().splitlines()
+        names = header.split("\t")
+        rows = (zip(names, line.split("\t"), strict=True) for line in lines)
+        return [{name: float(cell) for name, cell in row if cell} for row in rows]
+
+    def finish(self, metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Write metrics and manifest, in this order, then let go of the state, all but the run's identity."""
+        write_json(self.path / "metrics.json", metrics)
+        write_json(self.path / "manifest.json", manifest)
+        shutil.rmtree(self.state)
+
+    def _identity(self) -> dict[str, Any] | None:
+        for path in (self.state / "run.json", self.path / "manifest.json"):
+            if path.is_file():
+                found = orjson.loads(path.read_bytes())
+                return {"parameters": found.get("parameters"), "inputs": found.get("inputs")}
+        return None
+
+    def _refuse_foreign(self) -> None:
+        if self.path.is_file() or (self.path.is_dir() and any(p != self.state for p in self.path.iterdir())):
+            raise InputError(f"{self.path} already holds something that is no rl run: name another --out")
+
+    def _saved_steps(self) -> list[int]:
+        return sorted(int(path.name.split("_")[1]) for path in self.state.glob("step_*"))
+
+    def _cut_log(self, step: int) -> None:
+        if not self.log_path.exists():
+            return
+        header, *lines = self.log_path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and int(line.split("\t", 1)[0]) <= step]
+        with whole_file(self.log_path) as beside:
+            beside.write_text("".join([header, *kept]) if kept else "")
+        if not kept:
+            self.log_path.unlink()
+
+
+def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """ "lr was 0.001, is now 0.002" for every parameter and input in which two identities differ."""
+    found = []
+    for part in ("parameters", "inputs"):
+        before, now = known.get(part) or {}, asked.get(part) or {}
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                if part == "inputs":
+                    found.append(f"the content of {name} has changed")
+                else:
+                    found.append(f"{name} was {before.get(name)}, is now {now.get(name)}")
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return str(value)
