@@ -195,7 +195,9 @@ _BASED = re.compile(
     r"(?P<digits>\d[0-9A-Z]*|[A-Z]+\d[0-9A-Z]*)_\{\s*(?:\\text\{)?\s*(?:base)?\s*(?P<base>\w+?)\s*\}?\s*\}", re.ASCII
 )
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)(?:\s*:\s*\d+(?:\.\d+)?)+", re.ASCII)
-_CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?", re.ASCII)
+_POINTS = re.compile(r"(?:\([^()]*,[^()]*\)\s*){2,}")
+_ADJACENT = re.compile(r"\)\s*\(")
+_CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:[ap]m)?", re.ASCII)
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
 _WORD = re.compile(
     r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|(?i:yes|no|odd|all|any|not|the|of|is|to)|[B-DF-HJ-NP-TV-Z]{2,})(?![a-zA-Z])"
@@ -212,6 +214,7 @@ def _form(text: str, depth: int) -> Form:
     text = notation.strip_outer(text)
     if depth > 6:
         raise Refused("nested too deeply")
+    text = _ADJACENT.sub("),(", text) if _POINTS.fullmatch(text) else text
     for reader in (_union, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
         if (found := reader(text, depth)) is not None:
             return found
@@ -338,10 +341,10 @@ def _constant(text: str, depth: int) -> Form | None:
 
 def _ratio(text: str, depth: int) -> Form | None:
     """3:4 is the number 3/4; 2:4:6 is 1:2:3; what may be a time of day is words."""
+    if _CLOCK.fullmatch(_plain(text)):
+        return Words(_plain(text))
     if not _RATIO.fullmatch(text):
         return None
-    if _CLOCK.fullmatch(text):
-        return Words(_plain(text))
     parts = [Fraction(part) for part in text.split(":")]
     if 0 in parts:
         return Words(text)
@@ -365,7 +368,7 @@ def _value(text: str) -> Form:
         base = notation.spelled_number(based.group("base"))
         stripped = f"{based.group('digits')}_{{{base}}}"
         known = _in_base(based.group("digits"), base)
-    elif not stripped or "%" in stripped or r"\text" in stripped or _WORD.search(stripped):
+    elif not stripped or "%" in stripped or _WORD.search(stripped) or _is_verbal(stripped):
         return Words(_plain(text))
     if factor > 1:
         if known is None:
@@ -373,6 +376,14 @@ def _value(text: str) -> Form:
         known *= factor
         stripped = str(known)
     return Value(stripped, unit, is_percent, known)
+
+
+def _is_verbal(text: str) -> bool:
+    """Whether commands make a text one that no algebra reads. Raises Refused for a command that nobody can read."""
+    commands = set(re.findall(r"\\([a-zA-Z]+)", text)) - notation.READABLE
+    if unknown := commands - notation.VERBAL - {"text"}:
+        raise Refused(f"the command \\{min(unknown)}")
+    return bool(commands)
 
 
 def _expression(text: str) -> str:

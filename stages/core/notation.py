@@ -311,6 +311,29 @@ _SYMBOL_TABLE = str.maketrans(_SYMBOLS)
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
+# The commands that the grammar of math-verify turns into objects of bounded size. One that is in neither list is
+# refused: some build huge objects (\\operatorname{zeros}), some hide text (\\phantom), the rest nobody can compare.
+READABLE = frozenset(
+    (
+        "Delta Gamma Lambda Omega Phi Pi Psi Sigma Theta Upsilon Xi alpha arccos arcsin arctan bar begin beta "
+        "binom cdot chi circ cos cosh cot coth csc ddot delta det div dot ell emptyset end epsilon eta exp "
+        "frac gamma gcd hat hbar infty int iota kappa lambda langle lceil lcm lfloor lim ln log lvert mathbb "
+        "max min mu nu omega overline partial phi pi prime prod psi rangle rceil rfloor rho rvert sec sigma "
+        "sin sinh sqrt sum tan tanh tau theta times to upsilon varepsilon varphi varrho vartheta vec vert "
+        "widehat xi zeta "
+    ).split()
+)
+# Commands of honest answers that say something which only words can be compared on.
+VERBAL = frozenset(
+    (
+        "ldots vdots ddots equiv bmod pmod pod mod mid nmid forall exists odot oplus otimes triangle parallel "
+        "perp sim cong to rightarrow leftarrow Rightarrow Leftarrow implies iff Leftrightarrow "
+        "Longleftrightarrow land lor neg subset subseteq supset supseteq not notin ni sup inf deg dim ker "
+        "star ast underbrace overbrace bigcup bigcap mathcal mathfrak top bot square cap setminus le ge ne in "
+        "approx cup pm mp lcm widetilde tilde imath jmath wedge vee propto hline "
+    ).split()
+)
+
 # Applied in this order; each brings many spellings to one.
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -319,7 +342,7 @@ _REWRITES = [
         (r"\t(?=ext\{|imes|frac|heta)", r"\\t"),
         (r"\x08(?=inom|egin|oxed|eta|ar\{)", r"\\b"),
         (r"[\x00-\x20\x7f\u00a0]+", " "),
-        (r"(?<!\\)\\(?=\\(?:frac|sqrt|text|pi|boxed)(?![a-zA-Z]))", ""),
+        (r"\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
         (r"\\[([\])]", " "),  # \( \) \[ \]
         (r"\\(?:left|right|middle)(?![a-zA-Z])\s*\.?", ""),
         (r"\\[bB]igg?[lrm]?(?![a-zA-Z])", ""),
