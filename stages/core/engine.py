@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Completion(NamedTuple):
-    """One sampled continuation; `token_ids` include the end token, `log_probs` are the sampled tokens' own, in nats."""
+    """One sampled continuation; `token_ids` include the end token, `log_probs` are the sampled tokens' own, in nats.
+
+    `log_probs` is empty where the call did not ask for them.
+    """
 
     text: str
     token_ids: list[int]
@@ -27,14 +30,20 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `seed` for the whole call, or `seeds`, one a prompt (slower, but free of batch order)."""
+    """How to sample: `seed` for the whole call, or `seeds`, one a prompt (slower, but free of batch order).
+
+    Sample i of a prompt draws from a generator seeded with the prompt's seed + i. `stop_token_ids` end a completion
+    beside the policy's own end tokens; `stop` does so as text, which stays in the completion.
+    """
 
     num_samples: int
     max_tokens: int
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     seeds: Sequence[int] | None = None
+    log_probs: bool = True
 
 
 OnGroup = Callable[[int, list[Completion]], None]
@@ -43,9 +52,10 @@ OnGroup = Callable[[int, list[Completion]], None]
 class Engine(Protocol):
     """What the stages need of an engine; tests hand over a scripted one."""
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, on_group: OnGroup
-    ) -> list[list[Completion]]:
+    def load(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+        """Replace the weights by (checkpoint name, tensor) pairs."""
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, on_group: OnGroup) -> list[list[Completion]]:
         """Sample; call `on_group(index, completions)` when all samples of a prompt are done, in any order."""
 
 
@@ -61,12 +71,16 @@ class VllmEngine:
         memory_fraction: float = 0.9,
         sleeps: bool = False,
         distributed: bool = False,
+        empty: bool = False,
     ):
+        """Start from the checkpoint `policy`; its weights are read in too, unless `empty`: then `load` must follow."""
         _configure()
         import torch
         from vllm import LLM
 
         self.on_gpu = torch.cuda.is_available()
+        if dtype == "auto":  # vLLM's own choice would depend on the checkpoint's type
+            dtype = "bfloat16" if self.on_gpu else "float32"
         self.sleeps = sleeps and self.on_gpu
         self.tokenizer = policies.load_tokenizer(policy)
         extra: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if distributed else {}
@@ -74,7 +88,7 @@ class VllmEngine:
             model=str(policy),
             load_format="dummy",
             hf_overrides={"tie_word_embeddings": False},
-            dtype=dtype,
+            dtype=dtype,  # type: ignore[arg-type]
             max_model_len=max_model_len,
             max_num_seqs=512,
             enforce_eager=not self.on_gpu,
@@ -83,7 +97,8 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             **extra,
         )
-        self.load(policies.disk_weights(policy))
+        if not empty:
+            self.load(policies.disk_weights(policy))
 
     def load(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs and forget every cached prefix."""
@@ -116,14 +131,17 @@ class VllmEngine:
         for index, prompt in enumerate(prompts):
             core.add_request(str(index), {"prompt_token_ids": prompt}, self._params(sampling, index))
         groups: list[list[Completion]] = [[] for _ in prompts]
-        while core.has_unfinished_requests():
-            for output in core.step():
-                if not output.finished:
-                    continue
-                index = int(output.request_id)
-                groups[index] = self._completions(output.outputs)
-                if on_group is not None:
-                    on_group(index, groups[index])
+        try:
+            while core.has_unfinished_requests():
+                for output in core.step():
+                    if not output.finished:
+                        continue
+                    index = int(output.request_id)
+                    groups[index] = self._completions(output.outputs)
+                    if on_group is not None:
+                        on_group(index, groups[index])
+        finally:  # an interrupted call leaves nothing behind for the next one
+            core.abort_request([str(index) for index, group in enumerate(groups) if not group])
         assert all(len(group) == sampling.num_samples for group in groups), "the engine lost completions"
         return groups
 
@@ -137,10 +155,11 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             seed=None if sampling.seeds is None else sampling.seeds[index],
             stop=list(sampling.stop) or None,
+            stop_token_ids=list(sampling.stop_token_ids) or None,
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),
-            logprobs=0,
-            flat_logprobs=True,
+            logprobs=0 if sampling.log_probs else None,
+            flat_logprobs=sampling.log_probs,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -149,7 +168,7 @@ class VllmEngine:
         token_ids = [list(output.token_ids) for output in outputs]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [
-            Completion(text, ids, list(output.logprobs.logprobs), str(output.finish_reason))
+            Completion(text, ids, list(output.logprobs.logprobs) if output.logprobs else [], str(output.finish_reason))
             for text, ids, output in zip(texts, token_ids, outputs, strict=True)
         ]
 
@@ -161,6 +180,7 @@ def _configure() -> None:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -1,0 +1,155 @@
+"""From rollouts to results and metrics.json, the tables that say what they mean, and a second grading of old rollouts.
+
+    {"policies": {"runs/1/policy": {"num_problems": 30, "num_samples": 32, "avg@32": {"value": 0.25, "low": 0.19,
+                                    "high": 0.31}, "pass@8": ..., "truncated": ..., "no_answer": ...,
+                                    "mean_tokens": ..., "verdicts": {"correct": 240, "wrong": 700, "no_answer": 20}}},
+     "differences": {"runs/1/policy - runs/0/policy": {"avg@32": {"value", "low", "high", "real"}, ...}},
+     "selected": {"policy": "runs/1/policy", "metric": "pass@32", "value": 0.5}}
+
+Everything is computed from counts by problem (results.jsonl), and those from rollouts.jsonl.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations, islice
+from typing import Any
+
+from stages.core import metrics
+from stages.core.errors import InputError
+from stages.core.records import Result, Rollout
+from stages.core.verifier import Verifier
+
+BATCH = 4096  # rollouts handed to the verifier at once when they are graded again
+
+
+class Tally:
+    """Results counted from rollouts that pass by, by policy and problem, in the order of their appearance."""
+
+    def __init__(self) -> None:
+        self._results: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, rollout: Rollout) -> Rollout:
+        """Count one rollout, and return it."""
+        key = rollout["policy"], rollout["problem_id"]
+        if (result := self._results.get(key)) is None:
+            result = self._results[key] = {
+                "problem_id": rollout["problem_id"],
+                "policy": rollout["policy"],
+                "num_samples": 0,
+                "num_correct": 0,
+                "num_truncated": 0,
+                "num_no_answer": 0,
+                "num_tokens": 0,
+                "verdicts": Counter(),
+            }
+        result["num_samples"] += 1
+        result["num_correct"] += rollout["verdict"] == "correct"
+        result["num_truncated"] += rollout["finish_reason"] == "length"
+        result["num_no_answer"] += rollout["verdict"] == "no_answer"
+        result["num_tokens"] += rollout["num_tokens"]
+        result["verdicts"][rollout["verdict"]] += 1
+        return rollout
+
+    @property
+    def results(self) -> list[Any]:
+        """The Results, with `num_no_answer`, `num_tokens` (of all samples) and `verdicts` beside the usual fields."""
+        return list(self._results.values())
+
+
+def measure(results: Sequence[Result], ks: Sequence[int], select: str = "") -> dict[str, Any]:
+    """What metrics.json holds, see above; `selected` only where a metric is named."""
+    policies = metrics.by_policy(results)
+    found: dict[str, Any] = {"policies": {name: _summary(own, ks) for name, own in policies.items()}}
+    found["differences"] = {
+        f"{second} - {first}": metrics.compare(policies[first], policies[second], ks)
+        for first, second in combinations(policies, 2)
+    }
+    if select:
+        found["selected"] = selected(found["policies"], select)
+    return found
+
+
+def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
+    verdicts: Counter[str] = Counter()
+    for result in results:
+        verdicts.update(result["verdicts"])
+    return metrics.summarise(results, ks) | {"verdicts": dict(verdicts.most_common())}
+
+
+def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
+    """The best policy by `metric`; of equals the first."""
+    best = max(summaries, key=lambda name: summaries[name][metric]["value"])
+    return {"policy": best, "metric": metric, "value": summaries[best][metric]["value"]}
+
+
+def check_metrics(num_samples: int, ks: Sequence[int], select: str) -> None:
+    """Raise InputError for a k that `num_samples` cannot give, or a selection by a metric that there will not be."""
+    for k in ks:
+        if not 1 <= k <= num_samples:
+            raise InputError(f"--k {k} needs 1 to {num_samples} (--num-samples): name other --k, or draw more samples")
+    choices = [f"avg@{num_samples}", *(f"pass@{k}" for k in ks)]
+    if select and select not in choices:
+        raise InputError(f"--select {select} is none of the metrics: {', '.join(choices)}")
+
+
+def regrade(rollouts: Iterable[Rollout], verifier: Verifier) -> Iterator[tuple[Rollout, Rollout]]:
+    """Each rollout as it was and as `verifier` grades it now."""
+    stream = iter(rollouts)
+    while batch := list(islice(stream, BATCH)):
+        scores = verifier.submit([(rollout["completion"], rollout["answer"]) for rollout in batch]).result()
+        for rollout, score in zip(batch, scores, strict=True):
+            yield rollout, {**rollout, "verdict": score.verdict, "reward": score.reward}
+
+
+def summary_table(found: dict[str, Any]) -> str:
+    """A line a policy: each metric in per cent with its interval."""
+    names = [name for name in next(iter(found["policies"].values())) if "@" in name]
+    rows = [["policy", *names, "truncated", "no answer", "tokens"]]
+    for policy, summary in found["policies"].items():
+        figures = [_percent(summary[name]) for name in names]
+        shares = [f"{100 * summary[name]['value']:.1f}" for name in ("truncated", "no_answer")]
+        rows.append([policy, *figures, *shares, f"{summary['mean_tokens']['value']:.0f}"])
+    return aligned(rows)
+
+
+def difference_table(found: dict[str, Any]) -> str:
+    """A line a pair of policies: the paired difference of each metric; a star marks those that are real."""
+    pairs = found["differences"]
+    names = [name for name in next(iter(pairs.values())) if "@" in name]
+    rows = [["difference", *names]]
+    for pair, differences in pairs.items():
+        cells = (differences[name] for name in names)
+        rows.append([pair, *(_percent(cell, sign="+") + (" *" if cell["real"] else "  ") for cell in cells)])
+    note = "* real: the 95 % interval of the paired difference excludes zero (each pair on its own)"
+    return f"{aligned(rows)}\n{note}"
+
+
+def change_table(before: dict[str, Any], after: dict[str, Any], changes: Counter[tuple[str, str, str]]) -> str:
+    """What a second grading changed: verdicts by policy, (policy, old, new) counted, and every metric that moved."""
+    if not changes:
+        return "no verdict changed"
+    rows = [["policy", "verdict", "rollouts"]]
+    rows += [[policy, f"{old} -> {new}", str(count)] for (policy, old, new), count in changes.most_common()]
+    moved = [["policy", "metric", "before", "after"]]
+    for policy, summary in after["policies"].items():
+        old = before["policies"][policy]
+        for name in (name for name in summary if isinstance(summary[name], dict) and "value" in summary[name]):
+            if summary[name]["value"] != old[name]["value"]:
+                moved.append([policy, name, _percent(old[name]), _percent(summary[name])])
+    return aligned(rows) + (f"\n\n{aligned(moved)}" if moved[1:] else "\n\nno metric moved")
+
+
+def _percent(cell: dict[str, Any], sign: str = "") -> str:
+    """31.2 [27.0, 35.4]: the figure and its interval in per cent."""
+    value, low, high = (format(100 * cell[key], f"{sign}.1f") for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text in columns; the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = (
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,239 @@
+"""Several policies asked the same problems by one engine: all that can be checked first, then groups of rollouts.
+
+`plan` reads and checks everything without an engine: policies that cannot share one, prompts that do not fit, a
+template that a policy was not trained with. `Plan.draw` then asks one policy.
+
+The samples of a problem come from a generator seeded by (seed, problem id, sample), never from a stream that several
+problems share. So they depend neither on the order nor on the choice of the problems, nor on the other policies of
+the call. What the engine cannot promise: logits are rounded as the batch they were computed in has it, so a sample
+may take another turn, about once in many thousands of tokens in bfloat16 and rarely in float32, when other sequences
+are beside it.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from stages.core import policy as policies
+from stages.core import prompts as templates
+from stages.core import records
+from stages.core.engine import Engine, Sampling, VllmEngine
+from stages.core.errors import InputError
+from stages.core.prompts import Template
+from stages.core.records import Rollout
+from stages.core.rollouts import Prompt, draw, make_prompts
+from stages.core.runs import read_json
+from stages.core.verifier import Verifier
+
+MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB where each has 2,048 tokens
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SEED_BITS = 62  # sample i of a problem has the problem's seed + i, which must stay a signed 64-bit number
+
+StartEngine = Callable[[Path], Engine]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """The knobs that sample and eval share."""
+
+    max_tokens: Annotated[int, "most tokens in a completion"] = 2048
+    temperature: Annotated[float, "sampling temperature"] = 1.0
+    template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
+    seed: Annotated[int, "seed of sampling"] = 0
+    limit: Annotated[int, "ask only the first problems, so many; 0 asks all"] = 0
+    bare: Annotated[bool, "a completion without box and 'Answer:' line counts by its bare final expression"] = False
+    dtype: Annotated[str, "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)"] = "auto"
+    memory_fraction: Annotated[float, "share of a GPU's memory for the engine"] = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that was checked and can be drawn: policies by name, prompts in the order of the problems.
+
+    `left_out` are the ids of the problems whose prompt leaves no room for max_tokens in the `context` (in tokens).
+    """
+
+    policies: dict[str, Path]
+    template: Template
+    prompts: list[Prompt]
+    left_out: list[str]
+    context: int
+    sampling: Sampling
+    knobs: Knobs
+
+    @property
+    def num_completions(self) -> int:
+        """How many completions all policies together are asked for."""
+        return len(self.policies) * len(self.prompts) * self.sampling.num_samples
+
+    def start_engine(self, policy: Path) -> Engine:
+        """The engine, with room for the longest prompt and completion."""
+        longest = max(len(prompt.token_ids) for prompt in self.prompts) + self.knobs.max_tokens
+        return VllmEngine(
+            policy, max_model_len=longest, dtype=self.knobs.dtype, memory_fraction=self.knobs.memory_fraction
+        )
+
+    def parts(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Sampling]]:
+        """`prompts` in parts that one call of the engine can hold, each with how to sample it."""
+        size = max(1, MAX_COMPLETIONS // self.sampling.num_samples)
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            seeds = [problem_seed(self.knobs.seed, prompt.problem["id"]) for prompt in part]
+            yield part, replace(self.sampling, seeds=seeds)
+
+
+def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Iterator[Rollout]:
+    """Ask every policy every problem; rollouts by policy, problem and sample, in the order of the plan."""
+    engine: Engine | None = None
+    with Meter(plan.num_completions) as meter:
+        for name, path in plan.policies.items():
+            engine = engine_for(path, engine, start_engine)
+            meter.start(name)
+            for part, sampling in plan.parts(plan.prompts):
+                drawn = partial(meter.drawn, sampling.num_samples)
+                for group in draw(engine, verifier, part, sampling, drawn):
+                    meter.scored(group.rewards)
+                    yield from group.rollouts(name)
+
+
+def engine_for(path: Path, engine: Engine | None, start_engine: StartEngine) -> Engine:
+    """The engine with the weights of `path`: the one that runs, or else a new one."""
+    if engine is None:
+        return start_engine(path)
+    engine.load(policies.disk_weights(path))
+    return engine
+
+
+def problem_seed(seed: int, problem_id: str) -> int:
+    """The seed of a problem's first sample; spread so widely that two problems' seeds hardly ever meet."""
+    hashed = hashlib.sha256(f"{seed}\0{problem_id}".encode()).digest()
+    return int.from_bytes(hashed[:8], "little") >> (64 - SEED_BITS)
+
+
+def plan(names: Sequence[str], problems_file: Path, num_samples: int, knobs: Knobs) -> Plan:
+    """Read and check all that sample or eval was asked for; an InputError for the first thing that is wrong."""
+    _check_numbers(num_samples, knobs)
+    problems = records.read_problems(problems_file)
+    paths = _resolve(names)
+    tokenizers = {name: policies.load_tokenizer(path) for name, path in paths.items()}
+    first = next(iter(paths))
+    template = templates.load(knobs.template, tokenizers[first])
+    context = policies.context_length(paths[first])
+    chosen = problems[: knobs.limit or None]
+    prompts, left_out = make_prompts(chosen, template, tokenizers[first], knobs.max_tokens, context)
+    _check_alike(paths, tokenizers, template, prompts)
+    stop_token_ids, stop = template.end_tokens(tokenizers[first])
+    sampling = Sampling(
+        num_samples,
+        knobs.max_tokens,
+        knobs.temperature,
+        stop=tuple(stop),
+        stop_token_ids=tuple(stop_token_ids),
+        seed=knobs.seed,
+        log_probs=False,
+    )
+    return Plan(paths, template, prompts, left_out, context, sampling, knobs)
+
+
+def _check_numbers(num_samples: int, knobs: Knobs) -> None:
+    for name, value in (("--num-samples", num_samples), ("--max-tokens", knobs.max_tokens)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, found {value}")
+    if knobs.limit < 0:
+        raise InputError(f"--limit must be at least 1, or 0 for all problems, found {knobs.limit}")
+    if knobs.dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found {knobs.dtype}")
+    if knobs.temperature < 0:
+        raise InputError(f"--temperature must not be negative, found {knobs.temperature}")
+    if knobs.temperature == 0 and num_samples > 1:
+        raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
+
+
+def _resolve(names: Sequence[str]) -> dict[str, Path]:
+    """Policies by the name they go by in records: as it was typed, without a slash at its end."""
+    if not names:
+        raise InputError("--policy is missing: name at least one checkpoint directory")
+    paths: dict[str, Path] = {}
+    for name in (given.rstrip("/") or given for given in names):
+        if name in paths:
+            raise InputError(f"policy {name} is named twice")
+        paths[name] = policies.resolve(name)
+    return paths
+
+
+def _check_alike(
+    paths: dict[str, Path], tokenizers: dict[str, Any], template: Template, prompts: Sequence[Prompt]
+) -> None:
+    """Raise InputError where a policy cannot take the first one's place in the engine, or lacks weights."""
+    first = next(iter(paths))
+    texts, token_ids = [prompt.text for prompt in prompts], [prompt.token_ids for prompt in prompts]
+    for name, path in paths.items():
+        if (fault := policies.difference(paths[first], path)) is not None:
+            pass
+        elif policies.encode(tokenizers[name], texts) != token_ids:
+            fault = "their tokenizers differ"
+        elif templates.load(template.name, tokenizers[name]).digest != template.digest:
+            fault = "their chat templates differ"
+        if fault:
+            raise InputError(f"policies {first} and {name} cannot share one engine: {fault}; use two calls")
+        policies.check_shapes(path)
+
+
+def template_warnings(paths: dict[str, Path], template: Template) -> list[str]:
+    """A sentence for each policy whose manifest, or that of the rl run it is from, names another template."""
+    found = []
+    for name, path in paths.items():
+        manifests = (read_json(place / "manifest.json") for place in (path, *path.absolute().parents[:2]))
+        manifest = next((manifest for manifest in manifests if manifest), {})
+        if manifest.get("template_digest", template.digest) != template.digest:
+            trained = manifest.get("parameters", {}).get("template", "another one")
+            found.append(f"policy {name} was trained with template {trained}, not {template.name}")
+    return found
+
+
+class Meter:
+    """A bar on stderr over completions, with tokens a second and the running average; only in a terminal."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        text = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
+        columns = (text[0], BarColumn(), MofNCompleteColumn(), text[1], TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task("", total=total, state="")
+        self.start("")
+
+    def __enter__(self) -> "Meter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, policy: str, num_done: int = 0) -> None:
+        """Count anew, for `policy`, of which `num_done` completions were there already."""
+        self._num_tokens = self._num_scored = 0
+        self._num_correct = 0.0
+        self._start = time.monotonic()
+        self._bar.update(self._task, description=policy, advance=num_done)
+
+    def drawn(self, num_completions: int, num_tokens: int) -> None:
+        """Count what the engine gave."""
+        self._num_tokens += num_tokens
+        self._bar.update(self._task, advance=num_completions, state=self.state())
+
+    def scored(self, rewards: Sequence[float]) -> None:
+        """Count what the verifier gave."""
+        self._num_scored += len(rewards)
+        self._num_correct += sum(rewards)
+
+    def state(self) -> str:
+        """What has been counted, in words."""
+        speed = self._num_tokens / max(1e-9, time.monotonic() - self._start)
+        return f"avg {100 * self._num_correct / max(1, self._num_scored):.1f} %, {speed:,.0f} tokens/s"

@@ -1,0 +1,38 @@
+"""Draw rollouts from policies and keep them all: no metrics and no resumption (eval has both).
+
+Writes one Rollout a line: policies in the order of the options, problems in the order of their file.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from stages.core import jsonl, outputs, sampling
+from stages.core.verifier import Verifier
+
+
+def run(
+    *,
+    policy: Annotated[list[str], "policy to ask: a checkpoint directory or a hub id; repeat it for several"],
+    problems: Annotated[Path, "problems to ask (JSONL); - is stdin"],
+    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout"],
+    num_samples: Annotated[int, "rollouts for each problem"] = 16,
+    knobs: sampling.Knobs,
+) -> None:
+    """Draw groups of rollouts from one policy or several, and score them.
+
+    Several policies share one engine, so they need one architecture and one tokenizer. A problem whose prompt leaves
+    no room for --max-tokens in the policy's context is left out, and named.
+
+    Example: rloop sample --policy toy/policy --problems toy/prec.jsonl --out prec.jsonl --template none --max-tokens 80
+    """
+    if str(out) != "-":
+        outputs.refuse_occupied(out)
+    plan = sampling.plan(policy, problems, num_samples, knobs)
+    notes = sampling.template_warnings(plan.policies, plan.template)
+    if plan.left_out:
+        notes.append(f"{len(plan.left_out)} problems are too long for the context: {', '.join(plan.left_out[:5])}")
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    with Verifier(bare=knobs.bare) as verifier:
+        jsonl.write(out, sampling.rollouts(plan, plan.start_engine, verifier))
