@@ -5,16 +5,14 @@ manifest.json beside the weights. The loss is on the completion alone, its end t
 not at all.
 """
 
-import csv
-import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from stages.core import outputs, records
 from stages.core.errors import InputError
+from stages.core.progress import warn
 from stages.core.records import Example
 
 
@@ -37,6 +35,22 @@ class Knobs:
     gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory"] = False
     seed: Annotated[int, "seed of the order of the examples"] = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what can't work, in the flag's own name."""
+        for name in ("epochs", "batch_size", "tokens_per_microbatch"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("lr", "weight_decay", "max_grad_norm", "max_tokens"):
+            self._require(name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("warmup_share", "min_lr_share"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        for name in ("beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        self._require("dtype", self.dtype in ("auto", "float32", "bfloat16"), "is none of auto, float32, bfloat16")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} {rule}")
+
 
 def run(
     policy: Annotated[str, "start policy: a checkpoint directory or a hub id"],
@@ -50,12 +64,13 @@ def run(
     """
     started = time.perf_counter()
     outputs.refuse_occupied(out)
-    _check(knobs)
     chosen = list(records.read(examples, Example))
 
-    from stages.core import policy as policies  # torch and TRL: only once the input is known to be good
+    from stages.core import policy as policies
     from stages.core.examples import tokenize_fitting
+    from stages.core.lifetime import end_with_parent
 
+    end_with_parent()
     path = policies.resolve(policy)
     tokenizer = policies.load_tokenizer(path)
     context = policies.context_length(path)
@@ -63,63 +78,39 @@ def run(
         raise InputError(f"--max-tokens {knobs.max_tokens} is beyond the policy's context of {context}: lower it")
     rows, left_out = tokenize_fitting(tokenizer, chosen, knobs.max_tokens or context)
 
-    from stages.core.finetuning import fine_tune, is_main
+    from stages.core.finetuning import fine_tune, is_main  # torch and TRL: only once the input is known to be good
 
-    with outputs.whole_dir(out) if is_main() else nullcontext() as beside:
+    if not is_main():
+        fine_tune(path, tokenizer, rows, knobs, out=None)
+        return
+    _say_left_out(left_out, knobs.max_tokens or context)
+    with outputs.locked(out), outputs.whole_dir(out) as beside:
         tuned = fine_tune(path, tokenizer, rows, knobs, beside)
-        if beside is None:
-            return
+        parameters = {"policy": policy, "examples": str(examples), **asdict(knobs), **tuned.settings}
+        inputs = {"policy": outputs.digest(path), "examples": outputs.digest(examples)}
         seconds = time.perf_counter() - started
         metrics = {
             "num_examples": len(rows),
             "num_left_out": len(left_out),
             "num_steps": len(tuned.log),
             "num_tokens": tuned.num_tokens,
-            "first_loss": tuned.log[0]["loss"],
-            "last_loss": tuned.log[-1]["loss"],
-            "padding_share": round(tuned.padding_share, 4),
+            "loss_first": tuned.log[0]["loss"],
+            "loss_last": tuned.log[-1]["loss"],
+            "padding_share": tuned.padding_share,
             "seconds": round(seconds, 3),
         }
-        parameters = {"policy": policy, "examples": str(examples), "out": str(out), **asdict(knobs), **tuned.settings}
-        inputs = {"policy": outputs.digest(path), "examples": outputs.digest(examples)}
-        outputs.write_json(beside / "metrics.json", metrics)
-        outputs.write_json(beside / "manifest.json", outputs.manifest("rft", parameters, inputs, metrics, seconds))
         _write_log(beside / "log.tsv", tuned.log)
-    _say(metrics, left_out, out)
+        outputs.write_json(beside / "metrics.json", metrics)
+        counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
+        outputs.write_json(beside / "manifest.json", outputs.manifest("rft", parameters, inputs, counts, seconds))
 
 
-def _check(knobs: Knobs) -> None:
-    """Raise InputError for a knob out of its bounds."""
-    for name in ("epochs", "batch_size", "tokens_per_microbatch"):
-        if getattr(knobs, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("lr", "weight_decay", "max_grad_norm", "max_tokens"):
-        if getattr(knobs, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative")
-    for name in ("warmup_share", "min_lr_share"):
-        if not 0 <= getattr(knobs, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} must be between 0 and 1")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(knobs, name) < 1:
-            raise InputError(f"--{name} must be at least 0 and below 1")
-    if knobs.dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--dtype must be auto, float32 or bfloat16, not {knobs.dtype}")
+def _say_left_out(left_out: list[str], max_tokens: int) -> None:
+    if left_out:
+        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({some})")
 
 
 def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        log = csv.DictWriter(file, rows[0], delimiter="\t", lineterminator="\n")
-        log.writeheader()
-        log.writerows(rows)
-
-
-def _say(metrics: dict[str, Any], left_out: list[str], out: Path) -> None:
-    """One line on stderr, and one more where examples were left out."""
-    if left_out:
-        problems = ", ".join(left_out[:3])
-        print(f"rft: {len(left_out)} examples were too long and left out, such as of {problems}", file=sys.stderr)
-    print(
-        f"rft: {metrics['num_examples']} examples in {metrics['num_steps']} steps, "
-        f"loss {metrics['first_loss']:.4f} -> {metrics['last_loss']:.4f}: {out}",
-        file=sys.stderr,
-    )
+    lines = ["\t".join(rows[0]), *("\t".join(f"{value:.6g}" for value in row.values()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -18,17 +18,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from rich.console import Console
-from rich.progress import Progress
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from stages.core import policy as policies
-from stages.core.errors import InputError
+from stages.core.errors import CollapseError, InputError
 from stages.core.examples import IGNORED, Row, lr_share, microbatch_size, order
+from stages.core.progress import StepProgress
 
 
 @dataclass
@@ -49,8 +48,8 @@ def is_main() -> bool:
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: Path | None) -> Tuned:
     """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
 
-    `knobs` are the stage's. Every launched process must call this. Raises InputError where the batch does not divide
-    among the processes, and where loss or gradient stop being finite numbers.
+    `knobs` is stages.rft.Knobs everywhere here. Every launched process must call this. Raises InputError where the
+    batch does not divide among the processes, CollapseError where loss or gradient stop being finite numbers.
     """
     num_processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
     if knobs.batch_size % num_processes:
@@ -59,15 +58,15 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: 
     size = microbatch_size(share, max(map(len, rows)), knobs.tokens_per_microbatch)
     steps = order([len(row) for row in rows], knobs.batch_size, knobs.epochs, knobs.seed)
     counts = [sum(rows[number].num_labels for number in step) for step in steps]
+    watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
     logging.disable_progress_bar()  # ours is the only one
+    logging.set_verbosity_error()  # the trainer warns of changes to the configuration, which are undone below
     model = policies.load_model(path, torch.float32)
     configs = copy.deepcopy((model.config, model.generation_config))
-    with tempfile.TemporaryDirectory() as scratch:
-        config = _config(knobs, size, share // size, scratch)
-        watch = _Watch(counts, show=out is not None)
+    with tempfile.TemporaryDirectory() as scratch, watch.progress:
         trainer = _Trainer(
             model=model,
-            args=config,
+            args=_config(knobs, size, share // size, scratch),
             train_dataset=_dataset(rows, steps, knobs.batch_size, tokenizer.pad_token_id),
             processing_class=tokenizer,
             data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
@@ -76,20 +75,18 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: 
         trainer.schedule = (knobs.warmup_share, knobs.min_lr_share)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    assert len(watch.log) == len(steps), f"{len(watch.log)} steps were done, {len(steps)} planned"
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered by all processes together
     if out is not None:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.config, model.generation_config = configs  # the trainer writes its own pad token and tags into them
         policies.save(model, tokenizer, out, state)
+    dtype = "bfloat16" if trainer.args.bf16 else "float32"
     return Tuned(
         log=watch.log,
         num_tokens=sum(counts),
         padding_share=_padding_share([[len(rows[number]) for number in step] for step in steps], size),
-        settings={
-            "dtype": "bfloat16" if config.bf16 else "float32",
-            "microbatch_size": size,
-            "num_processes": num_processes,
-        },
+        settings={"dtype": dtype, "microbatch_size": size, "num_processes": num_processes},
     )
 
 
@@ -110,6 +107,7 @@ def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig
         bf16=knobs.dtype == "bfloat16" or (knobs.dtype == "auto" and on_gpu),
         gradient_checkpointing=knobs.gradient_checkpointing,
         use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=on_gpu,
         seed=knobs.seed,
         logging_steps=1,
@@ -151,43 +149,38 @@ class _Trainer(SFTTrainer):
         def share(step: int) -> float:
             return lr_share(min(step, num_training_steps - 1), num_training_steps, *self.schedule)
 
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, share)
         return self.lr_scheduler
 
 
 class _Watch(TrainerCallback):
     """Keeps a row for each optimizer step, moves the progress bar, and stops what has stopped making sense."""
 
-    def __init__(self, counts: Sequence[int], show: bool):
-        self.counts = counts
+    def __init__(self, counts: Sequence[int], progress: StepProgress):
+        self.counts, self.progress = counts, progress
         self.log: list[dict[str, float]] = []
         self.started = 0.0
-        self.bar = Progress(console=Console(stderr=True), disable=not show)
-        self.task = self.bar.add_task("fine-tuning", total=len(counts))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if "loss" not in logs:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:  # the summary that the trainer logs at its end
             return
-        step = state.global_step
-        if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
-            raise InputError(f"step {step}: loss {logs['loss']}, gradient norm {logs['grad_norm']}: lower --lr")
-        row = {
-            "step": step,
-            "loss": logs["loss"],
-            "lr": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-            "tokens": self.counts[step - 1],
-            "seconds": round(time.perf_counter() - self.started, 4),
-        }
-        self.log.append(row)
-        self.bar.update(self.task, advance=1, description=f"fine-tuning, loss {row['loss']:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
-        assert len(self.log) == len(self.counts), f"{len(self.log)} steps were done, {len(self.counts)} planned"
+        step, loss, grad_norm = state.global_step, logs["loss"], logs["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise CollapseError(f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: lower --lr")
+        self.log.append(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": logs["learning_rate"],
+                "grad_norm": grad_norm,
+                "tokens": self.counts[step - 1],
+                "seconds": time.perf_counter() - self.started,
+            }
+        )
+        self.progress.step(step, f"loss {loss:.4f}")

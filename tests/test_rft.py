@@ -1,0 +1,304 @@
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from stages import rft
+from stages.core import examples as ready
+from stages.core import jsonl, outputs
+from stages.core.errors import CollapseError, InputError
+
+WORDS = [*"0123456789+-*()=,", "[L]", "[P]", "\\boxed{", "}"]
+EXAMPLES = [
+    {
+        "problem_id": f"sums/{a}{b}{c}",
+        "prompt": f"{a}+{b}*{c}=",
+        "completion": "[P]" + "," * (a % 4) + f"{a}+{b * c}={a + b * c}\\boxed{{{a + b * c}}}",
+        "pass_rate": 0.1,
+    }
+    for a in range(1, 5)
+    for b in range(1, 4)
+    for c in range(1, 3)
+]
+
+
+class Letters:
+    """A tokenizer that knows letters: a begin token it always adds, an end token, and `th` as one token."""
+
+    bos_token, eos_token_id = "^", 0
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [ord(letter) for letter in text.replace("th", "\u00fe").replace("$", "\0")]
+        return {"input_ids": [ord("^"), *ids] if add_special_tokens else ids}
+
+
+class Words:
+    """A tokenizer in SentencePiece's way: `_` before the first word of a text, whatever the text begins with."""
+
+    bos_token, eos_token_id = None, "</s>"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": list("_" + text.replace(" ", "_"))}
+
+
+def example(prompt, completion):
+    return {"problem_id": "p", "prompt": prompt, "completion": completion, "pass_rate": 0.1}
+
+
+def codes(text):
+    return [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "prompt_ids", "completion_ids"),
+    [
+        ("ab", "cd", codes("^ab"), [*codes("cd"), 0]),
+        ("^ab", "cd", codes("^ab"), [*codes("cd"), 0]),  # the begin token is in the text already
+        ("ab", "cd$", codes("^ab"), [*codes("cd"), 0]),  # the end token is in the text already
+        ("at", "he", codes("^at"), [*codes("he"), 0]),  # "th" across the border: the engine began between
+        ("ab", "", codes("^ab"), [0]),
+    ],
+)
+def test_a_row_is_the_engines_prompt_then_the_completion_then_one_end_token(
+    prompt, completion, prompt_ids, completion_ids
+):
+    row = ready.tokenize(Letters(), example(prompt, completion))
+    assert row.input_ids == prompt_ids + completion_ids
+    assert row.labels == [ready.IGNORED] * len(prompt_ids) + completion_ids
+    assert row.num_labels == len(completion_ids)
+
+
+def test_a_tokenizer_that_marks_the_begin_of_a_text_puts_no_space_between_prompt_and_completion():
+    row = ready.tokenize(Words(), example("a b", "c d"))
+    assert row.input_ids == ["_", "a", "_", "b", "c", "_", "d", "</s>"]
+
+
+def test_an_example_longer_than_the_bound_is_left_out_whole_and_named():
+    short, long = example("a", "b"), example("a", "b" * 9) | {"problem_id": "long"}
+    rows, left_out = ready.tokenize_fitting(Letters(), [long, short], max_tokens=4)
+    assert [row.input_ids for row in rows] == [[*codes("^ab"), 0]]
+    assert left_out == ["long"]
+    with pytest.raises(InputError, match="none of 1 examples fits into 4 tokens"):
+        ready.tokenize_fitting(Letters(), [long], max_tokens=4)
+
+
+def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
+    lengths = [5, 9, 1, 7, 7, 3, 2]
+    steps = ready.order(lengths, batch_size=3, epochs=2, seed=1)
+    assert [len(step) for step in steps] == [3, 3, 1, 3, 3, 1]
+    first, second = ([number for step in half for number in step] for half in (steps[:3], steps[3:]))
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert [set(step) for step in steps[:3]] != [set(step) for step in steps[3:]]
+    assert all(lengths[a] >= lengths[b] for step in steps for a, b in pairwise(step))
+    assert steps == ready.order(lengths, batch_size=3, epochs=2, seed=1)
+    assert steps != ready.order(lengths, batch_size=3, epochs=2, seed=2)
+
+
+@pytest.mark.parametrize(("longest", "size"), [(8, 12), (9, 6), (16, 6), (25, 4), (26, 3), (34, 2), (51, 1), (500, 1)])
+def test_a_microbatch_divides_the_share_and_keeps_to_the_token_budget(longest, size):
+    assert ready.microbatch_size(12, longest, max_tokens=100) == size
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line_to_the_last_share():
+    shares = [ready.lr_share(step, 21, warmup_share=0.1, last_share=0.1) for step in range(21)]
+    assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert shares[2:] == pytest.approx([1 - 0.9 * step / 18 for step in range(19)])
+    assert ready.lr_share(0, 1, warmup_share=0.1, last_share=0.1) == 1
+    assert ready.lr_share(0, 2, warmup_share=1, last_share=0.1) == 0.5
+    assert [ready.lr_share(step, 3, 0, 0) for step in range(3)] == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "fault"),
+    [
+        ({"epochs": 0}, "--epochs 0 must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+        ({"lr": -1.0}, "--lr -1.0 must not be negative"),
+        ({"warmup_share": 1.5}, "--warmup-share 1.5 must be between 0 and 1"),
+        ({"beta2": 1.0}, "--beta2 1.0 must be at least 0 and below 1"),
+        ({"dtype": "float16"}, "--dtype float16 is none of auto, float32, bfloat16"),
+    ],
+)
+def test_a_knob_out_of_its_bounds_is_refused_by_its_flag(knobs, fault):
+    with pytest.raises(InputError, match=fault):
+        rft.Knobs(**knobs)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A policy of 20 thousand parameters with tied embeddings, and examples of several lengths."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from stages.core import policy, pretrain
+
+    root = tmp_path_factory.mktemp("rft")
+    tokenizer = pretrain.build_tokenizer(WORDS)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    policy.save(model, tokenizer, root / "policy")
+    jsonl.write(root / "examples.jsonl", EXAMPLES)
+    return SimpleNamespace(root=root, policy=str(root / "policy"), examples=root / "examples.jsonl")
+
+
+def tune(files, out, **knobs):
+    rft.run(files.policy, files.examples, out, rft.Knobs(**({"batch_size": 8, "lr": 3e-3} | knobs)))
+    return out
+
+
+def weights(path):
+    from safetensors.torch import load_file
+
+    return load_file(Path(path) / "model.safetensors")
+
+
+def largest_difference(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def log_of(out):
+    header, *lines = (out / "log.tsv").read_text().splitlines()
+    return [dict(zip(header.split("\t"), map(float, line.split("\t")), strict=True)) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def tuned(files):
+    return tune(files, files.root / "tuned", epochs=3)
+
+
+def loss_by_hand(files, examples):
+    """The mean of -log p over completion and end tokens, one example at a time, in plain torch."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(files.policy)
+    model = AutoModelForCausalLM.from_pretrained(files.policy)
+    total, count = torch.tensor(0.0), 0
+    for record in examples:
+        prompt, completion = (tokenizer.encode(record[part]) for part in ("prompt", "completion"))
+        completion = [*completion, tokenizer.eos_token_id]
+        log_probs = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        for place, token in enumerate(completion, len(prompt)):
+            total, count = total - log_probs[place - 1, token], count + 1
+    return total / count, count, model
+
+
+@pytest.mark.slow
+def test_the_first_loss_and_gradient_are_those_of_the_completions_tokens_alone(files):
+    out = tune(files, files.root / "first", batch_size=len(EXAMPLES))
+    loss, count, model = loss_by_hand(files, EXAMPLES)
+    loss.backward()
+    norm = sum(weight.grad.square().sum() for weight in model.parameters()).sqrt()
+    [row] = log_of(out)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert row["tokens"] == count
+
+
+@pytest.mark.slow
+def test_the_loss_falls_and_the_log_holds_every_step(tuned):
+    log, metrics = log_of(tuned), json.loads((tuned / "metrics.json").read_text())
+    assert [row["step"] for row in log] == list(range(1, 10))
+    assert log[-1]["loss"] < log[0]["loss"] - 0.2
+    assert log[-1]["lr"] == pytest.approx(3e-4)
+    assert max(row["lr"] for row in log) == pytest.approx(3e-3)
+    assert metrics["num_examples"] == len(EXAMPLES)
+    assert metrics["num_tokens"] == sum(row["tokens"] for row in log)
+    assert metrics["loss_last"] == pytest.approx(log[-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_output_is_a_checkpoint_and_its_account_and_nothing_else(files, tuned):
+    from transformers import AutoModelForCausalLM
+
+    account = {"log.tsv", "metrics.json", "manifest.json"}
+    assert {path.name for path in tuned.iterdir()} == {path.name for path in Path(files.policy).iterdir()} | account
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tuned / name).read_text() == (Path(files.policy) / name).read_text()
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    manifest = json.loads((tuned / "manifest.json").read_text())
+    assert manifest["parameters"]["lr"] == 3e-3
+    assert manifest["inputs"] == {"policy": outputs.digest(files.policy), "examples": outputs.digest(files.examples)}
+    assert not list(tuned.parent.glob(".*"))
+
+
+@pytest.mark.slow
+def test_without_a_learning_rate_the_start_policy_comes_back(files):
+    assert largest_difference(files.policy, tune(files, files.root / "still", lr=0.0, weight_decay=0.1)) == 0
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(files, tuned):
+    again = tune(files, files.root / "again", epochs=3)
+    assert largest_difference(tuned, again) == 0
+    assert largest_difference(tuned, tune(files, files.root / "other", epochs=3, seed=1)) > 1e-4
+
+
+@pytest.mark.slow
+def test_the_weights_do_not_depend_on_the_micro_batches(files, tuned):
+    one_by_one = tune(files, files.root / "one-by-one", epochs=3, tokens_per_microbatch=1)
+    sizes = [
+        json.loads((out / "manifest.json").read_text())["parameters"]["microbatch_size"] for out in (tuned, one_by_one)
+    ]
+    assert sizes == [8, 1]
+    assert largest_difference(tuned, one_by_one) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_weights_do_not_depend_on_the_number_of_processes(files):
+    alone = tune(files, files.root / "alone", batch_size=10)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "rloop_cli", "rft", "--policy", files.policy, "--examples", str(files.examples)]
+    command += ["--out", str(files.root / "both"), "--batch-size", "10", "--lr", "3e-3"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert [row["tokens"] for row in log_of(alone)] == [row["tokens"] for row in log_of(files.root / "both")]
+    assert largest_difference(alone, files.root / "both") < 1e-5
+
+
+@pytest.mark.slow
+def test_a_collapsed_run_leaves_nothing_behind(files):
+    with pytest.raises(CollapseError, match="lower --lr"):
+        tune(files, files.root / "collapsed", lr=1e30, max_grad_norm=0.0)
+    assert not list(files.root.glob("*collapsed*"))
+
+
+def test_bad_input_is_refused_before_anything_is_written(files, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "file").touch()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(EXAMPLES[0]) + '\n{"problem_id": "p", "prompt": "1+1="}\n')
+    (tmp_path / "empty.jsonl").touch()
+    knobs = rft.Knobs()
+    for policy, examples, out, fault in [
+        (files.policy, files.examples, occupied, "already holds something"),
+        (files.policy, bad, tmp_path / "out", "bad.jsonl:2: .* Example needs the field 'completion'"),
+        (files.policy, tmp_path / "empty.jsonl", tmp_path / "out", "is empty"),
+        (str(tmp_path / "nowhere"), files.examples, tmp_path / "out", "no such directory"),
+    ]:
+        with pytest.raises(InputError, match=fault):
+            rft.run(policy, examples, out, knobs)
+    with pytest.raises(InputError, match="--max-tokens 65 is beyond the policy's context of 64"):
+        rft.run(files.policy, files.examples, tmp_path / "out", rft.Knobs(max_tokens=65))
+    assert not (tmp_path / "out").exists()
