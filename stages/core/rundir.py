@@ -110,6 +110,8 @@ class RunDir:
         for path in (self.state / "run.json", self.path / "manifest.json"):
             if path.is_file():
                 found = orjson.loads(path.read_bytes())
+                if found.get("stage", "rl") != "rl":
+                    return None
                 return {"parameters": found.get("parameters"), "inputs": found.get("inputs")}
         return None
 

@@ -1,0 +1,79 @@
+"""The rl output directory: claimed once, resumed at the last whole state, never mixed with another run."""
+
+import pytest
+
+from stages.core import jsonl
+from stages.core.errors import InputError
+from stages.core.rundir import RunDir
+
+IDENTITY = {"parameters": {"lr": 0.1, "steps": 5}, "inputs": {"policy": "abc"}}
+
+
+def saved(directory, step):
+    directory.state_dir(step).mkdir(parents=True)
+    directory.write_rollouts(step, [{"step": step}])
+    directory.append_log({"step": step, "loss": float("nan"), "reward": step / 3})
+
+
+def test_a_fresh_directory_starts_at_step_0(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    assert directory.begin(IDENTITY, False) is False
+    assert directory.resume_step() == 0
+
+
+def test_resuming_keeps_what_the_last_state_covers_and_clears_what_came_after(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    for step in (1, 2, 3):
+        saved(directory, step)
+    directory.write_rollouts(4, [{"step": 4}])
+    directory.append_log({"step": 4, "loss": 1.0, "reward": 1.0})
+    (directory.path / "log.tsv").open("a").write("5\t0.1")  # a line cut by a kill
+    (directory.checkpoint(4)).mkdir(parents=True)
+    assert directory.begin(IDENTITY, False) is False
+    assert directory.resume_step() == 3
+    assert [row["step"] for row in directory.log_rows()] == [1, 2, 3]
+    assert "loss" not in directory.log_rows()[0]
+    assert sorted(path.name for path in directory.path.glob("*/*")) == [
+        "run.json", "step_000001", "step_000001.jsonl", "step_000002", "step_000002.jsonl", "step_000003",
+        "step_000003.jsonl",
+    ]  # fmt: skip
+
+
+def test_other_parameters_or_inputs_are_refused_by_name_and_nothing_is_lost(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    saved(directory, 1)
+    other = {"parameters": {"lr": 0.2, "steps": 5}, "inputs": {"policy": "abd"}}
+    with pytest.raises(InputError, match=r"lr was 0.1, is now 0.2; the content of policy has changed.*or name another"):
+        directory.begin(other, False)
+    assert [record for _, record in jsonl.read(directory.path / "rollouts/step_000001.jsonl")] == [{"step": 1}]
+
+
+def test_another_run_is_removed_where_the_user_asked_for_that(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    saved(directory, 1)
+    assert directory.begin({**IDENTITY, "inputs": {"policy": "x"}}, True) is False
+    assert directory.resume_step() == 0
+    assert not (directory.path / "rollouts").exists()
+
+
+def test_a_directory_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl/thesis.tex").write_text("precious")
+    for restart in (False, True):
+        with pytest.raises(InputError, match="no rl run"):
+            RunDir(tmp_path / "rl").begin(IDENTITY, restart)
+    assert (tmp_path / "rl/thesis.tex").read_text() == "precious"
+
+
+def test_a_finished_run_is_known_as_such_and_its_state_is_gone(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    saved(directory, 1)
+    directory.finish({"steps": 1}, {**IDENTITY, "stage": "rl"})
+    assert not directory.state.exists()
+    assert directory.begin(IDENTITY, False) is True
+    with pytest.raises(InputError, match="steps was 5, is now 9"):
+        directory.begin({**IDENTITY, "parameters": {"lr": 0.1, "steps": 9}}, False)
