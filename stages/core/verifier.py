@@ -77,6 +77,11 @@ class Batch:
             self._verifier.counts.update(score.verdict for score in self._scores)
         return self._scores
 
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` would return at once."""
+        return self._scores is not None or all(v.done() for _, v in self._pending if isinstance(v, Future))
+
     @staticmethod
     def _score(prediction: str | None, verdict: Verdict | Future[Verdict]) -> Score:
         if isinstance(verdict, Future):
