@@ -34,9 +34,7 @@ def run(
 ) -> None:
     """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
 
-    \b
-    Example:
-      rloop analyze --evals runs/eval/valid --out runs/analysis
+    Example: rloop analyze --evals runs/eval/valid --out runs/analysis
     """
     start = time.monotonic()
     if min_correct < 1:

@@ -6,7 +6,6 @@ on a phone; the report sets them side by side. This module imports matplotlib: o
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,7 +80,7 @@ def lines(
     """Lines over steps; `resets` are the steps at which RLoop starts anew, shown as dotted verticals."""
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6, 3.1))
-        axes = canvas.add_axes((0.14, 0.15, 0.83, 0.75))
+        axes = canvas.add_axes((0.165, 0.15, 0.805, 0.75))
         for step in resets:
             axes.axvline(step, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
         for index, line in enumerate(series):
@@ -136,13 +135,13 @@ def matrix(
     `above_diagonal` shows i < j only: the rest of a learning or forgetting matrix repeats the other one.
     """
     shown = np.ma.masked_array(values, np.tril(np.ones_like(values, dtype=bool)) if above_diagonal else False)
-    bound = float(np.abs(shown).max()) if shown.count() else 1.0
-    limits = {"cmap": "RdBu", "vmin": -(bound or 1), "vmax": bound or 1} if signed else {"cmap": "viridis", "vmin": 0}
+    bound = (float(np.abs(shown).max()) if shown.count() else 0) or 1.0
+    limits: dict[str, Any] = {"cmap": "RdBu" if signed else "viridis", "vmin": -bound if signed else 0, "vmax": bound}
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6, 3.9), layout="constrained")
-        axes = canvas.add_subplot()
+        canvas = Canvas(figsize=(4.6, 3.9))
+        axes = canvas.add_axes((0.15, 0.21, 0.64, 0.72))
         mesh = axes.pcolormesh(shown, **limits)
-        canvas.colorbar(mesh, ax=axes, shrink=0.85).set_label(unit)
+        canvas.colorbar(mesh, cax=canvas.add_axes((0.82, 0.28, 0.025, 0.56)), ticks=MaxNLocator(5)).set_label(unit)
         _label(axes, labels)
         if len(labels) <= MAX_WRITTEN:
             _write_values(axes, shown, mesh)
@@ -219,18 +218,6 @@ def save(figure: Figure, directory: Path) -> None:
     (directory / f"{figure.name}.png").write_bytes(figure.png)
     (directory / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
     write_tsv(directory / f"{figure.name}.tsv", figure.data)
-
-
-def inline_svg(figure: Figure) -> str:
-    """The figure as an <svg> element for a page: no prologue, no fixed size, ink in the colour of the page's text."""
-    element = re.sub(r"^.*?(?=<svg)", "", figure.svg, flags=re.DOTALL)
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)
-    element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1)
-    element = re.sub(
-        r'<g id="(?!.*clip)(figure|axes|patch|line2d|text|matplotlib|xtick|ytick|legend)[^"]*"', "<g", element
-    )
-    return element.replace(INK, "currentColor")
 
 
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

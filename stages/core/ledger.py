@@ -1,0 +1,80 @@
+"""The compute ledger: what each phase of RLoop and of RL alone cost in steps, rollouts, tokens and seconds."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.core.runs import RL, RLOOP, read_json, read_log
+
+COUNTS = ("num_rollouts", "rollout_tokens", "update_tokens")
+SECONDS = ("seconds", "generate_s", "verify_s", "update_s", "handover_s")
+
+
+def iterations(runs: Path) -> list[int]:
+    """The iterations that have left anything under `runs`, in order."""
+    return sorted(int(path.name) for path in runs.iterdir() if path.name.isdigit() and int(path.name) > 0)
+
+
+def ledger(runs: Path) -> list[dict[str, Any]]:
+    """A line a phase, a total a method and RLoop's total over RL's; only what the logs and metrics tell."""
+    of_rloop = []
+    for iteration in iterations(runs):
+        of_rloop += _rl_line(f"{RLOOP} {iteration}: RL", runs / str(iteration) / "rl")
+        of_rloop += _rft_line(f"{RLOOP} {iteration}: RFT", runs / str(iteration) / "policy")
+    of_rl = _rl_line(f"{RL}, all steps", runs / "vanilla" / "rl")
+    lines = of_rloop + ([_total(f"{RLOOP}, total", of_rloop)] if of_rloop else []) + of_rl
+    if of_rloop and of_rl:
+        lines.append(_quotient(f"{RLOOP} / {RL}", _total("", of_rloop), of_rl[0]))
+    if fine_tuning := [line for line in of_rloop if line["phase"].endswith("RFT")]:
+        lines.append(_quotient(f"RFT's share of {RLOOP}", _total("", fine_tuning), _total("", of_rloop)))
+    return lines
+
+
+def _rl_line(phase: str, run: Path) -> list[dict[str, Any]]:
+    log = read_log(run / "log.tsv")
+    if not log:
+        return []
+    line: dict[str, Any] = {"phase": phase, "steps": len(log)}
+    for name in (*COUNTS, *SECONDS):
+        found = [row[name] for row in log if name in row]
+        if found:
+            line[name] = round(math.fsum(found), 1) if name in SECONDS else round(math.fsum(found))
+    return [line]
+
+
+def _rft_line(phase: str, policy: Path) -> list[dict[str, Any]]:
+    found, manifest = read_json(policy / "metrics.json"), read_json(policy / "manifest.json")
+    if manifest.get("stage") != "rft":
+        return []
+    line: dict[str, Any] = {"phase": phase}
+    if "num_tokens" in found:
+        line["update_tokens"] = found["num_tokens"]
+    if (seconds := found.get("seconds", manifest.get("seconds"))) is not None:
+        line["seconds"] = seconds
+    return [line]
+
+
+def _total(phase: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {"phase": phase}
+    for name in ("steps", *COUNTS, *SECONDS):
+        found = [line[name] for line in lines if name in line]
+        if found:
+            total[name] = round(math.fsum(found), 1) if name in SECONDS else sum(found)
+    return total
+
+
+def _quotient(phase: str, above: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in ("steps", *COUNTS, *SECONDS) if name in above and below.get(name)]
+    return {"phase": phase} | {name: round(above[name] / below[name], 4) for name in names}
+
+
+def parameters(manifests: Sequence[tuple[str, Path]]) -> dict[str, list[dict[str, Any]]]:
+    """Stage -> a line a parameter or version with a column a run, from (name of the run, its manifest.json)."""
+    stages: dict[str, dict[str, dict[str, str]]] = {}
+    for run, path in manifests:
+        manifest = read_json(path)
+        named = manifest.get("parameters", {}) | {f"version of {k}": v for k, v in manifest.get("versions", {}).items()}
+        for name, value in named.items():
+            stages.setdefault(manifest.get("stage", "?"), {}).setdefault(name, {})[run] = str(value)
+    return {stage: [{"parameter": name} | values for name, values in lines.items()] for stage, lines in stages.items()}

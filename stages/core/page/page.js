@@ -1,0 +1,105 @@
+"use strict";
+// The browser of rollouts. All text goes in by textContent: completions are untrusted.
+(() => {
+  const sets = JSON.parse(document.getElementById("rollouts-data").textContent);
+  const byId = (id) => document.getElementById(id);
+  if (!sets.length || !byId("set")) return;
+  const COLOURS = { RLoop: "var(--rloop)", RL: "var(--rl)", Base: "var(--base)" };
+  const percent = (rate) => rate === null ? "not asked" : `${Math.round(100 * rate)} %`;
+
+  function element(tag, text, attributes = {}) {
+    const made = document.createElement(tag);
+    if (text !== undefined) made.textContent = text;
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  }
+
+  function svg(tag, attributes, text) {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    if (text !== undefined) made.textContent = text;
+    return made;
+  }
+
+  function fill(select, texts, chosen) {
+    select.replaceChildren(...texts.map((text, index) => element("option", text, { value: index })));
+    select.selectedIndex = chosen;
+  }
+
+  const current = () => sets[byId("set").selectedIndex];
+  const problem = () => current().problems[byId("problem").selectedIndex];
+
+  function chooseSet() {
+    const { policies, problems } = current();
+    fill(byId("problem"), problems.map((p) => p.id), 0);
+    const last = (method) => policies.findLastIndex((policy) => policy.method === method);
+    const labels = policies.map((policy) => policy.label);
+    fill(byId("left"), labels, Math.max(last("RL"), 0));
+    fill(byId("right"), labels, last("RLoop") >= 0 ? last("RLoop") : labels.length - 1);
+    show();
+  }
+
+  function show() {
+    byId("problem-text").textContent = problem().prompt;
+    byId("answer").textContent = problem().answer;
+    drawRates();
+    for (const side of ["left", "right"]) showSide(side);
+  }
+
+  function showSide(side) {
+    const index = byId(side).selectedIndex, wanted = byId("verdicts").value;
+    const title = `${current().policies[index].label}: ${percent(problem().rates[index])} correct`;
+    const shown = problem().rollouts[index].filter(
+      (rollout) => wanted === "all" || rollout.correct === (wanted === "correct"));
+    const cards = shown.map((rollout) => {
+      const card = element("article", undefined, { class: rollout.correct ? "rollout correct" : "rollout" });
+      const length = rollout.finish_reason === "length" ? ", truncated" : "";
+      card.append(
+        element("small", `sample ${rollout.sample}: ${rollout.verdict}, ${rollout.num_tokens} tokens${length}`),
+        element("pre", rollout.completion));
+      return card;
+    });
+    if (!cards.length) cards.push(element("p", "none of the samples kept here", { class: "note" }));
+    byId(`${side}-rollouts`).replaceChildren(element("h3", title), ...cards);
+  }
+
+  function drawRates() {
+    const { policies } = current(), { rates } = problem();
+    const width = 600, height = 190, left = 44, bottom = 30, top = 12;
+    const largest = Math.max(1, ...policies.map((policy) => policy.step));
+    const x = (step) => left + (width - left - 14) * step / largest;
+    const y = (rate) => top + (height - top - bottom) * (1 - rate);
+    const picture = byId("rates");
+    picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    const parts = [0, 0.5, 1].flatMap((rate) => [
+      svg("line", { x1: left, x2: width - 14, y1: y(rate), y2: y(rate), stroke: "currentColor", "stroke-opacity": 0.2 }),
+      svg("text", { x: left - 6, y: y(rate) + 4, "text-anchor": "end", "font-size": 12, fill: "currentColor" }, percent(rate))]);
+    parts.push(svg("text", { x: width - 14, y: height - 6, "text-anchor": "end", "font-size": 12, fill: "currentColor" },
+      `RL steps (to ${largest})`));
+    const methods = [...new Set(policies.map((policy) => policy.method))].filter((method) => method !== "Base");
+    methods.forEach((method, turn) => {
+      const colour = COLOURS[method] ?? "currentColor";
+      const way = policies.map((policy, index) => ({ ...policy, index, rate: rates[index] }))
+        .filter((point) => (point.method === method || point.method === "Base") && point.rate !== null);
+      parts.push(svg("polyline", { points: way.map((point) => `${x(point.step)},${y(point.rate)}`).join(" "), fill: "none",
+        stroke: colour, "stroke-width": 2 }));
+      for (const point of way) {
+        const dot = svg("circle", { cx: x(point.step), cy: y(point.rate), r: 5, stroke: colour, "stroke-width": 2,
+          fill: point.after_rft ? "var(--paper)" : colour, "data-policy": point.index });
+        dot.append(svg("title", {}, `${point.label}: ${percent(point.rate)}`));
+        dot.addEventListener("click", () => {
+          byId(method === "RL" ? "left" : "right").selectedIndex = point.index;
+          show();
+        });
+        parts.push(dot);
+      }
+      parts.push(svg("text", { x: left + 90 * turn, y: height - 6, "font-size": 13, fill: colour }, `● ${method}`));
+    });
+    picture.replaceChildren(...parts);
+  }
+
+  fill(byId("set"), sets.map((set) => set.name), 0);
+  byId("set").addEventListener("change", chooseSet);
+  for (const id of ["problem", "left", "right", "verdicts"]) byId(id).addEventListener("change", show);
+  chooseSet();
+})();

@@ -1,0 +1,276 @@
+"""Report: the results table, the figures and one self-contained page from a directory of runs.
+
+Reads what the other stages left under --runs: evaluations, logs, manifests, analyses. What is not there is left out
+and named, so that a run half done can be looked at. All outputs are derived; a later report replaces an earlier one.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from stages.core import outputs, tables
+from stages.core.errors import InputError
+from stages.core.metrics import KS
+from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, find_evals, places, read_evals, read_json
+from stages.core.tables import RLOOP_ENDPOINT
+
+if TYPE_CHECKING:
+    from stages.core.figures import Figure
+
+PAIRS = ((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT))
+PICTURES = {".png", ".svg", ".tsv"}
+RESULTS_TEXT = "Percent, with 95 % bootstrap intervals over problems."
+REAL_TEXT = (
+    "Percentage points, paired problem by problem, with 95 % bootstrap intervals over problems. Green and red: the "
+    "interval excludes zero. Grey: it does not, and the difference may be chance. An interval tells about other "
+    "problems of the same kind, not about another run with another seed."
+)
+COMPUTE_TEXT = "From the logs: tokens drawn in rollouts, tokens that updates ran over, and wall-clock seconds by phase."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """What is written beside the page; each defaults to a name next to it."""
+
+    results_md: Annotated[str, "results table as Markdown; default: results.md beside --out"] = ""
+    results_tsv: Annotated[str, "results table with intervals; default: results.tsv beside --out"] = ""
+    curves: Annotated[str, "metrics over steps, a tidy table; default: curves.tsv beside --out"] = ""
+    figures: Annotated[str, "directory of figures; default: figures beside --out"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What is shown."""
+
+    valid: Annotated[str, "problem set that stands first and by which checkpoints are chosen"] = "valid"
+    ks: Annotated[list[int], "the k of pass@k (repeatable)"] = field(default_factory=lambda: list(KS))
+    max_problems: Annotated[int, "problems of each set in the browser of rollouts"] = 12
+    max_samples: Annotated[int, "samples of each problem and policy in the browser of rollouts"] = 4
+    seed: Annotated[int, "seed of the bootstrap"] = 0
+
+
+@dataclass
+class Found:
+    """What the report is made from; `left_out` grows by a line for everything that was not there."""
+
+    runs: Path
+    evaluations: dict[str, Evaluation]
+    places: list[Place]
+    num_samples: int
+    left_out: list[str]
+
+
+def run(
+    paths: Paths,
+    choices: Choices,
+    runs: Annotated[str, "directory of runs"] = "runs",
+    out: Annotated[str, "page to write; default: report.html in --runs"] = "",
+    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)"] = [],  # noqa: B006
+    table: Annotated[bool, "print the results table as Markdown and write nothing"] = False,
+    tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing"] = False,
+) -> None:
+    """Write the results table, the figures and a page that shows them, from a directory of runs.
+
+    Example: rloop report --runs runs --out runs/report.html
+    """
+    printing = table or tsv
+    found = _find(Path(runs), evals, choices.valid, needed=printing)
+    choices = _possible(choices, found)
+    rows = tables.results_rows(found.evaluations, tables.methods(found.places), choices.ks, choices.seed)
+    if printing:
+        sys.stdout.write(tables.tsv(tables.records(rows)) if tsv else tables.markdown(rows))
+        return
+    page = Path(out or Path(runs) / "report.html")
+    _write(page, paths, choices, found, rows)
+    for line in found.left_out:
+        print(f"rloop: left out: {line}", file=sys.stderr)
+    print(f"rloop: wrote {page}", file=sys.stderr)
+
+
+def _find(runs: Path, evals: Sequence[str], valid: str, needed: bool) -> Found:
+    """Read evaluations; without any, an InputError where they are `needed`, and else a line in `left_out`."""
+    if not evals and not runs.is_dir():
+        raise InputError(f"{runs}: no such directory; name a directory of runs")
+    left_out: list[str] = []
+    directories: list[Path] = []
+    if evals or needed or any((runs / "eval").rglob("results.jsonl")):
+        directories = find_evals(evals or [runs / "eval"])
+    else:
+        left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
+    evaluations = read_evals(directories)
+    evaluations = {name: evaluations[name] for name in sorted(evaluations, key=lambda name: (name != valid, name))}
+    policies = dict.fromkeys(policy for evaluation in evaluations.values() for policy in evaluation.results)
+    num_samples = tables.smallest_num_samples(evaluations)
+    return Found(runs, evaluations, places(policies, runs), num_samples, left_out)
+
+
+def _possible(choices: Choices, found: Found) -> Choices:
+    """The choices without those k that some problem has too few samples for, which are named as left out."""
+    beyond = [f"pass@{k}" for k in choices.ks if k > found.num_samples] if found.evaluations else []
+    if beyond:
+        found.left_out.append(f"{', '.join(beyond)}: some problems have {found.num_samples} samples only")
+    return replace(choices, ks=[k for k in choices.ks if k <= found.num_samples])
+
+
+def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Sequence[tables.Row]) -> None:
+    from stages.core import browser, curves, figures  # matplotlib comes in here
+    from stages.core import page as pages
+
+    pictures = Path(paths.figures or page.parent / "figures")
+    _refuse_strangers(pictures)
+    tidy = curves.rows(found.evaluations, found.places, choices.ks, found.num_samples, choices.seed)
+    drawn = _draw(found, choices, tidy)
+    rollouts = browser.build(found.evaluations, found.places, choices.max_problems, choices.max_samples)
+    sections = _results(found, choices, rows, tidy)
+    sections |= {heading: pages.figures_html(of_section) for heading, of_section in drawn.items() if of_section}
+    sections |= _compute(found) | _rollouts(found, rollouts) | _parameters(found)
+    if found.left_out:
+        sections["Left out"] = pages.notes(found.left_out)
+
+    _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section])
+    with outputs.whole_file(paths.curves or page.parent / "curves.tsv") as beside:
+        figures.write_tsv(beside, tidy)
+    left_out = "".join(f"\nLeft out: {line}.\n" for line in found.left_out)
+    markdown = tables.markdown(rows) if rows else "No results.\n"
+    _write_text(paths.results_md or page.parent / "results.md", markdown + left_out)
+    _write_text(paths.results_tsv or page.parent / "results.tsv", tables.tsv(tables.records(rows)))
+    lead = "Iterative policy initialization against RL alone: results, dynamics, compute and rollouts."
+    _write_text(page, pages.page(f"RLoop: {found.runs}", lead, sections, rollouts))
+
+
+def _wanted(found: Found, choices: Choices) -> list[str]:
+    """The two metrics that are drawn: accuracy, and pass@k at the largest k."""
+    return [f"avg@{found.num_samples}", *(f"pass@{k}" for k in choices.ks[-1:])]
+
+
+def _draw(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> dict[str, list["Figure"]]:
+    """All figures by the heading that they stand under."""
+    from stages.core import curves, ledger
+
+    wanted = _wanted(found, choices)
+    iterations = ledger.iterations(found.runs) if found.runs.is_dir() else []
+    logs = curves.logs(found.runs, max(iterations, default=0))
+    resets = sorted({place.step for place in found.places if place.fine_tuned})
+    over_steps = curves.of_evaluations(tidy, resets, wanted)
+    if found.evaluations and not over_steps:
+        found.left_out.append("metrics over steps: no run has two evaluated checkpoints")
+    if not logs:
+        found.left_out.append(f"training curves: no log.tsv under {found.runs}")
+    analysis = _analysis(found)
+    return {
+        "RLoop against RL over steps": over_steps,
+        "Over iterations": curves.of_iterations(tidy),
+        "Learning, forgetting and similarity": analysis,
+        "Training": curves.overfitting(tidy, logs, choices.valid, wanted) + curves.of_logs(logs, resets),
+    }
+
+
+def _analysis(found: Found) -> list["Figure"]:
+    """The figures of analyze's outputs below RUNS/analysis."""
+    from stages.core import figures
+
+    drawn = []
+    for path in sorted((found.runs / "analysis").rglob("*.json")):
+        content = read_json(path)
+        if {"name", "labels", "values"} <= content.keys():
+            drawn.append(figures.of_matrix(content))
+        elif content.get("steps"):
+            drawn.append(figures.of_similarity(content["steps"]))
+    if not drawn:
+        found.left_out.append(
+            f"learning, forgetting and similarity: nothing of analyze under {found.runs / 'analysis'}"
+        )
+    return sorted({figure.name: figure for figure in drawn}.values(), key=lambda figure: figure.number)
+
+
+def _results(
+    found: Found, choices: Choices, rows: Sequence[tables.Row], tidy: Sequence[dict[str, Any]]
+) -> dict[str, str]:
+    """The results table, the same for checkpoints chosen on the validation set, and the differences."""
+    from stages.core import page as pages
+
+    if not rows:
+        return {}
+    chosen = tables.methods(found.places)
+    if not {RL, RLOOP} <= chosen.keys():
+        found.left_out.append(f"{RLOOP} against {RL}: not both were evaluated")
+    body = pages.text(RESULTS_TEXT) + tables.results_html(rows) + _chosen_on_valid(found, choices, tidy)
+    sections = {"Results": body}
+    compared = tables.differences(found.evaluations, chosen, PAIRS, choices.ks, choices.seed)
+    if compared:
+        sections["Which differences are real"] = pages.text(REAL_TEXT) + tables.differences_html(compared)
+    return sections
+
+
+def _chosen_on_valid(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> str:
+    """Results of each method's best checkpoint by the validation set, as the paper selects; "" without that set."""
+    from stages.core import curves
+    from stages.core import page as pages
+
+    order = _wanted(found, choices)[::-1]
+    labels = {place.policy: place.label for place in found.places}
+    best = curves.best_on(tidy, choices.valid, order)
+    if not best:
+        return ""
+    chosen = {f"{method}, step {labels[policy]}": policy for method, policy in best.items()}
+    rows = tables.results_rows(found.evaluations, chosen, choices.ks, choices.seed)
+    text = f"The policy on the way of each method that is best on {choices.valid} by {', then '.join(order)}."
+    return "<h3>Chosen on the validation set</h3>" + pages.text(text) + tables.results_html(rows)
+
+
+def _compute(found: Found) -> dict[str, str]:
+    from stages.core import ledger
+    from stages.core import page as pages
+
+    lines = ledger.ledger(found.runs) if found.runs.is_dir() else []
+    if not lines:
+        found.left_out.append(f"compute: no log.tsv under {found.runs}")
+        return {}
+    return {"Compute": pages.text(COMPUTE_TEXT) + tables.plain_html(lines)}
+
+
+def _rollouts(found: Found, rollouts: Sequence[dict[str, Any]]) -> dict[str, str]:
+    from stages.core import page as pages
+
+    if not rollouts:
+        if found.evaluations:
+            found.left_out.append("rollouts: the evaluations hold no rollouts.jsonl")
+        return {}
+    text = "The problems of each set on which the policies differ most, and some of every policy's completions of them."
+    return {"Rollouts": pages.text(text) + pages.BROWSER}
+
+
+def _parameters(found: Found) -> dict[str, str]:
+    from stages.core import ledger
+    from stages.core import page as pages
+
+    patterns = ("*/rl/manifest.json", "*/policy/manifest.json", "analysis/**/manifest.json", "eval/**/manifest.json")
+    paths = [path for pattern in patterns for path in sorted(found.runs.glob(pattern))]
+    manifests = [(path.parent.relative_to(found.runs).as_posix(), path) for path in paths]
+    settings = ledger.parameters(manifests)
+    folded = [pages.folded(stage, tables.plain_html(of_stage)) for stage, of_stage in settings.items()]
+    return {"Parameters": "".join(folded)} if folded else {}
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Raise InputError where the directory of figures, which is replaced as a whole, holds anything else."""
+    strangers = [path.name for path in directory.iterdir() if path.suffix not in PICTURES] if directory.is_dir() else []
+    if strangers:
+        raise InputError(f"{directory} holds {strangers[0]}, which no report wrote: name another --figures")
+
+
+def _write_figures(directory: Path, drawn: Sequence["Figure"]) -> None:
+    from stages.core import figures
+
+    shutil.rmtree(directory, ignore_errors=True)
+    with outputs.whole_dir(directory) as beside:
+        for figure in drawn:
+            figures.save(figure, beside)
+
+
+def _write_text(path: str | Path, text: str) -> None:
+    with outputs.whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -1,0 +1,362 @@
+"""The report of a small synthetic directory of runs: its numbers, its files, and its page clicked through."""
+
+import csv
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import urllib.request
+import xml.etree.ElementTree
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from stages import report
+from stages.core import browser, curves, jsonl, ledger, runs, tables
+from stages.core.errors import InputError
+
+HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> 1 + 1 = \\boxed{2}"
+VANILLA = [f"vanilla/rl/checkpoints/step_{step:06d}" for step in (2, 4)]
+RLOOP = ["1/rl/checkpoints/step_000002", "1/policy", "2/rl/checkpoints/step_000002", "2/policy"]
+# policy -> set -> number of correct samples, of 4, on each of three problems
+COUNTS = {
+    "0/policy": {"valid": [1, 0, 2], "far": [1, 1, 0]},
+    RLOOP[0]: {"valid": [2, 1, 2], "far": [1, 1, 1]},
+    RLOOP[1]: {"valid": [1, 1, 2], "far": [2, 1, 1]},
+    RLOOP[2]: {"valid": [3, 1, 3], "far": [2, 2, 1]},
+    RLOOP[3]: {"valid": [3, 2, 3], "far": [3, 2, 2]},
+    VANILLA[0]: {"valid": [3, 0, 4], "far": [1, 0, 0]},
+    VANILLA[1]: {"valid": [4, 0, 4], "far": [0, 0, 0]},
+}
+
+
+def write_eval(root: Path, problem_set: str, group: str, policies: list[str]) -> None:
+    rollouts, results = [], []
+    for policy in policies:
+        for number, num_correct in enumerate(COUNTS[policy][problem_set]):
+            problem = {"problem_id": f"{problem_set}/{number}", "policy": f"runs/{policy}"}
+            results.append(problem | {"num_samples": 4, "num_correct": num_correct, "num_truncated": 0})
+            for sample in range(4):
+                right = sample < num_correct
+                drawn = {"sample": sample, "step": 0, "prompt": f"What is {number} + 1?", "answer": str(number + 1)}
+                drawn |= {"completion": HOSTILE if right else f"sample {sample} of {policy}", "reward": float(right)}
+                drawn |= {"verdict": "correct" if right else "wrong", "num_tokens": 5, "finish_reason": "stop"}
+                rollouts.append(problem | drawn)
+    directory = root / "eval" / problem_set / group
+    jsonl.write(directory / "rollouts.jsonl", rollouts)
+    jsonl.write(directory / "results.jsonl", results)
+
+
+def write_rl(run: Path, steps: int) -> None:
+    run.mkdir(parents=True)
+    names = ["step", "reward", "pass_rate", "entropy", "grad_norm", "num_rollouts", "rollout_tokens", "update_tokens"]
+    rows = [[step, step / 10, step / 20, 1 / step, 0.5, 8, 100, 80] for step in range(1, steps + 1)]
+    lines = [
+        "\t".join(map(str, line)) for line in [[*names, "seconds", "mismatch"], *([*row, 1.5, ""] for row in rows)]
+    ]
+    (run / "log.tsv").write_text("\n".join(lines) + "\n")
+    manifest = {"stage": "rl", "parameters": {"steps": steps, "lr": 0.1}, "versions": {"torch": "2.13"}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A directory of runs with everything in it, and its report."""
+    root = tmp_path_factory.mktemp("report") / "runs"
+    for problem_set in ("valid", "far"):
+        write_eval(root, problem_set, "base", ["0/policy"])
+        write_eval(root, problem_set, "loop", RLOOP)
+        write_eval(root, problem_set, "vanilla", VANILLA)
+    for iteration in ("1", "2"):
+        write_rl(root / iteration / "rl", 2)
+        (root / iteration / "policy").mkdir()
+        (root / iteration / "policy" / "manifest.json").write_text('{"stage": "rft", "parameters": {"lr": 0.2}}')
+        (root / iteration / "policy" / "metrics.json").write_text('{"num_tokens": 40, "seconds": 0.5}')
+    write_rl(root / "vanilla" / "rl", 4)
+    matrix = {"name": "forgetting", "run": "RL", "number": "2b", "definition": "forgotten", "labels": ["0", "2"]}
+    steps = [{"run": "RL", "step": step, "within": 0.5, "after_rft": 0} for step in (0, 2)]
+    (root / "analysis").mkdir()
+    (root / "analysis/forgetting_RL.json").write_text(json.dumps(matrix | {"values": [[0, 0.5], [0, 0]]}))
+    (root / "analysis/similarity_by_step.json").write_text(json.dumps({"steps": steps}))
+    make(root)
+    return root
+
+
+def make(root: Path, **options) -> None:
+    choices = report.Choices(ks=[2, 4, 8])
+    report.run(**{"paths": report.Paths(), "choices": choices, "runs": str(root)} | options)
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(), delimiter="\t"))
+
+
+def passed(num_correct: int, k: int) -> float:
+    subsets = list(combinations(range(4), k))
+    return sum(min(subset) < num_correct for subset in subsets) / len(subsets)
+
+
+def test_results_table_holds_each_method_on_each_set_and_their_average(made):
+    rows = read_tsv(made / "results.tsv")
+    methods = ["Base", "RL", "RLoop", "RLoop, last RL endpoint"]
+    assert [(row["set"], row["method"]) for row in rows] == [
+        (s, m) for s in ("valid", "far", "Average") for m in methods
+    ]
+    policies = dict(zip(methods, ["0/policy", VANILLA[1], RLOOP[3], RLOOP[2]], strict=True))
+    for row in rows[:8]:
+        counts = COUNTS[policies[row["method"]]][row["set"]]
+        assert float(row["avg@4"]) == pytest.approx(100 * sum(counts) / 12, abs=0.005)
+        assert float(row["pass@2"]) == pytest.approx(100 * sum(passed(c, 2) for c in counts) / 3, abs=0.005)
+        assert float(row["avg@4_low"]) <= float(row["avg@4"]) <= float(row["avg@4_high"])
+    assert float(rows[8]["pass@4"]) == pytest.approx(200 / 3, abs=0.005)
+
+
+def test_results_markdown_is_the_papers_table_and_says_what_is_left_out(made):
+    lines = (made / "results.md").read_text().splitlines()
+    assert lines[:4] == [
+        "| Set | Method | avg@4 | pass@2 | pass@4 |",
+        "|---|---|---:|---:|---:|",
+        "| valid | Base | 25.00 | 44.44 | 66.67 |",
+        "|  | RL | **66.67** | 66.67 | 66.67 |",
+    ]
+    assert lines[-1] == "Left out: pass@8: some problems have 4 samples only."
+
+
+def test_table_is_printed_and_nothing_written(made, tmp_path, capsys):
+    make(made, table=True, out=str(tmp_path / "page.html"))
+    assert (made / "results.md").read_text().startswith(capsys.readouterr().out)
+    make(made, tsv=True, evals=[str(made / "eval/far")], out=str(tmp_path / "page.html"))
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))
+    assert {row["set"] for row in rows} == {"far"} and len(rows) == 4
+    assert not any(tmp_path.iterdir())
+
+
+def test_policies_on_no_known_way_stand_for_themselves_in_the_table(tmp_path, capsys):
+    results = [
+        {"problem_id": "a", "policy": name, "num_samples": 4, "num_correct": 1, "num_truncated": 0} for name in "xy"
+    ]
+    jsonl.write(tmp_path / "math/results.jsonl", results)
+    make(tmp_path, evals=[str(tmp_path / "math")], table=True)
+    assert re.findall(r"\| (\w*) \| ([xy]) \|", capsys.readouterr().out) == [("math", "x"), ("", "y")]
+
+
+def test_curves_place_every_policy_on_its_way(made):
+    rows = [row for row in read_tsv(made / "curves.tsv") if (row["set"], row["metric"]) == ("valid", "avg@4")]
+    steps = [(row["method"], row["step"], row["after_rft"], float(row["value"])) for row in rows]
+    on_rl = [("RL", "0", "0", 25), ("RL", "2", "0", 700 / 12), ("RL", "4", "0", 800 / 12)]
+    on_rloop = [("0", "0", 3), ("2", "0", 5), ("2", "1", 4), ("4", "0", 7), ("4", "1", 8)]
+    expected = on_rl + [("RLoop", step, after, 100 * count / 12) for step, after, count in on_rloop]
+    assert [step[:3] for step in steps] == [step[:3] for step in expected]
+    assert [step[3] for step in steps] == pytest.approx([step[3] for step in expected], abs=1e-3)
+
+
+def test_global_steps_count_the_whole_iterations_even_if_their_ends_were_not_evaluated(tmp_path):
+    write_rl(tmp_path / "runs/1/rl", 30)
+    write_rl(tmp_path / "runs/2/rl", 20)
+    policies = [f"runs/{name}" for name in ("1/rl/checkpoints/step_000010", "2/rl/checkpoints/step_000010", "3/policy")]
+    found = runs.places(policies, tmp_path / "runs")
+    assert [(place.step, place.label, place.iteration) for place in found] == [
+        (10, "10", 1),
+        (40, "40", 2),
+        (80, "80+RFT", 3),
+    ]
+
+
+def test_every_figure_lies_there_as_png_and_svg_with_its_data(made):
+    names = {path.stem for path in (made / "figures").iterdir()}
+    expected = {"steps_valid_avg4", "steps_far_pass4", "iterations_far", "overfitting", "training_grad_norm"}
+    assert expected | {"forgetting_RL", "similarity_by_step"} <= names
+    assert "training_mismatch" not in names, "a column without a number makes no figure"
+    for name in names:
+        xml.etree.ElementTree.parse(made / "figures" / f"{name}.svg")
+        assert (made / "figures" / f"{name}.png").stat().st_size > 1000
+        assert len(read_tsv(made / "figures" / f"{name}.tsv")) >= 2
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text of the embedded records."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.records = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][1].get("id") == "rollouts-data":
+            self.records += data
+
+
+def test_page_loads_nothing_and_holds_hostile_completions_as_data(made):
+    page = Page((made / "report.html").read_text())
+    links = [attrs.get(name) for _, attrs in page.tags for name in ("src", "href", "xlink:href") if attrs.get(name)]
+    assert links and all(link.startswith(("#", "data:image/png;")) for link in links)
+    assert not any(tag in ("img", "link", "iframe") for tag, _ in page.tags)
+    texts = [
+        r["completion"] for s in json.loads(page.records) for p in s["problems"] for of in p["rollouts"] for r in of
+    ]
+    assert HOSTILE in texts
+
+
+def test_ids_of_the_page_are_unique(made):
+    ids = [attrs["id"] for _, attrs in Page((made / "report.html").read_text()).tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.slow
+def test_a_second_report_replaces_the_first_with_the_same_bytes(made):
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    make(made)
+    assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
+
+
+def test_of_an_empty_directory_all_outputs_are_written_and_say_what_is_missing(tmp_path, capsys):
+    make(tmp_path, out=str(tmp_path / "out/page.html"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "page.html", "results.md", "results.tsv", "curves.tsv", "figures",
+    }  # fmt: skip
+    assert "no results.jsonl" in (tmp_path / "out/results.md").read_text()
+    assert "no log.tsv" in (tmp_path / "out/page.html").read_text()
+    assert capsys.readouterr().err.count("left out") == 4
+
+
+def test_what_no_report_wrote_is_never_removed(made, tmp_path):
+    (tmp_path / "thesis.docx").write_text("years of work")
+    with pytest.raises(InputError, match=r"thesis\.docx"):
+        make(made, paths=report.Paths(figures=str(tmp_path)), out=str(tmp_path / "page.html"))
+    assert (tmp_path / "thesis.docx").exists()
+
+
+def test_a_missing_directory_of_runs_is_a_plain_error(tmp_path):
+    with pytest.raises(InputError, match="no such directory"):
+        make(tmp_path / "nowhere")
+
+
+def test_ledger_adds_up_phases_and_weighs_rloop_against_rl(made):
+    lines = {line["phase"]: line for line in ledger.ledger(made)}
+    assert lines["RLoop 1: RL"]["rollout_tokens"] == 200 and lines["RLoop 1: RFT"]["update_tokens"] == 40
+    counts = {"steps": 4, "num_rollouts": 32, "rollout_tokens": 400, "update_tokens": 400, "seconds": 7.0}
+    assert lines["RLoop, total"] == {"phase": "RLoop, total"} | counts
+    assert lines["RLoop / RL"]["rollout_tokens"] == 1 and lines["RLoop / RL"]["update_tokens"] == 1.25
+    assert lines["RFT's share of RLoop"]["update_tokens"] == pytest.approx(80 / 400)
+
+
+def test_differences_are_paired_by_problem_and_averaged_over_sets(made):
+    evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
+    chosen = {"RL": f"runs/{VANILLA[1]}", "RLoop": f"runs/{RLOOP[3]}"}
+    found = tables.differences(evaluations, chosen, [("RL", "RLoop")], ks=[2])
+    values = {row.problem_set: row.metrics["avg@4"] for row in found}
+    assert values["far"]["value"] == pytest.approx(7 / 12) and values["far"]["real"]
+    assert values["valid"]["value"] == pytest.approx(0) and not values["valid"]["real"]
+    assert values["Average"]["value"] == pytest.approx(7 / 24)
+
+
+def test_checkpoints_are_chosen_by_the_first_metric_then_the_second_then_the_earliest():
+    def rows(policy: str, first: float, second: float) -> list[dict]:
+        row = {"set": "valid", "method": "RL", "policy": policy}
+        return [row | {"metric": "pass@4", "value": first}, row | {"metric": "avg@4", "value": second}]
+
+    tidy = rows("a", 90, 10) + rows("b", 90, 30) + rows("c", 90, 30) + rows("d", 80, 99)
+    assert curves.best_on(tidy, "valid", ["pass@4", "avg@4"]) == {"RL": "b"}
+    assert curves.best_on(tidy, "other", ["pass@4"]) == {}
+
+
+def test_browser_keeps_the_problems_that_differ_most_and_a_mix_of_samples(made):
+    evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
+    found = runs.places(evaluations["valid"].results, made)
+    built = {of_set["name"]: of_set for of_set in browser.build(evaluations, found, max_problems=2, max_samples=2)}
+    assert [problem["id"] for problem in built["valid"]["problems"]] == ["valid/0", "valid/1"]
+    assert built["valid"]["problems"][0]["rates"][0] == 0.25
+    verdicts = [[r["correct"] for r in of_policy] for of_policy in built["valid"]["problems"][0]["rollouts"]]
+    labels = [policy["label"] for policy in built["valid"]["policies"]]
+    assert labels == ["Base", "RL 2", "RL 4", "RLoop 2", "RLoop 2+RFT", "RLoop 4", "RLoop 4+RFT"]
+    assert dict(zip(labels, verdicts, strict=True))["RL 4"] == [True, True]
+    assert dict(zip(labels, verdicts, strict=True))["Base"] == [True, False]
+
+
+def test_browser_stays_within_its_size(made, monkeypatch):
+    monkeypatch.setattr(browser, "MAX_BYTES", 12_000)
+    evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
+    found = runs.places(evaluations["valid"].results, made)
+    built = browser.build(evaluations, found, max_problems=3, max_samples=4)
+    assert built and len(json.dumps(built)) < 14_000
+
+
+class Browser:
+    """A headless Chromium over W3C WebDriver: just what clicking through a page takes."""
+
+    def __init__(self, profile: Path):
+        command = ["chromedriver", "--port=0", f"--log-path={profile / 'log'}"]
+        self.driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        port = next(
+            found[1] for line in self.driver.stdout if (found := re.search(r"successfully on port (\d+)", line))
+        )
+        self.base = f"http://127.0.0.1:{port}/session"
+        flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+        arguments = [f"--{flag}" for flag in f"{flags} disable-component-update disable-sync".split()]
+        options = {"args": [*arguments, f"--user-data-dir={profile / 'profile'}"], "binary": shutil.which("chromium")}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self.call("", {"capabilities": {"alwaysMatch": wanted}})
+        self.base += "/" + session["sessionId"]
+
+    def call(self, path: str, body: dict | None = None, method: str = "POST"):
+        data = json.dumps(body or {}).encode() if method == "POST" else None
+        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def click(self, selector: str) -> None:
+        element = self.call("/element", {"using": "css selector", "value": selector})
+        self.call(f"/element/{next(iter(element.values()))}/click")
+
+    def run(self, script: str):
+        return self.call("/execute/sync", {"script": f"return {script}", "args": []})
+
+    def texts(self, selector: str) -> list[str]:
+        return self.run(f"[...document.querySelectorAll({selector!r})].map((found) => found.textContent)")
+
+    def close(self) -> None:
+        self.call("", method="DELETE")
+        self.driver.terminate()
+        self.driver.wait()
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no browser here: apt-get install chromium chromium-driver")
+    started = Browser(tmp_path)
+    yield started
+    started.close()
+
+
+@pytest.mark.slow
+def test_page_can_be_clicked_through_in_a_browser(made, chromium):
+    chromium.call("/url", {"url": (made / "report.html").as_uri()})
+    assert chromium.texts("#left-rollouts h3") == ["RL 4: 100 % correct"]
+    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+RFT: 75 % correct"]
+    assert HOSTILE in chromium.texts("#left-rollouts pre")
+    chromium.click("#set option:nth-child(2)")
+    assert chromium.texts("#problem option") == ["far/0", "far/1", "far/2"]
+    chromium.click("#problem option:nth-child(3)")
+    assert chromium.texts("#answer") == ["3"]
+    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+RFT: 50 % correct"]
+    chromium.click("#verdicts option[value=wrong]")
+    assert chromium.texts("#right-rollouts pre") == [f"sample {sample} of {RLOOP[3]}" for sample in (2, 3)]
+    chromium.click('#rates circle[data-policy="5"]')
+    assert chromium.texts("#right-rollouts h3") == ["RLoop 4: 25 % correct"]
+    chromium.click("#left option:first-child")
+    assert chromium.texts("#left-rollouts h3") == ["Base: 0 % correct"]
+    chromium.click("details summary")
+    assert chromium.run("document.querySelector('details').open")
+    assert chromium.run("document.title").startswith("RLoop")
+    for width in (360, 1280):
+        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        chromium.call("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics})
+        assert chromium.run("document.documentElement.scrollWidth") <= width
+    assert [entry for entry in chromium.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []
