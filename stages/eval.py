@@ -6,7 +6,6 @@ sources is the business of a table, not of an evaluation. Left out on purpose: m
 """
 
 import shutil
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -59,8 +58,7 @@ def run(
     evaluation.check_metrics(num_samples, k, select)
     plan = sampling.plan(policy, problems, num_samples, knobs)
     _refuse_left_out(plan)
-    for warning in sampling.template_warnings(plan.policies, plan.template):
-        print(f"warning: {warning}", file=sys.stderr)
+    sampling.warn_of_templates(plan)
     parameters = {"num_samples": num_samples, "k": k, "select": select, **asdict(knobs)}
     evaluate(plan, problems, out, parameters, plan.start_engine)
 
@@ -120,13 +118,12 @@ def _settings(plan: Plan, problems_digest: str) -> dict[str, Any]:
 def _draw_missing(plan: Plan, groups: dict[str, Groups], start_engine: StartEngine) -> None:
     """Fill `groups`, policy by policy, with one engine."""
     engine: Engine | None = None
-    with Verifier(bare=plan.knobs.bare) as verifier, Meter(plan.num_completions) as meter:
+    with Verifier(bare=plan.knobs.bare) as verifier, Meter(plan.num_groups) as meter:
         for name, kept in groups.items():
-            meter.start(name, len(kept) * plan.sampling.num_samples)
+            meter.start(name, len(kept))
             if len(kept) < len(plan.prompts):
                 engine = sampling.engine_for(plan.policies[name], engine, start_engine)
                 _draw(plan, name, kept, engine, verifier, meter)
-                print(f"{name}: {meter.state()}", file=sys.stderr)
 
 
 def _draw(plan: Plan, name: str, kept: Groups, engine: Engine, verifier: Verifier, meter: Meter) -> None:
@@ -134,13 +131,13 @@ def _draw(plan: Plan, name: str, kept: Groups, engine: Engine, verifier: Verifie
     waiting: deque[Group] = deque()
 
     def keep(max_waiting: int) -> None:
-        while len(waiting) > max_waiting:
+        while waiting and (len(waiting) > max_waiting or waiting[0].is_scored):
             group = waiting.popleft()
             meter.scored(group.rewards)
             kept.add(group.rollouts(name))
 
     def drawn(_: int, group: Group) -> None:
-        meter.drawn(len(group.completions), group.num_tokens)
+        meter.drawn(group.num_tokens)
         waiting.append(group)
         keep(MAX_WAITING)
 

@@ -3,11 +3,11 @@
 Writes one Rollout a line: policies in the order of the options, problems in the order of their file.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from stages.core import jsonl, outputs, sampling
+from stages.core.progress import warn
 from stages.core.verifier import Verifier
 
 
@@ -29,10 +29,8 @@ def run(
     if str(out) != "-":
         outputs.refuse_occupied(out)
     plan = sampling.plan(policy, problems, num_samples, knobs)
-    notes = sampling.template_warnings(plan.policies, plan.template)
+    sampling.warn_of_templates(plan)
     if plan.left_out:
-        notes.append(f"{len(plan.left_out)} problems are too long for the context: {', '.join(plan.left_out[:5])}")
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+        warn(f"{len(plan.left_out)} problems are too long for the policy's context: {', '.join(plan.left_out)}")
     with Verifier(bare=knobs.bare) as verifier:
         jsonl.write(out, sampling.rollouts(plan, plan.start_engine, verifier))

@@ -5,6 +5,7 @@ What was left out on purpose: top-p and top-k (they bias the importance ratio), 
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ class VllmEngine:
 
         self._llm.reset_prefix_cache()
         torch.manual_seed(sampling.seed)
-        core = self._llm.llm_engine
+        core: Any = self._llm.llm_engine
         for index, prompt in enumerate(prompts):
             core.add_request(str(index), {"prompt_token_ids": prompt}, self._params(sampling, index))
         groups: list[list[Completion]] = [[] for _ in prompts]
@@ -182,8 +183,10 @@ def _configure() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])

@@ -28,6 +28,7 @@ class Settled(NamedTuple):
     """Scores that are there already, in the place of a batch that is under way."""
 
     scores: list[Score]
+    is_done: bool = True
 
     def result(self) -> list[Score]:
         """The scores."""
@@ -50,6 +51,11 @@ class Group:
     def settled(self) -> "Group":
         """The same group with its scores waited for, free to travel to another process."""
         return Group(self.prompt, self.completions, Settled(self.scores))
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the scores are there, so that nobody waits for them."""
+        return self.batch.is_done
 
     @property
     def num_tokens(self) -> int:

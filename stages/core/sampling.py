@@ -11,11 +11,9 @@ are beside it.
 """
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +22,7 @@ from stages.core import prompts as templates
 from stages.core import records
 from stages.core.engine import Engine, Sampling, VllmEngine
 from stages.core.errors import InputError
+from stages.core.progress import StepProgress, warn
 from stages.core.prompts import Template
 from stages.core.records import Rollout
 from stages.core.rollouts import Prompt, draw, make_prompts
@@ -67,9 +66,9 @@ class Plan:
     knobs: Knobs
 
     @property
-    def num_completions(self) -> int:
-        """How many completions all policies together are asked for."""
-        return len(self.policies) * len(self.prompts) * self.sampling.num_samples
+    def num_groups(self) -> int:
+        """How many groups all policies together are asked for."""
+        return len(self.policies) * len(self.prompts)
 
     def start_engine(self, policy: Path) -> Engine:
         """The engine, with room for the longest prompt and completion."""
@@ -90,13 +89,12 @@ class Plan:
 def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Iterator[Rollout]:
     """Ask every policy every problem; rollouts by policy, problem and sample, in the order of the plan."""
     engine: Engine | None = None
-    with Meter(plan.num_completions) as meter:
+    with Meter(plan.num_groups) as meter:
         for name, path in plan.policies.items():
             engine = engine_for(path, engine, start_engine)
             meter.start(name)
             for part, sampling in plan.parts(plan.prompts):
-                drawn = partial(meter.drawn, sampling.num_samples)
-                for group in draw(engine, verifier, part, sampling, drawn):
+                for group in draw(engine, verifier, part, sampling, meter.drawn):
                     meter.scored(group.rewards)
                     yield from group.rollouts(name)
 
@@ -184,56 +182,51 @@ def _check_alike(
         policies.check_shapes(path)
 
 
-def template_warnings(paths: dict[str, Path], template: Template) -> list[str]:
-    """A sentence for each policy whose manifest, or that of the rl run it is from, names another template."""
-    found = []
-    for name, path in paths.items():
+def warn_of_templates(plan: Plan) -> None:
+    """Warn of each policy whose manifest, or that of the rl run it is a checkpoint of, names another template."""
+    for name, path in plan.policies.items():
         manifests = (read_json(place / "manifest.json") for place in (path, *path.absolute().parents[:2]))
-        manifest = next((manifest for manifest in manifests if manifest), {})
-        if manifest.get("template_digest", template.digest) != template.digest:
+        manifest = next((manifest for manifest in manifests if "template_digest" in manifest), {})
+        if manifest.get("template_digest", plan.template.digest) != plan.template.digest:
             trained = manifest.get("parameters", {}).get("template", "another one")
-            found.append(f"policy {name} was trained with template {trained}, not {template.name}")
-    return found
+            warn(f"policy {name} was trained with template {trained}, and is asked with {plan.template.name}")
 
 
 class Meter:
-    """A bar on stderr over completions, with tokens a second and the running average; only in a terminal."""
+    """Shows groups as they come, with the policy at work, its average so far and tokens a second."""
 
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        text = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
-        columns = (text[0], BarColumn(), MofNCompleteColumn(), text[1], TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-        self._task = self._bar.add_task("", total=total, state="")
+    def __init__(self, num_groups: int) -> None:
+        self._progress = StepProgress("groups", num_groups)
+        self._num_groups = 0
         self.start("")
 
     def __enter__(self) -> "Meter":
-        self._bar.start()
+        self._progress.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
 
     def start(self, policy: str, num_done: int = 0) -> None:
-        """Count anew, for `policy`, of which `num_done` completions were there already."""
+        """Count anew, for `policy`, of which `num_done` groups were there already."""
+        self._policy = policy
+        self._num_groups += num_done
         self._num_tokens = self._num_scored = 0
         self._num_correct = 0.0
         self._start = time.monotonic()
-        self._bar.update(self._task, description=policy, advance=num_done)
 
-    def drawn(self, num_completions: int, num_tokens: int) -> None:
-        """Count what the engine gave."""
+    def drawn(self, num_tokens: int) -> None:
+        """Count a group that the engine gave."""
+        self._num_groups += 1
         self._num_tokens += num_tokens
-        self._bar.update(self._task, advance=num_completions, state=self.state())
+        self._progress.step(self._num_groups, self._note())
 
     def scored(self, rewards: Sequence[float]) -> None:
         """Count what the verifier gave."""
         self._num_scored += len(rewards)
         self._num_correct += sum(rewards)
 
-    def state(self) -> str:
-        """What has been counted, in words."""
+    def _note(self) -> str:
         speed = self._num_tokens / max(1e-9, time.monotonic() - self._start)
-        return f"avg {100 * self._num_correct / max(1, self._num_scored):.1f} %, {speed:,.0f} tokens/s"
+        average = f"avg {100 * self._num_correct / self._num_scored:.1f} %, " if self._num_scored else ""
+        return f"{average}{speed:,.0f} tokens/s, {self._policy}"
