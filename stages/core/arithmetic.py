@@ -24,7 +24,8 @@ SLIP_RATE = 0.06  # of a step: its result is a near miss, and the solution goes 
 HASTE_RATE = 0.05  # of a step of [P]: the leftmost operation is done before a multiplication
 LUCK_RATE = 0.25  # of a guess: it is right
 NO_BOX_RATE = 0.40  # of a solution: it ends without saying its answer
-MAX_MISS = 3
+FURTHEST_SLIP = 3
+MAX_MISSES = 3000
 
 WORDS = (*map(str, range(MAX_VALUE + 1)), *"+-*()=,?", *STYLES, "\\boxed{", "}")  # all that a text is made of
 
@@ -146,16 +147,20 @@ def _draw_span(rng: random.Random, num_numbers: int) -> tuple[int, int]:
 def draw_mix(candidates: Iterator[Expression], num_easy: int, num_hard: int, taken: set[str]) -> list[Expression]:
     """The next `num_easy` candidates that the short-cut solves and `num_hard` that it doesn't; none is in `taken`.
 
-    They are added to `taken`. Fewer come back where the candidates run out.
+    They are added to `taken`. Fewer come back where MAX_MISSES candidates in a row are of no use.
     """
     missing = {True: num_easy, False: num_hard}
     found: list[Expression] = []
-    while sum(missing.values()) and (expression := next(candidates, None)):
+    misses = 0
+    while sum(missing.values()) and misses < MAX_MISSES:
+        expression = next(candidates)
         easy = short_cut(expression) == truth(expression)
+        misses += 1
         if missing[easy] and str(expression) not in taken:
             missing[easy] -= 1
             taken.add(str(expression))
             found.append(expression)
+            misses = 0
     return found
 
 
@@ -204,5 +209,5 @@ def solve(expression: Expression, style: str, rng: random.Random) -> tuple[str, 
 def _slip(value: int, rng: random.Random) -> int:
     """`value`, or now and then a near miss; in 0..MAX_VALUE, which earlier slips may have led out of."""
     if rng.random() < SLIP_RATE:
-        value += rng.choice((-1, 1)) * rng.randint(1, MAX_MISS)
+        value += rng.choice((-1, 1)) * rng.randint(1, FURTHEST_SLIP)
     return min(max(value, 0), MAX_VALUE)
