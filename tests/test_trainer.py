@@ -1,0 +1,157 @@
+"""The trainer's gradient: the same however the work is cut, and the same as TRL's for the same batch."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from stages.core.trainer import Objective, TokenRollout, Trainer, UpdateStats
+
+OBJECTIVE = Objective(
+    clip_low=0.2, clip_high=0.28, importance_cap=2.0, max_grad_norm=1.0, minibatches=1, tokens_per_microbatch=4096
+)
+
+
+def some_rollouts(count, seed=0):
+    draw = random.Random(seed)
+    rollouts = []
+    for _ in range(count):
+        prompt = [draw.randrange(2, 60) for _ in range(draw.randint(3, 9))]
+        completion = [draw.randrange(2, 60) for _ in range(draw.randint(1, 40))]
+        engine = [draw.gauss(-4.1, 0.3) for _ in completion]
+        rollouts.append(TokenRollout(prompt, completion, engine, draw.choice([-1.3, -0.2, 0.4, 1.7])))
+    return rollouts
+
+
+def gradient_of(trainer):
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+
+
+def gradient_and_sums(policy, rollouts, **changes):
+    trainer = Trainer(policy, Accelerator(), replace(OBJECTIVE, **changes))
+    sums = trainer.gradient(rollouts)
+    return gradient_of(trainer), sums
+
+
+def close(a, b, relative):
+    return ((a - b).norm() / b.norm()).item() < relative
+
+
+def test_the_gradient_does_not_depend_on_the_token_budget(tiny_policy):
+    rollouts = some_rollouts(48)
+    whole, sums = gradient_and_sums(tiny_policy, rollouts, tokens_per_microbatch=10**6)
+    for budget in (1, 100, 700):
+        cut, cut_sums = gradient_and_sums(tiny_policy, rollouts, tokens_per_microbatch=budget)
+        assert close(cut, whole, 1e-5)
+        assert torch.allclose(cut_sums, sums, rtol=1e-5)
+
+
+def test_the_gradient_does_not_depend_on_the_order_of_the_rollouts(tiny_policy):
+    rollouts = some_rollouts(32)
+    shuffled = random.Random(1).sample(rollouts, len(rollouts))
+    assert close(gradient_and_sums(tiny_policy, shuffled)[0], gradient_and_sums(tiny_policy, rollouts)[0], 1e-5)
+
+
+def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_policy):
+    from transformers import AutoModelForCausalLM
+
+    rollouts = some_rollouts(12)
+    found, sums = gradient_and_sums(tiny_policy, rollouts, importance_cap=1.5)
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    total, tokens = 0.0, sum(len(rollout.completion_ids) for rollout in rollouts)
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        scores = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+        own = scores.gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+        weight = (own.detach() - torch.tensor(rollout.engine_log_probs)).exp().clamp(max=1.5)
+        total = total - (weight * (own - own.detach()).exp() * rollout.advantage).sum()
+    (total / tokens).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert close(found, expected, 1e-5)
+    assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_old_log_probs_keep_the_ratio_when_a_step_has_several_updates(tiny_policy):
+    """One update on two halves' worth of old log-probs equals the loss with ratios taken before the first update."""
+    rollouts = some_rollouts(16)
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OBJECTIVE, minibatches=2))
+    before = trainer.log_probs(rollouts[8:])
+    stats = trainer.update(rollouts, lr=1e-2)
+    after = trainer.log_probs(rollouts[8:])
+    assert len(stats.grad_norms) == 2
+    assert max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) > 0.01
+    engine = [torch.tensor(rollout.engine_log_probs) for rollout in rollouts[8:]]
+    mismatch = sum(float((own - theirs).abs().sum()) for own, theirs in zip(before, engine, strict=True))
+    first = Trainer(tiny_policy, Accelerator(), OBJECTIVE).gradient(rollouts[:8])
+    names = UpdateStats.SUMS
+    assert stats.mismatch == pytest.approx(mismatch + float(first[names.index("mismatch")]), rel=1e-5)
+    assert stats.clipped_low + stats.clipped_high > 0
+
+
+def test_a_non_finite_update_never_reaches_the_weights(tiny_policy):
+    trainer = Trainer(tiny_policy, Accelerator(), OBJECTIVE)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    rollouts = some_rollouts(4)
+    rollouts[2].advantage = float("inf")
+    stats = trainer.update(rollouts, lr=1.0)
+    assert stats.num_skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert trainer.update(some_rollouts(4), lr=1e-3).num_skipped == 0
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["first update", "later update"])
+def test_loss_and_gradient_agree_with_trl(tiny_policy, tmp_path, old):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    rollouts = some_rollouts(16)
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OBJECTIVE, importance_cap=0.0))
+    if old:
+        generator = torch.Generator().manual_seed(0)
+        for rollout, own in zip(rollouts, trainer.log_probs(rollouts), strict=True):
+            rollout.old_log_probs = own + 0.3 * torch.randn(len(own), generator=generator)
+    sums = trainer.gradient(rollouts)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path), loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0, num_generations=2,
+        per_device_train_batch_size=16, temperature=1.0, report_to="none", use_cpu=True, bf16=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    oracle = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32), lambda **_: [0.0], arguments,
+        train_dataset=Dataset.from_list([{"prompt": "1"}] * 16), processing_class=tokenizer,
+    )  # fmt: skip
+    oracle.model.train()
+    oracle.current_gradient_accumulation_steps = 1
+    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+    loss = oracle.compute_loss(oracle.model, trl_inputs(rollouts, tokenizer.pad_token_id, tokens))
+    loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in oracle.model.parameters()])
+    assert float(sums[0]) / tokens == pytest.approx(loss.item(), rel=1e-5)
+    assert close(gradient_of(trainer), expected, 1e-5)
+
+
+def trl_inputs(rollouts, pad, tokens):
+    width = max(len(rollout.prompt_ids) for rollout in rollouts)
+    length = max(len(rollout.completion_ids) for rollout in rollouts)
+
+    def left(values, fill):
+        return torch.tensor([[fill] * (width - len(value)) + value for value in values])
+
+    def right(values, fill):
+        return torch.tensor([value + [fill] * (length - len(value)) for value in values])
+
+    inputs = {
+        "prompt_ids": left([rollout.prompt_ids for rollout in rollouts], pad),
+        "prompt_mask": left([[1] * len(rollout.prompt_ids) for rollout in rollouts], 0),
+        "completion_ids": right([rollout.completion_ids for rollout in rollouts], pad),
+        "completion_mask": right([[1] * len(rollout.completion_ids) for rollout in rollouts], 0),
+        "advantages": torch.tensor([rollout.advantage for rollout in rollouts]),
+        "num_items_in_batch": torch.tensor(tokens),
+    }
+    if rollouts[0].old_log_probs is not None:
+        inputs["old_per_token_logps"] = right([rollout.old_log_probs.tolist() for rollout in rollouts], 0.0)
+    return inputs
