@@ -263,4 +263,4 @@ def test_a_little_pretraining_teaches_the_form(tmp_path):
     completions = tokenizer.batch_decode(drawn[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert sum(text.startswith(tuple(arithmetic.STYLES)) for text in completions) > 90
     assert sum("\\boxed{" in text for text in completions) > 25
-    assert (drawn[:, -1] != tokenizer.pad_token_id).sum() < 128  # they end
+    assert (drawn == tokenizer.eos_token_id).any(dim=1).sum() > 110
