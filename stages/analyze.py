@@ -150,7 +150,7 @@ def _differential(ways: Mapping[str, list[Place]], forgotten: Mapping[str, "NDAr
     first, second = [of_rl[step] for step in common], [of_rloop[step] for step in common]
     values = forgotten[RL][first][:, first] - forgotten[RLOOP][second][:, second]
     on_way = [
-        Place(f"{ways[RL][i].policy} | {ways[RLOOP][j].policy}", "", 0, step, str(step))
+        Place(f"{ways[RL][i].policy} | {ways[RLOOP][j].policy}", "", step, str(step))
         for i, j, step in zip(first, second, common, strict=True)
     ]
     return [_matrix("differential_forgetting", "", on_way, values)]

@@ -135,8 +135,19 @@ def of_logs(found: Mapping[str, Sequence[Mapping[str, float]]], resets: Sequence
                 series.append(Series(method, [x for x, _ in points], [y for _, y in points]))
         if series:
             caption = f"{title} at each RL step, from log.tsv."
+            heights = [y for line in series for y in line.y]
+            explodes = column == "grad_norm" and 0 < 100 * min(heights) < max(heights)
             drawn.append(
-                lines(f"training_{column}", title, caption, series, y_label=axis, resets=resets, number=number)
+                lines(
+                    f"training_{column}",
+                    title,
+                    caption,
+                    series,
+                    y_label=axis,
+                    resets=resets,
+                    number=number,
+                    log_scale=explodes,
+                )
             )
     return drawn
 

@@ -76,6 +76,7 @@ def lines(
     x_label: str = "RL steps",
     resets: Iterable[float] = (),
     number: str = "",
+    log_scale: bool = False,
 ) -> Figure:
     """Lines over steps; `resets` are the steps at which RLoop starts anew, shown as dotted verticals."""
     with matplotlib.rc_context(STYLE):
@@ -85,7 +86,7 @@ def lines(
             axes.axvline(step, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
         for index, line in enumerate(series):
             _draw(axes, line, line.colour or COLOURS.get(line.label) or MORE_COLOURS[index % len(MORE_COLOURS)])
-        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log_scale else "linear")
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:

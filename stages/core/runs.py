@@ -31,15 +31,14 @@ _ITERATION = re.compile(r"^(?:.*/)?(?P<iteration>\d+)/(?P<part>rl|policy)$")
 
 
 class Place(NamedTuple):
-    """Where a policy stands: Place("runs/2/rl/checkpoints/step_000010", "RLoop", iteration=2, step=40, "40").
+    """Where a policy stands: Place("runs/2/rl/checkpoints/step_000010", "RLoop", 40, "40").
 
     `step` counts RL steps from the base; `label` names the place on its way ("30+RFT" is the policy fine-tuned after
-    step 30); `iteration` is 0 outside RLoop. What stands on no known way has itself as its method.
+    step 30). What stands on no known way has itself as its method.
     """
 
     policy: str
     method: str
-    iteration: int
     step: int
     label: str
 
@@ -76,16 +75,16 @@ def _place(policy: str, offsets: Mapping[int, int]) -> Place:
     if (turn := _ITERATION.match(run)) and (checkpoint or turn["part"] == "policy"):
         iteration = int(turn["iteration"])
         if iteration == 0:
-            return Place(policy, BASE, 0, 0, "0")
+            return Place(policy, BASE, 0, "0")
         if checkpoint:
             step += offsets[iteration]
-            return Place(policy, RLOOP, iteration, step, str(step))
+            return Place(policy, RLOOP, step, str(step))
         step = offsets[iteration + 1]
-        return Place(policy, RLOOP, iteration, step, f"{step}{FINE_TUNED}")
+        return Place(policy, RLOOP, step, f"{step}{FINE_TUNED}")
     if not checkpoint:
-        return Place(policy, policy, 0, 0, policy)
+        return Place(policy, policy, 0, policy)
     name = Path(run).parent.name if Path(run).name == "rl" else Path(run).name
-    return Place(policy, RL if name == "vanilla" else name, 0, step, str(step))
+    return Place(policy, RL if name == "vanilla" else name, step, str(step))
 
 
 def _offsets(policies: Sequence[str], root: Path) -> dict[int, int]:

@@ -85,14 +85,6 @@ def _intersections(sets: Sequence["Array"]) -> "Array":
     return (dense @ dense.T + (rare @ rare.T).toarray()).astype(np.float64)  # float32 counts exactly up to 2**24
 
 
-def by_problem(completions: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Group (problem id, completion) pairs of one checkpoint."""
-    groups: dict[str, list[str]] = {}
-    for problem, completion in completions:
-        groups.setdefault(problem, []).append(completion)
-    return groups
-
-
 def without_self(within: "Array", num_samples: int) -> "Array":
     """Similarity of a checkpoint's distinct samples, from the diagonal, which counts each with itself (J = 1) too.
 
