@@ -1,49 +1,55 @@
-"""avg@k and pass@k of policies on one file of problems, by the paper's protocol.
+"""avg@k and pass@k of policies on sets of problems, by the paper's protocol.
 
-Writes OUT/rollouts.jsonl (every completion), OUT/results.jsonl (counts by policy and problem), OUT/metrics.json (see
-core/evaluation.py) and OUT/manifest.json. Several sets are several calls: an average over sets of other sizes and
-sources is the business of a table, not of an evaluation. Left out on purpose: majority voting.
+For one set, OUT holds
+
+    rollouts.jsonl   every completion         metrics.json    see core/evaluation.py
+    results.jsonl    counts by problem        manifest.json   how it came about
+
+For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. Left out on purpose: majority voting,
+and an average over sets, which is a table's business (report).
 """
 
 import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import evaluation, jsonl, outputs, partial, records, sampling, verifier
+from stages.core import evaluation, jsonl, outputs, partial, sampling, verifier
 from stages.core.engine import Engine
 from stages.core.errors import InputError
 from stages.core.metrics import KS
 from stages.core.partial import Groups
 from stages.core.records import Rollout
-from stages.core.rollouts import Group, draw_each
+from stages.core.rollouts import Group, Prompt, draw_each
 from stages.core.runs import read_json
 from stages.core.sampling import Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 
+GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
+
 
 def run(
     *,
-    policy: Annotated[list[str], "policy to evaluate: a checkpoint directory or a hub id; repeat it for several"] = [],  # noqa: B006
-    problems: Annotated[Path | None, "problems to ask (JSONL)"] = None,
-    out: Annotated[Path, "directory to write: rollouts.jsonl, results.jsonl, metrics.json, manifest.json"],
+    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable"] = [],  # noqa: B006
+    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable"] = [],  # noqa: B006
+    out: Annotated[Path, "directory to write"],
     regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more"] = None,
     num_samples: Annotated[int, "rollouts for each problem"] = 32,
-    k: Annotated[list[int], "a k of pass@k; repeat it for several"] = list(KS),  # noqa: B006
-    select: Annotated[str, "write the best policy by this metric (pass@32, avg@32, ...) into metrics.json"] = "",
+    k: Annotated[list[int], "a k of pass@k; repeatable"] = list(KS),  # noqa: B006
+    select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
     knobs: sampling.Knobs,
 ) -> None:
     """Evaluate policies: avg@k and pass@k with their intervals, and which differences between policies are real.
 
-    Several policies share one engine, so they need one architecture and one tokenizer. One call is one file of
-    problems. A call that was interrupted goes on where it stopped when it is repeated. The same call gives the same
-    samples, whatever the order of the problems, up to the rounding of floats in the engine's batches.
+    Several policies share one engine, so they need one architecture and one tokenizer. A call that was interrupted
+    goes on where it stopped when it is repeated. The same call gives the same samples, whatever the order of the
+    problems and the other policies, up to the rounding of floats in the engine's batches.
 
     With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
     OUT is written from them, and what changed is shown. The stored rollouts stay as they are.
@@ -51,10 +57,10 @@ def run(
     Example: rloop eval --policy toy/policy --problems toy/valid.jsonl --out evals/valid --template none --max-tokens 80
     """
     if regrade is not None:
-        _regrade(regrade, out, k, select, knobs.bare)
+        regrade_rollouts(regrade, out, k, select, knobs.bare)
         return
-    if problems is None or not problems.is_file():
-        raise InputError(f"--problems {problems or 'is missing'}: name a file of problems (JSONL)")
+    if not problems:
+        raise InputError("--problems is missing: name at least one file of problems")
     evaluation.check_metrics(num_samples, k, select)
     plan = sampling.plan(policy, problems, num_samples, knobs)
     _refuse_left_out(plan)
@@ -63,22 +69,25 @@ def run(
     evaluate(plan, problems, out, parameters, plan.start_engine)
 
 
-def evaluate(plan: Plan, problems: Path, out: Path, parameters: dict[str, Any], start_engine: StartEngine) -> None:
+def evaluate(
+    plan: Plan, problem_files: list[Path], out: Path, parameters: dict[str, Any], start_engine: StartEngine
+) -> None:
     """Draw what is not there yet and write `out`; an engine is started only where something is left to draw."""
     start = time.monotonic()
-    inputs = {str(problems): outputs.digest(problems)}
-    inputs |= {name: outputs.digest(path) for name, path in plan.policies.items()}
-    manifest = outputs.manifest("eval", parameters, inputs, {}, 0) | {"template_digest": plan.template.digest}
+    digests = {str(path): outputs.digest(path) for path in (*problem_files, *plan.policies.values())}
+    manifest = outputs.manifest("eval", parameters, digests, {}, 0)
+    manifest |= {"policies": list(plan.policies), "template_digest": plan.template.digest}
     with outputs.locked(out):
         if _is_done(out, manifest):
             print(f"{out} is already done: the same policies, problems and parameters")
             return
         outputs.refuse_occupied(out)
-        place = partial.directory(out, _settings(plan, inputs[str(problems)]))
+        place = partial.directory(out, _settings(plan))
         with ExitStack() as stack:
-            groups = {name: stack.enter_context(Groups(place / f"{inputs[name][:32]}.jsonl")) for name in plan.policies}
+            groups = _open(plan, problem_files, digests, place, stack)
             _draw_missing(plan, groups, start_engine)
-            found = _write(out, _stored(plan, groups), manifest, start)
+            stored = {name: _stored(plan, name, groups[name]) for name in plan.sets}
+            found = _write(out, stored, manifest, start)
         shutil.rmtree(place)
     _print(found)
 
@@ -95,39 +104,60 @@ def _refuse_left_out(plan: Plan) -> None:
 def _is_done(out: Path, manifest: dict[str, Any]) -> bool:
     """Whether `out` is what this call would write; how much memory the engine may take changes no figure."""
     found = read_json(out / "manifest.json")
-
-    def essence(manifest: dict[str, Any]) -> Any:
-        parameters = {name: value for name, value in manifest["parameters"].items() if name != "memory_fraction"}
-        return manifest["stage"], parameters, manifest["inputs"], manifest["template_digest"]
-
-    return found.get("stage") == "eval" and "regraded" not in found and essence(found) == essence(manifest)
+    names = ("stage", "inputs", "policies", "template_digest")
+    if any(found.get(name) != manifest[name] for name in names):
+        return False
+    return {**found["parameters"], "memory_fraction": 0} == {**manifest["parameters"], "memory_fraction": 0}
 
 
-def _settings(plan: Plan, problems_digest: str) -> dict[str, Any]:
-    """All that a group of rollouts depends on, but its policy."""
-    knobs = {name: value for name, value in asdict(plan.knobs).items() if name not in ("memory_fraction", "template")}
+def _settings(plan: Plan) -> dict[str, Any]:
+    """All that a group of rollouts depends on, but for its policy and its problem."""
+    knobs = {name: value for name, value in asdict(plan.knobs).items() if name not in ("memory_fraction", "limit")}
     return {
-        "problems": problems_digest,
+        **knobs,
         "num_samples": plan.sampling.num_samples,
         "template_digest": plan.template.digest,
         "verifier": verifier.VERSION,
-        **knobs,
     }
 
 
-def _draw_missing(plan: Plan, groups: dict[str, Groups], start_engine: StartEngine) -> None:
+def _open(
+    plan: Plan, problem_files: list[Path], digests: Mapping[str, str], place: Path, stack: ExitStack
+) -> GroupsBySet:
+    """What there is of each set and policy; two names of one checkpoint share their groups."""
+    opened: dict[Path, Groups] = {}
+    groups: GroupsBySet = {name: {} for name in plan.sets}
+    for file in problem_files:
+        for name, policy in plan.policies.items():
+            path = place / f"{digests[str(file)][:16]}-{digests[str(policy)][:16]}.jsonl"
+            if path not in opened:
+                opened[path] = stack.enter_context(Groups(path))
+            groups[file.stem][name] = opened[path]
+    return groups
+
+
+def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) -> None:
     """Fill `groups`, policy by policy, with one engine."""
     engine: Engine | None = None
     with Verifier(bare=plan.knobs.bare) as verifier, Meter(plan.num_groups) as meter:
-        for name, kept in groups.items():
-            meter.start(name, len(kept))
-            if len(kept) < len(plan.prompts):
-                engine = sampling.engine_for(plan.policies[name], engine, start_engine)
-                _draw(plan, name, kept, engine, verifier, meter)
+        for name, path in plan.policies.items():
+            missing = {
+                set_name: [prompt for prompt in prompts if prompt.problem["id"] not in groups[set_name][name]]
+                for set_name, prompts in plan.sets.items()
+            }
+            num_missing = sum(map(len, missing.values()))
+            if num_missing:
+                engine = sampling.engine_for(path, engine, start_engine)
+            meter.start(name, plan.num_groups // len(plan.policies) - num_missing)
+            for set_name, prompts in missing.items():
+                if engine is not None:
+                    _draw(plan, name, prompts, groups[set_name][name], engine, verifier, meter)
 
 
-def _draw(plan: Plan, name: str, kept: Groups, engine: Engine, verifier: Verifier, meter: Meter) -> None:
-    """Draw the groups that one policy lacks; each is kept as soon as it is scored."""
+def _draw(
+    plan: Plan, name: str, prompts: list[Prompt], kept: Groups, engine: Engine, verifier: Verifier, meter: Meter
+) -> None:
+    """Draw the groups that one policy lacks of a set; each is kept as soon as it is scored."""
     waiting: deque[Group] = deque()
 
     def keep(max_waiting: int) -> None:
@@ -141,64 +171,73 @@ def _draw(plan: Plan, name: str, kept: Groups, engine: Engine, verifier: Verifie
         waiting.append(group)
         keep(MAX_WAITING)
 
-    missing = [prompt for prompt in plan.prompts if prompt.problem["id"] not in kept]
-    for part, how in plan.parts(missing):
+    for part, how in plan.parts(prompts):
         draw_each(engine, verifier, part, how, drawn)
     keep(0)
 
 
-def _stored(plan: Plan, groups: dict[str, Groups]) -> Iterator[Rollout]:
-    """All rollouts by policy, problem and sample, in the order of the plan."""
+def _stored(plan: Plan, set_name: str, groups: dict[str, Groups]) -> Iterator[Rollout]:
+    """A set's rollouts by policy, problem and sample, in the order of the plan."""
     for name, kept in groups.items():
-        for prompt in plan.prompts:
+        for prompt in plan.sets[set_name]:
             for rollout in kept.get(prompt.problem["id"]):
                 yield {**rollout, "policy": name}  # it may have been drawn under another name
 
 
-def _write(out: Path, rollouts: Iterator[Rollout], manifest: dict[str, Any], start: float) -> dict[str, Any]:
-    """Write `out` whole; return what metrics.json holds."""
-    tally = evaluation.Tally()
+def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, Any], start: float) -> dict[str, Any]:
+    """Write `out` whole; return what each set's metrics.json holds."""
+    parameters, found = manifest["parameters"], {}
     with outputs.whole_dir(out) as beside:
-        count = jsonl.write(beside / "rollouts.jsonl", map(tally.add, rollouts))
-        jsonl.write(beside / "results.jsonl", tally.results)
-        parameters = manifest["parameters"]
-        found = evaluation.measure(tally.results, parameters["k"], parameters["select"])
-        outputs.write_json(beside / "metrics.json", found)
-        counts = {"rollouts": count, "tokens": sum(result["num_tokens"] for result in tally.results)}
-        seconds = round(time.monotonic() - start, 3)
-        outputs.write_json(beside / "manifest.json", {**manifest, "counts": counts, "seconds": seconds})
+        for name, rollouts in sets.items():
+            place = beside if len(sets) == 1 else beside / name
+            tally = evaluation.Tally()
+            num_rollouts = jsonl.write(place / "rollouts.jsonl", map(tally.add, rollouts))
+            jsonl.write(place / "results.jsonl", tally.results)
+            found[name] = evaluation.measure(tally.results, parameters["k"], parameters["select"])
+            outputs.write_json(place / "metrics.json", found[name])
+            counts = {"rollouts": num_rollouts, "tokens": sum(result["num_tokens"] for result in tally.results)}
+            end = {"set": name, "counts": counts, "seconds": round(time.monotonic() - start, 3)}
+            outputs.write_json(place / "manifest.json", manifest | end)
+        if len(sets) > 1:
+            outputs.write_json(beside / "metrics.json", evaluation.overview(found))
+            outputs.write_json(beside / "manifest.json", manifest | {"seconds": round(time.monotonic() - start, 3)})
     return found
 
 
 def _print(found: dict[str, Any]) -> None:
-    print(evaluation.summary_table(found))
-    if found["differences"]:
-        print(f"\n{evaluation.difference_table(found)}")
-    if "selected" in found:
-        print(f"\nbest by {found['selected']['metric']}: {found['selected']['policy']}")
+    for name, measured in found.items():
+        print(f"{name}\n{evaluation.summary_table(measured)}\n")
+        if measured["differences"]:
+            print(f"{evaluation.difference_table(measured)}\n")
+    if chosen := next(iter(found.values())).get("selected"):
+        print(f"best on {next(iter(found))} by {chosen['metric']}: {chosen['policy']}")
 
 
-def _regrade(source: Path, out: Path, k: list[int], select: str, bare: bool) -> None:
+def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: bool) -> None:
     """Grade stored rollouts with today's verifier into `out`, and show what changed."""
     start = time.monotonic()
-    file = source / "rollouts.jsonl" if source.is_dir() else source
-    former = read_json(file.parent / "manifest.json") if source.is_dir() else {}
+    files = _stored_files(source)
+    former = read_json(source / "manifest.json")
     parameters = {**former.get("parameters", {}), "k": k, "select": select, "bare": bare}
-    manifest = outputs.manifest("eval", parameters, former.get("inputs", {}), {}, 0)
-    manifest |= {"template_digest": former.get("template_digest", ""), "regraded": {str(file): outputs.digest(file)}}
-    outputs.refuse_occupied(out)
-    before = evaluation.Tally()
-    changes: Counter[tuple[str, str, str]] = Counter()
-
-    def graded() -> Iterator[Rollout]:
-        with Verifier(bare=bare) as verifier:
-            for old, new in evaluation.regrade(records.read(file, Rollout), verifier):
-                before.add(old)
-                if old["verdict"] != new["verdict"]:
-                    changes[old["policy"], old["verdict"], new["verdict"]] += 1
-                yield new
-
+    digests = {str(file): outputs.digest(file) for file in files.values()}
+    manifest = outputs.manifest("eval", parameters, digests, {}, 0)
+    manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
+    changes = {name: evaluation.Changes() for name in files}
     with outputs.locked(out):
-        found = _write(out, graded(), manifest, start)
+        outputs.refuse_occupied(out)
+        with Verifier(bare=bare) as verifier:
+            sets = {name: evaluation.regrade(file, verifier, changes[name]) for name, file in files.items()}
+            found = _write(out, sets, manifest | {"regraded": str(source)}, start)
     _print(found)
-    print(f"\n{evaluation.change_table(evaluation.measure(before.results, k), found, changes)}")
+    for name, change in changes.items():
+        print(f"{name}: {evaluation.change_table(change, found[name], k)}")
+
+
+def _stored_files(source: Path) -> dict[str, Path]:
+    """The rollouts files of an eval output by their sets; `source` may be such a file itself."""
+    if not source.is_dir():
+        return {source.stem: source}
+    files = [path for path in (source / "rollouts.jsonl", *sorted(source.glob("*/rollouts.jsonl"))) if path.exists()]
+    if not files:
+        raise InputError(f"--regrade {source} holds no rollouts.jsonl: name an eval output, or a file of rollouts")
+    return {read_json(file.parent / "manifest.json").get("set", file.parent.name): file for file in files}

@@ -13,7 +13,7 @@ from stages.core.verifier import Verifier
 
 def run(
     *,
-    policy: Annotated[list[str], "policy to ask: a checkpoint directory or a hub id; repeat it for several"],
+    policy: Annotated[list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable"],
     problems: Annotated[Path, "problems to ask (JSONL); - is stdin"],
     out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout"],
     num_samples: Annotated[int, "rollouts for each problem"] = 16,
@@ -28,7 +28,7 @@ def run(
     """
     if str(out) != "-":
         outputs.refuse_occupied(out)
-    plan = sampling.plan(policy, problems, num_samples, knobs)
+    plan = sampling.plan(policy, [problems], num_samples, knobs)
     sampling.warn_of_templates(plan)
     if plan.left_out:
         warn(f"{len(plan.left_out)} problems are too long for the policy's context: {', '.join(plan.left_out)}")

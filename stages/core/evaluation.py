@@ -10,11 +10,12 @@ Everything is computed from counts by problem (results.jsonl), and those from ro
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, islice
+from pathlib import Path
 from typing import Any
 
-from stages.core import metrics
+from stages.core import metrics, records
 from stages.core.errors import InputError
 from stages.core.records import Result, Rollout
 from stages.core.verifier import Verifier
@@ -92,13 +93,39 @@ def check_metrics(num_samples: int, ks: Sequence[int], select: str) -> None:
         raise InputError(f"--select {select} is none of the metrics: {', '.join(choices)}")
 
 
-def regrade(rollouts: Iterable[Rollout], verifier: Verifier) -> Iterator[tuple[Rollout, Rollout]]:
-    """Each rollout as it was and as `verifier` grades it now."""
-    stream = iter(rollouts)
+def overview(found: dict[str, Any]) -> dict[str, Any]:
+    """Several sets in one: {"sets": {set: {policy: {metric: value}}}, "selected": that of the first set}."""
+    sets = {
+        name: {policy: {key: summary[key]["value"] for key in _metrics(summary)} for policy, summary in own.items()}
+        for name, own in ((name, measured["policies"]) for name, measured in found.items())
+    }
+    first = next(iter(found.values()))
+    return {"sets": sets} | ({"selected": first["selected"]} if "selected" in first else {})
+
+
+class Changes:
+    """What a second grading changed: verdicts by (policy, old, new), and the results before it."""
+
+    def __init__(self) -> None:
+        self.before = Tally()
+        self.verdicts: Counter[tuple[str, str, str]] = Counter()
+
+    def add(self, old: Rollout, new: Rollout) -> None:
+        """Count one rollout."""
+        self.before.add(old)
+        if old["verdict"] != new["verdict"]:
+            self.verdicts[old["policy"], old["verdict"], new["verdict"]] += 1
+
+
+def regrade(file: Path, verifier: Verifier, changes: Changes) -> Iterator[Rollout]:
+    """The rollouts of `file` as `verifier` grades them now; `changes` takes note."""
+    stream = records.read(file, Rollout)
     while batch := list(islice(stream, BATCH)):
         scores = verifier.submit([(rollout["completion"], rollout["answer"]) for rollout in batch]).result()
-        for rollout, score in zip(batch, scores, strict=True):
-            yield rollout, {**rollout, "verdict": score.verdict, "reward": score.reward}
+        for old, score in zip(batch, scores, strict=True):
+            new: Rollout = {**old, "verdict": score.verdict, "reward": score.reward}
+            changes.add(old, new)
+            yield new
 
 
 def summary_table(found: dict[str, Any]) -> str:
@@ -124,19 +151,23 @@ def difference_table(found: dict[str, Any]) -> str:
     return f"{aligned(rows)}\n{note}"
 
 
-def change_table(before: dict[str, Any], after: dict[str, Any], changes: Counter[tuple[str, str, str]]) -> str:
-    """What a second grading changed: verdicts by policy, (policy, old, new) counted, and every metric that moved."""
-    if not changes:
+def change_table(changes: Changes, after: dict[str, Any], ks: Sequence[int]) -> str:
+    """The verdicts that changed, and every metric that moved with them."""
+    if not changes.verdicts:
         return "no verdict changed"
+    before = measure(changes.before.results, ks)["policies"]
     rows = [["policy", "verdict", "rollouts"]]
-    rows += [[policy, f"{old} -> {new}", str(count)] for (policy, old, new), count in changes.most_common()]
+    rows += [[policy, f"{old} -> {new}", str(count)] for (policy, old, new), count in changes.verdicts.most_common()]
     moved = [["policy", "metric", "before", "after"]]
     for policy, summary in after["policies"].items():
-        old = before["policies"][policy]
-        for name in (name for name in summary if isinstance(summary[name], dict) and "value" in summary[name]):
-            if summary[name]["value"] != old[name]["value"]:
-                moved.append([policy, name, _percent(old[name]), _percent(summary[name])])
-    return aligned(rows) + (f"\n\n{aligned(moved)}" if moved[1:] else "\n\nno metric moved")
+        pairs = ((name, before[policy][name], summary[name]) for name in _metrics(summary))
+        moved += [[policy, name, _percent(old), _percent(new)] for name, old, new in pairs if old != new]
+    return "\n".join([f"{sum(changes.verdicts.values())} verdicts changed", aligned(rows), "", aligned(moved)])
+
+
+def _metrics(summary: dict[str, Any]) -> list[str]:
+    """The names of a summary's metrics, among its counts."""
+    return [name for name, value in summary.items() if isinstance(value, dict) and "value" in value]
 
 
 def _percent(cell: dict[str, Any], sign: str = "") -> str:

@@ -1,10 +1,10 @@
 """What an interrupted evaluation has drawn so far: groups of rollouts by policy, and the settings behind them.
 
-    .OUT.partial/settings.json          what every group depends on, but the policy
-    .OUT.partial/<digest>.jsonl         a policy's groups, a line each, in the order in which they were done
+    .OUT.partial/settings.json                  what every group depends on, but for its policy and its problem
+    .OUT.partial/<problems>-<policy>.jsonl      a policy's groups, a line each, in the order in which they were done
 
-It lies beside OUT and goes when OUT is there. A policy is known by the digest of its checkpoint, so that more policies
-can be added before the call is repeated, and one that has been trained anew is drawn anew.
+It lies beside OUT and goes when OUT is there. Policies and problem files are known by their digests, so that more of
+them can be named when the call is repeated, and one that has changed is drawn anew.
 """
 
 from collections.abc import Mapping

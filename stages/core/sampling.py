@@ -24,7 +24,7 @@ from stages.core.engine import Engine, Sampling, VllmEngine
 from stages.core.errors import InputError
 from stages.core.progress import StepProgress, warn
 from stages.core.prompts import Template
-from stages.core.records import Rollout
+from stages.core.records import Problem, Rollout
 from stages.core.rollouts import Prompt, draw, make_prompts
 from stages.core.runs import read_json
 from stages.core.verifier import Verifier
@@ -52,15 +52,15 @@ class Knobs:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that was checked and can be drawn: policies by name, prompts in the order of the problems.
+    """A request that was checked and can be drawn: policies by name, prompts by set in the order of its file.
 
     `left_out` are the ids of the problems whose prompt leaves no room for max_tokens in the `context` (in tokens).
     """
 
     policies: dict[str, Path]
-    template: Template
-    prompts: list[Prompt]
+    sets: dict[str, list[Prompt]]
     left_out: list[str]
+    template: Template
     context: int
     sampling: Sampling
     knobs: Knobs
@@ -68,13 +68,16 @@ class Plan:
     @property
     def num_groups(self) -> int:
         """How many groups all policies together are asked for."""
-        return len(self.policies) * len(self.prompts)
+        return len(self.policies) * sum(map(len, self.sets.values()))
 
     def start_engine(self, policy: Path) -> Engine:
         """The engine, with room for the longest prompt and completion."""
-        longest = max(len(prompt.token_ids) for prompt in self.prompts) + self.knobs.max_tokens
+        longest = max(len(prompt.token_ids) for prompts in self.sets.values() for prompt in prompts)
         return VllmEngine(
-            policy, max_model_len=longest, dtype=self.knobs.dtype, memory_fraction=self.knobs.memory_fraction
+            policy,
+            max_model_len=longest + self.knobs.max_tokens,
+            dtype=self.knobs.dtype,
+            memory_fraction=self.knobs.memory_fraction,
         )
 
     def parts(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Sampling]]:
@@ -93,7 +96,7 @@ def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Itera
         for name, path in plan.policies.items():
             engine = engine_for(path, engine, start_engine)
             meter.start(name)
-            for part, sampling in plan.parts(plan.prompts):
+            for part, sampling in plan.parts([prompt for prompts in plan.sets.values() for prompt in prompts]):
                 for group in draw(engine, verifier, part, sampling, meter.drawn):
                     meter.scored(group.rewards)
                     yield from group.rollouts(name)
@@ -113,19 +116,22 @@ def problem_seed(seed: int, problem_id: str) -> int:
     return int.from_bytes(hashed[:8], "little") >> (64 - SEED_BITS)
 
 
-def plan(names: Sequence[str], problems_file: Path, num_samples: int, knobs: Knobs) -> Plan:
+def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, knobs: Knobs) -> Plan:
     """Read and check all that sample or eval was asked for; an InputError for the first thing that is wrong."""
     _check_numbers(num_samples, knobs)
-    problems = records.read_problems(problems_file)
+    problems = _read_sets(problem_files, knobs.limit)
     paths = _resolve(names)
     tokenizers = {name: policies.load_tokenizer(path) for name, path in paths.items()}
     first = next(iter(paths))
-    template = templates.load(knobs.template, tokenizers[first])
-    context = policies.context_length(paths[first])
-    chosen = problems[: knobs.limit or None]
-    prompts, left_out = make_prompts(chosen, template, tokenizers[first], knobs.max_tokens, context)
-    _check_alike(paths, tokenizers, template, prompts)
-    stop_token_ids, stop = template.end_tokens(tokenizers[first])
+    tokenizer, context = tokenizers[first], policies.context_length(paths[first])
+    template = templates.load(knobs.template, tokenizer)
+    sets: dict[str, list[Prompt]] = {}
+    left_out: list[str] = []
+    for name, own in problems.items():
+        sets[name], too_long = make_prompts(own, template, tokenizer, knobs.max_tokens, context)
+        left_out += too_long
+    _check_alike(paths, tokenizers, template, [prompt for prompts in sets.values() for prompt in prompts])
+    stop_token_ids, stop = template.end_tokens(tokenizer)
     sampling = Sampling(
         num_samples,
         knobs.max_tokens,
@@ -135,7 +141,17 @@ def plan(names: Sequence[str], problems_file: Path, num_samples: int, knobs: Kno
         seed=knobs.seed,
         log_probs=False,
     )
-    return Plan(paths, template, prompts, left_out, context, sampling, knobs)
+    return Plan(paths, sets, left_out, template, context, sampling, knobs)
+
+
+def _read_sets(files: Sequence[Path], limit: int) -> dict[str, list[Problem]]:
+    """Problems by set; a set is called by its file's name, without the suffix."""
+    sets: dict[str, list[Problem]] = {}
+    for file in files:
+        if file.stem in sets:
+            raise InputError(f"--problems {file}: there is already a set called {file.stem}: rename one of the files")
+        sets[file.stem] = records.read_problems(file)[: limit or None]
+    return sets
 
 
 def _check_numbers(num_samples: int, knobs: Knobs) -> None:
@@ -152,16 +168,22 @@ def _check_numbers(num_samples: int, knobs: Knobs) -> None:
         raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
 
 
-def _resolve(names: Sequence[str]) -> dict[str, Path]:
+def _resolve(given: Sequence[str]) -> dict[str, Path]:
     """Policies by the name they go by in records: as it was typed, without a slash at its end."""
-    if not names:
+    if not given:
         raise InputError("--policy is missing: name at least one checkpoint directory")
     paths: dict[str, Path] = {}
-    for name in (given.rstrip("/") or given for given in names):
+    for name in (name for text in given for name in checkpoints(text.rstrip("/") or text)):
         if name in paths:
             raise InputError(f"policy {name} is named twice")
         paths[name] = policies.resolve(name)
     return paths
+
+
+def checkpoints(name: str) -> list[str]:
+    """`name` itself, or the checkpoints in it, in order of their names, where it is a directory of checkpoints."""
+    inside = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
+    return [name] if (Path(name) / "config.json").exists() or not inside else [f"{name}/{step}" for step in inside]
 
 
 def _check_alike(
