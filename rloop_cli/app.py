@@ -6,7 +6,6 @@ line; a parameter typed as a dataclass is spread into its fields, each an option
 
 import dataclasses
 import inspect
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -14,10 +13,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from stages import STAGES, load
-from stages.core.errors import InputError
+from stages.core.errors import CollapseError, InputError
 
+RUN_ERROR = 1
 USER_ERROR = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="rloop",
@@ -37,19 +36,22 @@ app = typer.Typer(
 def command(run: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
 
-    Raises typer.Exit(2) for an InputError; any other exception passes on as a traceback, since it is our mistake.
+    Raises typer.Exit: 2 for an InputError, 1 for a CollapseError. Any other exception passes on as a traceback, since
+    it is our mistake.
     """
     hints = get_type_hints(run, include_extras=True)
     parameters = inspect.signature(run).parameters
     groups = {name: hints[name] for name in parameters if dataclasses.is_dataclass(hints[name])}
 
     def call(debug: bool, **options: Any) -> None:
-        for name, group in groups.items():
-            options[name] = group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
         try:
+            for name, group in groups.items():
+                options[name] = group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
             run(**options)
         except InputError as error:
-            _fail(str(error), debug)
+            _fail(error, USER_ERROR, debug)
+        except CollapseError as error:
+            _fail(error, RUN_ERROR, debug)
 
     call.__doc__ = run.__doc__
     call.__signature__ = inspect.Signature(_options(parameters, hints, groups))  # type: ignore[attr-defined]
@@ -64,8 +66,8 @@ def _options(parameters: Any, hints: dict[str, Any], groups: dict[str, Any]) -> 
             options += [_option(f.name, types[f.name], _default(f)) for f in dataclasses.fields(groups[name])]
         else:
             options.append(_option(name, hints[name], parameter.default))
-    debug = Annotated[bool, "show the whole traceback of an error"]
-    return [*options, _option("debug", debug, False)]
+    debug = typer.Option("--debug", help="show the whole traceback of an error")
+    return [*options, _keyword("debug", Annotated[bool, debug], False)]
 
 
 def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
@@ -75,10 +77,11 @@ def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
         hint, text = get_args(hint)[:2]
     flag = "--" + name.replace("_", "-").strip("-")
     declarations = [f"{flag}/--no-{flag[2:]}"] if hint is bool else [flag]
-    option = typer.Option(*declarations, help=text)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, option], default=default
-    )
+    return _keyword(name, Annotated[hint, typer.Option(*declarations, help=text)], default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -87,11 +90,11 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
-def _fail(message: str, debug: bool) -> None:
+def _fail(error: Exception, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    typer.echo(f"rloop: {message}", err=True)
-    raise typer.Exit(USER_ERROR)
+    typer.echo(f"rloop: {error}", err=True)
+    raise typer.Exit(code)
 
 
 for _stage in STAGES:
@@ -99,9 +102,5 @@ for _stage in STAGES:
 
 
 def main() -> None:
-    """Run the command line; an interruption by the keyboard ends it with code 130 and no traceback."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("rloop: interrupted", err=True)
-        sys.exit(INTERRUPTED)
+    """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
+    app()

@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Fine-tune the start policy on examples: the next start policy.
 
-    Example: rloop rft --policy toy/policy --examples runs/1/examples.jsonl --out runs/1/policy --lr 7e-4
+    Example: rloop rft --policy toy/policy --examples runs/1/examples.jsonl --out runs/1/policy --lr 7e-4 --batch-size 8
     """
     started = time.perf_counter()
     outputs.refuse_occupied(out)

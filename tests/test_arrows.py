@@ -1,0 +1,111 @@
+"""The arrows of the house: rloop_cli -> a stage -> stages.core, and no other way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stages
+
+ROOT = Path(stages.__file__).parents[1]
+DOOR = sorted((ROOT / "rloop_cli").glob("*.py"))
+STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
+CORE = sorted(path for path in (ROOT / "stages" / "core").rglob("*.py") if path.stem != "__init__")
+PURE = ("records", "jsonl", "metrics", "verifier")
+HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "numpy", "matplotlib", "pandas", "scipy", "accelerate")
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def imported(path):
+    """Every module that the file imports anywhere, `from a import b` as both a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(module, *packages):
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def functions(path):
+    """Every function and method, those inside of functions included."""
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def public(path):
+    """Functions of the module and methods of its public classes whose names don't begin with an underscore."""
+    tree = ast.parse(path.read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    bodies = [tree.body, *(node.body for node in classes)]
+    return [
+        node for body in bodies for node in body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+
+
+@pytest.mark.parametrize("path", DOOR, ids=name)
+def test_the_door_knows_the_map_of_the_stages_and_the_errors_alone(path):
+    ours = {module for module in imported(path) if within(module, "stages")}
+    assert ours <= {"stages", "stages.STAGES", "stages.load"} | {m for m in ours if within(m, "stages.core.errors")}
+
+
+@pytest.mark.parametrize("path", STAGES, ids=name)
+def test_a_stage_imports_the_core_but_no_stage_and_nothing_of_the_door(path):
+    modules = imported(path)
+    ours = {module for module in modules if within(module, "stages", "rloop_cli")}
+    assert all(module == "stages.core" or within(module, "stages.core") for module in ours)
+    assert not {module for module in modules if within(module, "typer", "click", "dvc")}
+
+
+@pytest.mark.parametrize("path", CORE, ids=name)
+def test_the_core_knows_neither_a_stage_nor_the_command_line_nor_dvc(path):
+    modules = imported(path)
+    ours = {module for module in modules if within(module, "stages", "rloop_cli")}
+    assert all(within(module, "stages.core") for module in ours)
+    assert not {module for module in modules if within(module, "typer", "click", "dvc")}
+
+
+def loaded_by(statement):
+    """The top-level modules that a fresh interpreter has loaded after `statement`."""
+    code = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_the_pure_part_of_the_core_loads_no_torch():
+    loaded = loaded_by("import " + ", ".join(f"stages.core.{module}" for module in PURE))
+    assert not loaded & set(HEAVY)
+
+
+def test_the_command_line_with_every_stage_loads_no_heavy_library():
+    loaded = loaded_by("import rloop_cli.app")
+    assert "typer" in loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_a_stage_is_a_file_a_line_of_the_map_and_a_test_file():
+    assert {path.stem for path in STAGES} == set(stages.STAGES)
+    mapped = [line.split()[0] for line in stages.__doc__.splitlines() if line.startswith("    ") and "->" in line]
+    assert mapped == list(stages.STAGES)
+    assert not [stage for stage in stages.STAGES if not (ROOT / "tests" / f"test_{stage}.py").is_file()]
+
+
+@pytest.mark.parametrize("path", [*DOOR, *STAGES, *CORE], ids=name)
+def test_every_function_is_typed_and_every_public_one_says_what_it_does(path):
+    for node in functions(path):
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        untyped = [given.arg for given in given if given.annotation is None and given.arg not in ("self", "cls")]
+        assert not untyped, f"{name(path)}:{node.lineno}: {node.name} does not type {', '.join(untyped)}"
+        typed = node.returns is not None or node.name == "__init__"
+        assert typed, f"{name(path)}:{node.lineno}: {node.name} has no return type"
+    for node in public(path):
+        assert ast.get_docstring(node), f"{name(path)}:{node.lineno}: {node.name} has no docstring"

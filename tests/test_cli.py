@@ -1,0 +1,175 @@
+import json
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rloop_cli.app import app
+from stages import STAGES, load
+
+ROLLOUT = {
+    "problem_id": "p/1",
+    "sample": 0,
+    "step": 1,
+    "policy": "toy/policy",
+    "prompt": "1+1=",
+    "completion": "\\boxed{2}",
+    "answer": "2",
+    "reward": 1.0,
+    "verdict": "correct",
+    "num_tokens": 3,
+    "finish_reason": "stop",
+}
+BARE = "import typer; app = typer.Typer(); app.command('a')(lambda: None); app.command('b')(lambda: None); app()"
+
+
+def rloop(*arguments, **options):
+    """A run of the real command line in a process of its own."""
+    command = [sys.executable, "-m", "rloop_cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def parse(*arguments):
+    """The parameters that the command line makes of `arguments`, without running the command."""
+    stage, *options = arguments
+    group = typer.main.get_command(app)
+    above = group.make_context("rloop", [stage])
+    return group.commands[stage].make_context(stage, options, parent=above).params
+
+
+@pytest.fixture
+def rollouts(tmp_path):
+    """A file of one success and three failures of one problem."""
+    path = tmp_path / "rollouts.jsonl"
+    failure = {"completion": "\\boxed{3}", "reward": 0.0, "verdict": "wrong"}
+    lines = [ROLLOUT, *(ROLLOUT | failure | {"sample": sample} for sample in (1, 2, 3))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_begins_with_an_imperative_and_ends_with_an_example_that_parses(stage):
+    first, *_, last = load(stage).run.__doc__.strip().split("\n\n")
+    verb = first.split()[0]
+    assert verb[0].isupper() and not verb.endswith(("s", "ing", "ed"))
+    assert last.split()[:3] == ["Example:", "rloop", stage]
+    for part in last.removesuffix("\n").partition("Example:")[2].split("|"):
+        program, *arguments = shlex.split(part)
+        assert program == "rloop"
+        parse(*arguments)
+    shown = " ".join(CliRunner().invoke(app, [stage, "--help"]).output.split())
+    assert " ".join(last.split()) in shown
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_option_has_a_help_text_and_shows_its_default(stage):
+    for option in typer.main.get_command(app).commands[stage].params:
+        if option.name != "help":
+            assert option.help, f"{option.opts[0]} of {stage} has no help text"
+            assert option.required or option.show_default, f"{option.opts[0]} of {stage} does not show its default"
+
+
+def test_an_underscore_is_a_dash_in_an_option(rollouts):
+    dashes = parse("filter", "--rollouts", str(rollouts), "--max-pass-rate", "0.5", "--no-dry-run")
+    assert dashes == parse("filter", "--rollouts", str(rollouts), "--max_pass_rate", "0.5", "--no_dry_run")
+    assert dashes["max_pass_rate"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--rollouts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--rollouts", "empty.jsonl"], "empty.jsonl is empty"),
+        (["--rollouts", "cut.jsonl"], "cut.jsonl:2: not valid JSON"),
+        (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "10"], "--max-pass-rate 10: must lie above 0"),
+        (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "1", "--out", "empty.jsonl/new"], "empty.jsonl"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_code_2(rollouts, arguments, fault):
+    folder = rollouts.parent
+    (folder / "empty.jsonl").touch()
+    (folder / "cut.jsonl").write_text(rollouts.read_text()[:-400])
+    (folder / "cut.jsonl").write_text(json.dumps(ROLLOUT) + '\n{"problem_id"')
+    before = sorted(path.name for path in folder.iterdir())
+    run = rloop("filter", "--out", "out.jsonl", *arguments, cwd=folder)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("rloop: ") and run.stderr.count("\n") == 1
+    assert fault in run.stderr
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["filter", "--rolouts", "x"], "No such option: --rolouts"),
+        (["filter", "--rollouts", "x", "--seed", "one"], "Invalid value for '--seed'"),
+        (["filter"], "Missing option '--rollouts'"),
+        (["explore"], "No such command 'explore'"),
+    ],
+)
+def test_what_the_command_line_does_not_know_is_named_with_code_2(arguments, fault):
+    run = CliRunner().invoke(app, arguments)
+    assert run.exit_code == 2
+    assert fault in run.output
+    assert "Traceback" not in run.output
+
+
+def test_a_knob_out_of_bounds_is_one_line_too():
+    run = CliRunner().invoke(app, ["rft", "--policy", "p", "--examples", "e", "--out", "o", "--epochs", "0"])
+    assert (run.exit_code, run.output) == (2, "rloop: --epochs 0 must be at least 1\n")
+
+
+def test_debug_shows_where_a_mistake_was_found():
+    run = CliRunner().invoke(app, ["filter", "--rollouts", "nowhere.jsonl", "--out", "out.jsonl", "--debug"])
+    assert run.exit_code == 2
+    assert "Traceback" in run.output
+    assert run.output.endswith("rloop: nowhere.jsonl: no such file\n")
+
+
+def test_our_own_mistake_is_a_whole_traceback(monkeypatch, rollouts):
+    monkeypatch.setattr("stages.filter.yield_table", lambda *_: 1 / 0)
+    run = CliRunner().invoke(app, ["filter", "--rollouts", str(rollouts), "--dry-run"])
+    assert isinstance(run.exception, ZeroDivisionError)
+
+
+def test_a_run_gone_wrong_is_one_line_and_code_1(monkeypatch, rollouts):
+    from stages.core.errors import CollapseError
+
+    def collapse(*_):
+        raise CollapseError("step 3: the loss is nan: lower --lr")
+
+    monkeypatch.setattr("stages.filter.yield_table", collapse)
+    run = CliRunner().invoke(app, ["filter", "--rollouts", str(rollouts), "--dry-run"])
+    assert (run.exit_code, run.output) == (1, "rloop: step 3: the loss is nan: lower --lr\n")
+
+
+def test_a_stage_works_in_a_pipe_and_a_reader_that_goes_away_ends_it_quietly(rollouts):
+    command = [sys.executable, "-m", "rloop_cli", "filter", "--rollouts", "-", "--out", "-", "--max-pass-rate", "1"]
+    run = subprocess.run(command, input=rollouts.read_text(), capture_output=True, text=True, check=True)
+    assert [json.loads(line)["pass_rate"] for line in run.stdout.splitlines()] == [0.25]
+    many = [ROLLOUT | {"problem_id": f"p/{number}", "completion": "x" * 999} for number in range(999)]
+    text = "".join(json.dumps(line) + "\n" for line in many)
+    command[5:6] = [str(rollouts.parent / "many.jsonl")]
+    (rollouts.parent / "many.jsonl").write_text(text)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        assert "Traceback" not in run.stderr.read()
+
+
+def test_help_answers_within_three_times_a_bare_typer_app():
+    def seconds(*command):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *command, "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    def quotient():
+        pairs = [(seconds("-m", "rloop_cli"), seconds("-c", BARE)) for _ in range(5)]
+        return min(ours for ours, _ in pairs) / min(bare for _, bare in pairs)
+
+    assert quotient() < 3 or quotient() < 3  # once more, for a machine that was busy
