@@ -1,0 +1,240 @@
+"""Where problems come from: the paper's sets by name, any data set of the hub, or a local file; as rows of columns.
+
+`datasets` loads from the hub and from parquet. JSON and CSV are read here, since every loader at hand turns "025"
+into 25, 0.10 into 0.1 and integers beyond 64 bits into floats, and none names the line of a fault.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from stages.core import jsonl, outputs
+from stages.core.errors import InputError
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PROBLEM_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer")
+ID_COLUMNS = ("unique_id", "id")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to read: `path` where it is local, else `hub_id` with its `config` and `split`.
+
+    `name` begins the ids of its problems; `is_integers` says that every answer is one, so that "70.0" is 70.
+    """
+
+    name: str
+    hub_id: str = ""
+    config: str = ""
+    split: str = "train"
+    is_integers: bool = False
+    path: Path | None = None
+
+
+PRESETS = {
+    source.name: source
+    for source in (
+        Source("dapo-17k", "BytedTsinghua-SIA/DAPO-Math-17k", is_integers=True),
+        Source("aime-2024", "HuggingFaceH4/aime_2024", is_integers=True),
+        Source("minerva-math", "math-ai/minervamath", split="test"),
+        Source("omni-math", "KbsdJames/Omni-MATH", split="test"),
+        Source("math-500", "HuggingFaceH4/MATH-500", split="test"),
+        Source("gsm8k-train", "openai/gsm8k", config="main"),
+        Source("gsm8k-test", "openai/gsm8k", config="main", split="test"),
+    )
+}
+
+
+def find(name: str, file: str = "", config: str = "", split: str = "") -> Source:
+    """The source that a user means by `name`: a preset, a local file or a hub id; read from `file` where it is given.
+
+    Raises InputError where it is none of them, or where a local file is asked for a config or a split.
+    """
+    if name in PRESETS:
+        source = PRESETS[name]
+    elif name.lower().endswith(SUFFIXES) or Path(name).is_file():
+        source = Source(Path(name).stem, path=_local(name))
+    elif "/" in name:
+        source = Source(name, name)
+    else:
+        raise InputError(
+            f"--source {name}: neither a preset ({', '.join(PRESETS)}) nor a file nor a hub id such as org/name"
+        )
+    if file:
+        source = _replace(source, path=_local(file))
+    if source.path is not None and (config or split):
+        raise InputError(f"{source.path}: a local file has neither --config nor --split")
+    return _replace(source, config=config or source.config, split=split or source.split)
+
+
+def _replace(source: Source, **changes: Any) -> Source:
+    return Source(**{**vars(source), **changes})
+
+
+def _local(file: str) -> Path:
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{file}: no such file")
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{file}: its name must end in one of {', '.join(SUFFIXES)}")
+    return path
+
+
+def rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """Yield (where the row stands, its columns) for every row of `source`; none at all is an InputError."""
+    found = _READERS[source.path.suffix.lower()](source.path) if source.path is not None else _hub(source)
+    empty = True
+    for row in found:
+        empty = False
+        yield row
+    if empty:
+        raise InputError(f"{source.path or source.hub_id}: holds no rows")
+
+
+def digest(source: Source) -> str:
+    """What says which version was read: SHA-256 of a local file, the revision of a hub id ("" where unknown)."""
+    if source.path is not None:
+        return outputs.digest(source.path)
+    files = " ".join(_load(source).info.download_checksums or {})
+    return match[1] if (match := re.search(r"@([0-9a-f]{40})/", files)) else ""
+
+
+@cache
+def _load(source: Source) -> Any:
+    import datasets  # a second; only here is it needed
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # its retries would bury the one line below
+    try:
+        return datasets.load_dataset(source.hub_id, source.config or None, split=source.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{source.hub_id}: {reason}; to read a local copy use --source {source.name} --from FILE, "
+            "a .jsonl, .json, .csv or .parquet with the hub's columns"
+        ) from None
+
+
+def _hub(source: Source) -> Iterator[tuple[str, Row]]:
+    return _table_rows(_load(source), source.hub_id)
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import datasets  # a second; only here is it needed
+
+    try:
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from _table_rows(table, str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a parquet file ({str(error).partition('.')[0]})") from None
+
+
+def _table_rows(table: Any, name: str) -> Iterator[tuple[str, Row]]:
+    """Rows of a table of `datasets`, taken by the thousand: one at a time is ten times slower."""
+    number = 0
+    for batch in table.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield f"{name} row {number}", dict(zip(batch, values, strict=True))
+            number += 1
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    with jsonl.opened(path) as file:
+        lines = iter(partial(file.readline, jsonl.MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            jsonl.parse_line(line, where)  # strictly; then again, for the exact numbers
+            yield where, _parse_exactly(line, where)
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    data = path.read_bytes()
+    if not data.lstrip().startswith(b"["):
+        yield from _json_lines(path)
+        return
+    for number, row in enumerate(_parse_exactly(data, str(path))):
+        if not isinstance(row, dict):
+            raise InputError(f"{path} row {number}: expected an object, found {type(row).__name__}")
+        yield f"{path} row {number}", row
+
+
+def _parse_exactly(text: bytes, where: str) -> Any:
+    """JSON with numbers as they are written: integers of any length, decimals with their digits."""
+    try:
+        return json.loads(text, parse_float=Decimal, parse_constant=lambda name: None)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error}): expected a list of objects, or one a line") from None
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(jsonl.MAX_LINE_BYTES)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InputError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames or ())} fields")
+                yield f"{path}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def problem_column(row: Row, wanted: str, where: str) -> str:
+    """The name of the column of problems in `row`: `wanted`, or, where that is "", the first of the usual ones.
+
+    Names are taken whatever their case; "a.b" is field b of column a. Raises InputError with the columns there are.
+    """
+    return _column(row, wanted, PROBLEM_COLUMNS, "--problem-column", where)
+
+
+def answer_column(row: Row, wanted: str, where: str) -> str:
+    """The name of the column of answers in `row`, as `problem_column`."""
+    return _column(row, wanted, ANSWER_COLUMNS, "--answer-column", where)
+
+
+def _column(row: Row, wanted: str, usual: tuple[str, ...], option: str, where: str) -> str:
+    names = _names(row)
+    for candidate in (wanted,) if wanted else usual:
+        if candidate.lower() in names:
+            return names[candidate.lower()]
+    missing = f"no column {wanted!r}" if wanted else f"no column named {' or '.join(usual)}"
+    raise InputError(f"{where}: {missing} among {', '.join(row)}; name one with {option}")
+
+
+def id_column(row: Row) -> str:
+    """The name of the column of `row` that holds the source's own ids, or ""."""
+    names = _names(row)
+    return next((names[candidate] for candidate in ID_COLUMNS if candidate in names), "")
+
+
+def _names(row: Row) -> dict[str, str]:
+    """Lower-case name to name, of columns and of the fields of columns that are objects."""
+    names = [*row, *(f"{name}.{field}" for name, value in row.items() if isinstance(value, Mapping) for field in value)]
+    return {name.lower(): name for name in reversed(names)}
+
+
+def value(row: Row, name: str, where: str) -> Any:
+    """What stands in the column that `column` found in another row; InputError where this row lacks it."""
+    if name in row:
+        return row[name]
+    outer, _, field = name.partition(".")
+    inner = row.get(outer)
+    if isinstance(inner, Mapping) and field in inner:
+        return inner[field]
+    raise InputError(f"{where}: no column {name!r}, which earlier rows have")

@@ -1,0 +1,124 @@
+"""Any source of problems in, problems.jsonl out: each problem once, with an answer that can be trusted and verified.
+
+Left out on purpose: any choice by difficulty or language, and any rewriting of problems beyond what a loader broke.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from stages.core import curation, jsonl, outputs, sources
+from stages.core.errors import InputError
+from stages.core.progress import StepProgress
+from stages.core.sources import Source
+from stages.core.verifier import Verifier
+
+CHECKED_AT_ONCE = 128  # answers between two moves of the bar
+
+
+def run(
+    *,
+    source: Annotated[
+        str,
+        "a preset (dapo-17k, aime-2024, minerva-math, omni-math, math-500, gsm8k-train, gsm8k-test), a hub id, or a "
+        "local .jsonl, .json, .csv or .parquet",
+    ],
+    out: Annotated[str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it"],
+    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns"] = "",
+    problem_column: Annotated[str, "column of the problem; a.b is field b of column a"] = "",
+    answer_column: Annotated[str, "column of the answer, or of a solution with the answer in its last \\boxed{}"] = "",
+    config: Annotated[str, "configuration of a hub id"] = "",
+    split: Annotated[str, "split of a hub id, train[:100] included"] = "",
+    limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all"] = 0,
+    seed: Annotated[int, "decides the draw of --limit"] = 0,
+    decontaminate: Annotated[list[str], "drop the problems that this file of problems holds too; repeatable"] = [],  # noqa: B006
+    drop_unparseable: Annotated[bool, "drop the problems whose answer the verifier cannot read; they never reward"] = (
+        False
+    ),
+) -> None:
+    """Make a file of problems from a data set: each problem once, answers exact.
+
+    Problems with an empty answer or with contradictory answers are dropped, DAPO's wrapper is stripped, and ids stay
+    the same whatever the order of the rows and the limit. What happened is printed to stderr and in the manifest.
+
+    Example: rloop prepare --source toy/train.jsonl --limit 100 --out problems.jsonl
+    """
+    start = time.monotonic()
+    if limit < 0:
+        raise InputError(f"--limit {limit}: must be positive, or 0 for all")
+    if out != "-":
+        outputs.refuse_occupied(out)
+    origin = sources.find(source, from_, config, split)
+    others = [sources.find(file) for file in decontaminate]
+    with Verifier() as verifier:
+        curated = curation.collect(
+            _rows(origin, problem_column, answer_column),
+            origin.name,
+            lambda first, second: verifier.verify([(f"\\boxed{{{second}}}", first)])[0].reward == 1,
+        )
+        curation.decontaminate(curated, _problem_texts(others))
+        curation.find_unparseable(curated, partial(_parseable, verifier), drop_unparseable)
+    curation.draw(curated, limit, seed)
+    if not curated.problems:
+        raise InputError(f"{source}: no problem is left of its rows\n{curated.table()}")
+    jsonl.write(out, curated.problems)
+    print(curated.table(), file=sys.stderr)
+    if out != "-":
+        parameters = {
+            "source": source,
+            "from": from_,
+            "problem_column": problem_column,
+            "answer_column": answer_column,
+            "config": origin.config,
+            "split": origin.split,
+            "limit": limit,
+            "seed": seed,
+            "decontaminate": decontaminate,
+            "drop_unparseable": drop_unparseable,
+        }
+        inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
+        manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
+        outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest | {"ids": curated.ids})
+
+
+def _rows(source: Source, problem_column: str, answer_column: str) -> Iterator[tuple[str, str, str]]:
+    """(problem, answer, the row's own id or "") of every row; the first row decides which columns these are."""
+    id_column = None
+    for where, row in _shown(sources.rows(source)):
+        if id_column is None:
+            problem_column = sources.problem_column(row, problem_column, where)
+            answer_column = sources.answer_column(row, answer_column, where)
+            id_column = sources.id_column(row)
+        yield (
+            curation.problem_text(sources.value(row, problem_column, where), where),
+            curation.answer_text(sources.value(row, answer_column, where), source.is_integers, where),
+            str(sources.value(row, id_column, where)) if id_column else "",
+        )
+
+
+def _shown(rows: Iterable[tuple[str, sources.Row]]) -> Iterable[tuple[str, sources.Row]]:
+    """The same rows, counted on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(rows, "reading rows", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def _parseable(verifier: Verifier, answers: list[str]) -> list[bool]:
+    flags: list[bool] = []
+    with StepProgress("checking answers", len(answers)) as progress:
+        while len(flags) < len(answers):
+            flags += verifier.parseable(answers[len(flags) : len(flags) + CHECKED_AT_ONCE])
+            progress.step(len(flags), "")
+    return flags
+
+
+def _problem_texts(others: Iterable[Source]) -> Iterator[str]:
+    for source in others:
+        column = ""
+        for where, row in sources.rows(source):
+            column = column or sources.problem_column(row, "", where)
+            yield curation.problem_text(sources.value(row, column, where), where)

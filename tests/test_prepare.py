@@ -1,0 +1,357 @@
+import csv
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from stages import prepare
+from stages.core import curation, sources
+from stages.core.errors import InputError
+from stages.core.prompts import DAPO_AFTER, DAPO_BEFORE
+from stages.core.records import read_problems
+
+TEXTS = [f"Ann has {number} pens and buys 2. How many has she?" for number in range(3, 9)]
+ANSWERS = [str(number + 2) for number in range(3, 9)]
+
+
+def chat(text):
+    return [{"content": DAPO_BEFORE + text + DAPO_AFTER, "role": "user"}]
+
+
+HUB_SHAPES = {
+    "BytedTsinghua-SIA/DAPO-Math-17k": lambda number, text, answer: {
+        "data_source": "math_dapo",
+        "prompt": chat(text),
+        "ability": "MATH",
+        "reward_model": {"ground_truth": answer, "style": "rule"},
+        "extra_info": {"index": f"{number}-{random.random()}"},
+    },
+    "open-r1/DAPO-Math-17k-Processed": lambda number, text, answer: {
+        "prompt": text,
+        "solution": answer,
+        "source_prompt": chat(text),
+        "reward_model": {"ground_truth": answer, "style": "rule"},
+    },
+    "HuggingFaceH4/aime_2024": lambda number, text, answer: {
+        "id": 60 + number,
+        "problem": text,
+        "solution": "Count to 007.",
+        "answer": answer.zfill(3),
+        "year": "2024",
+    },
+    "Maxwell-Jia/AIME_2024": lambda number, text, answer: {
+        "ID": f"2024-I-{number}",
+        "Problem": text,
+        "Solution": "Count.",
+        "Answer": int(answer),
+    },
+    "math-ai/minervamath": lambda number, text, answer: {"question": text, "answer": answer},
+    "KbsdJames/Omni-MATH": lambda number, text, answer: {
+        "domain": ["Algebra"],
+        "difficulty": 5.5,
+        "problem": text,
+        "solution": "Count.",
+        "answer": answer,
+        "source": "mine",
+    },
+    "HuggingFaceH4/MATH-500": lambda number, text, answer: {
+        "problem": text,
+        "solution": "Count.",
+        "answer": answer,
+        "level": 3,
+        "unique_id": f"test/algebra/{number}.json",
+    },
+    "openai/gsm8k": lambda number, text, answer: {"question": text, "answer": f"3 + 2 = <<3+2=5>>5\n#### {answer}"},
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that holds our own rows in each public set's columns, a hundredfold where the public one is."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config=None, split=None):
+        asked.append((name, config, split))
+        times = 100 if "Byted" in name else 1
+        rows = enumerate(zip(TEXTS, ANSWERS, strict=True))
+        return datasets.Dataset.from_list([HUB_SHAPES[name](*cell) for cell in flatten(rows)] * times)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources._load.cache_clear()
+    yield asked
+    sources._load.cache_clear()
+
+
+def flatten(rows):
+    return [(number, text, answer) for number, (text, answer) in rows]
+
+
+def run(tmp_path, source, out="out.jsonl", **options):
+    prepare.run(source=source, out=str(tmp_path / out), **options)
+    return read_problems(tmp_path / out)
+
+
+def write_jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(*answers):
+    return [{"problem": f"Problem {number}?", "answer": answer} for number, answer in enumerate(answers)]
+
+
+@pytest.mark.parametrize("source", [*sources.PRESETS, "open-r1/DAPO-Math-17k-Processed", "Maxwell-Jia/AIME_2024"])
+def test_public_sets_are_read_by_the_columns_they_have_on_the_hub(tmp_path, hub, source):
+    problems = run(tmp_path, source)
+    assert [problem["problem"] for problem in problems] == TEXTS
+    assert [problem["answer"] for problem in problems] == ANSWERS
+    assert {problem["source"] for problem in problems} == {source}
+    assert all(problem["id"].startswith(f"{source}/") for problem in problems)
+
+
+def test_a_hub_ids_own_ids_config_and_split_are_used(tmp_path, hub):
+    problems = run(tmp_path, "Maxwell-Jia/AIME_2024", config="all", split="train[:3]")
+    assert problems[0]["id"] == "Maxwell-Jia/AIME_2024/2024-I-0"
+    run(tmp_path, "gsm8k-test", out="gsm8k.jsonl")
+    assert hub == [("Maxwell-Jia/AIME_2024", "all", "train[:3]"), ("openai/gsm8k", "main", "test")]
+
+
+def test_without_a_network_a_preset_says_how_to_use_a_local_file(tmp_path, monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"Couldn't reach the Hub; .* use --source math-500 --from FILE") as caught:
+        run(tmp_path, "math-500")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_local_files_of_every_kind_give_the_same_problems(tmp_path, suffix):
+    rows = [
+        HUB_SHAPES["HuggingFaceH4/aime_2024"](*cell) for cell in flatten(enumerate(zip(TEXTS, ANSWERS, strict=True)))
+    ]
+    path = tmp_path / f"aime.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, *rows)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif suffix == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    problems = run(tmp_path, "aime-2024", from_=str(path))
+    assert [(one["id"], one["problem"], one["answer"]) for one in problems] == [
+        (f"aime-2024/{60 + number}", text, answer)
+        for number, (text, answer) in enumerate(zip(TEXTS, ANSWERS, strict=True))
+    ]
+
+
+def test_a_json_file_may_hold_one_object_a_line(tmp_path):
+    path = write_jsonl(tmp_path / "mine.json", *rows_of("1", "2"))
+    assert len(run(tmp_path, path)) == 2
+
+
+def test_columns_can_be_named_nested_ones_too(tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", {"text": "1 + 1?", "meta": {"gold": 2}, "answer": "9"})
+    assert run(tmp_path, path, problem_column="Text", answer_column="meta.gold")[0]["answer"] == "2"
+
+
+def test_integers_are_exact_whatever_their_length_and_way_of_writing(tmp_path):
+    big = 12345678901234567890123
+    texts = [str(big), '"025"', "70.0", '"+7"', '"-0"', "-12", "0.10", '"0.10"', '"1e-5"', '"-007"']
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(f'{{"problem": "p{n}", "answer": {text}}}\n' for n, text in enumerate(texts)))
+    answers = [problem["answer"] for problem in run(tmp_path, str(path))]
+    assert answers == [str(big), "25", "70", "7", "0", "-12", "0.10", "0.10", "1e-5", "-7"]
+
+
+@pytest.mark.parametrize(
+    ("value", "is_integers", "answer"),
+    [
+        ("70.0", True, "70"),
+        ("70.", True, "70"),
+        ("70.5", True, "70.5"),
+        ("70.0", False, "70.0"),
+        (70.0, False, "70"),
+        (0.1, False, "0.1"),
+        (["3"], False, "3"),
+        (None, False, ""),
+        (float("nan"), False, ""),
+        ("so 1,000 + 1\n#### 1,001", False, "1001"),
+        ("Thus $x = \\boxed{\\frac{1}{2}}$.", False, "\\frac{1}{2}"),
+        (" -1./3 ", False, "-1./3"),
+        ("1,000", False, "1,000"),
+    ],
+)
+def test_an_answer_cell_becomes_text(value, is_integers, answer):
+    assert curation.answer_text(value, is_integers, "here") == answer
+
+
+@pytest.mark.parametrize("value", [True, {"a": 1}, ["a", "b"], 2.0**60])
+def test_an_answer_cell_that_cannot_be_exact_is_refused(value):
+    with pytest.raises(InputError, match=r"^here: "):
+        curation.answer_text(value, False, "here")
+
+
+def test_the_wrapper_is_stripped_where_it_stands_and_nothing_else():
+    assert curation.problem_text(DAPO_BEFORE + "{x} = 1?" + DAPO_AFTER, "here") == "{x} = 1?"
+    assert (
+        curation.problem_text("Solve the following math problem: 1 + 1", "here")
+        == "Solve the following math problem: 1 + 1"
+    )
+
+
+def test_copies_empty_and_contradictory_rows_are_dropped_and_counted(tmp_path, capsys):
+    path = write_jsonl(
+        tmp_path / "mine.jsonl",
+        {"problem": "A?", "answer": "1"},
+        {"problem": " A? ", "answer": "1"},
+        {"problem": "B?", "answer": "1"},
+        {"problem": "B?", "answer": "2"},
+        {"problem": "B?", "answer": "1"},
+        {"problem": "C?", "answer": "0.5"},
+        {"problem": "C?", "answer": "\\frac{1}{2}"},
+        {"problem": "D?", "answer": " "},
+        {"problem": "E?", "answer": None},
+        {"problem": "", "answer": "1"},
+        {"problem": "\x0crac{6}{2}?", "answer": "3"},
+    )
+    problems = run(tmp_path, path)
+    assert [(one["problem"], one["answer"]) for one in problems] == [("A?", "1"), ("C?", "0.5"), ("\\frac{6}{2}?", "3")]
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    expected = {"rows": 11, "duplicate": 4, "contradictory": 1, "empty_answer": 2, "empty_problem": 1, "problems": 3}
+    assert {name: manifest["counts"][name] for name in expected} == expected
+    assert manifest["counts"]["mended"] == 1
+    assert len(manifest["ids"]["contradictory"]) == 1
+    assert "dropped: contradictory answers                     1  mine/" in capsys.readouterr().err
+
+
+def test_every_row_is_accounted_for(tmp_path):
+    rng = random.Random(0)
+    rows = [{"problem": rng.choice(["", "A", "B", "C", "D"]), "answer": rng.choice(["", "1", "2"])} for _ in range(50)]
+    rows += rows_of(*"123456789")
+    run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows), limit=4)
+    counts = json.loads((tmp_path / "out.manifest.json").read_text())["counts"]
+    parts = ("empty_problem", "empty_answer", "duplicate", "contradictory", "contaminated", "beyond_limit", "problems")
+    assert sum(counts.get(part, 0) for part in parts) == counts["rows"] == 59
+
+
+def test_ids_hang_on_neither_the_order_of_rows_nor_the_limit(tmp_path):
+    rows = rows_of(*map(str, range(40)))
+    first = run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows), "a.jsonl")
+    few = run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows[::-1]), "b.jsonl", limit=10, seed=5)
+    more = run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows), "c.jsonl", limit=20, seed=5)
+    other = run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows), "d.jsonl", limit=10, seed=6)
+    by_id = {one["id"]: one for one in first}
+    assert all(by_id[one["id"]] == one for one in few + more + other)
+    assert len(few) == len(other) == 10
+    assert {one["id"] for one in few} < {one["id"] for one in more}
+    assert {one["id"] for one in few} != {one["id"] for one in other}
+
+
+def test_own_ids_that_are_not_unique_give_way_to_hashes(tmp_path):
+    rows = [{**row, "id": "same"} for row in rows_of("1", "2")]
+    ids = [one["id"] for one in run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows))]
+    assert len(set(ids)) == 2
+    assert not any("same" in one for one in ids)
+
+
+def test_problems_that_another_file_holds_are_dropped_with_their_ids(tmp_path):
+    path = write_jsonl(
+        tmp_path / "mine.jsonl",
+        {"id": 1, "problem": "Find $\\dfrac{x^{2}}{3}$, if \\left(x = 3\\right).", "answer": "3"},
+        {"id": 2, "problem": "3 + 4", "answer": "7"},
+        {"id": 3, "problem": "What is 5 - 2?", "answer": "3"},
+    )
+    held = [{"question": "find \\frac{x^2}3 if (x=3)"}, {"question": "3 * 4"}, {"question": "What is 5 \u2212 2 ?"}]
+    other = write_jsonl(tmp_path / "valid.jsonl", *held)
+    assert [one["id"] for one in run(tmp_path, path, decontaminate=[other])] == ["mine/2"]
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert manifest["ids"]["contaminated"] == ["mine/1", "mine/3"]
+    assert set(manifest["inputs"]) == {path, other}
+
+
+def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked(tmp_path, monkeypatch):
+    class Verifier:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def parseable(self, answers):
+            return [answer.isdigit() for answer in answers]
+
+    monkeypatch.setattr(prepare, "Verifier", Verifier)
+    monkeypatch.setattr(prepare, "CHECKED_AT_ONCE", 2)
+    path = write_jsonl(tmp_path / "mine.jsonl", *[{**row, "id": row["answer"]} for row in rows_of("1", "2", "3", "x")])
+    assert len(run(tmp_path, path)) == 4
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["ids"]["unparseable"] == ["mine/x"]
+    assert len(run(tmp_path, path, "dropped.jsonl", drop_unparseable=True)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"problem": "b"\n', "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", '{"problem": "a", "answer": "1"}\n{"problem": "b"}\n', "a.jsonl:2: no column 'answer'"),
+        ("a.jsonl", '{"text": "a", "answer": "1"}\n', "a.jsonl:1: no column named problem or question or prompt among"),
+        ("a.jsonl", '{"problem": "a", "gold": "1"}\n', "name one with --answer-column"),
+        ("a.jsonl", '{"problem": 3, "answer": "1"}\n', "a.jsonl:1: a problem must be a text"),
+        ("a.jsonl", '{"problem": [{"role": "user"}, {"role": "user"}], "answer": "1"}\n', "one user turn, found 2"),
+        ("a.jsonl", "", "holds no rows"),
+        ("a.jsonl", '{"problem": "a", "answer": ""}\n', "no problem is left"),
+        ("a.json", "[1]", "row 0: expected an object, found int"),
+        ("a.json", "[{]", "not valid JSON"),
+        ("a.csv", "problem,answer\na,1\nb\n", "a.csv:3: expected 2 fields"),
+        ("a.csv", "problem,answer\na,1,2\n", "a.csv:2: expected 2 fields"),
+        ("a.csv", 'problem,answer\n"a,1\n', "not valid CSV"),
+        ("a.parquet", "no parquet", "a.parquet: not a parquet file"),
+        ("a.txt", "a", "must end in one of .jsonl"),
+    ],
+)
+def test_a_fault_in_a_file_is_told_with_its_place_and_nothing_is_written(tmp_path, name, content, fault):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError) as caught:
+        run(tmp_path, str(tmp_path / name))
+    assert fault in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"source": "missing.jsonl"}, "missing.jsonl: no such file"),
+        ({"source": "aime"}, "neither a preset .dapo-17k, .* nor a file nor a hub id"),
+        ({"source": "math-500", "from_": "missing.csv"}, "missing.csv: no such file"),
+        ({"split": "test"}, "has neither --config nor --split"),
+        ({"limit": -1}, "must be positive"),
+        ({"out": "mine.jsonl"}, "already holds something"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_read(tmp_path, monkeypatch, options, fault):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "mine.jsonl", *rows_of("1"))
+    with pytest.raises(InputError, match=fault):
+        prepare.run(**{"source": "mine.jsonl", "out": "out.jsonl", **options})
+
+
+def test_a_dash_writes_problems_to_stdout_and_the_table_elsewhere(tmp_path, monkeypatch, capfdbinary):
+    path = write_jsonl(tmp_path / "mine.jsonl", *rows_of("1"))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=sys.stdout.buffer))
+    prepare.run(source=path, out="-")
+    captured = capfdbinary.readouterr()
+    assert json.loads(captured.out)["answer"] == "1"
+    assert b"rows read" in captured.err
