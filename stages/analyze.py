@@ -28,20 +28,21 @@ NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differenti
 
 
 def run(
-    evals: Annotated[list[str], "an eval's output, or a directory of them; all of one problem set (repeatable)"],
+    evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)"],
     out: Annotated[str, "directory to write"],
+    set_: Annotated[str, "problem set to analyze, where the evals hold several"] = "",
     min_correct: Annotated[int, "a problem is solved where at least so many of its samples are correct"] = 1,
 ) -> None:
     """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
 
-    Example: rloop analyze --evals runs/eval/valid --out runs/analysis
+    Example: rloop analyze --evals runs/eval --set valid --out runs/analysis
     """
     start = time.monotonic()
     if min_correct < 1:
         raise InputError(f"--min-correct {min_correct}: name 1 or more, or every problem counts as solved")
     outputs.refuse_occupied(out)
     directories = find_evals(evals)
-    evaluation = _one_set(read_evals(directories))
+    evaluation = _one_set(read_evals(directories), set_)
     ways = _ways(places(evaluation.results))
     matrices, steps = _matrices(evaluation, ways, min_correct)
     with outputs.whole_dir(out) as directory:
@@ -49,26 +50,19 @@ def run(
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)
         inputs = {str(path / "results.jsonl"): outputs.digest(path / "results.jsonl") for path in directories}
-        parameters = {"evals": evals, "min_correct": min_correct}
+        parameters = {"evals": evals, "set": evaluation.problem_set, "min_correct": min_correct}
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
         manifest = outputs.manifest("analyze", parameters, inputs, counts, time.monotonic() - start)
         outputs.write_json(directory / "manifest.json", manifest)
 
 
-def _one_set(found: Mapping[str, Evaluation]) -> Evaluation:
-    """Several directories are one set if they hold the same problems; dynamics.solved refuses those that don't."""
-    if len(found) > 1 and len({frozenset(_problems(evaluation)) for evaluation in found.values()}) > 1:
-        raise InputError(f"--evals holds several problem sets ({', '.join(found)}): name the evals of one")
-    merged = Evaluation(next(iter(found)), {}, [])
-    for evaluation in found.values():
-        merged.rollouts.extend(evaluation.rollouts)
-        for policy, results in evaluation.results.items():
-            merged.results.setdefault(policy, results)
-    return merged
-
-
-def _problems(evaluation: Evaluation) -> list[str]:
-    return [result["problem_id"] for results in evaluation.results.values() for result in results]
+def _one_set(found: Mapping[str, Evaluation], wanted: str) -> Evaluation:
+    """The evaluation of the set `wanted`, or of the only one there is."""
+    if wanted and wanted not in found:
+        raise InputError(f"--set {wanted}: the evals hold {', '.join(found)}")
+    if not wanted and len(found) > 1:
+        raise InputError(f"the evals hold several problem sets: name one of {', '.join(found)} by --set")
+    return found[wanted or next(iter(found))]
 
 
 def _ways(found: Sequence[Place]) -> dict[str, list[Place]]:

@@ -131,10 +131,7 @@ def find_evals(directories: Iterable[str | Path]) -> list[Path]:
 
 
 def set_name(directory: Path) -> str:
-    """A problem set's name: what follows "eval" in the path of its evaluation, or else the last directory."""
-    parts = directory.parts
-    if "eval" in parts[:-1]:
-        return parts[len(parts) - parts[::-1].index("eval", 1)]
+    """A problem set's name: the last directory of its evaluation's path, as in runs/eval/1/valid."""
     return directory.name
 
 
