@@ -1,0 +1,71 @@
+"""What several files share: tiny policies, the toy, and one real engine for the whole run of the tests."""
+
+import pytest
+
+from stages.core import arithmetic
+from stages.core import policy as policies
+
+
+@pytest.fixture(scope="session")
+def make_policy(tmp_path_factory):
+    """A function that makes a checkpoint of random weights of the given size: a Qwen2 decoder that reads the toy."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from stages.core import pretrain
+
+    def make(std=0.2, words=arithmetic.WORDS, seed=0, **config):
+        tokenizer = pretrain.build_tokenizer(words)
+        shape = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model = Qwen2ForCausalLM(Qwen2Config(**(shape | config)))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in (parameter for parameter in model.parameters() if parameter.dim() == 2):
+                weight.normal_(std=std, generator=generator)
+        path = tmp_path_factory.mktemp("policies") / "policy"
+        policies.save(model, tokenizer, path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(make_policy):
+    """A policy with an output head of its own."""
+    return make_policy()
+
+
+@pytest.fixture(scope="session")
+def tied_policy(make_policy):
+    """A policy of the same shape as `tiny_policy`, with other weights and tied embeddings."""
+    return make_policy(std=0.3, seed=1, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The output of `rloop toy` with a rough policy: right form, rarely the right answer."""
+    from stages import toy
+
+    path = tmp_path_factory.mktemp("toy") / "toy"
+    toy.run(out=str(path), num_train=60, num_test=20, pretrain_steps=60)
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_policy):
+    """The real engine with the weights of `tiny_policy`; whoever loads others loads these again."""
+    from stages.core.engine import VllmEngine
+
+    return VllmEngine(tiny_policy, max_model_len=96)

@@ -1,0 +1,43 @@
+"""An engine that answers by rule, in the place of the real one."""
+
+import random
+import re
+
+from stages.core import policy as policies
+from stages.core.engine import Completion
+
+
+class ScriptedEngine:
+    """Adds up the numbers of a prompt, right or wrong by luck: the better, the larger the policy's embedding.
+
+    A sample depends on its seed and the policy only. After `dies_after` groups the machine goes down.
+    """
+
+    def __init__(self, policy, dies_after=None):
+        self.tokenizer = policies.load_tokenizer(policy)
+        self.dies_after = dies_after
+        self.asked = []
+        self.num_loads = 0
+        self.load(policies.disk_weights(policy))
+
+    def load(self, weights):
+        self.skill = 2 * float(dict(weights)["model.embed_tokens.weight"].abs().mean())
+        self.num_loads += 1
+
+    def generate(self, prompts, sampling, on_group):
+        groups = [[self._complete(prompt, seed + i) for i in range(sampling.num_samples)]
+                  for prompt, seed in zip(prompts, sampling.seeds, strict=True)]  # fmt: skip
+        for index in reversed(range(len(prompts))):
+            if len(self.asked) == self.dies_after:
+                raise KeyboardInterrupt
+            self.asked.append(self.tokenizer.decode(prompts[index]))
+            on_group(index, groups[index])
+        return groups
+
+    def _complete(self, prompt, seed):
+        luck = random.Random(f"{seed}")
+        total = sum(map(int, re.findall(r"\d+", self.tokenizer.decode(prompt))))
+        value = total if luck.random() < self.skill else total + 1
+        text = luck.choice([f"\\boxed{{{value}}}", f"{total}=\\boxed{{{value}}}", f"{value}"])
+        token_ids = self.tokenizer(text)["input_ids"]
+        return Completion(text, token_ids, [], luck.choice(["stop", "stop", "length"]))

@@ -1,0 +1,87 @@
+"""Problems to prompts to groups of rollouts, with an engine that answers by rule."""
+
+import pytest
+
+from stages.core import records
+from stages.core.engine import Completion, Sampling
+from stages.core.errors import InputError
+from stages.core.prompts import Template
+from stages.core.rollouts import draw, draw_each, make_prompts
+from stages.core.verifier import Verifier
+
+ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest", True)
+
+
+class Words:
+    """A tokenizer with one token a word."""
+
+    bos_token = None
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+class BackwardsEngine:
+    """Answers "7" and "8" in turn, the last prompt first."""
+
+    def generate(self, prompts, sampling, on_group):
+        for index in reversed(range(len(prompts))):
+            texts = [f"\\boxed{{{7 + i % 2}}}" for i in range(sampling.num_samples)]
+            on_group(index, [Completion(text, [1] * (index + 1), [], "stop") for text in texts])
+
+
+def problem(number, text="one two"):
+    return {"id": f"p{number}", "problem": text, "answer": str(7 + number % 2), "source": "s"}
+
+
+def prompts(count):
+    return make_prompts([problem(i) for i in range(count)], ASK, Words(), 4, 100)[0]
+
+
+def test_a_prompt_is_the_rendered_problem_and_its_tokens():
+    [prompt] = prompts(1)
+    assert (prompt.text, prompt.token_ids, prompt.problem) == ("Q one two A", [1, 3, 3, 1], problem(0))
+
+
+def test_a_problem_that_leaves_no_room_for_the_completion_is_left_out_by_name():
+    problems = [problem(0), problem(1, "one two three"), problem(2)]
+    kept, left_out = make_prompts(problems, ASK, Words(), 6, context=10)
+    assert ([prompt.problem["id"] for prompt in kept], left_out) == (["p0", "p2"], ["p1"])
+
+
+@pytest.mark.parametrize(("max_tokens", "message"), [(10, "context of 10 tokens"), (7, "shortest prompt has 4 tokens")])
+def test_completions_that_never_fit_are_refused(max_tokens, message):
+    with pytest.raises(InputError, match=message):
+        make_prompts([problem(0)], ASK, Words(), max_tokens, context=10)
+
+
+def test_groups_come_in_the_order_of_the_prompts_with_the_verifiers_rewards():
+    tokens = []
+    with Verifier() as verifier:
+        groups = draw(BackwardsEngine(), verifier, prompts(3), Sampling(2, 4), tokens.append)
+        assert [group.prompt.problem["id"] for group in groups] == ["p0", "p1", "p2"]
+        assert [group.rewards for group in groups] == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    assert tokens == [6, 4, 2]
+
+
+def test_groups_can_be_taken_one_by_one_as_they_are_done():
+    seen = {}
+    with Verifier() as verifier:
+        draw_each(BackwardsEngine(), verifier, prompts(3), Sampling(2, 4), seen.__setitem__)
+        assert list(seen) == [2, 1, 0]
+        assert [seen[index].num_tokens for index in seen] == [6, 4, 2]
+        assert all(group.is_scored for group in seen.values() if group.rewards)
+
+
+def test_a_groups_rollouts_are_whole_records():
+    check = records.checker(records.Rollout)
+    with Verifier() as verifier:
+        [group] = draw(BackwardsEngine(), verifier, prompts(1), Sampling(2, 4))
+        rollouts = group.rollouts("here/policy", step=3, first_sample=4)
+    assert [check(rollout) for rollout in rollouts] == [None, None]
+    assert [rollout["sample"] for rollout in rollouts] == [4, 5]
+    assert rollouts[1] == {
+        "problem_id": "p0", "sample": 5, "step": 3, "policy": "here/policy", "prompt": "Q one two A",
+        "completion": "\\boxed{8}", "answer": "7", "reward": 0.0, "verdict": "wrong", "num_tokens": 1,
+        "finish_reason": "stop",
+    }  # fmt: skip
