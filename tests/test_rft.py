@@ -283,22 +283,26 @@ def test_a_collapsed_run_leaves_nothing_behind(files):
     assert not list(files.root.glob("*collapsed*"))
 
 
-def test_bad_input_is_refused_before_anything_is_written(files, tmp_path):
-    occupied = tmp_path / "occupied"
-    occupied.mkdir()
-    (occupied / "file").touch()
-    bad = tmp_path / "bad.jsonl"
+def test_bad_input_is_refused_before_anything_is_written(tmp_path):
+    good, bad, empty = (tmp_path / f"{name}.jsonl" for name in ("good", "bad", "empty"))
+    jsonl.write(good, EXAMPLES)
     bad.write_text(json.dumps(EXAMPLES[0]) + '\n{"problem_id": "p", "prompt": "1+1="}\n')
-    (tmp_path / "empty.jsonl").touch()
-    knobs = rft.Knobs()
-    for policy, examples, out, fault in [
-        (files.policy, files.examples, occupied, "already holds something"),
-        (files.policy, bad, tmp_path / "out", "bad.jsonl:2: .* Example needs the field 'completion'"),
-        (files.policy, tmp_path / "empty.jsonl", tmp_path / "out", "is empty"),
-        (str(tmp_path / "nowhere"), files.examples, tmp_path / "out", "no such directory"),
+    empty.touch()
+    occupied = tmp_path / "occupied"
+    jsonl.write(occupied / "file.jsonl", EXAMPLES)
+    before = sorted(tmp_path.rglob("*"))
+    for examples, out, fault in [
+        (good, occupied, "already holds something"),
+        (bad, tmp_path / "out", "bad.jsonl:2: .* Example needs the field 'completion'"),
+        (empty, tmp_path / "out", "is empty"),
+        (good, tmp_path / "out", "no such directory"),
     ]:
         with pytest.raises(InputError, match=fault):
-            rft.run(policy, examples, out, knobs)
+            rft.run(str(tmp_path / "nowhere"), examples, out, rft.Knobs())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_more_tokens_than_the_context_are_refused(files):
     with pytest.raises(InputError, match="--max-tokens 65 is beyond the policy's context of 64"):
-        rft.run(files.policy, files.examples, tmp_path / "out", rft.Knobs(max_tokens=65))
-    assert not (tmp_path / "out").exists()
+        rft.run(files.policy, files.examples, files.root / "long", rft.Knobs(max_tokens=65))
