@@ -61,6 +61,8 @@ def run(
         return
     if not problems:
         raise InputError("--problems is missing: name at least one file of problems")
+    if Path("-") in problems:
+        raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
     evaluation.check_metrics(num_samples, k, select)
     plan = sampling.plan(policy, problems, num_samples, knobs)
     _refuse_left_out(plan)

@@ -1,0 +1,327 @@
+"""eval with an engine that answers by rule: what it writes, resumes, refuses and grades again; then the real one."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+
+from stages import eval as evaluation_stage
+from stages.core import jsonl, metrics, records, sampling
+from stages.core.errors import InputError
+from stages.core.partial import Groups
+from stages.core.records import Result, Rollout
+from stages.core.sampling import Knobs, Plan
+from tests.scripted import ScriptedEngine
+
+KNOBS = Knobs(template="none", max_tokens=32)
+NUM_PROBLEMS = 12
+
+
+def problem(number):
+    a, b = number % 9 + 1, number % 7
+    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A file of sums."""
+    path = tmp_path / "sums.jsonl"
+    jsonl.write(path, (problem(number) for number in range(NUM_PROBLEMS)))
+    return path
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """The scripted engines that eval starts; the next one dies after `dies_after` groups."""
+    started = Started()
+    monkeypatch.setattr(Plan, "start_engine", lambda plan, path: started.start(path))
+    return started
+
+
+class Started(list):
+    dies_after = None
+
+    def start(self, path):
+        self.append(ScriptedEngine(path, self.dies_after))
+        return self[-1]
+
+
+def run(policies, problems, out, num_samples=4, k=(1, 4), select="", knobs=KNOBS, regrade=None):
+    files = problems if isinstance(problems, list) else [problems]
+    evaluation_stage.run(
+        policy=[str(policy) for policy in policies], problems=files, out=out, regrade=regrade, num_samples=num_samples,
+        k=list(k), select=select, knobs=knobs,
+    )  # fmt: skip
+
+
+def read(out, kind=Rollout):
+    return list(records.read(out / f"{kind.__name__.lower()}s.jsonl", kind))
+
+
+def load(path):
+    return orjson.loads(path.read_bytes())
+
+
+def samples(rollouts):
+    """Completions by policy, problem and sample."""
+    return {(r["policy"], r["problem_id"], r["sample"]): r["completion"] for r in rollouts}
+
+
+def test_results_and_metrics_follow_from_the_rollouts(engines, tiny_policy, tied_policy, problems, tmp_path):
+    run([tiny_policy, tied_policy], problems, tmp_path / "out")
+    rollouts, results = read(tmp_path / "out"), read(tmp_path / "out", Result)
+    assert len(rollouts) == 2 * NUM_PROBLEMS * 4 and len(results) == 2 * NUM_PROBLEMS
+    for result in results:
+        own = [r for r in rollouts if (r["policy"], r["problem_id"]) == (result["policy"], result["problem_id"])]
+        assert result["num_correct"] == sum(r["reward"] for r in own)
+        assert result["num_truncated"] == sum(r["finish_reason"] == "length" for r in own)
+        assert result["num_no_answer"] == sum(r["verdict"] == "no_answer" for r in own)
+        assert result["num_tokens"] == sum(r["num_tokens"] for r in own)
+    found = load(tmp_path / "out/metrics.json")
+    mine = [result for result in results if result["policy"] == str(tied_policy)]
+    summary = found["policies"][str(tied_policy)]
+    assert summary["avg@4"]["value"] == sum(result["num_correct"] for result in mine) / (4 * NUM_PROBLEMS)
+    assert summary["pass@4"]["value"] == sum(result["num_correct"] > 0 for result in mine) / NUM_PROBLEMS
+    assert summary["verdicts"]["no_answer"] == sum(result["num_no_answer"] for result in mine) > 0
+    theirs = [result for result in results if result["policy"] == str(tiny_policy)]
+    difference = found["differences"][f"{tied_policy} - {tiny_policy}"]
+    assert difference == metrics.compare(theirs, mine, (1, 4))
+    assert difference["avg@4"]["value"] == pytest.approx(
+        summary["avg@4"]["value"] - found["policies"][str(tiny_policy)]["avg@4"]["value"]
+    )
+    assert len(engines) == 1 and engines[0].num_loads == 2
+
+
+def test_the_samples_of_a_problem_do_not_depend_on_its_place_or_company(
+    engines, tiny_policy, tied_policy, problems, tmp_path
+):
+    run([tiny_policy, tied_policy], problems, tmp_path / "all")
+    few = tmp_path / "few.jsonl"
+    jsonl.write(few, (problem(number) for number in reversed(range(3, NUM_PROBLEMS))))
+    run([tied_policy], few, tmp_path / "few")
+    everything, some = samples(read(tmp_path / "all")), samples(read(tmp_path / "few"))
+    assert len(some) == 4 * (NUM_PROBLEMS - 3)
+    assert some == {key: everything[key] for key in some}
+
+
+def test_another_seed_draws_other_samples(engines, tiny_policy, problems, tmp_path):
+    run([tiny_policy], problems, tmp_path / "zero")
+    run([tiny_policy], problems, tmp_path / "one", knobs=Knobs(template="none", max_tokens=32, seed=1))
+    assert samples(read(tmp_path / "zero")) != samples(read(tmp_path / "one"))
+
+
+def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, tied_policy, problems, tmp_path):
+    both = [tiny_policy, tied_policy]
+    run(both, problems, tmp_path / "whole")
+    engines.dies_after = NUM_PROBLEMS + 5
+    with pytest.raises(KeyboardInterrupt):
+        run(both, problems, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    engines.dies_after = None
+    run(both, problems, tmp_path / "out")
+    assert len(engines[-1].asked) == NUM_PROBLEMS - 5
+    assert engines[-1].num_loads == 1  # the finished policy's weights are not even read
+    for name in ("rollouts.jsonl", "results.jsonl", "metrics.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sums.jsonl", "whole"]
+
+
+def test_a_line_that_a_crash_cut_is_drawn_again(tmp_path):
+    path = tmp_path / "groups.jsonl"
+    with Groups(path) as groups:
+        groups.add([{"problem_id": "a", "sample": 0}])
+        groups.add([{"problem_id": "b", "sample": 0}])
+    path.write_bytes(path.read_bytes()[:-5])
+    with Groups(path) as groups:
+        assert ("a" in groups, "b" in groups) == (True, False)
+        groups.add([{"problem_id": "b", "sample": 1}])
+        groups.add([{"problem_id": "c", "sample": 0}])
+        assert [groups.get(name)[0]["sample"] for name in "abc"] == [0, 1, 0]
+
+
+@pytest.fixture
+def interrupted(engines, tiny_policy, problems, tmp_path):
+    engines.dies_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        run([tiny_policy], problems, tmp_path / "out")
+    engines.dies_after = None
+    return engines
+
+
+def test_an_interrupted_call_is_not_mixed_with_another(interrupted, tiny_policy, problems, tmp_path):
+    with pytest.raises(InputError, match=r"max_tokens 32, not 16: repeat it as it was begun, or remove .*\.partial"):
+        run([tiny_policy], problems, tmp_path / "out", knobs=Knobs(template="none", max_tokens=16))
+    with pytest.raises(InputError, match="num_samples 4, not 5"):
+        run([tiny_policy], problems, tmp_path / "out", num_samples=5)
+
+
+def test_more_policies_can_be_named_when_a_call_is_repeated(interrupted, tiny_policy, tied_policy, problems, tmp_path):
+    run([tied_policy, tiny_policy], problems, tmp_path / "out")
+    assert len(interrupted[-1].asked) == 2 * NUM_PROBLEMS - 5
+
+
+def test_problems_that_changed_are_drawn_anew(interrupted, tiny_policy, problems, tmp_path):
+    jsonl.write(problems, (problem(number) | {"answer": "0"} for number in range(NUM_PROBLEMS)))
+    run([tiny_policy], problems, tmp_path / "out")
+    assert len(interrupted[-1].asked) == NUM_PROBLEMS
+    assert {rollout["reward"] for rollout in read(tmp_path / "out")} == {0.0}
+
+
+def test_a_finished_call_is_not_repeated_and_another_is_refused(engines, tiny_policy, problems, tmp_path, capsys):
+    run([tiny_policy], problems, tmp_path / "out")
+    before = (tmp_path / "out/manifest.json").read_bytes()
+    run([tiny_policy], problems, tmp_path / "out", knobs=Knobs(template="none", max_tokens=32, memory_fraction=0.5))
+    assert "already done" in capsys.readouterr().out
+    assert len(engines) == 1 and (tmp_path / "out/manifest.json").read_bytes() == before
+    with pytest.raises(InputError, match="already holds something"):
+        run([tiny_policy], problems, tmp_path / "out", k=(1, 2))
+    assert len(engines) == 1
+
+
+def test_two_names_of_one_checkpoint_are_asked_once(engines, tiny_policy, problems, tmp_path):
+    shutil.copytree(tiny_policy, tmp_path / "again")
+    run([tiny_policy, tmp_path / "again"], problems, tmp_path / "out")
+    assert len(engines[-1].asked) == NUM_PROBLEMS
+    results = metrics.by_policy(read(tmp_path / "out", Result))
+    assert [list(results), len(results[str(tmp_path / "again")])] == [
+        [str(tiny_policy), str(tmp_path / "again")], NUM_PROBLEMS
+    ]  # fmt: skip
+
+
+def test_several_sets_share_one_engine_and_lie_side_by_side(engines, tiny_policy, tied_policy, problems, tmp_path):
+    jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
+    run([tiny_policy, tied_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="avg@4")
+    assert engines[0].num_loads == 2
+    assert [len(read(tmp_path / "out" / name)) for name in ("sums", "more")] == [2 * 4 * NUM_PROBLEMS, 2 * 4 * 4]
+    overview = load(tmp_path / "out/metrics.json")
+    for name in ("sums", "more"):
+        policies = load(tmp_path / "out" / name / "metrics.json")["policies"]
+        assert load(tmp_path / "out" / name / "manifest.json")["set"] == name
+        assert overview["sets"][name][str(tied_policy)]["pass@4"] == policies[str(tied_policy)]["pass@4"]["value"]
+    assert overview["selected"] == load(tmp_path / "out/sums/metrics.json")["selected"]
+
+
+def test_the_best_policy_by_a_metric_is_named(engines, tiny_policy, tied_policy, problems, tmp_path, capsys):
+    run([tiny_policy, tied_policy], problems, tmp_path / "out", select="avg@4")
+    found = load(tmp_path / "out/metrics.json")
+    averages = {name: summary["avg@4"]["value"] for name, summary in found["policies"].items()}
+    assert averages[str(tied_policy)] > averages[str(tiny_policy)]
+    assert found["selected"] == {
+        "policy": str(tied_policy), "metric": "avg@4", "value": averages[str(tied_policy)]
+    }  # fmt: skip
+    assert f"best on sums by avg@4: {tied_policy}" in capsys.readouterr().out
+
+
+def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_policy, problems, tmp_path, capsys):
+    run([tiny_policy, make_policy(std=0.6)], problems, tmp_path / "out", num_samples=16)
+    [row] = [line for line in capsys.readouterr().out.splitlines() if " - " in line]
+    assert " *" in row
+    assert load(tmp_path / "out/metrics.json")["differences"].popitem()[1]["avg@16"]["real"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": (1, 8)}, r"--k 8 needs 1 to 4 \(--num-samples\)"),
+        ({"k": (0,)}, "--k 0"),
+        ({"select": "pass@2"}, "none of the metrics: avg@4, pass@1, pass@4"),
+        ({"problems": []}, "--problems is missing"),
+        ({"problems": [Path("-")]}, "--problems -: name a file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_read(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        run([tmp_path / "nowhere"], **{"problems": [tmp_path / "none.jsonl"], "out": tmp_path / "out", **options})
+
+
+def test_an_evaluation_without_a_policy_is_refused(problems, tmp_path):
+    with pytest.raises(InputError, match="--policy is missing"):
+        run([], problems, tmp_path / "out")
+
+
+def test_an_average_over_fewer_problems_is_refused(engines, tiny_policy, problems, tmp_path):
+    with problems.open("a") as file:
+        file.write(json.dumps(problem(1) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
+    with pytest.raises(InputError, match="1 problems, such as long, leave no room"):
+        run([tiny_policy], problems, tmp_path / "out")
+    assert not engines
+
+
+def test_grading_again_without_a_change_gives_the_same_files(engines, tiny_policy, problems, tmp_path, capsys):
+    run([tiny_policy], problems, tmp_path / "out")
+    run([], [], tmp_path / "again", regrade=tmp_path / "out")
+    assert "no verdict changed" in capsys.readouterr().out
+    for name in ("rollouts.jsonl", "results.jsonl", "metrics.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert len(engines) == 1
+
+
+def test_grading_again_shows_which_verdicts_and_metrics_changed(engines, tiny_policy, problems, tmp_path, capsys):
+    run([tiny_policy], problems, tmp_path / "out")
+    honest = read(tmp_path / "out")
+    wrong = [r for r in honest if r["verdict"] == "wrong"][:3]
+    old = [r | {"verdict": "correct", "reward": 1.0} if r in wrong else r for r in honest]
+    jsonl.write(tmp_path / "out/rollouts.jsonl", old)
+    capsys.readouterr()
+    run([], [], tmp_path / "again", regrade=tmp_path / "out")
+    assert read(tmp_path / "again") == honest and read(tmp_path / "out") == old
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [str(tiny_policy), "correct", "->", "wrong", "3"] in shown
+    averages = [100 * sum(r["reward"] for r in rollouts) / len(honest) for rollouts in (old, honest)]
+    [moved] = [line for line in shown if line[:2] == [str(tiny_policy), "avg@4"]]
+    assert [float(moved[2]), float(moved[5])] == pytest.approx(averages, abs=0.06)
+
+
+def test_bare_answers_count_only_where_they_are_asked_for(engines, tiny_policy, problems, tmp_path):
+    run([tiny_policy], problems, tmp_path / "out")
+    run([], [], tmp_path / "bare", regrade=tmp_path / "out", knobs=Knobs(bare=True))
+    strict, bare = (load(tmp_path / name / "metrics.json")["policies"][str(tiny_policy)] for name in ("out", "bare"))
+    assert strict["no_answer"]["value"] > 0.1 > bare["no_answer"]["value"]
+    assert bare["avg@4"]["value"] > strict["avg@4"]["value"]
+    assert [load(tmp_path / name / "manifest.json")["parameters"]["bare"] for name in ("out", "bare")] == [False, True]
+
+
+def test_sets_are_graded_again_side_by_side_and_a_file_alone(engines, tiny_policy, problems, tmp_path):
+    jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
+    run([tiny_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out")
+    run([], [], tmp_path / "again", regrade=tmp_path / "out")
+    run([], [], tmp_path / "one", regrade=tmp_path / "out/more/rollouts.jsonl")
+    for again, first in (("again/sums", "sums"), ("again/more", "more"), ("one", "more")):
+        assert read(tmp_path / again) == read(tmp_path / "out" / first)
+    with pytest.raises(InputError, match=r"holds no rollouts\.jsonl"):
+        run([], [], tmp_path / "two", regrade=tiny_policy)
+
+
+@pytest.mark.slow
+def test_killed_and_repeated_the_real_thing_gives_what_it_gives_at_once(tiny_policy, problems, tmp_path, engine):
+    jsonl.write(problems, (problem(number) | {"id": f"q{number}"} for number in range(80)))
+    command = [
+        *(sys.executable, "-m", "rloop_cli", "eval", "--policy", tiny_policy, "--problems", problems),
+        *("--out", tmp_path / "out", "--template", "none", "--max-tokens", 80, "--num-samples", 16, "--k", 8),
+    ]
+    command = [str(part) for part in command]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (kept := num_kept(tmp_path)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert 0 < kept < 80 and not (tmp_path / "out").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pass@8" in done.stdout
+    plan = sampling.plan([str(tiny_policy)], [problems], 16, Knobs(template="none", max_tokens=80))
+    evaluation_stage.evaluate(plan, [problems], tmp_path / "once", {"k": [8], "select": ""}, lambda path: engine)
+    resumed, once = samples(read(tmp_path / "out")), samples(read(tmp_path / "once"))
+    assert resumed.keys() == once.keys()
+    assert sum(resumed[key] == once[key] for key in once) > 0.97 * len(once)  # some met another batch's rounding
+
+
+def num_kept(directory):
+    """Groups on disk of an evaluation that goes on."""
+    return sum(path.read_bytes().count(b"\n") for path in directory.glob(".out.partial/*.jsonl"))

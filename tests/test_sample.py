@@ -1,0 +1,217 @@
+"""What sample and eval share: everything that is refused before an engine starts, and what is drawn then."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from stages import sample
+from stages.core import jsonl, records, sampling
+from stages.core.errors import InputError
+from stages.core.records import Rollout
+from stages.core.sampling import Knobs, Plan
+from stages.core.verifier import Verifier
+from tests.scripted import ScriptedEngine
+
+KNOBS = Knobs(template="none", max_tokens=32)
+
+
+def problem(number):
+    a, b = number % 9 + 1, number % 7
+    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A file of six sums."""
+    path = tmp_path / "sums.jsonl"
+    jsonl.write(path, (problem(number) for number in range(6)))
+    return path
+
+
+@pytest.fixture
+def copied(tiny_policy, tmp_path):
+    """A copy of `tiny_policy` to break."""
+    return shutil.copytree(tiny_policy, tmp_path / "copied")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_weight(policy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(policy / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, policy / "model.safetensors")
+
+
+def drop_end_token(policy):
+    settings = json.loads((policy / "tokenizer_config.json").read_text())
+    settings["eos_token"] = None
+    (policy / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def drop_tokenizer(policy):
+    for file in policy.glob("*token*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda policy: shutil.rmtree(policy), "no such directory"),
+        (lambda policy: (policy / "config.json").unlink(), "config.json is missing"),
+        (drop_tokenizer, "tokenizer is missing"),
+        (lambda policy: (policy / "model.safetensors").unlink(), "weights are missing"),
+        (drop_end_token, "no end token"),
+        (lambda policy: edit_json(policy / "config.json", intermediate_size=80), "has shape .*config.json asks for"),
+        (drop_weight, "1 weights are missing, such as model.norm.weight"),
+    ],
+)
+def test_a_broken_policy_is_refused_in_one_line(copied, problems, damage, message):
+    damage(copied)
+    with pytest.raises(InputError, match=message) as error:
+        sampling.plan([str(copied)], [problems], 2, KNOBS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "num_samples", "message"),
+    [
+        ({"max_tokens": 128}, 2, "does not fit the policy's context of 128"),
+        ({"max_tokens": 0}, 2, "--max-tokens must be at least 1"),
+        ({}, 0, "--num-samples must be at least 1"),
+        ({"limit": -1}, 2, "--limit"),
+        ({"temperature": -0.5}, 2, "--temperature must not be negative"),
+        ({"temperature": 0.0}, 2, "add --num-samples 1"),
+        ({"dtype": "int3"}, 2, "--dtype must be one of"),
+        ({"template": "nowhere"}, 2, "template nowhere"),
+        ({"template": "chat"}, 2, "no chat template"),
+    ],
+)
+def test_a_knob_that_cannot_be_is_refused(tiny_policy, problems, knobs, num_samples, message):
+    with pytest.raises(InputError, match=message):
+        sampling.plan([str(tiny_policy)], [problems], num_samples, replace(KNOBS, **knobs))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "is empty"),
+        ([problem(1), problem(2), problem(1)], ":3: problem id 'p1' was already used on line 1"),
+        ([problem(1), {"id": "p2", "problem": "1+1=?"}], ":2: a Problem needs the field 'answer'"),
+    ],
+)
+def test_a_broken_file_of_problems_is_refused(tiny_policy, tmp_path, lines, message):
+    path = tmp_path / "broken.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=message):
+        sampling.plan([str(tiny_policy)], [path], 2, KNOBS)
+
+
+def test_two_sets_of_one_name_are_refused(tiny_policy, problems):
+    with pytest.raises(InputError, match="already a set called sums"):
+        sampling.plan([str(tiny_policy)], [problems, problems], 2, KNOBS)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"intermediate_size": 80}, "intermediate_size is 96 in the one and 80 in the other"),
+        ({"words": [*"+-*=?", *map(str, range(9, -1, -1)), *map(chr, range(200, 249))]}, "their tokenizers differ"),
+    ],
+)
+def test_policies_that_cannot_take_each_others_place_are_refused(tiny_policy, make_policy, problems, other, message):
+    with pytest.raises(InputError, match=f"cannot share one engine: {message}"):
+        sampling.plan([str(tiny_policy), str(make_policy(**other))], [problems], 2, KNOBS)
+
+
+def test_policies_with_other_end_tokens_are_refused(tiny_policy, copied, problems):
+    edit_json(copied / "generation_config.json", eos_token_id=[65, 3])
+    with pytest.raises(InputError, match="end tokens are"):
+        sampling.plan([str(tiny_policy), str(copied)], [problems], 2, KNOBS)
+
+
+def test_a_policy_named_twice_is_refused(tiny_policy, problems):
+    with pytest.raises(InputError, match="named twice"):
+        sampling.plan([str(tiny_policy), f"{tiny_policy}/"], [problems], 2, KNOBS)
+
+
+def test_a_directory_of_checkpoints_stands_for_all_of_them(tiny_policy, tied_policy, tmp_path, problems):
+    for step, policy in (("step_000020", tied_policy), ("step_000003", tiny_policy)):
+        shutil.copytree(policy, tmp_path / "checkpoints" / step)
+    plan = sampling.plan([f"{tmp_path}/checkpoints/"], [problems], 2, KNOBS)
+    assert list(plan.policies) == [f"{tmp_path}/checkpoints/step_000003", f"{tmp_path}/checkpoints/step_000020"]
+
+
+@pytest.mark.parametrize("place", ["", "..", "../.."])
+def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, problems, capsys, place):
+    policy = tmp_path / "rl/checkpoints/step_000001"
+    shutil.copytree(copied, policy)
+    plan = sampling.plan([str(policy)], [problems], 2, KNOBS)
+    manifest = policy / place / "manifest.json"
+    manifest.write_text(json.dumps({"template_digest": plan.template.digest}))
+    sampling.warn_of_templates(plan)
+    assert capsys.readouterr().err == ""
+    manifest.write_text(json.dumps({"template_digest": "other", "parameters": {"template": "boxed"}}))
+    sampling.warn_of_templates(plan)
+    assert "was trained with template boxed, and is asked with none" in capsys.readouterr().err
+
+
+def test_seeds_of_problems_keep_apart_and_leave_room_for_the_samples():
+    seeds = [sampling.problem_seed(seed, f"p{number}") for seed in (0, 1) for number in range(2000)]
+    assert min(seeds) >= 0 and max(seeds) + 10_000 < 2**63
+    on_the_cpu = sorted(seed % 2**32 for seed in seeds)  # its generator knows 32 bits
+    assert sum(b - a < 32 for a, b in pairwise(on_the_cpu)) < 3
+
+
+def test_every_policy_is_asked_every_problem_in_order(tiny_policy, tied_policy, problems):
+    plan = sampling.plan([str(tiny_policy), str(tied_policy)], [problems], 3, KNOBS)
+    starts = []
+    with Verifier() as verifier:
+        rollouts = list(sampling.rollouts(plan, lambda path: starts.append(path) or ScriptedEngine(path), verifier))
+    expected = [(str(p), f"p{n}", s) for p in (tiny_policy, tied_policy) for n in range(6) for s in range(3)]
+    assert [(r["policy"], r["problem_id"], r["sample"]) for r in rollouts] == expected
+    assert starts == [tiny_policy]
+    halves = rollouts[:18], rollouts[18:]
+    assert [r["completion"] for r in halves[0]] != [r["completion"] for r in halves[1]]
+
+
+def test_many_problems_are_drawn_in_parts_without_changing_a_sample(tiny_policy, problems, monkeypatch):
+    plan = sampling.plan([str(tiny_policy)], [problems], 3, KNOBS)
+    with Verifier() as verifier:
+        whole = list(sampling.rollouts(plan, ScriptedEngine, verifier))
+        monkeypatch.setattr(sampling, "MAX_COMPLETIONS", 7)
+        assert [len(part) for part, _ in plan.parts(plan.sets["sums"])] == [2, 2, 2]
+        assert list(sampling.rollouts(plan, ScriptedEngine, verifier)) == whole
+
+
+def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, tmp_path, monkeypatch, capsys):
+    with problems.open("a") as file:
+        file.write(json.dumps(problem(6) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
+    monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
+    sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", num_samples=2, knobs=KNOBS)
+    assert len(list(records.read(tmp_path / "out.jsonl", Rollout))) == 12
+    assert "1 problems are too long for the policy's context: long" in capsys.readouterr().err
+    with pytest.raises(InputError, match="already holds something"):
+        sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", knobs=KNOBS)
+
+
+@pytest.mark.slow
+def test_the_real_engine_gives_a_policy_the_same_samples_alone_and_after_another(
+    engine, tiny_policy, tied_policy, problems
+):
+    def start(path):
+        engine.load(sampling.policies.disk_weights(path))
+        return engine
+
+    both = sampling.plan([str(tiny_policy), str(tied_policy)], [problems], 8, KNOBS)
+    alone = sampling.plan([str(tied_policy)], [problems], 8, KNOBS)
+    with Verifier() as verifier:
+        second = [r for r in sampling.rollouts(both, start, verifier) if r["policy"] == str(tied_policy)]
+        assert list(sampling.rollouts(alone, start, verifier)) == second
+    engine.load(sampling.policies.disk_weights(tiny_policy))
