@@ -60,8 +60,11 @@ def run(
             lambda first, second: verifier.verify([(f"\\boxed{{{second}}}", first)])[0].reward == 1,
         )
         curation.decontaminate(curated, _problem_texts(others))
+        if not drop_unparseable:
+            curation.draw(curated, limit, seed)
         curation.find_unparseable(curated, partial(_parseable, verifier), drop_unparseable)
-    curation.draw(curated, limit, seed)
+        if drop_unparseable:  # before the draw, so that the limit is reached
+            curation.draw(curated, limit, seed)
     if not curated.problems:
         raise InputError(f"{source}: no problem is left of its rows\n{curated.table()}")
     jsonl.write(out, curated.problems)

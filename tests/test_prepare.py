@@ -300,6 +300,9 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
     assert len(run(tmp_path, path)) == 4
     assert json.loads((tmp_path / "out.manifest.json").read_text())["ids"]["unparseable"] == ["mine/x"]
     assert len(run(tmp_path, path, "dropped.jsonl", drop_unparseable=True)) == 3
+    for seed in range(5):
+        left = run(tmp_path, path, f"limited_{seed}.jsonl", drop_unparseable=True, limit=3, seed=seed)
+        assert [one["answer"] for one in left] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
