@@ -13,6 +13,7 @@ from stages.core import examples as ready
 from stages.core import jsonl, outputs
 from stages.core.errors import CollapseError, InputError
 
+TWO_PROCESSES = Path(rft.__file__).parents[1] / "configs" / "accelerate" / "cpu2.yaml"
 WORDS = [*"0123456789+-*()=,", "[L]", "[P]", "\\boxed{", "}"]
 EXAMPLES = [
     {
@@ -268,10 +269,12 @@ def test_the_weights_do_not_depend_on_the_micro_batches(files, tuned):
 @pytest.mark.slow
 def test_the_weights_do_not_depend_on_the_number_of_processes(files):
     alone = tune(files, files.root / "alone", batch_size=10)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "rloop_cli", "rft", "--policy", files.policy, "--examples", str(files.examples)]
-    command += ["--out", str(files.root / "both"), "--batch-size", "10", "--lr", "3e-3"]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launch = f"accelerate.commands.launch --config_file {TWO_PROCESSES} --main_process_port 0 -m rloop_cli"
+    stage = f"rft --policy {files.policy} --examples {files.examples} --out {files.root / 'both'}"
+    command = [sys.executable, "-m", *f"{launch} {stage} --batch-size 10 --lr 3e-3".split()]
+    subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    manifest = json.loads((files.root / "both" / "manifest.json").read_text())
+    assert manifest["parameters"]["num_processes"] == 2
     assert [row["tokens"] for row in log_of(alone)] == [row["tokens"] for row in log_of(files.root / "both")]
     assert largest_difference(alone, files.root / "both") < 1e-5
 
