@@ -4,6 +4,7 @@ import random
 import sys
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 
 from stages import prepare
@@ -148,9 +149,7 @@ def test_local_files_of_every_kind_give_the_same_problems(tmp_path, suffix):
             writer.writeheader()
             writer.writerows(rows)
     else:
-        import datasets
-
-        datasets.Dataset.from_list(rows).to_parquet(path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     problems = run(tmp_path, "aime-2024", from_=str(path))
     assert [(one["id"], one["problem"], one["answer"]) for one in problems] == [
         (f"aime-2024/{60 + number}", text, answer)
