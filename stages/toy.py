@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 from stages.core import arithmetic, jsonl, outputs
@@ -108,7 +109,7 @@ def _make_policy(
     steps = pretrain.train(model, tokenizer, pairs, num_steps, batch_size, learning_rate)
     losses = list(track(steps, "pre-training", total=num_steps, console=Console(stderr=True)))
     policy.save(model, tokenizer, path)
-    return {"policy_parameters": model.num_parameters(), "last_loss": losses[-1]}
+    return {"policy_parameters": model.num_parameters(), "loss": fmean(losses[-pretrain.NUM_CHUNK_BATCHES :])}
 
 
 def _check(parameters: dict[str, float]) -> None:
