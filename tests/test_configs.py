@@ -1,0 +1,78 @@
+"""Every key of every params file is an option of its stage, with a value that the option takes."""
+
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from rloop_cli.app import app
+
+ROOT = Path(__file__).parents[1]
+PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
+SECTIONS = {"rl": "rl", "vanilla": "rl", "filter": "filter", "rft": "rft", "eval": "eval", "sets": "eval",
+            "analyze": "analyze", "report": "report"}  # fmt: skip
+MAPS = {"toy": "toy", "prepare": "prepare", "prepare_train": "prepare"}
+NO_STAGE = {"launch", "fetch", "iterations"}
+
+
+def held_against_options(stage, section):
+    """Parse the section as the command line would, flags made of it as DVC makes them."""
+    command = typer.main.get_command(app).commands[stage]
+    arguments = []
+    for key, value in section.items():
+        for item in value if isinstance(value, list) else [value]:
+            arguments += [f"--{'' if item else 'no-'}{key}"] if isinstance(item, bool) else [f"--{key}", str(item)]
+    given = {argument.replace("_", "-") for argument in arguments if argument.startswith("--")}
+    missing = [option for option in command.params if option.required and not given & set(option.opts)]
+    for option in missing:
+        arguments += [option.opts[0], "somewhere"]
+    normalize = app.info.context_settings["token_normalize_func"]
+    context = command.make_context(stage, arguments, token_normalize_func=normalize)
+    for key, value in section.items():
+        found = context.params.get(key, context.params.get(f"{key}_"))
+        assert str(found) == str(value) if isinstance(value, str | bool) else found == value or isinstance(value, list)
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
+def test_every_key_is_an_option_of_its_stage(path):
+    params = yaml.safe_load(path.read_text())
+    assert set(params) == NO_STAGE | set(SECTIONS) | set(MAPS)
+    for section, stage in SECTIONS.items():
+        held_against_options(stage, params[section])
+    for section, stage in MAPS.items():
+        for item in params[section].values():
+            held_against_options(stage, item)
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
+def test_the_iterations_are_chained_and_vanilla_has_as_many_steps(path):
+    params = yaml.safe_load(path.read_text())
+    starts = [params["iterations"][str(i + 1)]["start"] for i in range(len(params["iterations"]))]
+    assert starts == [f"runs/{i}/policy" for i in range(len(starts))]
+    assert params["vanilla"]["steps"] == params["rl"]["steps"] * len(starts)
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
+def test_rl_and_eval_ask_with_the_same_template_and_the_knobs_hold_together(path):
+    from stages.rl import Knobs
+
+    params = yaml.safe_load(path.read_text())
+    Knobs(**params["rl"])
+    assert params["rl"]["template"] == params["eval"]["template"]
+    assert max(params["eval"]["k"]) <= params["eval"]["num_samples"]
+    valid = {params["analyze"]["set"], params["report"]["valid"], Path(params["sets"]["problems"][0]).stem}
+    assert len(valid) == 1
+
+
+def test_the_paper_s_numbers_stand_in_the_paper_s_config():
+    params = yaml.safe_load((ROOT / "configs/qwen2.5-math-7b.yaml").read_text())
+    assert params["fetch"] == {"0": "Qwen/Qwen2.5-Math-7B"}
+    assert (params["rl"]["group_size"], params["rl"]["max_tokens"], params["rl"]["steps"]) == (16, 2048, 200)
+    assert len(params["iterations"]) == 3
+    assert params["filter"]["max_pass_rate"] == 0.1
+    assert params["eval"]["num_samples"] == 32
+    assert {item["source"] for item in params["prepare"].values()} == {
+        "aime-2024", "minerva-math", "omni-math", "math-500",
+    }  # fmt: skip
+    assert params["prepare_train"]["train"]["source"] == "dapo-17k"

@@ -1,0 +1,89 @@
+"""The DVC graph: it parses into the stages it should, and a shrunken one runs whole in a clone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+STAGES = (
+    "toy@0 rl@1 filter@1 rft@1 rl@2 filter@2 rft@2 rl@3 filter@3 rft@3 vanilla eval_base eval@1 eval@2 eval@3 "
+    "eval_vanilla analyze report"
+)
+
+
+def dvc(directory, *arguments):
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(directory)}
+    done = subprocess.run(
+        [BIN / "dvc", *arguments], cwd=directory, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def copy_of_project(directory, params):
+    """The project as a git repository of its own, with other parameters."""
+    for name in ("stages", "rloop_cli", ".dvc/config", ".dvc/.gitignore", ".dvcignore", "dvc.yaml", ".gitignore"):
+        source, target = ROOT / name, directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    (directory / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it is"]):
+        subprocess.run([*git, *arguments], cwd=directory, check=True)
+
+
+def shrunken():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["toy"]["0"] = {"seed": 0, "pretrain_steps": 200, "num_train": 40, "num_test": 6}
+    params["iterations"] = {"1": {"start": "runs/0/policy"}}
+    params["rl"] |= {"steps": 2, "problems_per_step": 4, "group_size": 8, "checkpoint_every": 1}
+    params["vanilla"]["steps"] = 2
+    params["filter"]["max_pass_rate"] = 0.9
+    params["eval"] |= {"num_samples": 8, "k": [4, 8], "select": "pass@8"}
+    params["sets"]["problems"] = ["runs/0/valid.jsonl", "runs/0/prec.jsonl"]
+    params["report"]["ks"] = [4, 8]
+    return params
+
+
+def test_the_graph_parses_into_the_expected_stages(tmp_path):
+    copy_of_project(tmp_path, yaml.safe_load((ROOT / "params.yaml").read_text()))
+    names = [line.split()[0] for line in dvc(tmp_path, "stage", "list", "--all").splitlines()]
+    assert sorted(names) == sorted(STAGES.split())
+
+
+def test_one_more_iteration_is_one_more_line_and_four_more_stages(tmp_path):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["iterations"]["4"] = {"start": "runs/3/policy"}
+    copy_of_project(tmp_path, params)
+    names = {line.split()[0] for line in dvc(tmp_path, "stage", "list", "--all").splitlines()}
+    assert names - set(STAGES.split()) == {"rl@4", "filter@4", "rft@4", "eval@4"}
+
+
+@pytest.mark.slow
+def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
+    params = shrunken()
+    copy_of_project(tmp_path, params)
+    dvc(tmp_path, "repro")
+    table = (tmp_path / "runs/results.md").read_text()
+    assert all(method in table for method in ("Base", "RL", "RLoop"))
+    for name in ("report.html", "results.tsv", "curves.tsv", "figures", "analysis", "1/policy/model.safetensors"):
+        assert (tmp_path / "runs" / name).exists(), name
+    assert "up to date" in dvc(tmp_path, "repro")
+    assert "runs/vanilla/rl/metrics.json" in dvc(tmp_path, "metrics", "show")
+
+    params["filter"]["max_pass_rate"] = 0.8
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert "filter.max_pass_rate" in dvc(tmp_path, "params", "diff")
+    stale = dvc(tmp_path, "status")
+    assert "filter@1" in stale
+    assert "rl@1" not in stale
+    assert "vanilla" not in stale

@@ -1,0 +1,186 @@
+"""The rl stage run for real: the real engine, real updates, killed and resumed, refused and stopped."""
+
+import filecmp
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.core import jsonl, records
+from stages.core.errors import InputError
+from stages.core.rundir import RunDir
+from stages.rl import Knobs
+
+TIMINGS = ("seconds", "handover_s", "update_s", "generate_s", "verify_s", "tokens_per_s")
+SMALL = (  # noqa: SIM905
+    "--template none --problems-per-step 4 --group-size 8 --max-tokens 32 --overlong-buffer 0 --minibatches 2 "
+    "--lr 2e-3 --warmup-steps 2 --max-rounds 3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory):
+    """Problems whose answer is always 7: a policy that boxes anything at all soon learns to say so."""
+    path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
+    sums = [(a, b) for a in range(1, 10) for b in range(1, 5)]
+    jsonl.write(path, ({"id": f"{a}+{b}", "problem": f"{a}+{b}=?", "answer": "7", "source": "easy"} for a, b in sums))
+    return path
+
+
+def command(policy, problems, out, *options):
+    return [sys.executable, "-m", "rloop_cli", "rl", "--policy", str(policy), "--problems", str(problems), "--out",
+            str(out), *SMALL, *map(str, options)]  # fmt: skip
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+def wait_for(condition, process, limit_s=300):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else "the run ended by itself"
+        assert time.monotonic() < end, "the moment never came"
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def whole_run(toy, easy, tmp_path_factory):
+    """An uninterrupted run of 8 steps."""
+    out = tmp_path_factory.mktemp("whole") / "rl"
+    done = run(toy / "policy", easy, out, "--steps", 8, "--save-every", 2, "--checkpoint-every", 4)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_the_reward_rises_on_an_easy_set_and_the_rollouts_add_up(whole_run):
+    rows = RunDir(whole_run).log_rows()
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert sum(row["pass_rate"] for row in rows[-2:]) > sum(row["pass_rate"] for row in rows[:2]) + 0.2
+    for row in rows:
+        rollouts = list(records.read(whole_run / f"rollouts/step_{int(row['step']):06d}.jsonl", records.Rollout))
+        assert len(rollouts) == row["num_groups"] * 8 == row["num_rollouts"]
+        assert sum(rollout["trained"] for rollout in rollouts) == row["num_kept"] * 8 == row["num_trained"]
+        assert sum(rollout["num_tokens"] for rollout in rollouts) == row["rollout_tokens"]
+        assert sum(rollout["reward"] for rollout in rollouts) / len(rollouts) == pytest.approx(row["pass_rate"])
+        assert row["num_kept"] == 4 or row["short_batch"] == 1
+        keys = [(rollout["problem_id"], rollout["sample"]) for rollout in rollouts]
+        assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.slow
+def test_engine_and_trainer_agree_after_every_hand_over(whole_run):
+    assert all(row["mismatch_max"] < 1e-4 for row in RunDir(whole_run).log_rows() if row["update_tokens"])
+
+
+@pytest.mark.slow
+def test_a_finished_run_leaves_checkpoints_metrics_and_no_state(whole_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert sorted(path.name for path in (whole_run / "checkpoints").iterdir()) == ["step_000004", "step_000008"]
+    AutoModelForCausalLM.from_pretrained(whole_run / "checkpoints/step_000008")
+    AutoTokenizer.from_pretrained(whole_run / "checkpoints/step_000008")
+    metrics = json.loads((whole_run / "metrics.json").read_bytes())
+    manifest = json.loads((whole_run / "manifest.json").read_bytes())
+    assert metrics["steps"] == manifest["parameters"]["steps"] == 8
+    assert metrics["num_rollouts"] == sum(row["num_rollouts"] for row in RunDir(whole_run).log_rows())
+    assert not (whole_run / "state").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_three_moments_the_run_ends_bit_for_bit_as_if_nothing_had_happened(whole_run, toy, easy, tmp_path):
+    out = tmp_path / "rl"
+    arguments = command(toy / "policy", easy, out, "--steps", 8, "--save-every", 2, "--checkpoint-every", 4)
+    moments = [
+        lambda: (out / "rollouts/step_000001.jsonl").exists(),  # in the first step, before any state
+        lambda: (out / "rollouts/step_000004.jsonl").exists(),  # between two states
+        lambda: (out / "checkpoints/step_000004").exists() and not (out / "state/step_000004").exists(),
+    ]
+    for moment in moments:
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+        wait_for(moment, process)
+        process.kill()
+        process.communicate()
+        assert not (out / "manifest.json").exists()
+    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    for kind in ("rollouts/*", "checkpoints/*/*"):
+        names = sorted(str(path.relative_to(whole_run)) for path in whole_run.glob(kind))
+        assert names == sorted(str(path.relative_to(out)) for path in out.glob(kind))
+        assert all(filecmp.cmp(whole_run / name, out / name, shallow=False) for name in names)
+    stripped = [
+        [{name: value for name, value in row.items() if name not in TIMINGS} for row in RunDir(path).log_rows()]
+        for path in (whole_run, out)
+    ]
+    assert stripped[0] == stripped[1]
+
+
+@pytest.mark.slow
+def test_sigterm_and_the_death_of_the_starter_both_save_and_end_the_run(toy, easy, tmp_path):
+    out = tmp_path / "rl"
+    arguments = command(toy / "policy", easy, out, "--steps", 500, "--save-every", 100)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "log.tsv").exists(), process)
+    second = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "being written by another process" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    saved = RunDir(out).log_rows()[-1]["step"]
+    assert (out / f"state/step_{int(saved):06d}").is_dir()
+
+    starter = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", starter, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    child = int(parent.stdout.readline())
+    wait_for(lambda: RunDir(out).log_rows()[-1]["step"] > saved, parent)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 120
+    while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end, "the run outlived what started it"
+        time.sleep(0.1)
+    assert (out / f"state/step_{int(RunDir(out).log_rows()[-1]['step']):06d}").is_dir()
+
+
+@pytest.mark.slow
+def test_other_parameters_in_the_same_out_are_refused_in_one_line(whole_run, toy, easy):
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole_run.rglob("*"))
+    other = run(toy / "policy", easy, whole_run, "--steps", 9, "--save-every", 2, "--checkpoint-every", 4)
+    assert other.returncode == 2
+    assert "steps was 8, is now 9" in other.stderr
+    assert "Traceback" not in other.stderr
+    same = run(toy / "policy", easy, whole_run, "--steps", 8, "--save-every", 2, "--checkpoint-every", 4)
+    assert same.returncode == 0
+    assert "nothing to do" in same.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole_run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"group_size": 1}, "--group-size 1"),
+        ({"steps": 0}, "--steps 0"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"overlong_buffer": 9999}, "--overlong-buffer 9999"),
+        ({"dtype": "float8"}, "--dtype float8"),
+        ({"clip_low": 1.0}, "--clip-low"),
+    ],
+)
+def test_a_knob_that_can_not_work_is_refused_in_its_own_name(knob, message):
+    with pytest.raises(InputError, match=message):
+        Knobs(**knob)
+
+
+def test_max_tokens_beyond_the_context_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):
+    from stages.rl import run as rl
+
+    with pytest.raises(InputError, match="--max-tokens 5000 does not fit the policy's context"):
+        rl(str(tiny_policy), easy, tmp_path / "rl", Knobs(max_tokens=5000, template="none"))
+    assert not (tmp_path / "rl").exists()
