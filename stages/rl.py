@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from stages.core.rollouts import Prompt
     from stages.core.rundir import RunDir
 
+TOTALS = (
+    *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
+    *("grad_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
+)  # the columns of log.tsv whose sums metrics.json holds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs:
@@ -218,18 +223,17 @@ def _finish(directory: "RunDir", identity: dict[str, Any], knobs: Knobs, left_ou
     assert [row["step"] for row in rows] == list(range(1, knobs.steps + 1)), "log.tsv does not hold each planned step"
     files = sorted(file.stem for file in directory.path.glob("rollouts/*.jsonl"))
     assert files == [step_name(step) for step in range(1, knobs.steps + 1)], "a step's rollouts are missing"
-    totals = ("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "seconds", "generate_s", "verify_s")
-    totals += ("update_s", "handover_s", "short_batch", "skipped_updates", "grad_alarms", "timeouts")
+    totals = {name: sum(row[name] for row in rows) for name in TOTALS}
     metrics = {
         "steps": len(rows),
-        **{name: sum(row[name] for row in rows) for name in totals},
+        **totals,
         "pass_rate_first": rows[0]["pass_rate"],
         "pass_rate_last": rows[-1]["pass_rate"],
         "entropy_last": rows[-1].get("entropy"),
         "grad_norm_max": max((row["grad_norm_max"] for row in rows if "grad_norm_max" in row), default=None),
     }
-    counts = {"steps": len(rows), "rollouts": int(metrics["num_rollouts"]), "problems_left_out": left_out}
-    manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, metrics["seconds"])
+    counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
+    manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, totals["seconds"])
     directory.finish(metrics, {**manifest, "template_digest": identity["parameters"]["template_digest"]})
 
 

@@ -53,6 +53,12 @@ OnGroup = Callable[[int, list[Completion]], None]
 class Engine(Protocol):
     """What the stages need of an engine; tests hand over a scripted one."""
 
+    def sleep(self) -> None:
+        """Free the accelerator's memory."""
+
+    def wake(self) -> None:
+        """Take it back; `load` follows."""
+
     def load(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs."""
 
