@@ -95,5 +95,5 @@ def test_an_interrupted_call_leaves_nothing_behind(engine, prompts):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(prompts, Sampling(4, 48), interrupt)
+        engine.generate(prompts, Sampling(1, 80), interrupt)  # the first to end has many others beside it
     assert engine.generate(prompts, Sampling(4, 16, seed=5)) == calm

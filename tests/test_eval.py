@@ -142,6 +142,7 @@ def test_a_line_that_a_crash_cut_is_drawn_again(tmp_path):
         assert ("a" in groups, "b" in groups) == (True, False)
         groups.add([{"problem_id": "b", "sample": 1}])
         groups.add([{"problem_id": "c", "sample": 0}])
+    with Groups(path) as groups:
         assert [groups.get(name)[0]["sample"] for name in "abc"] == [0, 1, 0]
 
 
