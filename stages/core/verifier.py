@@ -4,12 +4,13 @@
         batch = verifier.submit([("So it is \\\\boxed{\\\\frac12}.", "0.5")])    # returns at once
         [Score(verdict="correct", reward=1.0, prediction="\\\\frac12")] = batch.result()
 
-A completion is untrusted text. What `core.answers` can decide on the text alone (numbers, words, choices, and lists,
-tuples, intervals and matrices of those) is decided here in microseconds; the rest goes to `core.algebra` in worker
-processes, under bounds of CPU time and memory. The bounds count CPU time, not wall time, so that a reward does not
-depend on the load of the machine; a worker that hangs in C code is ended by the kernel, replaced, and its other jobs
-go on. No worker starts before one is needed. Workers are fresh interpreters, not forks, so that they hold
-neither torch nor the caller's threads, nor run the caller's main module again; they die with the caller.
+A completion is untrusted text. What `core.answers.comparison` can decide on the text alone (numbers, words, choices,
+and lists, tuples, intervals and matrices of those) is decided here in microseconds; the rest goes to
+`core.answers.algebra` in worker processes, under bounds of CPU time and memory. The bounds count CPU time, not wall
+time, so that a reward does not depend on the load of the machine; a worker that hangs in C code is ended by the
+kernel and replaced, and its other jobs go on. No worker starts before one is needed. Workers are fresh interpreters,
+not forks, so that they hold neither torch nor the caller's threads, nor run the caller's main module again; they die
+with the caller.
 
 Verdicts: `no_answer` nothing to compare was found; `rejected` over-long, over-deep, or refused before any algebra;
 `timeout` the bound of CPU time was hit; `error` memory ran out, or the algebra failed on our side; `wrong`, `correct`.
@@ -19,6 +20,7 @@ Only `correct` is rewarded.
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -30,12 +32,16 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple, cast
 
-from stages.core import answers
+from stages.core.answers import extract
+from stages.core.answers.comparison import decide
+from stages.core.answers.latex import MAX_LENGTH
 from stages.core.records import Verdict
 
+WORKER = "stages.core.answers.algebra"  # the module that a worker runs
 MAX_MEMO = 1_000_000  # verdicts kept; at about 300 bytes each
 MAX_JOB = 16  # predictions sent to a worker at once, all for one answer, which is then parsed once
 MAX_WALL_S = 300.0  # a worker silent for so long is neither working nor dying: only then does wall time count
+DEADLINE_SIGNALS = (signal.SIGXCPU, signal.SIGPROF)  # what a worker dies of that ran out of CPU time
 MAX_ATTEMPTS = 2  # a worker that something else killed takes no verdict along: its job is tried once more
 
 VERSION = {
@@ -107,7 +113,6 @@ class Verifier:
         self._memo: dict[tuple[str, str], Verdict | Future[Verdict]] = {}
         self._lock = threading.Lock()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._queued = 0
         self._tenders: list[_Tender] = []
         self._closed = False
 
@@ -127,11 +132,11 @@ class Verifier:
         jobs: dict[str, _Job] = {}
         with self._lock:
             for completion, answer in pairs:
-                prediction = answers.extract(completion, self.bare)
+                prediction = extract(completion, self.bare)
                 if prediction is None:
                     pending.append((None, "no_answer"))
                 else:
-                    pending.append((prediction[: answers.MAX_RAW], self._find(answer, prediction, jobs)))
+                    pending.append((prediction[:MAX_LENGTH], self._find(answer, prediction, jobs)))
             self._send(jobs.values())
         return Batch(self, pending)
 
@@ -143,12 +148,22 @@ class Verifier:
             self._send(jobs.values())
         return [(item.result() if isinstance(item, Future) else item) == "correct" for item in found]
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that run now: none until algebra is needed."""
+        return [tender.pid for tender in self._tenders if tender.pid is not None]
+
     def close(self) -> None:
-        """End the workers; scores that nobody waited for are dropped."""
+        """End the workers; asking for a score that was not ready raises RuntimeError."""
         self._closed = True
         for tender in self._tenders:
             tender.end()
+        for tender in self._tenders:  # only now: any of them may have taken the word to end that was meant for another
+            tender.join()
         self._tenders.clear()
+        for verdict in self._memo.values():
+            if isinstance(verdict, Future) and not verdict.done():
+                verdict.set_exception(RuntimeError("this Verifier was closed before the score was ready"))
 
     def _find(self, answer: str, prediction: str, jobs: dict[str, _Job]) -> Verdict | Future[Verdict]:
         """The verdict from the memo or the text, or the promise of one, which is then in `jobs` or on its way."""
@@ -157,7 +172,7 @@ class Verifier:
             if isinstance(known, Future) and known.done() and known.exception() is None:
                 known = self._memo[key] = known.result()
             return known
-        verdict: Verdict | Future[Verdict] | None = answers.decide(answer, prediction)
+        verdict: Verdict | Future[Verdict] | None = decide(answer, prediction)
         if verdict is None:
             verdict = Future()
             job = jobs.setdefault(answer, _Job(answer, [], []))
@@ -194,12 +209,21 @@ class _Tender:
         self._thread = threading.Thread(target=self._run, name="verifier", daemon=True)
         self._thread.start()
 
+    @property
+    def pid(self) -> int | None:
+        """The process id of the worker, if it runs."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
     def end(self) -> None:
-        """End the thread and its worker at once."""
+        """Have the thread and its worker end at once."""
         self._ended = True
         self._jobs.put(None)
         if (process := self._process) is not None:
             process.kill()
+
+    def join(self) -> None:
+        """Wait for the end."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -240,7 +264,7 @@ class _Tender:
             pass
         if len(done) == len(job.predictions):
             return done, None
-        return done, "timeout" if self._stop() in answers.DEADLINE_SIGNALS else None
+        return done, "timeout" if self._stop() in DEADLINE_SIGNALS else None
 
     def _start(self) -> Connection:
         if self._process is not None and self._process.poll() is not None:
@@ -250,14 +274,25 @@ class _Tender:
             paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
             self._pipe, theirs = Pipe()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stages.core.algebra", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", WORKER, str(theirs.fileno()), str(os.getpid())],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
             theirs.close()
+            if self._ended:  # `end` may have looked for a process to kill just before there was one
+                self._process.kill()
+            self._await_ready(self._pipe)
         return self._pipe
+
+    def _await_ready(self, pipe: Connection) -> None:
+        try:
+            ready = pipe.poll(MAX_WALL_S) and pipe.recv_bytes()
+        except (EOFError, OSError):
+            ready = b""
+        if not ready and not self._ended:
+            raise RuntimeError(f"a verifier worker could not start (signal {self._stop()}); its own message is above")
 
     def _stop(self) -> int:
         """End the worker, if there is one; the signal that ended it, or 0."""

@@ -8,7 +8,7 @@ to `math_verify.verify`, the answer first, as it wants them.
 Bounds on each pair: DEADLINE_S of CPU time, then a signal; BACKSTOP_S more, then the kernel ends the worker, since
 sympy can sit in C code that no handler interrupts; MAX_MEMORY. Wall time is not bounded here.
 
-Run as `python -m stages.core.algebra DESCRIPTOR PARENT` by core.verifier only.
+Run as `python -m stages.core.answers.algebra DESCRIPTOR PARENT` by core.verifier only.
 """
 
 import ctypes
@@ -30,7 +30,8 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
-from stages.core import answers, notation
+from stages.core.answers import comparison, quantities
+from stages.core.answers.latex import Refused
 from stages.core.records import Verdict
 
 DEADLINE_S = 2.0  # an honest pair takes 2 to 60 ms, a few times as much when its kind is new to the parser
@@ -57,8 +58,8 @@ class _Deadline(BaseException):
 def compare(answer: str, prediction: str) -> Verdict:
     """The verdict on a prediction, by algebra where needed; not bounded."""
     try:
-        return "correct" if answers.equal(answer, prediction, same) else "wrong"
-    except answers.Refused:
+        return "correct" if comparison.equal(answer, prediction, same) else "wrong"
+    except Refused:
         return "rejected"
     except _AnswerUnreadable:
         return "error"
@@ -88,7 +89,7 @@ def parse(text: str) -> Any:
     Raises _Unreadable, and Refused for what no answer needs and would build a huge object.
     """
     if _is_tower(text):
-        raise answers.Refused("a tower of powers or factorials")
+        raise Refused("a tower of powers or factorials")
     is_complex = "i" in _letters(text)
     text = re.sub(r"(?<![a-zA-Z\\])([EeIi])_\{", r"\\mathit{\1}_{", text)  # E_1 is a symbol of its own, not e
     text = re.sub(r"(\d+!)(?=\^)", r"(\1)", text)
@@ -128,7 +129,18 @@ def _exact(found: Any) -> Any:
     """Floats as the fractions they were written as; the symbol i as the imaginary unit; no UnevaluatedExpr."""
     swaps = {item: sympy.Rational(str(item)) for item in found.atoms(sympy.Float)}
     swaps |= {item: sympy.I for item in found.free_symbols if item.name == "i"}
+    swaps |= {item: _real_root(item) for item in found.atoms(sympy.Pow) if _is_odd_root(item)}
     return found.xreplace(swaps) if swaps else found
+
+
+def _is_odd_root(power: Any) -> bool:
+    """Whether a power is an odd root of a negative number, as in \\sqrt[3]{-8}: -2 to all but sympy."""
+    exponent, base = power.exp, power.base
+    return exponent.is_Rational and exponent.q > 1 and exponent.q % 2 == 1 and not base.free_symbols and base < 0
+
+
+def _real_root(power: Any) -> Any:
+    return (-1) ** power.exp.p * (-power.base) ** power.exp
 
 
 # Where expressions are evaluated: for the n-th variable of the k-th point. Of both signs, no two alike, no integer.
@@ -145,7 +157,7 @@ _NEEDED_POINTS = 3
 def _points(*sides: Any) -> list[dict[Any, Any]]:
     symbols = sorted(set().union(*(side.free_symbols for side in sides)), key=lambda symbol: symbol.name)
     if len(symbols) > len(_POINTS[0]):
-        raise answers.Refused("too many variables")
+        raise Refused("too many variables")
     return [dict(zip(symbols, values, strict=False)) for values in (_POINTS if symbols else [[]])]
 
 
@@ -192,9 +204,12 @@ def _same_value(left: Any, right: Any, gold: str, pred: str) -> bool:
 
 
 def _agree_exactly(left: Any, right: Any) -> bool:
-    """For two constants that agree to many digits: whether they also do as fractions, where they are some."""
-    left, right = left.doit(), right.doit()
-    return bool(left == right) if left.is_Rational and right.is_Rational else True
+    """For two constants that agree to many digits: whether no difference remains that has a digit of its own."""
+    difference = (left.doit() - right.doit()).expand()
+    if difference.is_Rational:
+        return bool(difference == 0)
+    value = difference.evalf(5, maxn=1000)
+    return not value.is_Float or value._prec == 1 or value == 0  # sympy marks a value lost in rounding with precision 1
 
 
 def _both_zero(one: Any, two: Any, left: Any, right: Any) -> bool:
@@ -207,9 +222,9 @@ def _both_zero(one: Any, two: Any, left: Any, right: Any) -> bool:
 def _is_rounded(one: Any, two: Any, gold: str, pred: str) -> bool:
     """3.14159265 for pi: a decimal of six digits or more that the other value rounds or is cut to."""
     for literal, other, text in ((pred, one, gold), (gold, two, pred)):
-        if other.is_real and notation.number(text) is None:
-            value = Fraction(str(sympy.Rational(str(other))))
-            if notation.is_rounding_of(literal, value):
+        if other.is_real and "." in literal and quantities.number(text) is None:
+            exact = sympy.Rational(other)
+            if quantities.is_rounding_of(literal, Fraction(int(exact.p), int(exact.q))):
                 return True
     return False
 
@@ -234,11 +249,16 @@ def _same_up_to_factor(left: Any, right: Any, positive: bool) -> bool:
 
 
 class _Bounds:
-    """Ends a call at its bound of CPU time: by an exception, or, where none gets through, by the kernel."""
+    """Ends a call at its bounds, of which memory holds for the process from now on.
+
+    At the bound of CPU time by an exception, or, where none gets through, the whole process by the kernel.
+    """
 
     def __init__(self) -> None:
         self._armed = False
         signal.signal(signal.SIGPROF, self._expire)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (_mapped() + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     def _expire(self, *_: Any) -> None:
         if self._armed:  # at most once, so that nothing can escape from the handling of the first
@@ -288,13 +308,13 @@ _WARM_UP = (
 def main() -> None:
     """Serve the parent over the socket whose descriptor is the first argument; the second is the parent's id."""
     _die_with(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption from the keyboard is the parent's to act on
     logging.disable()
     pipe = Connection(int(sys.argv[1]))
     for text in _WARM_UP:  # the parser's tables fill as it reads; without this the first pairs take ten times as long
         same("value", text, text + "+1")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_mapped() + MAX_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     bounded = _Bounds()
+    pipe.send_bytes(b"ready")
     while True:
         try:
             answer, predictions = json.loads(pipe.recv_bytes())

@@ -1,0 +1,25 @@
+"""A verifier worker that misbehaves on request: run in place of stages.core.answers.algebra by test_verifier."""
+
+import os
+
+from stages.core.answers import algebra
+from stages.core.records import Verdict
+
+honest = algebra.compare
+
+
+def compare(answer: str, prediction: str) -> Verdict:
+    """As the real one, but for three predictions."""
+    if prediction == "h+x":
+        7**10**10  # one operation of C code: no Python signal handler runs before it ends
+    if prediction == "c+x":
+        os.abort()
+    if prediction == "s+x":
+        bytearray(2 * algebra.MAX_MEMORY)
+    return honest(answer, prediction)
+
+
+algebra.compare = compare
+
+if __name__ == "__main__":
+    algebra.main()
