@@ -12,7 +12,7 @@ import stages
 ROOT = Path(stages.__file__).parents[1]
 DOOR = sorted((ROOT / "rloop_cli").glob("*.py"))
 STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-CORE = sorted(path for path in (ROOT / "stages" / "core").rglob("*.py") if path.stem != "__init__")
+CORE = sorted((ROOT / "stages" / "core").rglob("*.py"))
 PURE = ("records", "jsonl", "metrics", "verifier")
 HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "numpy", "matplotlib", "pandas", "scipy", "accelerate")
 
