@@ -44,8 +44,13 @@ class NeedsAlgebra(Exception):
     """The text alone does not decide."""
 
 
+_INTEGER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,999})", re.ASCII)
+
+
 def decide(answer: str, prediction: str) -> Verdict | None:
     """The verdict where the text alone gives one, else None."""
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(prediction):  # the same as below, ten times as fast
+        return "correct" if int(answer.replace(",", "")) == int(prediction.replace(",", "")) else "wrong"
     try:
         return "correct" if equal(answer, prediction, _ask) else "wrong"
     except NeedsAlgebra:

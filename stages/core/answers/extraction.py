@@ -8,6 +8,7 @@ MAX_BOXES = 64  # joined to one list
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)[\s$]*")
+_JOINT = re.compile(r"\}" + _BETWEEN_BOXES.pattern + r"\Z")
 _ANSWER_LINE = re.compile(
     r"^[ \t>*#_-]{0,9}(?:(?:the|my)[ \t]+)?(?:final[ \t]+)?answer[*_ \t]{0,9}[:：][*_ \t]{0,9}(.*)$", re.I | re.M
 )
@@ -37,8 +38,9 @@ def boxed(text: str) -> str | None:
         return None
     begin, inside, end = box
     contents = [text[inside:end]]
-    while len(contents) < MAX_BOXES and (before := _last_box(text, begin, quick=True)) is not None:
-        if not _BETWEEN_BOXES.fullmatch(text, before[2] + 1, begin):
+    while len(contents) < MAX_BOXES and _JOINT.search(text, max(0, begin - 40), begin):
+        before = _last_box(text, begin, quick=True)
+        if before is None or not _BETWEEN_BOXES.fullmatch(text, before[2] + 1, begin):
             break
         contents.insert(0, text[before[1] : before[2]])
         begin = before[0]
