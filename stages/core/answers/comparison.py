@@ -98,7 +98,7 @@ def _equal(gold: Form, pred: Form, leaf: Leaf) -> bool:
     if isinstance(gold, Value) and isinstance(pred, Value):
         return _equal_values(gold, pred, leaf)
     if isinstance(gold, Several) or isinstance(pred, Several):
-        return _equal_several(gold, pred, leaf)
+        return _equal_several(_unfolded(gold), _unfolded(pred), leaf)
     if isinstance(gold, Relation) or isinstance(pred, Relation):
         return _equal_relations(gold, pred, leaf)
     if isinstance(gold, Ordered) and isinstance(pred, Ordered):
@@ -145,6 +145,8 @@ def _equal_values(gold: Value, pred: Value, leaf: Leaf) -> bool:
         return True
     if gold.text == pred.text and _SYMBOL.fullmatch(gold.text):
         return True
+    if gold.unit and gold.number is not None and re.sub(r"[{}]", "", pred.text) == gold.text + gold.unit:  # 6 m^2
+        return True
     if {gold.text, pred.text} & {r"\infty", r"-\infty"} and (gold.number is not None or pred.number is not None):
         return False
     return leaf("value", gold.text, pred.text)
@@ -184,6 +186,17 @@ def _equal_several(gold: Form, pred: Form, leaf: Leaf) -> bool:
     if left:
         raise NeedsAlgebra
     return True
+
+
+def _unfolded(item: Form) -> Form:
+    """A relation that says several things at once, as (x,y)=(1,2) and x \\ne 1 do, as those; all else as it is."""
+    if not isinstance(item, Relation):
+        return item
+    if set(item.signs) == {"="}:
+        side = read_canonical(item.members[-1])
+        return side if isinstance(side, Ordered) and is_name(item.members[0]) else item
+    found = _interval(item)
+    return found[1] if found and isinstance(found[1], Several) else item
 
 
 def _items(item: Form) -> tuple[Form, ...]:

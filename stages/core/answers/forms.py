@@ -84,7 +84,7 @@ _WORD = re.compile(
 @lru_cache(8192)
 def read(text: str) -> Form:
     """Read an answer. Raises Refused for one that is not worth reading; never fails otherwise."""
-    return read_canonical(notation.canonical(text), 0)
+    return read_canonical(_join_thousands(notation.canonical(text)), 0)
 
 
 def read_canonical(text: str, depth: int = 1) -> Form:
@@ -115,7 +115,7 @@ def _union(text: str, depth: int) -> Form | None:
 
 
 def _list(text: str, depth: int) -> Form | None:
-    pieces, signs = latex.split(_join_thousands(text) if depth == 0 else text, _COMMA)
+    pieces, signs = latex.split(text, _COMMA)
     return _several(map(read_canonical, filter(None, _bounded(pieces)), repeat(depth + 1)), False) if signs else None
 
 
@@ -164,7 +164,9 @@ def _plus_minus(text: str, depth: int) -> Form | None:
         variants = [text]
         for _ in range(count):
             variants = [re.sub(r"\\pm(?![a-zA-Z])", sign, item, count=1) for item in variants for sign in "+-"]
-    return _several((read_canonical(re.sub(r"(?<![\w)}\]])\s*\+\s*", "", item), depth + 1) for item in variants), False)
+    return _several(
+        (read_canonical(re.sub(r"(^|[=({\[,])\s*\+\s*", r"\1", item), depth + 1) for item in variants), False
+    )
 
 
 def _relation(text: str, depth: int) -> Form | None:
@@ -234,7 +236,7 @@ def value(text: str) -> Form:
     """One expression with its unit; words, where it is none."""
     bare, unit, factor = quantities.split_unit(text)
     if unit or factor > 1:
-        inner = read_canonical(bare)
+        inner = read_canonical(_join_thousands(bare))
         if not isinstance(inner, Value) or inner.unit:
             return Words(plain(text))
         bare = inner.text + "%" * inner.is_percent

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from stages.core.answers.latex import MAX_DEPTH, MAX_LENGTH, TOKEN, Refused, closing, depth_of
+from stages.core.answers.quantities import NUMBER_WORDS
 
 _FUNCTIONS = """
     arcsin arccos arctan sinh cosh tanh coth sin cos tan cot sec csc log ln lg exp sqrt gcd lcm max min det
@@ -164,6 +165,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _RUL
 _OUTER = re.compile(r"^[\s:=.,;]+(?=\S)|^\*+|[\s.,;:*]+$|\\+\s*$|^\\approx ?|^(?:\\displaystyle)")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _JOINER = re.compile(r",?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|,?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z])")
+_LISTED = re.compile(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+")
 _UNIT_BEFORE = re.compile(r"[\d})\]/]\s*$")
 
 
@@ -182,6 +184,8 @@ def canonical(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _JOINER.sub(", ", _dollars(text.strip()))
+    if match := _TEXT.fullmatch(strip_outer(text)):
+        text = ", ".join(f"\\text{{{word}}}" for word in _LISTED.split(match.group(1)))
     text = _TEXT.sub(_unwrap, text)
     text = _complete_arguments(_powers_and_roots(text))
     text = re.sub(r" +", " ", text)
@@ -233,6 +237,8 @@ def _unwrap(match: re.Match[str]) -> str:
     lone = len(letters) == 1 and len(letters[0]) == 1 and inside.strip() == letters[0]
     if not letters:
         return inside
+    if (spelled := inside.strip().lower()) in NUMBER_WORDS:
+        return str(NUMBER_WORDS[spelled])
     if lone and (letters[0] in "ied" or not _UNIT_BEFORE.search(match.string, 0, match.start())):
         return letters[0]
     return "\\text{" + inside.strip() + "}"
