@@ -6,6 +6,7 @@ line; a parameter typed as a dataclass is spread into its fields, each an option
 
 import dataclasses
 import inspect
+import os
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -103,4 +104,5 @@ for _stage in STAGES:
 
 def main() -> None:
     """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch comes in; hides a line on NUMA binding
     app()

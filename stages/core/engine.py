@@ -86,6 +86,8 @@ class VllmEngine:
         from vllm import LLM
 
         self.on_gpu = torch.cuda.is_available()
+        if not self.on_gpu:  # one small function of vLLM's is compiled on its first call: seconds, and a C++ compiler
+            torch._dynamo.config.disable = True
         if dtype == "auto":  # vLLM's own choice would depend on the checkpoint's type
             dtype = "bfloat16" if self.on_gpu else "float32"
         self.sleeps = sleeps and self.on_gpu

@@ -110,7 +110,9 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     Raises InputError where the weights don't fit the configuration: other shapes, or tensors missing.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (RuntimeError, OSError, ValueError) as error:
