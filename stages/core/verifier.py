@@ -144,7 +144,7 @@ class Verifier:
         """Whether each answer can be compared with anything at all; one that cannot never rewards a completion."""
         with self._lock:
             jobs: dict[str, _Job] = {}
-            found = [self._find(answer, answer, jobs) for answer in golds]
+            found = [self._find(answer, extract(f"\\boxed{{{answer}}}") or "", jobs) for answer in golds]
             self._send(jobs.values())
         return [(item.result() if isinstance(item, Future) else item) == "correct" for item in found]
 

@@ -265,7 +265,7 @@ def _in_base(digits: str, base: str) -> Value:
 
 def _is_verbal(text: str) -> bool:
     """Whether commands make a text one that no algebra reads. Raises Refused for a command that nobody can read."""
-    commands = set(re.findall(r"\\([a-zA-Z]+)", text)) - notation.READABLE
+    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", text)) - notation.READABLE - {""}
     if unknown := commands - notation.VERBAL - {"text"}:
         raise Refused(f"the command \\{min(unknown)}")
     return bool(commands)
