@@ -1,7 +1,11 @@
 """The trainer's gradient: the same however the work is cut, and the same as TRL's for the same batch."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,3 +159,23 @@ def trl_inputs(rollouts, pad, tokens):
     if rollouts[0].old_log_probs is not None:
         inputs["old_per_token_logps"] = right([rollout.old_log_probs.tolist() for rollout in rollouts], 0.0)
     return inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, tmp_path, kind):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.rank_gradient", tiny_policy, tmp_path / "found.pt", kind],
+        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    trainer = Trainer(tiny_policy, Accelerator(), OBJECTIVE)
+    sums = trainer.gradient(some_rollouts(31))
+    assert close(torch.cat([gradient.flatten() for gradient in found["gradient"].values()]), gradient_of(trainer), 1e-5)
+    assert torch.allclose(found["sums"], sums, rtol=1e-5)
+    trainer.optimizer.zero_grad()
+    assert found["norms"] == pytest.approx(trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms, rel=1e-5)
+    assert set(found["weights"]) == set(dict(trainer.weights()))
