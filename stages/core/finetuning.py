@@ -80,7 +80,8 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: 
     if out is not None:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model.config, model.generation_config = configs  # the trainer writes its own pad token and tags into them
-        policies.save(model, tokenizer, out, state)
+        kept = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+        policies.save(model, tokenizer, out, kept)
     dtype = "bfloat16" if trainer.args.bf16 else "float32"
     return Tuned(
         log=watch.log,
