@@ -1,14 +1,14 @@
 """The house: one file a stage, in the order of the pipeline; each reads and writes files and knows no other.
 
-    prepare   any source of problems                 -> problems.jsonl
-    toy       a seed                                 -> a directory: policy/, train.jsonl, <set>.jsonl
-    rl        policy + problems                      -> rollouts/, checkpoints/, log.tsv (DAPO from a start policy)
-    sample    policies + problems                    -> rollouts.jsonl
-    filter    rollouts                               -> examples.jsonl (successes on problems that stayed hard)
-    rft       start policy + examples                -> policy (the next start policy)
-    eval      policies + problems                    -> rollouts.jsonl, results.jsonl, metrics.json
-    analyze   evals                                  -> learning, forgetting and similarity matrices
-    report    a directory of runs                    -> tables and figures
+prepare   any source of problems                 -> problems.jsonl
+toy       a seed                                 -> a directory: policy/, train.jsonl, <set>.jsonl
+rl        policy + problems                      -> rollouts/, checkpoints/, log.tsv (DAPO from a start policy)
+sample    policies + problems                    -> rollouts.jsonl
+filter    rollouts                               -> examples.jsonl (successes on problems that stayed hard)
+rft       start policy + examples                -> policy (the next start policy)
+eval      policies + problems                    -> rollouts.jsonl, results.jsonl, metrics.json
+analyze   evals                                  -> learning, forgetting and similarity matrices
+report    a directory of runs                    -> tables and figures
 """
 
 from importlib import import_module

@@ -188,6 +188,7 @@ def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
     half = knobs.dtype == "bfloat16" or (knobs.dtype == "auto" and torch.cuda.is_available())
     tracker = None if knobs.tracker == "none" else knobs.tracker
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
         mixed_precision="bf16" if half else "no",
         log_with=tracker,
         project_dir=str(out / "tracker") if tracker else None,

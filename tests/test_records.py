@@ -41,7 +41,7 @@ def test_every_field_is_needed_and_typed(kind, record):
     assert check(record) is None
     for field in record:
         without = {name: value for name, value in record.items() if name != field}
-        assert check(without) == f"a {kind.__name__} needs the field {field!r}"
+        assert check(without) == f"field {field!r} of {kind.__name__} is missing"
         for wrong in (None, ["a"], {"a": 1}, True):
             assert f"field {field!r} of a {kind.__name__} must be" in check({**record, field: wrong})
         other = 1 if isinstance(record[field], str) else "1"
@@ -51,13 +51,13 @@ def test_every_field_is_needed_and_typed(kind, record):
 def test_an_int_passes_as_a_float_and_a_float_not_as_an_int():
     check = records.checker(Rollout)
     assert check({**ROLLOUT, "reward": 1}) is None
-    assert check({**ROLLOUT, "step": 1.0}) == "field 'step' of a Rollout must be int, found float 1.0"
+    assert check({**ROLLOUT, "step": 1.0}) == "field 'step' of Rollout must be int, found float 1.0"
 
 
 def test_a_verdict_beyond_the_known_ones_is_refused():
     fault = records.checker(Rollout)({**ROLLOUT, "verdict": "maybe"})
     assert fault == (
-        "field 'verdict' of a Rollout must be correct or wrong or no_answer or rejected or timeout or error, "
+        "field 'verdict' of Rollout must be correct or wrong or no_answer or rejected or timeout or error, "
         "found str 'maybe'"
     )
 
@@ -68,7 +68,7 @@ def test_a_long_wrong_value_is_shown_in_part():
 
 def test_the_error_names_file_and_line(tmp_path):
     path = write(tmp_path / "file.jsonl", PROBLEM, {**PROBLEM, "answer": 2})
-    with pytest.raises(InputError, match=r"file.jsonl:2: field 'answer' of a Problem must be str, found int 2"):
+    with pytest.raises(InputError, match=r"file.jsonl:2: field 'answer' of Problem must be str, found int 2"):
         list(records.read(path, Problem))
 
 

@@ -127,7 +127,12 @@ def test_results_markdown_is_the_papers_table_and_says_what_is_left_out(made):
 def test_table_is_printed_and_nothing_written(made, tmp_path, capsys):
     make(made, table=True, out=str(tmp_path / "page.html"))
     assert (made / "results.md").read_text().startswith(capsys.readouterr().out)
-    make(made, tsv=True, evals=[str(made / f"eval/{group}/far") for group in ("base", "loop", "vanilla")], out=str(tmp_path / "page.html"))
+    make(
+        made,
+        tsv=True,
+        evals=[str(made / f"eval/{group}/far") for group in ("base", "loop", "vanilla")],
+        out=str(tmp_path / "page.html"),
+    )
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))
     assert {row["set"] for row in rows} == {"far"} and len(rows) == 4
     assert not any(tmp_path.iterdir())

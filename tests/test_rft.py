@@ -296,7 +296,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for examples, out, fault in [
         (good, occupied, "already holds something"),
-        (bad, tmp_path / "out", "bad.jsonl:2: .* Example needs the field 'completion'"),
+        (bad, tmp_path / "out", "bad.jsonl:2: field 'completion' of Example is missing"),
         (empty, tmp_path / "out", "is empty"),
         (good, tmp_path / "out", "no such directory"),
     ]:

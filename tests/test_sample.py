@@ -103,7 +103,7 @@ def test_a_knob_that_cannot_be_is_refused(tiny_policy, problems, knobs, num_samp
     [
         ([], "is empty"),
         ([problem(1), problem(2), problem(1)], ":3: problem id 'p1' was already used on line 1"),
-        ([problem(1), {"id": "p2", "problem": "1+1=?"}], ":2: a Problem needs the field 'answer'"),
+        ([problem(1), {"id": "p2", "problem": "1+1=?"}], ":2: field 'answer' of Problem is missing"),
     ],
 )
 def test_a_broken_file_of_problems_is_refused(tiny_policy, tmp_path, lines, message):

@@ -49,7 +49,7 @@ class StepProgress:
     def step(self, done: int, note: str) -> None:
         """Say that `done` steps are done."""
         self._bar.update(self._task, completed=done, note=note)
-        every = max(1, self.total // LINES)
+        every = -(-self.total // LINES)
         if not self.quiet and not self.on_terminal and (done % every == 0 or done == self.total):
             seconds = time.monotonic() - self.started
             print(f"{self.title} {done}/{self.total}  {note}  {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -160,7 +160,7 @@ def _accepted(hint: Any) -> _Accepted:
 
 def _fault(kind: str, name: str, value: Any, accepted: _Accepted) -> str:
     if value is _MISSING:
-        return f"a {kind} needs the field {name!r}"
+        return f"field {name!r} of {kind} is missing"
     expected = " or ".join(accepted.values) if accepted.values else accepted.types[0].__name__
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
-    return f"field {name!r} of a {kind} must be {expected}, found {type(value).__name__} {shown}"
+    return f"field {name!r} of {kind} must be {expected}, found {type(value).__name__} {shown}"
