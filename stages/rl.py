@@ -5,6 +5,7 @@ Killed at any moment, the same command goes on where it stopped. What was left o
 bonus and a reward model; DAPO has none.
 """
 
+import importlib.util
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,6 +79,12 @@ class Knobs:
             f"must be between 0 and --max-tokens {self.max_tokens}",
         )
         _require(0 < self.clip_low < 1 and self.clip_high > 0, "clip_low", self.clip_low, "must be between 0 and 1")
+        _require(
+            self.tracker in ("none", "tensorboard", "wandb"),
+            "tracker",
+            self.tracker,
+            "is none of none tensorboard wandb",
+        )
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto float32 bfloat16")
 
 
@@ -187,6 +194,8 @@ def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
 
     half = knobs.dtype == "bfloat16" or (knobs.dtype == "auto" and torch.cuda.is_available())
     tracker = None if knobs.tracker == "none" else knobs.tracker
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise InputError(f"--tracker {tracker}: that package is not installed: pip install {tracker}")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
         mixed_precision="bf16" if half else "no",
@@ -217,7 +226,7 @@ def _begin(
 
 def _finish(directory: "RunDir", identity: dict[str, Any], knobs: Knobs, left_out: list[str]) -> None:
     """Check that all was done that was planned, and write what the run comes to."""
-    from stages.core import outputs
+    from stages.core import outputs, verifier
     from stages.core.rundir import step_name
 
     rows = directory.log_rows()
@@ -235,7 +244,8 @@ def _finish(directory: "RunDir", identity: dict[str, Any], knobs: Knobs, left_ou
     }
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
     manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, totals["seconds"])
-    directory.finish(metrics, {**manifest, "template_digest": identity["parameters"]["template_digest"]})
+    extra = {"template_digest": identity["parameters"]["template_digest"], "verifier": verifier.VERSION}
+    directory.finish(metrics, {**manifest, **extra})
 
 
 def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:

@@ -43,9 +43,9 @@ def test_every_field_is_needed_and_typed(kind, record):
         without = {name: value for name, value in record.items() if name != field}
         assert check(without) == f"field {field!r} of {kind.__name__} is missing"
         for wrong in (None, ["a"], {"a": 1}, True):
-            assert f"field {field!r} of a {kind.__name__} must be" in check({**record, field: wrong})
+            assert f"field {field!r} of {kind.__name__} must be" in check({**record, field: wrong})
         other = 1 if isinstance(record[field], str) else "1"
-        assert f"field {field!r} of a {kind.__name__} must be" in check({**record, field: other})
+        assert f"field {field!r} of {kind.__name__} must be" in check({**record, field: other})
 
 
 def test_an_int_passes_as_a_float_and_a_float_not_as_an_int():

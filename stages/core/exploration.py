@@ -81,6 +81,7 @@ class Explorer:
         self.prompts = prompts
         self.sampling = sampling
         self.stream = ProblemStream(len(prompts), knobs.seed)
+        self.num_short = 0  # steps of this process whose batch was not full; the first is said aloud
 
     def run(self, directory: RunDir, stop: StopSignal, done: int, policy: str) -> None:
         """Do the steps from `done` + 1 on, writing everything below `directory`.
@@ -174,12 +175,12 @@ class Explorer:
             batch.drawn += groups
             self._write(step, directory, batch.drawn, [], policy)
             batch.kept += [group for group in groups if dapo.is_informative(group.rewards)]
-        missing = self.knobs.problems_per_step - len(batch.kept)
-        if missing and self.accelerator.is_main_process:
+        if len(batch.kept) < self.knobs.problems_per_step and not self.num_short and self.accelerator.is_main_process:
             warn(
-                f"step {step}: {len(batch.kept)} of {self.knobs.problems_per_step} groups after {batch.num_rounds} "
-                "rounds; " + ("trained on those" if batch.kept else "nothing to train on, no update")
+                f"step {step}: {len(batch.kept)} of {self.knobs.problems_per_step} groups after --max-rounds "
+                f"{batch.num_rounds}; a batch not full is trained on as it is (log.tsv counts them: short_batch)"
             )
+        self.num_short += len(batch.kept) < self.knobs.problems_per_step
         return batch
 
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:

