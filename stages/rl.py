@@ -7,7 +7,7 @@ bonus and a reward model; DAPO has none.
 
 import importlib.util
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,14 +150,6 @@ def _explore(
     from stages.core.trainer import Objective, Trainer
     from stages.core.verifier import Verifier
 
-    objective = Objective(
-        clip_low=knobs.clip_low,
-        clip_high=knobs.clip_high,
-        importance_cap=knobs.importance_cap,
-        max_grad_norm=knobs.max_grad_norm,
-        minibatches=knobs.minibatches,
-        tokens_per_microbatch=knobs.tokens_per_microbatch,
-    )
     engine = VllmEngine(
         path,
         max_model_len=max(len(prompt.token_ids) for prompt in ready) + knobs.max_tokens,
@@ -170,7 +162,7 @@ def _explore(
     trainer = Trainer(
         path,
         accelerator,
-        objective,
+        Objective(**{field.name: getattr(knobs, field.name) for field in fields(Objective)}),
         temperature=knobs.temperature,
         betas=(knobs.beta1, knobs.beta2),
         weight_decay=knobs.weight_decay,

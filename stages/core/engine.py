@@ -91,6 +91,7 @@ class VllmEngine:
         if dtype == "auto":  # vLLM's own choice would depend on the checkpoint's type
             dtype = "bfloat16" if self.on_gpu else "float32"
         self.sleeps = sleeps and self.on_gpu
+        self._asleep = False
         self.tokenizer = policies.load_tokenizer(policy)
         extra: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if distributed else {}
         self._llm = LLM(
@@ -118,11 +119,13 @@ class VllmEngine:
         """Free the GPU's memory for the trainer; weights and cache are gone until `wake` and `load`."""
         if self.sleeps:
             self._llm.sleep(level=2)
+            self._asleep = True
 
     def wake(self) -> None:
         """Take the GPU's memory back after `sleep`; `load` must follow before the next `generate`."""
-        if self.sleeps:
+        if self._asleep:
             self._llm.wake_up()
+            self._asleep = False
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, on_group: OnGroup | None = None
