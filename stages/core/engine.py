@@ -16,6 +16,8 @@ from stages.core import policy as policies
 if TYPE_CHECKING:
     import torch
 
+MAX_BATCHED_TOKENS = 4096  # tokens in one pass of the engine on the CPU
+
 
 class Completion(NamedTuple):
     """One sampled continuation; `token_ids` include the end token, `log_probs` are the sampled tokens' own, in nats.
@@ -94,6 +96,8 @@ class VllmEngine:
         self._asleep = False
         self.tokenizer = policies.load_tokenizer(policy)
         extra: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if distributed else {}
+        if not self.on_gpu:  # a prompt cut in two can't take back its seeded draw: "CPU Generator does not use offset"
+            extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
         self._llm = LLM(
             model=str(policy),
             load_format="dummy",
