@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.core import policy as policies
-from stages.core.engine import Sampling
+from stages.core.engine import MAX_BATCHED_TOKENS, Sampling
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +97,9 @@ def test_an_interrupted_call_leaves_nothing_behind(engine, prompts):
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, Sampling(1, 80), interrupt)  # the first to end has many others beside it
     assert engine.generate(prompts, Sampling(4, 16, seed=5)) == calm
+
+
+def test_seeded_prompts_beyond_one_pass_of_the_engine_are_all_answered(engine, prompts):
+    many = [prompts[i % len(prompts)] for i in range(MAX_BATCHED_TOKENS // min(map(len, prompts)) + 50)]
+    sampling = Sampling(1, 2, seeds=list(range(len(many))), log_probs=False)
+    assert len(engine.generate(many, sampling)) == len(many)
