@@ -6,23 +6,45 @@ line; a parameter typed as a dataclass is spread into its fields, each an option
 
 import dataclasses
 import inspect
+import math
 import os
+import sys
+import textwrap
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from stages import STAGES, load
 from stages.core.errors import CollapseError, InputError
 
 RUN_ERROR = 1
 USER_ERROR = 2
+EXAMPLE_WIDTH = 72  # with its indent fits a terminal of 80 columns, so that nothing wraps it
+
+
+class OneLineGroup(TyperGroup):
+    """The commands; what the command line does not know is said in one line, without the usage around it."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Run the command line, and leave with its exit code."""
+        try:
+            code = super().main(*args, **options | {"standalone_mode": False})
+        except typer.TyperException as error:
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else self.name
+            message = " ".join(error.format_message().split()).rstrip(".")
+            typer.echo(f"rloop: {message}; see {path} --help", err=True)
+            code = error.exit_code
+        sys.exit(code)
+
 
 app = typer.Typer(
     name="rloop",
+    cls=OneLineGroup,
     help="RLoop: short RL runs in a loop, each from a policy fine-tuned on what the last one found.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -46,6 +68,7 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
 
     def call(debug: bool, **options: Any) -> None:
         try:
+            _refuse_wild(options)
             for name, group in groups.items():
                 options[name] = group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
             run(**options)
@@ -54,9 +77,26 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
         except CollapseError as error:
             _fail(error, RUN_ERROR, debug)
 
-    call.__doc__ = run.__doc__
+    call.__doc__ = _with_copyable_example(run.__doc__ or "")
     call.__signature__ = inspect.Signature(_options(parameters, hints, groups))  # type: ignore[attr-defined]
     return call
+
+
+def _refuse_wild(options: dict[str, Any]) -> None:
+    """Raise InputError for a number that no option means, and that would end as a traceback somewhere below."""
+    for name, value in options.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{_flag(name)} {number}: must be a finite number")
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise InputError(f"{_flag(name)} {number}: must be a number of at most 64 bits")
+
+
+def _with_copyable_example(text: str) -> str:
+    """The help `text` whose last paragraph, "Example: rloop ...", is not wrapped but broken as a shell reads it."""
+    before, _, example = inspect.cleandoc(text).partition("Example: ")
+    lines = textwrap.wrap(example, EXAMPLE_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return f"{before}\b\nExample:\n  " + " \\\n    ".join(lines)
 
 
 def _options(parameters: Any, hints: dict[str, Any], groups: dict[str, Any]) -> list[inspect.Parameter]:
@@ -76,9 +116,13 @@ def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
     text = ""
     if get_origin(hint) is Annotated:
         hint, text = get_args(hint)[:2]
-    flag = "--" + name.replace("_", "-").strip("-")
+    flag = _flag(name)
     declarations = [f"{flag}/--no-{flag[2:]}"] if hint is bool else [flag]
     return _keyword(name, Annotated[hint, typer.Option(*declarations, help=text)], default)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-").strip("-")
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -105,4 +149,5 @@ for _stage in STAGES:
 def main() -> None:
     """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch comes in; hides a line on NUMA binding
-    app()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here, and said in one line
+    app(sys.argv[1:] or ["--help"])

@@ -45,6 +45,7 @@ class Knobs:
             self._require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
         for name in ("beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        self._require("seed", 0 <= self.seed < 2**32, "must be between 0 and 2^32 - 1")
         self._require("dtype", self.dtype in ("auto", "float32", "bfloat16"), "is none of auto, float32, bfloat16")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:

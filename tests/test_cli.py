@@ -61,8 +61,11 @@ def test_the_help_begins_with_an_imperative_and_ends_with_an_example_that_parses
         program, *arguments = shlex.split(part)
         assert program == "rloop"
         parse(*arguments)
-    shown = " ".join(CliRunner().invoke(app, [stage, "--help"]).output.split())
-    assert " ".join(last.split()) in shown
+    help_text = CliRunner().invoke(app, [stage, "--help"], terminal_width=80).output
+    shown = help_text.partition("Example:\n")[2].partition("\n\n")[0]
+    assert max(map(len, shown.splitlines())) < 80
+    words = subprocess.run(["bash", "-c", f"rloop() {{ echo rloop $*; }}\n{shown}"], capture_output=True, text=True)
+    assert words.stdout.split() == last.split()[1:], "the shell reads something else than the docstring says"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -107,16 +110,31 @@ def test_a_mistake_gets_one_line_and_code_2(rollouts, arguments, fault):
     ("arguments", "fault"),
     [
         (["filter", "--rolouts", "x"], "No such option: --rolouts"),
+        (
+            ["rl", "--policy", "p", "--problems", "q", "--out", "o", "--lerning_rate", "1"],
+            "No such option: --lerning-rate",
+        ),
         (["filter", "--rollouts", "x", "--seed", "one"], "Invalid value for '--seed'"),
+        (["filter", "--rollouts", "x", "--out"], "Option '--out' requires an argument"),
         (["filter"], "Missing option '--rollouts'"),
         (["explore"], "No such command 'explore'"),
+        (["--explore"], "No such option: --explore"),
+        (["filter", "--rollouts", "x", "--seed", str(2**63)], f"--seed {2**63}: must be a number of at most 64 bits"),
+        (["eval", "--out", "o", "--k", "8", "--k", str(10**30)], f"--k {10**30}: must be a number of at most 64 bits"),
+        (["filter", "--rollouts", "x", "--max-pass-rate", "nan"], "--max-pass-rate nan: must be a finite number"),
     ],
 )
-def test_what_the_command_line_does_not_know_is_named_with_code_2(arguments, fault):
+def test_what_the_command_line_does_not_know_is_named_in_one_line_with_code_2(arguments, fault):
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 2
-    assert fault in run.output
-    assert "Traceback" not in run.output
+    assert run.output.startswith(f"rloop: {fault}")
+    assert run.output.count("\n") == 1
+
+
+def test_rloop_alone_shows_the_commands():
+    run = rloop()
+    assert run.returncode == 0
+    assert all(f"\n  {stage} " in run.stdout for stage in STAGES)
 
 
 def test_a_knob_out_of_bounds_is_one_line_too():

@@ -38,7 +38,17 @@ def test_what_is_not_a_plain_file_is_never_replaced(path):
 
 def test_a_file_where_a_directory_must_be_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot make its directory"), outputs.whole_file(tmp_path / "file" / "b"):
+    path = tmp_path / "file" / "new" / "b"
+    for writing in (outputs.whole_file, outputs.whole_dir, outputs.locked):
+        with pytest.raises(InputError, match="file/new/b cannot be written"), writing(path):
+            pass
+    with pytest.raises(InputError, match="file is no directory that you may write to"):
+        outputs.refuse_occupied(path)
+
+
+@pytest.mark.parametrize("writing", [outputs.whole_file, outputs.whole_dir, outputs.locked])
+def test_a_place_that_the_system_keeps_for_itself_is_refused_in_words(writing):
+    with pytest.raises(InputError, match="/proc/b cannot be written: "), writing("/proc/b"):
         pass
 
 

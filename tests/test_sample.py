@@ -55,6 +55,16 @@ def drop_end_token(policy):
     (policy / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def cut(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def shard(policy, names):
+    """Leave only an index of weights that stand in other files."""
+    (policy / "model.safetensors").unlink()
+    (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
 def drop_tokenizer(policy):
     for file in policy.glob("*token*"):
         file.unlink()
@@ -67,6 +77,17 @@ def drop_tokenizer(policy):
         (lambda policy: (policy / "config.json").unlink(), "config.json is missing"),
         (drop_tokenizer, "tokenizer is missing"),
         (lambda policy: (policy / "model.safetensors").unlink(), "weights are missing"),
+        (lambda policy: cut(policy / "model.safetensors", 5000), "model.safetensors: not a whole safetensors file"),
+        (lambda policy: cut(policy / "model.safetensors", 0), "model.safetensors: not a whole safetensors file"),
+        (lambda policy: shard(policy, {"a": "model-1-of-2.safetensors"}), "missing .model-1-of-2.safetensors, which"),
+        (lambda policy: shard(policy, {}), "expected a weight_map"),
+        (lambda policy: cut(policy / "config.json", 40), "config.json does not load"),
+        (lambda policy: (policy / "config.json").write_text("[]"), "config.json does not load"),
+        (lambda policy: edit_json(policy / "config.json", num_hidden_layers=9), "config.json does not load: .*layer"),
+        (lambda policy: edit_json(policy / "config.json", model_type="none"), "config.json does not load"),
+        (lambda policy: edit_json(policy / "config.json", vocab_size=10), "<eos> has id .*vocabulary of 10"),
+        (lambda policy: cut(policy / "tokenizer.json", 40), "tokenizer does not load"),
+        (lambda policy: cut(policy / "generation_config.json", 10), "generation_config.json: not valid JSON"),
         (drop_end_token, "no end token"),
         (lambda policy: edit_json(policy / "config.json", intermediate_size=80), "has shape .*config.json asks for"),
         (drop_weight, "1 weights are missing, such as model.norm.weight"),

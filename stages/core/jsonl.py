@@ -3,6 +3,7 @@
 Reading streams. Writing appears whole or not at all. `-` is stdin or stdout.
 """
 
+import codecs
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if line.startswith(codecs.BOM_UTF8):
+            raise InputError(f"{where}: begins with a byte order mark: save the file as plain UTF-8") from None
         state = "the line is blank" if not line.strip() else f"not valid JSON ({error})"
         raise InputError(f"{where}: {state}: expected one JSON object a line; was the file cut?") from None
     if not isinstance(record, dict):

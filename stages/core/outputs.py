@@ -30,6 +30,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():  # renaming over /dev/null would replace it for the whole machine
         raise InputError(f"{path} is not a plain file: name another --out, or - for stdout where a stage takes it")
     beside = _beside(path)
+    with _writing(path):
+        beside.touch()
     try:
         yield beside
         _sync(beside)
@@ -48,7 +50,8 @@ def whole_dir(path: str | Path) -> Iterator[Path]:
     refuse_occupied(path)
     beside = _beside(path)
     shutil.rmtree(beside, ignore_errors=True)  # left by a killed process that had the same id
-    beside.mkdir()
+    with _writing(path):
+        beside.mkdir()
     try:
         yield beside
         for file in beside.rglob("*"):
@@ -62,8 +65,11 @@ def whole_dir(path: str | Path) -> Iterator[Path]:
 
 
 def refuse_occupied(path: str | Path) -> None:
-    """Raise InputError where `path` is a file or a directory with anything in it."""
+    """Raise InputError where `path` is a file or a directory with anything in it, or can't be made at all."""
     path = Path(path)
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{path} cannot be written: {above} is no directory that you may write to")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise InputError(f"{path} already holds something: name another --out, or remove it first")
 
@@ -72,9 +78,11 @@ def refuse_occupied(path: str | Path) -> None:
 def locked(path: str | Path) -> Iterator[None]:
     """Hold the one right to write to `path`; a second process gets an InputError. The kernel frees it on any death."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.lock")
-    with beside.open("a") as file:
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.lock")
+        opened = beside.open("a")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,11 +142,18 @@ def versions() -> dict[str, str]:
 
 def _beside(path: Path) -> Path:
     """A name for the unfinished `path` in its own directory, which is made where it is missing."""
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot make its directory: {error.strerror}") from None
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Around the first touch of the disk for `path`: what the system refuses there is an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}: name another --out") from None
 
 
 def _sync(path: Path) -> None:

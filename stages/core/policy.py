@@ -1,11 +1,13 @@
 """Policies as checkpoint directories: find them, refuse broken ones in words, load, save, and read their weights."""
 
-import json
+import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError
+from stages.core.runs import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
     "bos_token_id",
     "eos_token_id",
 }
+_NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises of broken files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -52,31 +55,63 @@ def _check(path: Path) -> None:
         raise InputError(f"policy {path}: config.json is missing: is this a checkpoint directory?")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"policy {path}: the tokenizer is missing (none of {', '.join(TOKENIZER_FILES)})")
-    if not weight_files(path):
-        raise InputError(f"policy {path}: the weights are missing (no *.safetensors file)")
+    for file in weight_files(path):
+        with _weights(file):
+            pass
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; those its index names, where it has one."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(path.glob("*.safetensors"))
+    """The safetensors files of a checkpoint: model.safetensors, or those that its index names; InputError without."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise InputError(f"policy {path}: the weights are missing (no {whole.name}, no {index.name})")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index}: expected a weight_map that names the files of the weights")
+    files = [path / name for name in sorted(set(names.values()))]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise InputError(f"policy {path}: the weights are missing ({missing.name}, which {index.name} names)")
+    return files
+
+
+@contextmanager
+def _weights(file: Path) -> Iterator[Any]:
+    """An open safetensors file; InputError where it is none, or was cut."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        weights = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}): was it cut? copy it again") from None
+    with weights:
+        yield weights
 
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint, with a pad token; InputError where there is no end token."""
     from transformers import AutoTokenizer
 
+    size = load_config(path).get_text_config().vocab_size
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"policy {path}: the tokenizer does not load: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except _NOT_LOADABLE as error:
+        raise InputError(f"policy {path}: the tokenizer does not load: {_in_one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"policy {path}: the tokenizer names no end token (eos_token), so completions would never end")
+    if tokenizer.eos_token_id >= size:  # where none is named, some classes of tokenizers make one up
+        raise InputError(
+            f"policy {path}: the end token {tokenizer.eos_token} has id {tokenizer.eos_token_id}, beyond the policy's "
+            f"vocabulary of {size}: name the end token that it knows as eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _in_one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
 
 
 def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
@@ -96,12 +131,13 @@ def context_length(path: Path) -> int:
 
 def load_config(path: Path) -> Any:
     """The transformers configuration of a checkpoint."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"policy {path}: config.json does not load: {str(error).splitlines()[0]}") from error
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (*_NOT_LOADABLE, StrictDataclassError) as error:
+        raise InputError(f"policy {path}: config.json does not load: {_in_one_line(error)}") from error
 
 
 def load_model(path: Path, dtype: "torch.dtype") -> Any:
@@ -117,7 +153,7 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (RuntimeError, OSError, ValueError) as error:
         check_shapes(path)
-        raise InputError(f"policy {path}: the weights do not load: {str(error).splitlines()[0]}") from error
+        raise InputError(f"policy {path}: the weights do not load: {_in_one_line(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
@@ -140,8 +176,7 @@ def difference(first: Path, second: Path) -> str | None:
 
 def end_token_ids(path: Path) -> list[int]:
     """The token ids that end a completion: the tokenizer's end token and those of the generation configuration."""
-    file = path / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    named = read_json(path / "generation_config.json").get("eos_token_id")
     more = named if isinstance(named, list) else [named]
     return sorted({load_tokenizer(path).eos_token_id, *(token for token in more if token is not None)})
 
@@ -149,15 +184,18 @@ def end_token_ids(path: Path) -> list[int]:
 def check_shapes(path: Path) -> None:
     """Raise InputError where a weight on disk is missing or has another shape than the configuration asks for."""
     import torch
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(path))
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except _NOT_LOADABLE as error:
+        raise InputError(f"policy {path}: config.json describes no language model: {_in_one_line(error)}") from error
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, list[int]] = {}
     for file in weight_files(path):
-        with safe_open(file, framework="pt") as weights:
+        with _weights(file) as weights:
             found |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     for name in expected.keys() & found.keys():
         if expected[name] != found[name]:
@@ -171,11 +209,10 @@ def check_shapes(path: Path) -> None:
 
 def disk_weights(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
     """The (name, tensor) pairs of a checkpoint as its files hold them, with an output head even where it is tied."""
-    from safetensors import safe_open
 
     def read() -> Iterator[tuple[str, "torch.Tensor"]]:
         for file in weight_files(path):
-            with safe_open(file, framework="pt") as weights:
+            with _weights(file) as weights:
                 for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
                     yield name, weights.get_tensor(name)
 

@@ -161,6 +161,10 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(_parse_exactly(data, str(path))):
         if not isinstance(row, dict):
             raise InputError(f"{path} row {number}: expected an object, found {type(row).__name__}")
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:  # "\\ud800", half a character, passes as JSON
+            raise InputError(f"{path} row {number}: not valid UTF-8 ({error.reason})") from None
         yield f"{path} row {number}", row
 
 
