@@ -114,8 +114,9 @@ def run(
     template = prompts.load(knobs.template, tokenizer)
     context = policies.context_length(path)
     ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, knobs.max_tokens, context)
-    _say_left_out(left_out, knobs.max_tokens, context)
     accelerator = _accelerator(knobs, out)
+    if left_out and accelerator.is_main_process:
+        _say_left_out(left_out, knobs.max_tokens, context)
     identity = {
         "parameters": {**asdict(knobs), "processes": accelerator.num_processes, "template_digest": template.digest},
         "inputs": {"policy": outputs.digest(path), "problems": outputs.digest(problems)},
@@ -126,6 +127,8 @@ def run(
         if finished:
             warn(f"{out} already holds this run, finished: nothing to do")
             return
+        if knobs.tracker != "none":
+            accelerator.init_trackers("rloop-rl", config=asdict(knobs))
         _explore(accelerator, directory, done, policy, path, ready, template.end_tokens(tokenizer), knobs)
         if accelerator.is_main_process:
             _finish(directory, identity, knobs, left_out)
@@ -188,15 +191,12 @@ def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
     tracker = None if knobs.tracker == "none" else knobs.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
         raise InputError(f"--tracker {tracker}: that package is not installed: pip install {tracker}")
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
         mixed_precision="bf16" if half else "no",
         log_with=tracker,
         project_dir=str(out / "tracker") if tracker else None,
     )
-    if tracker:
-        accelerator.init_trackers("rloop-rl", config=asdict(knobs))
-    return accelerator
 
 
 def _begin(
@@ -241,12 +241,11 @@ def _finish(directory: "RunDir", identity: dict[str, Any], knobs: Knobs, left_ou
 
 
 def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
-    if left_out:
-        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        warn(
-            f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
-            f"policy's context of {context} tokens ({some})"
-        )
+    some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+    warn(
+        f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
+        f"policy's context of {context} tokens ({some})"
+    )
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:
