@@ -1,0 +1,340 @@
+"""A step of rl beside a step of TRL's GRPOTrainer, on the CPU: same policy, problems, numbers of rollouts and tokens.
+
+    python benchmarks/rl_vs_trl.py               3.3 M parameters, 128 rollouts a step, some 90 of at most 256 tokens
+    python benchmarks/rl_vs_trl.py --rounds 1    a first look
+
+The policy is a Qwen2 decoder of random weights. Its output head is so small that each of --vocabulary tokens, the end
+token among them, is about as likely as every other. So lengths spread like those of real rollouts, most of them short
+and some at the maximum, and both sides truly sample them. Speeds are tokens a second, in which the luck of the draw
+cancels. The verifier does its real work on both sides; then every second reward is set to 1, since a policy of random
+weights would leave no group to train on.
+
+TRL generates by transformers' `generate` and by its continuous batching, and is judged by whichever gives the faster
+step; its vLLM mode does not run on the CPU. Rounds take turns, so that the load of a shared machine falls on all alike;
+the first step of each round warms up and does not count. Nothing is written.
+"""
+
+import argparse
+import os
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+from stages.core import arithmetic, pretrain
+from stages.core import policy as policies
+from stages.core.engine import Sampling, VllmEngine
+from stages.core.exploration import Explorer
+from stages.core.lifetime import StopSignal
+from stages.core.prompts import load
+from stages.core.rollouts import Prompt, make_prompts
+from stages.core.rundir import RunDir
+from stages.core.trainer import Objective, TokenRollout, Trainer, UpdateStats
+from stages.core.verifier import Batch, Score, Verifier
+from stages.rl import Knobs
+
+PHASES = ("generate", "verify", "update", "hand-over", "rest")
+NEVER = 10**9
+Totals = Counter[str]  # seconds of each phase and of the whole steps, tokens, and steps, summed over what counts
+
+
+def make_policy(path: Path, vocabulary: int, max_tokens: int) -> None:
+    """Write a policy of 3.3 M parameters whose next token is nearly uniform."""
+    words = [*arithmetic.WORDS, *(f"<{number}>" for number in range(vocabulary - len(arithmetic.WORDS) - 2))]
+    tokenizer = pretrain.build_tokenizer(words)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=max_tokens + 64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    policies.save(Qwen2ForCausalLM(config), tokenizer, path)
+
+
+def ready_prompts(path: Path, count: int, max_tokens: int) -> list[Prompt]:
+    """Prompts of the toy's problems."""
+    rng = random.Random(0)
+    problems = [
+        {"id": str(number), "problem": arithmetic.question(expression), "answer": str(arithmetic.truth(expression)),
+         "source": "toy"}
+        for number, expression in enumerate(arithmetic.draw(rng, rng.randint(3, 6), True) for _ in range(count))
+    ]  # fmt: skip
+    tokenizer = policies.load_tokenizer(path)
+    prompts, _ = make_prompts(problems, load("none", tokenizer), tokenizer, max_tokens, policies.context_length(path))
+    return prompts
+
+
+class HalfRight:
+    """Scores of a batch, waited for and then overruled: every second completion is correct."""
+
+    def __init__(self, batch: Batch):
+        self._batch = batch
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the real scores are there."""
+        return self._batch.is_done
+
+    def result(self) -> list[Score]:
+        """The scores by turn."""
+        return [score._replace(reward=float(turn % 2)) for turn, score in enumerate(self._batch.result())]
+
+
+class HalfRightVerifier(Verifier):
+    """The verifier at its real work, with rewards that differ within each group."""
+
+    def submit(self, pairs: Sequence[tuple[str, str]]) -> Any:
+        """Begin to score (completion, answer) pairs."""
+        return HalfRight(super().submit(pairs))
+
+
+class CountingTrainer(Trainer):
+    """The trainer, counting the floating-point operations that its updates need at least."""
+
+    num_flops = 0.0
+
+    def update(self, rollouts: Sequence[TokenRollout], lr: float) -> UpdateStats:
+        """The step's updates."""
+        self.num_flops += update_flops(self.model, [rollout.length for rollout in rollouts])
+        return super().update(rollouts, lr)
+
+
+def update_flops(model: Any, lengths: Sequence[int]) -> float:
+    """6 a matmul weight and token, and for causal attention 6 a layer, hidden unit and pair of positions."""
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    attention = model.config.num_hidden_layers * model.config.hidden_size
+    return sum(6.0 * weights * length + 6.0 * attention * length**2 for length in lengths)
+
+
+class TimedRunDir(RunDir):
+    """A run directory that notes when the line of each step was logged."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.ends: list[float] = []
+
+    def append_log(self, row: Any) -> None:
+        """Add the line and note the time."""
+        super().append_log(row)
+        self.ends.append(time.perf_counter())
+
+
+def ours(explorer: Explorer, trainer: CountingTrainer) -> Totals:
+    """Some steps of the stage as it is, the first one not counted."""
+    with tempfile.TemporaryDirectory() as out:
+        directory = TimedRunDir(Path(out))
+        trainer.num_flops = 0.0
+        explorer.run(directory, StopSignal(), 0, "random weights")
+        rows = directory.log_rows()
+    found: Totals = Counter(steps=len(rows) - 1, seconds=directory.ends[-1] - directory.ends[0])
+    found["flops"] = trainer.num_flops * sum(row["update_tokens"] for row in rows[1:]) / sum(
+        row["update_tokens"] for row in rows
+    )  # fmt: skip
+    for row in rows[1:]:
+        found["tokens"] += int(row["rollout_tokens"])
+        for name, column in (("generate", "generate_s"), ("verify", "verify_s"), ("update", "update_s")):
+            found[name] += row[column]
+        found["hand-over"] += row["handover_s"]
+    found["rest"] = found["seconds"] - sum(found[name] for name in PHASES[:4])
+    return found
+
+
+def bare(engine: VllmEngine, prompts: Sequence[Prompt], group_size: int, max_tokens: int, repeats: int) -> Totals:
+    """`llm.generate` on the stage's requests and nothing else: no text, no log-probabilities, no verifier."""
+    from vllm import SamplingParams
+
+    llm = engine._llm  # the very same engine
+    params = SamplingParams(n=group_size, temperature=1.0, max_tokens=max_tokens, detokenize=False)
+    found: Totals = Counter()
+    for repeat in range(repeats):
+        start = repeat * len(prompts) // repeats
+        requests = [{"prompt_token_ids": p.token_ids} for p in prompts[start : start + len(prompts) // repeats]]
+        began = time.perf_counter()
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        found["generate"] += time.perf_counter() - began
+        found["tokens"] += sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    return found
+
+
+def theirs(path: Path, prompts: Sequence[Prompt], verifier: Verifier, options: argparse.Namespace, mode: str) -> Totals:
+    """As many steps of GRPOTrainer as DAPO is set up there, the first one not counted."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    spent: Totals = Counter()
+    marks: list[Totals] = []
+
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = method(*args, **kwargs)
+            spent[name] += time.perf_counter() - began
+            if name == "generate":
+                spent["tokens"] += sum(len(ids) for ids in result[1])
+            return result
+
+        return call
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(spent + Counter(clock=time.perf_counter()))
+
+    def reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+        return [score.reward for score in verifier.verify(list(zip(completions, answer, strict=True)))]
+
+    rollouts = options.problems * options.group_size
+    with tempfile.TemporaryDirectory() as out:
+        arguments = GRPOConfig(
+            output_dir=out,
+            loss_type="dapo",
+            epsilon=0.2,
+            epsilon_high=0.28,
+            beta=0.0,
+            learning_rate=1e-6,
+            num_generations=options.group_size,
+            per_device_train_batch_size=options.trl_batch,
+            gradient_accumulation_steps=rollouts // options.trl_batch,
+            max_completion_length=options.max_tokens,
+            max_steps=options.steps + 1,
+            use_transformers_continuous_batching=mode == "continuous",
+            transformers_continuous_batching_config={"max_memory_percent": 0.1},
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+            reward,
+            arguments,
+            train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.problem["answer"]} for p in prompts]),
+            processing_class=policies.load_tokenizer(path),
+            callbacks=[Marks()],
+        )
+        for name, method in (("generate", "_generate"), ("verify", "_calculate_rewards"),
+                             ("all but update", "_generate_and_score_completions")):  # fmt: skip
+            setattr(trainer, method, timed(name, getattr(trainer, method)))
+        trainer.train()
+    found = marks[-1].copy()
+    found.subtract(marks[0])
+    found["seconds"] = found.pop("clock")
+    found["rest"] = found["all but update"] - found["generate"] - found["verify"]
+    found["update"] = found["seconds"] - found.pop("all but update")
+    found["steps"] = options.steps
+    return found
+
+
+def matmul_peak() -> float:
+    """Floating-point operations a second of a square float32 matmul, the best of a few."""
+    matrix = torch.randn(2048, 2048)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
+def lines(found: dict[str, Totals], peaks: Sequence[float]) -> Iterator[str]:
+    """The table, and what of the goals was reached."""
+    sides = [side for side in found if side != "bare"]
+    yield f"{'':28s}" + "".join(f"{side:>18s}" for side in sides)
+    for phase in (*PHASES, "seconds"):
+        cells = (f"{found[side][phase] / found[side]['steps']:18.3f}" for side in sides)
+        yield f"{'whole step' if phase == 'seconds' else phase:10s} seconds          " + "".join(cells)
+    for phase in ("generate", "update", "seconds"):
+        cells = (f"{speed(found[side], phase):18.0f}" for side in sides)
+        yield f"{'whole step' if phase == 'seconds' else phase:10s} tokens a second  " + "".join(cells)
+    mine, peer = found["rloop"], max((found[side] for side in sides[1:]), key=lambda side: speed(side, "seconds"))
+    overhead = (mine["hand-over"] + mine["verify"]) / mine["seconds"]
+    drawing = mine["tokens"] / (mine["generate"] + mine["verify"])
+    peak = sum(peaks) / len(peaks)
+    yield ""
+    yield f"whole step         {speed(mine, 'seconds') / speed(peer, 'seconds'):6.2f} times as fast as TRL's (goal 3)"
+    yield f"update             {speed(mine, 'update') / speed(peer, 'update'):6.2f} times as fast as TRL's (goal 2)"
+    yield f"generate + verify  {drawing / speed(found['bare'], 'generate'):6.2f} of bare llm.generate's tokens a " \
+        f"second, {speed(found['bare'], 'generate'):.0f} (goal 0.9)"  # fmt: skip
+    yield f"hand-over + verify {100 * overhead:6.1f} % of a step (goal 5 %)"
+    yield f"update             {100 * mine['flops'] / mine['update'] / peak:6.1f} % of a float32 matmul's " \
+        f"{peak / 1e9:.0f} Gflop/s"  # fmt: skip
+
+
+def speed(found: Totals, phase: str) -> float:
+    """Completion tokens a second of a phase."""
+    return found["tokens"] / found[phase]
+
+
+def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals], list[float]]:
+    """All sides in turn, round after round."""
+    knobs = Knobs(
+        steps=options.steps + 1,
+        problems_per_step=options.problems,
+        group_size=options.group_size,
+        max_tokens=options.max_tokens,
+        overlong_buffer=0,
+        minibatches=1,
+        tokens_per_microbatch=options.tokens_per_microbatch,
+        checkpoint_every=NEVER,
+        save_every=NEVER,
+    )
+    objective = Objective(0.2, 0.28, knobs.importance_cap, knobs.max_grad_norm, 1, knobs.tokens_per_microbatch)
+    prompts = ready_prompts(path, options.problems * (options.steps + 1), options.max_tokens)
+    accelerator = Accelerator(cpu=True)
+    engine = VllmEngine(path, max_model_len=options.max_tokens + 64, dtype="float32", empty=True)
+    trainer = CountingTrainer(path, accelerator, objective)
+    sampling = Sampling(options.group_size, options.max_tokens)
+    found: dict[str, Totals] = {name: Counter() for name in ("rloop", "bare", "TRL generate", "TRL continuous")}
+    peaks = []
+    with HalfRightVerifier() as verifier:
+        for _ in range(options.rounds):
+            peaks.append(matmul_peak())
+            explorer = Explorer(knobs, accelerator, engine, verifier, trainer, prompts, sampling)
+            found["rloop"].update(ours(explorer, trainer))
+            found["bare"].update(bare(engine, prompts, options.group_size, options.max_tokens, options.steps + 1))
+            for mode in ("generate", "continuous"):
+                found[f"TRL {mode}"].update(theirs(path, prompts, verifier, options, mode))
+    return found, peaks
+
+
+def main() -> None:
+    """Measure, and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rounds", 2), ("steps", 2), ("problems", 16), ("group-size", 8), ("max-tokens", 256),
+                          ("vocabulary", 96), ("tokens-per-microbatch", 1024), ("trl-batch", 16)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "policy"
+        make_policy(path, options.vocabulary, options.max_tokens)
+        found, peaks = measure(path, options)
+    mine = found["rloop"]
+    rollouts = options.problems * options.group_size
+    print(
+        f"{rollouts} rollouts a step, {mine['tokens'] / mine['steps'] / rollouts:.0f} of at most {options.max_tokens} "
+        f"tokens; {mine['steps']} steps a side; {torch.get_num_threads()} threads on {os.cpu_count()} cores, "
+        f"load {before:.1f} before and {os.getloadavg()[0]:.1f} after\n"
+    )
+    print("\n".join(lines(found, peaks)))
+
+
+if __name__ == "__main__":
+    main()
