@@ -18,7 +18,7 @@ import orjson
 
 from stages.core import jsonl, records
 from stages.core.errors import InputError
-from stages.core.outputs import refuse_occupied
+from stages.core.outputs import refuse_no_file, refuse_occupied
 from stages.core.records import Example, Rollout
 from stages.core.selection import Draw, Positions, Tally, can_select, yield_table
 
@@ -72,6 +72,7 @@ def _check_options(out: str, max_pass_rate: float, max_per_problem: int, dry_run
         raise InputError("--out is missing: name a file, or - for stdout, or ask for --dry-run")
     if out != "-":
         refuse_occupied(out)
+        refuse_no_file(out)
 
 
 @dataclass

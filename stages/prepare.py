@@ -51,6 +51,7 @@ def run(
         raise InputError(f"--limit {limit}: must be positive, or 0 for all")
     if out != "-":
         outputs.refuse_occupied(out)
+        outputs.refuse_no_file(out)
     origin = sources.find(source, from_, config, split)
     others = [sources.find(file) for file in decontaminate]
     with Verifier() as verifier:

@@ -76,6 +76,8 @@ def run(
 
     Example: rloop report --runs runs --out runs/report.html
     """
+    if choices.max_problems < 0 or choices.max_samples < 0:
+        raise InputError("--max-problems and --max-samples must not be negative; 0 shows no rollouts")
     printing = table or tsv
     found = _find(Path(runs), evals, choices.valid, needed=printing)
     choices = _possible(choices, found)
@@ -121,6 +123,11 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
 
     pictures = Path(paths.figures or page.parent / "figures")
     _refuse_strangers(pictures)
+    curves_tsv = paths.curves or page.parent / "curves.tsv"
+    results_md = paths.results_md or page.parent / "results.md"
+    results_tsv = paths.results_tsv or page.parent / "results.tsv"
+    for path in (page, curves_tsv, results_md, results_tsv):
+        outputs.refuse_no_file(path)
     tidy = curves.rows(found.evaluations, found.places, choices.ks, found.num_samples, choices.seed)
     drawn = _draw(found, choices, tidy)
     rollouts = browser.build(found.evaluations, found.places, choices.max_problems, choices.max_samples)
@@ -131,12 +138,12 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
         sections["Left out"] = pages.notes(found.left_out)
 
     _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section])
-    with outputs.whole_file(paths.curves or page.parent / "curves.tsv") as beside:
+    with outputs.whole_file(curves_tsv) as beside:
         figures.write_tsv(beside, tidy)
     left_out = "".join(f"\nLeft out: {line}.\n" for line in found.left_out)
     markdown = tables.markdown(rows) if rows else "No results.\n"
-    _write_text(paths.results_md or page.parent / "results.md", markdown + left_out)
-    _write_text(paths.results_tsv or page.parent / "results.tsv", tables.tsv(tables.records(rows)))
+    _write_text(results_md, markdown + left_out)
+    _write_text(results_tsv, tables.tsv(tables.records(rows)))
     lead = "Iterative policy initialization against RL alone: results, dynamics, compute and rollouts."
     _write_text(page, pages.page(f"RLoop: {found.runs}", lead, sections, rollouts))
 

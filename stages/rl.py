@@ -78,7 +78,14 @@ class Knobs:
             self.overlong_buffer,
             f"must be between 0 and --max-tokens {self.max_tokens}",
         )
-        _require(0 < self.clip_low < 1 and self.clip_high > 0, "clip_low", self.clip_low, "must be between 0 and 1")
+        _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must be between 0 and 1")
+        for name in ("clip_high", "max_grad_norm"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        for name in ("lr", "warmup_steps", "weight_decay", "importance_cap", "overlong_penalty", "advantage_eps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
+        _require(0 < self.memory_fraction <= 1, "memory_fraction", self.memory_fraction, "must be above 0, at most 1")
         _require(
             self.tracker in ("none", "tensorboard", "wandb"),
             "tracker",
@@ -112,6 +119,7 @@ def run(
     path = policies.resolve(policy)
     tokenizer = policies.load_tokenizer(path)
     template = prompts.load(knobs.template, tokenizer)
+    policies.check_shapes(path)
     context = policies.context_length(path)
     ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, knobs.max_tokens, context)
     accelerator = _accelerator(knobs, out)

@@ -254,6 +254,13 @@ def test_an_average_over_fewer_problems_is_refused(engines, tiny_policy, problem
     assert not engines
 
 
+def test_a_selection_by_no_metric_is_refused_when_grading_again(engines, tiny_policy, problems, tmp_path):
+    run([tiny_policy], problems, tmp_path / "out")
+    with pytest.raises(InputError, match="--select pass@2 is none of the metrics: avg@4, pass@1, pass@4"):
+        run([], [], tmp_path / "again", regrade=tmp_path / "out", select="pass@2")
+    assert not (tmp_path / "again").exists()
+
+
 def test_grading_again_without_a_change_gives_the_same_files(engines, tiny_policy, problems, tmp_path, capsys):
     run([tiny_policy], problems, tmp_path / "out")
     run([], [], tmp_path / "again", regrade=tmp_path / "out")

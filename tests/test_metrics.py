@@ -121,6 +121,8 @@ def test_policies_on_different_problems_are_not_compared():
         ([result("a", 1), result("b", 1, policy="q")], "one policy"),
         ([result("a", 1), result("a", 1)], "two results"),
         ([result("a", 0, 0)], "without samples"),
+        ([result("a", 5, 4)], "5 correct of 4 samples of a"),
+        ([result("a", -1)], "-1 correct"),
     ],
 )
 def test_results_that_are_not_one_policys_on_distinct_problems_are_refused(results, message):

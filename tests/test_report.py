@@ -232,6 +232,13 @@ def test_what_no_report_wrote_is_never_removed(made, tmp_path):
     assert (tmp_path / "thesis.docx").exists()
 
 
+def test_a_directory_in_the_place_of_the_page_is_refused_before_anything_is_written(made, tmp_path):
+    (tmp_path / "page").mkdir()
+    with pytest.raises(InputError, match="page is a directory: name a file"):
+        make(made, out=str(tmp_path / "page"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["page"]
+
+
 def test_a_missing_directory_of_runs_is_a_plain_error(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         make(tmp_path / "nowhere")

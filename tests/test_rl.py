@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,11 @@ def test_other_parameters_in_the_same_out_are_refused_in_one_line(whole_run, toy
         ({"overlong_buffer": 9999}, "--overlong-buffer 9999"),
         ({"dtype": "float8"}, "--dtype float8"),
         ({"clip_low": 1.0}, "--clip-low"),
+        ({"clip_high": -0.1}, "--clip-high -0.1"),
+        ({"lr": -1.0}, "--lr -1.0"),
+        ({"beta2": 1.0}, "--beta2 1.0"),
+        ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0"),
+        ({"memory_fraction": 7.0}, "--memory-fraction 7.0"),
     ],
 )
 def test_a_knob_that_can_not_work_is_refused_in_its_own_name(knob, message):
@@ -185,4 +191,15 @@ def test_max_tokens_beyond_the_context_is_refused_before_anything_starts(tiny_po
 
     with pytest.raises(InputError, match="--max-tokens 5000 does not fit the policy's context"):
         rl(str(tiny_policy), easy, tmp_path / "rl", Knobs(max_tokens=5000, template="none"))
+    assert not (tmp_path / "rl").exists()
+
+
+def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_policy, easy, tmp_path):
+    from stages.rl import run as rl
+
+    policy = shutil.copytree(tiny_policy, tmp_path / "policy")
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
+    with pytest.raises(InputError, match=r"has shape .* config\.json asks for"):
+        rl(str(policy), easy, tmp_path / "rl", Knobs(max_tokens=32, overlong_buffer=0, template="none"))
     assert not (tmp_path / "rl").exists()

@@ -78,7 +78,9 @@ def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
 
 
 def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
-    """The best policy by `metric`; of equals the first."""
+    """The best policy by `metric`; of equals the first. Raises InputError for a metric that there is not."""
+    if metric not in (choices := [name for name in next(iter(summaries.values())) if "@" in name]):
+        raise InputError(f"--select {metric} is none of the metrics: {', '.join(choices)}")
     best = max(summaries, key=lambda name: summaries[name][metric]["value"])
     return {"policy": best, "metric": metric, "value": summaries[best][metric]["value"]}
 

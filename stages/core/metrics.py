@@ -103,6 +103,12 @@ def _check_results(results: Sequence[Result]) -> None:
         raise InputError(f"policy {policies.pop()} has two results for one problem: was it evaluated twice?")
     if any(result["num_samples"] < 1 for result in results):
         raise InputError(f"policy {policies.pop()} has a result without samples: evaluate it again")
+    for result in results:
+        if not 0 <= result["num_correct"] <= result["num_samples"]:
+            raise InputError(
+                f"policy {result['policy']} has {result['num_correct']} correct of {result['num_samples']} samples of "
+                f"{result['problem_id']}: was results.jsonl edited? evaluate it again"
+            )
 
 
 def summarise(results: Sequence[Result], ks: Sequence[int] = KS, seed: int = 0) -> dict[str, Any]:

@@ -25,10 +25,7 @@ PACKAGES = (
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it becomes `path` when the block ends well, and is gone otherwise."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: name a file to write")
-    if path.exists() and not path.is_file():  # renaming over /dev/null would replace it for the whole machine
-        raise InputError(f"{path} is not a plain file: name another --out, or - for stdout where a stage takes it")
+    refuse_no_file(path)
     beside = _beside(path)
     with _writing(path):
         beside.touch()
@@ -72,6 +69,15 @@ def refuse_occupied(path: str | Path) -> None:
         raise InputError(f"{path} cannot be written: {above} is no directory that you may write to")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise InputError(f"{path} already holds something: name another --out, or remove it first")
+
+
+def refuse_no_file(path: str | Path) -> None:
+    """Raise InputError where `path` is there and is no plain file, so that none can be written in its place."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name a file to write")
+    if path.exists() and not path.is_file():  # renaming over /dev/null would replace it for the whole machine
+        raise InputError(f"{path} is not a plain file: name another --out, or - for stdout where a stage takes it")
 
 
 @contextmanager

@@ -160,6 +160,8 @@ def _check_numbers(num_samples: int, knobs: Knobs) -> None:
             raise InputError(f"{name} must be at least 1, found {value}")
     if knobs.limit < 0:
         raise InputError(f"--limit must be at least 1, or 0 for all problems, found {knobs.limit}")
+    if not 0 < knobs.memory_fraction <= 1:
+        raise InputError(f"--memory-fraction must be above 0 and at most 1, found {knobs.memory_fraction}")
     if knobs.dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found {knobs.dtype}")
     if knobs.temperature < 0:
