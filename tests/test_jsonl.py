@@ -34,6 +34,7 @@ def test_a_last_line_without_its_end_is_read(tmp_path):
         (b'{"a": "\x00"}', "not valid JSON"),
         (b'{"a":' * 5000, "not valid JSON"),
         (b'{"a": 1} {"a": 2}', "not valid JSON"),
+        (b'\xef\xbb\xbf{"a": 1}', "begins with a byte order mark"),
     ],
 )
 def test_a_line_that_is_not_one_object_is_an_error_that_names_file_and_line(tmp_path, line, fault):

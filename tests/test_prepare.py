@@ -317,6 +317,7 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         ("a.jsonl", '{"problem": "a", "answer": ""}\n', "no problem is left"),
         ("a.json", "[1]", "row 0: expected an object, found int"),
         ("a.json", "[{]", "not valid JSON"),
+        ("a.json", '[{"problem": "1+1", "answer": "\\ud800"}]', "row 0: not valid UTF-8"),
         ("a.csv", "problem,answer\na,1\nb\n", "a.csv:3: expected 2 fields"),
         ("a.csv", "problem,answer\na,1,2\n", "a.csv:2: expected 2 fields"),
         ("a.csv", 'problem,answer\n"a,1\n', "not valid CSV"),

@@ -77,3 +77,17 @@ def test_a_finished_run_is_known_as_such_and_its_state_is_gone(tmp_path):
     assert directory.begin(IDENTITY, False) is True
     with pytest.raises(InputError, match="steps was 5, is now 9"):
         directory.begin({**IDENTITY, "parameters": {"lr": 0.1, "steps": 9}}, False)
+
+
+@pytest.mark.parametrize("manifest", ['{"stage": "rft"}', '{"name": "a web page"}', "{}"])
+def test_a_directory_with_a_manifest_of_something_else_is_never_removed(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match="holds something that is no rl run"):
+        RunDir(tmp_path).begin(IDENTITY, restart_if_changed=True)
+    assert (tmp_path / "manifest.json").read_text() == manifest
+
+
+def test_a_cut_manifest_is_a_plain_error(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"stage": "rl"')
+    with pytest.raises(InputError, match=r"manifest\.json: not valid JSON"):
+        RunDir(tmp_path).begin(IDENTITY, restart_if_changed=True)

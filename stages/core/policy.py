@@ -55,6 +55,7 @@ def _check(path: Path) -> None:
         raise InputError(f"policy {path}: config.json is missing: is this a checkpoint directory?")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"policy {path}: the tokenizer is missing (none of {', '.join(TOKENIZER_FILES)})")
+    read_json(path / "generation_config.json")
     for file in weight_files(path):
         with _weights(file):
             pass

@@ -16,6 +16,7 @@ from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.outputs import whole_file, write_json
 from stages.core.records import Rollout
+from stages.core.runs import read_json
 
 
 def step_name(step: int) -> str:
@@ -109,8 +110,8 @@ class RunDir:
     def _identity(self) -> dict[str, Any] | None:
         for path in (self.state / "run.json", self.path / "manifest.json"):
             if path.is_file():
-                found = orjson.loads(path.read_bytes())
-                if found.get("stage", "rl") != "rl":
+                found = read_json(path)
+                if path.parent == self.path and found.get("stage") != "rl":  # other software writes manifests, too
                     return None
                 return {"parameters": found.get("parameters"), "inputs": found.get("inputs")}
         return None
