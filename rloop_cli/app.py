@@ -5,6 +5,7 @@ line; a parameter typed as a dataclass is spread into its fields, each an option
 """
 
 import dataclasses
+import errno
 import inspect
 import math
 import os
@@ -22,6 +23,7 @@ from stages.core.errors import CollapseError, InputError
 
 RUN_ERROR = 1
 USER_ERROR = 2
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # by the machine, so no bug of ours
 EXAMPLE_WIDTH = 72  # with its indent fits a terminal of 80 columns, so that nothing wraps it
 
 
@@ -59,8 +61,8 @@ app = typer.Typer(
 def command(run: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
 
-    Raises typer.Exit: 2 for an InputError, 1 for a CollapseError. Any other exception passes on as a traceback, since
-    it is our mistake.
+    Raises typer.Exit: 2 for an InputError, or for a right or room that the disk refuses; 1 for a CollapseError. Any
+    other exception passes on as a traceback, since it is our mistake.
     """
     hints = get_type_hints(run, include_extras=True)
     parameters = inspect.signature(run).parameters
@@ -76,6 +78,10 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
             _fail(error, USER_ERROR, debug)
         except CollapseError as error:
             _fail(error, RUN_ERROR, debug)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            _fail(f"{error.filename or 'writing'}: {error.strerror}", USER_ERROR, debug)
 
     call.__doc__ = _with_copyable_example(run.__doc__ or "")
     call.__signature__ = inspect.Signature(_options(parameters, hints, groups))  # type: ignore[attr-defined]
@@ -135,7 +141,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
-def _fail(error: Exception, code: int, debug: bool) -> None:
+def _fail(error: Exception | str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     typer.echo(f"rloop: {error}", err=True)

@@ -1,3 +1,4 @@
+import errno
 import json
 import shlex
 import subprocess
@@ -153,6 +154,16 @@ def test_our_own_mistake_is_a_whole_traceback(monkeypatch, rollouts):
     monkeypatch.setattr("stages.filter.yield_table", lambda *_: 1 / 0)
     run = CliRunner().invoke(app, ["filter", "--rollouts", str(rollouts), "--dry-run"])
     assert isinstance(run.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC])
+def test_what_the_disk_refuses_is_one_line_and_code_2(monkeypatch, rollouts, code):
+    def refuse(*_):
+        raise OSError(code, "the disk says no", "place/file")
+
+    monkeypatch.setattr("stages.filter.yield_table", refuse)
+    run = CliRunner().invoke(app, ["filter", "--rollouts", str(rollouts), "--dry-run"])
+    assert (run.exit_code, run.output) == (2, "rloop: place/file: the disk says no\n")
 
 
 def test_a_run_gone_wrong_is_one_line_and_code_1(monkeypatch, rollouts):

@@ -77,8 +77,14 @@ def drop_tokenizer(policy):
         (lambda policy: (policy / "config.json").unlink(), "config.json is missing"),
         (drop_tokenizer, "tokenizer is missing"),
         (lambda policy: (policy / "model.safetensors").unlink(), "weights are missing"),
-        (lambda policy: cut(policy / "model.safetensors", 5000), "model.safetensors: not a whole safetensors file"),
-        (lambda policy: cut(policy / "model.safetensors", 0), "model.safetensors: not a whole safetensors file"),
+        (
+            lambda policy: cut(policy / "model.safetensors", 5000),
+            "not a safetensors file that can be read",
+        ),
+        (
+            lambda policy: cut(policy / "model.safetensors", 0),
+            "not a safetensors file that can be read",
+        ),
         (lambda policy: shard(policy, {"a": "model-1-of-2.safetensors"}), "missing .model-1-of-2.safetensors, which"),
         (lambda policy: shard(policy, {}), "expected a weight_map"),
         (lambda policy: cut(policy / "config.json", 40), "config.json does not load"),

@@ -84,8 +84,8 @@ def _weights(file: Path) -> Iterator[Any]:
 
     try:
         weights = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error}): was it cut? copy it again") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a safetensors file that can be read ({error}): was it cut?") from None
     with weights:
         yield weights
 
