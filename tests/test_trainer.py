@@ -164,7 +164,7 @@ def trl_inputs(rollouts, pad, tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, tmp_path, kind):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "tests.rank_gradient", tiny_policy, tmp_path / "found.pt", kind],
         cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
