@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from stages.core import arithmetic, pretrain
 from stages.core import policy as policies
@@ -232,6 +232,7 @@ def theirs(path: Path, prompts: Sequence[Prompt], verifier: Verifier, options: a
         for name, method in (("generate", "_generate"), ("verify", "_calculate_rewards"),
                              ("all but update", "_generate_and_score_completions")):  # fmt: skip
             setattr(trainer, method, timed(name, getattr(trainer, method)))
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     found = marks[-1].copy()
     found.subtract(marks[0])

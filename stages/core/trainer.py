@@ -97,7 +97,7 @@ class Trainer:
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy"))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
 
@@ -150,7 +150,10 @@ class Trainer:
 
     def save_checkpoint(self, path: Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint directory; called on every rank, written by the main one."""
-        state = {name: tensor.to("cpu", dtype) for name, tensor in self._full_weights()}
+        state = {}
+        for name, tensor in self._full_weights():  # gathered by all together, kept by the one that writes
+            if self.accelerator.is_main_process:
+                state[name] = tensor.to("cpu", dtype)
         if self.accelerator.is_main_process:
             policies.save(self.accelerator.unwrap_model(self.model), self.tokenizer, path, state)
 
