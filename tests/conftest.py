@@ -1,5 +1,9 @@
 """What several files share: tiny policies, the toy, and one real engine for the whole run of the tests."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny policies a second thread only waits
+
 import pytest
 
 from stages.core import arithmetic

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -203,3 +204,23 @@ def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_po
     with pytest.raises(InputError, match=r"has shape .* config\.json asks for"):
         rl(str(policy), easy, tmp_path / "rl", Knobs(max_tokens=32, overlong_buffer=0, template="none"))
     assert not (tmp_path / "rl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_train_together_and_one_writes(toy, easy, tmp_path):
+    root = Path(__file__).parents[1]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(root / "configs/accelerate/cpu2.yaml"),
+              "--main_process_port", "0", "-m"]  # fmt: skip
+    alone = command(toy / "policy", easy, tmp_path / "rl", "--steps", 2)
+    together = [sys.executable, *launch, *alone[2:]]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(together, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "rl/manifest.json").read_bytes())["parameters"]["processes"] == 2
+    for row in RunDir(tmp_path / "rl").log_rows():
+        rollouts = list(records.read(tmp_path / f"rl/rollouts/step_{int(row['step']):06d}.jsonl", records.Rollout))
+        assert len(rollouts) == row["num_groups"] * 16
+        assert row["num_kept"] <= 8
+        assert row["update_tokens"] == 0 or row["mismatch_max"] < 1e-4
+        groups = [[rollout["problem_id"] for rollout in rollouts[i : i + 16]] for i in range(0, len(rollouts), 16)]
+        assert all(len(set(group)) == 1 for group in groups)
