@@ -3,6 +3,9 @@
     python benchmarks/rl_vs_trl.py               3.3 M parameters, 128 rollouts a step, some 90 of at most 256 tokens
     python benchmarks/rl_vs_trl.py --rounds 1    a first look
 
+It takes some eight minutes on one busy core. A CPU is fastest at 512 to 1,024 tokens a micro-batch, which stay in its
+caches and hold 4 to 9 % padding; at 16,384, the default for GPUs, 128 rollouts of such different lengths hold 73 %.
+
 The policy is a Qwen2 decoder of random weights. Its output head is so small that each of --vocabulary tokens, the end
 token among them, is about as likely as every other. So lengths spread like those of real rollouts, most of them short
 and some at the maximum, and both sides truly sample them. Speeds are tokens a second, in which the luck of the draw
@@ -319,7 +322,7 @@ def main() -> None:
     """Measure, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rounds", 2), ("steps", 2), ("problems", 16), ("group-size", 8), ("max-tokens", 256),
-                          ("vocabulary", 96), ("tokens-per-microbatch", 1024), ("trl-batch", 16)):  # fmt: skip
+                          ("vocabulary", 96), ("tokens-per-microbatch", 512), ("trl-batch", 16)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     before = os.getloadavg()[0]
