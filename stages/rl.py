@@ -67,9 +67,8 @@ class Knobs:
         """Refuse what can't work, in the flag's own name."""
         if self.group_size < 2:
             raise InputError(f"--group-size {self.group_size}: a group needs at least 2 rollouts to be compared")
-        for name in ("steps", "problems_per_step", "max_tokens", "max_rounds", "minibatches", "tokens_per_microbatch"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("checkpoint_every", "save_every"):
+        counts = ("steps", "problems_per_step", "max_tokens", "max_rounds", "minibatches", "tokens_per_microbatch")
+        for name in (*counts, "checkpoint_every", "save_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.temperature > 0, "temperature", self.temperature, "must be above 0: greedy samples are all equal")
         _require(
