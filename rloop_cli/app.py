@@ -154,6 +154,11 @@ for _stage in STAGES:
 
 def main() -> None:
     """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch comes in; hides a line on NUMA binding
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here, and said in one line
+    quiet()
     app(sys.argv[1:] or ["--help"])
+
+
+def quiet() -> None:
+    """Silence the libraries where they speak of what is no concern of the user; before they are imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line on NUMA binding
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here, and said in one line

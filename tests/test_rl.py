@@ -207,14 +207,18 @@ def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_po
 
 
 @pytest.mark.slow
-def test_two_processes_draw_and_train_together_and_one_writes(toy, easy, tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_draw_and_train_together_and_one_writes(toy, easy, tmp_path, kind):
     root = Path(__file__).parents[1]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(root / "configs/accelerate/cpu2.yaml"),
-              "--main_process_port", "0", "-m"]  # fmt: skip
-    alone = command(toy / "policy", easy, tmp_path / "rl", "--steps", 2)
-    together = [sys.executable, *launch, *alone[2:]]
+    launch = {
+        "ddp": ["-m", "accelerate.commands.launch", "--config_file", str(root / "configs/accelerate/cpu2.yaml"),
+                "--main_process_port", "0", "-m", "rloop_cli"],
+        "fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.ranks"],
+    }[kind]  # fmt: skip
+    alone = command(toy / "policy", easy, tmp_path / "rl", "--steps", 2, "--save-every", 1)
+    together = [sys.executable, *launch, *alone[3:]]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(together, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(together, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "rl/manifest.json").read_bytes())["parameters"]["processes"] == 2
     for row in RunDir(tmp_path / "rl").log_rows():

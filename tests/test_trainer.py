@@ -166,7 +166,7 @@ def trl_inputs(rollouts, pad, tokens):
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, tmp_path, kind):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "tests.rank_gradient", tiny_policy, tmp_path / "found.pt", kind],
+        [*torchrun, "-m", "tests.ranks", "gradient", tiny_policy, tmp_path / "found.pt", kind],
         cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
@@ -179,3 +179,4 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, tmp_pa
     trainer.optimizer.zero_grad()
     assert found["norms"] == pytest.approx(trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms, rel=1e-5)
     assert set(found["weights"]) == set(dict(trainer.weights()))
+    assert all(torch.equal(weight, found["again"][name]) for name, weight in found["weights"].items()), "not resumed"

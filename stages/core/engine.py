@@ -83,7 +83,7 @@ class VllmEngine:
         empty: bool = False,
     ):
         """Start from the checkpoint `policy`; its weights are read in too, unless `empty`: then `load` must follow."""
-        _configure()
+        configure()
         import torch
         from vllm import LLM
 
@@ -189,7 +189,7 @@ class VllmEngine:
         ]
 
 
-def _configure() -> None:
+def configure() -> None:
     """Set vLLM's environment before its first import; what the user has set stays."""
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

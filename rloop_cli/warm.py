@@ -1,0 +1,41 @@
+"""Commands in processes that are forked from one where everything is imported already.
+
+To import torch and vLLM takes longer than a small stage works, so whoever runs many small stages in a row (an
+experiment over seeds, the tests) imports them once. Each command still has a process of its own, and ends with it.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from rloop_cli import app
+
+IMPORTS = "rloop_cli.imports"
+
+
+def start(arguments: Sequence[str], directory: str | Path, log: str | Path) -> BaseProcess:
+    """Begin `rloop ARGUMENTS` in `directory`, all that it prints going to the end of `log`; `exitcode` has its code."""
+    return fork(_command, list(arguments), str(directory), str(log))
+
+
+def fork(call: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Begin `call(*arguments)`, a function of some module, in a process that has imported what every stage needs."""
+    app.quiet()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([IMPORTS])
+    process = context.Process(target=call, args=arguments)
+    process.start()
+    return process
+
+
+def _command(arguments: list[str], directory: str, log: str) -> None:
+    os.chdir(directory)
+    with Path(log).open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv = ["rloop", *arguments]
+    app.main()
