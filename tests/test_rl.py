@@ -4,7 +4,6 @@ import filecmp
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rloop_cli import warm
 from stages.core import jsonl, records
 from stages.core.errors import InputError
 from stages.core.rundir import RunDir
@@ -34,18 +34,21 @@ def easy(tmp_path_factory):
 
 
 def command(policy, problems, out, *options):
-    return [sys.executable, "-m", "rloop_cli", "rl", "--policy", str(policy), "--problems", str(problems), "--out",
-            str(out), *SMALL, *map(str, options)]  # fmt: skip
+    return ["rl", "--policy", str(policy), "--problems", str(problems), "--out", str(out), *SMALL, *map(str, options)]
 
 
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+def run(arguments, log):
+    """Run `rloop ARGUMENTS` to its end: its exit code, and what it printed."""
+    log.unlink(missing_ok=True)
+    process = warm.start(arguments, log.parent, log)
+    process.join()
+    return process.exitcode, log.read_text()
 
 
-def wait_for(condition, process, limit_s=300):
+def wait_for(condition, is_alive, limit_s=300):
     end = time.monotonic() + limit_s
     while not condition():
-        assert process.poll() is None, process.stderr.read() if process.stderr else "the run ended by itself"
+        assert is_alive(), "the run ended by itself"
         assert time.monotonic() < end, "the moment never came"
         time.sleep(0.002)
 
@@ -54,8 +57,9 @@ def wait_for(condition, process, limit_s=300):
 def whole_run(toy, easy, tmp_path_factory):
     """An uninterrupted run of 8 steps."""
     out = tmp_path_factory.mktemp("whole") / "rl"
-    done = run(toy / "policy", easy, out, "--steps", 8, "--save-every", 2, "--checkpoint-every", 4)
-    assert done.returncode == 0, done.stderr
+    arguments = command(toy / "policy", easy, out, "--steps", 8, "--save-every", 2, "--checkpoint-every", 4)
+    code, printed = run(arguments, out.with_suffix(".log"))
+    assert code == 0, printed
     return out
 
 
@@ -106,12 +110,13 @@ def test_killed_at_three_moments_the_run_ends_bit_for_bit_as_if_nothing_had_happ
         lambda: (out / "checkpoints/step_000004").exists() and not (out / "state/step_000004").exists(),
     ]
     for moment in moments:
-        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-        wait_for(moment, process)
+        process = warm.start(arguments, tmp_path, tmp_path / "killed.log")
+        wait_for(moment, process.is_alive)
         process.kill()
-        process.communicate()
+        process.join()
         assert not (out / "manifest.json").exists()
-    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    code, printed = run(arguments, tmp_path / "rl.log")
+    assert code == 0, printed
     for kind in ("rollouts/*", "checkpoints/*/*"):
         names = sorted(str(path.relative_to(whole_run)) for path in whole_run.glob(kind))
         assert names == sorted(str(path.relative_to(out)) for path in out.glob(kind))
@@ -127,23 +132,24 @@ def test_killed_at_three_moments_the_run_ends_bit_for_bit_as_if_nothing_had_happ
 def test_sigterm_and_the_death_of_the_starter_both_save_and_end_the_run(toy, easy, tmp_path):
     out = tmp_path / "rl"
     arguments = command(toy / "policy", easy, out, "--steps", 500, "--save-every", 100)
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (out / "log.tsv").exists(), process)
-    second = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert "being written by another process" in second.stderr
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    process = warm.start(arguments, tmp_path, tmp_path / "first.log")
+    wait_for(lambda: (out / "log.tsv").exists(), process.is_alive)
+    code, printed = run(arguments, tmp_path / "second.log")
+    assert code == 2
+    assert "being written by another process" in printed
+    process.terminate()
+    process.join(120)
+    assert process.exitcode == 143
     saved = RunDir(out).log_rows()[-1]["step"]
     assert (out / f"state/step_{int(saved):06d}").is_dir()
 
     starter = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); input()"
     parent = subprocess.Popen(
-        [sys.executable, "-c", starter, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", starter, sys.executable, "-m", "rloop_cli", *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     child = int(parent.stdout.readline())
-    wait_for(lambda: RunDir(out).log_rows()[-1]["step"] > saved, parent)
+    wait_for(lambda: RunDir(out).log_rows()[-1]["step"] > saved, lambda: parent.poll() is None)
     parent.kill()
     parent.wait()
     end = time.monotonic() + 120
@@ -154,15 +160,16 @@ def test_sigterm_and_the_death_of_the_starter_both_save_and_end_the_run(toy, eas
 
 
 @pytest.mark.slow
-def test_other_parameters_in_the_same_out_are_refused_in_one_line(whole_run, toy, easy):
+def test_other_parameters_in_the_same_out_are_refused_in_one_line(whole_run, toy, easy, tmp_path):
     before = sorted((path, path.stat().st_mtime_ns) for path in whole_run.rglob("*"))
-    other = run(toy / "policy", easy, whole_run, "--steps", 9, "--save-every", 2, "--checkpoint-every", 4)
-    assert other.returncode == 2
-    assert "steps was 8, is now 9" in other.stderr
-    assert "Traceback" not in other.stderr
-    same = run(toy / "policy", easy, whole_run, "--steps", 8, "--save-every", 2, "--checkpoint-every", 4)
-    assert same.returncode == 0
-    assert "nothing to do" in same.stderr
+    often = "--save-every", 2, "--checkpoint-every", 4
+    code, printed = run(command(toy / "policy", easy, whole_run, "--steps", 9, *often), tmp_path / "log")
+    assert code == 2
+    assert "steps was 8, is now 9" in printed
+    assert "Traceback" not in printed
+    code, printed = run(command(toy / "policy", easy, whole_run, "--steps", 8, *often), tmp_path / "log")
+    assert code == 0
+    assert "nothing to do" in printed
     assert sorted((path, path.stat().st_mtime_ns) for path in whole_run.rglob("*")) == before
 
 
@@ -216,7 +223,7 @@ def test_two_processes_draw_and_train_together_and_one_writes(toy, easy, tmp_pat
         "fsdp2": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.ranks"],
     }[kind]  # fmt: skip
     alone = command(toy / "policy", easy, tmp_path / "rl", "--steps", 2, "--save-every", 1)
-    together = [sys.executable, *launch, *alone[3:]]
+    together = [sys.executable, *launch, *alone]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(together, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
