@@ -37,6 +37,7 @@ class Paths:
 
     results_md: Annotated[str, "results table as Markdown; default: results.md beside --out"] = ""
     results_tsv: Annotated[str, "results table with intervals; default: results.tsv beside --out"] = ""
+    results_json: Annotated[str, "results table for `dvc metrics`; default: results.json beside --out"] = ""
     curves: Annotated[str, "metrics over steps, a tidy table; default: curves.tsv beside --out"] = ""
     figures: Annotated[str, "directory of figures; default: figures beside --out"] = ""
 
@@ -126,7 +127,8 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
     curves_tsv = paths.curves or page.parent / "curves.tsv"
     results_md = paths.results_md or page.parent / "results.md"
     results_tsv = paths.results_tsv or page.parent / "results.tsv"
-    for path in (page, curves_tsv, results_md, results_tsv):
+    results_json = paths.results_json or page.parent / "results.json"
+    for path in (page, curves_tsv, results_md, results_tsv, results_json):
         outputs.refuse_no_file(path)
     tidy = curves.rows(found.evaluations, found.places, choices.ks, found.num_samples, choices.seed)
     drawn = _draw(found, choices, tidy)
@@ -144,6 +146,7 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
     markdown = tables.markdown(rows) if rows else "No results.\n"
     _write_text(results_md, markdown + left_out)
     _write_text(results_tsv, tables.tsv(tables.records(rows)))
+    outputs.write_json(results_json, tables.nested(rows))
     lead = "Iterative policy initialization against RL alone: results, dynamics, compute and rollouts."
     _write_text(page, pages.page(f"RLoop: {found.runs}", lead, sections, rollouts))
 

@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+DVC_FILES = (".dvc/config", ".dvc/plots", ".dvc/.gitignore")
 STAGES = (
     "toy@0 rl@1 filter@1 rft@1 rl@2 filter@2 rft@2 rl@3 filter@3 rft@3 vanilla eval_base eval@1 eval@2 eval@3 "
     "eval_vanilla analyze report"
@@ -28,7 +29,7 @@ def dvc(directory, *arguments):
 
 def copy_of_project(directory, params):
     """The project as a git repository of its own, with other parameters."""
-    for name in ("stages", "rloop_cli", ".dvc/config", ".dvc/.gitignore", ".dvcignore", "dvc.yaml", ".gitignore"):
+    for name in (*"stages rloop_cli dvc.yaml .gitignore .dvcignore".split(), *DVC_FILES):
         source, target = ROOT / name, directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -78,7 +79,13 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     for name in ("report.html", "results.tsv", "curves.tsv", "figures", "analysis", "1/policy/model.safetensors"):
         assert (tmp_path / "runs" / name).exists(), name
     assert "up to date" in dvc(tmp_path, "repro")
-    assert "runs/vanilla/rl/metrics.json" in dvc(tmp_path, "metrics", "show")
+    shown = dvc(tmp_path, "metrics", "show")
+    assert all(f"runs/{name}" in shown for name in ("vanilla/rl/metrics.json", "results.json", "analysis/metrics.json"))
+    assert "RLoop.Average.pass@8" in dvc(tmp_path, "metrics", "diff")
+    dvc(tmp_path, "plots", "show", "--out", "plots")
+    page = (tmp_path / "plots/index.html").read_text()
+    assert all(title in page for title in ("Metrics over steps", "Gradient norm", "forgetting_RLoop.png"))
+    assert "DVC_METRIC" not in page, "a template was not filled in"
 
     params["filter"]["max_pass_rate"] = 0.8
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -111,6 +111,8 @@ def test_results_table_holds_each_method_on_each_set_and_their_average(made):
         assert float(row["pass@2"]) == pytest.approx(100 * sum(passed(c, 2) for c in counts) / 3, abs=0.005)
         assert float(row["avg@4_low"]) <= float(row["avg@4"]) <= float(row["avg@4_high"])
     assert float(rows[8]["pass@4"]) == pytest.approx(200 / 3, abs=0.005)
+    for_dvc = json.loads((made / "results.json").read_bytes())
+    assert all(for_dvc[row["method"]][row["set"]]["avg@4"] == float(row["avg@4"]) for row in rows)
 
 
 def test_results_markdown_is_the_papers_table_and_says_what_is_left_out(made):
@@ -218,7 +220,7 @@ def test_a_second_report_replaces_the_first_with_the_same_bytes(made):
 def test_of_an_empty_directory_all_outputs_are_written_and_say_what_is_missing(tmp_path, capsys):
     make(tmp_path, out=str(tmp_path / "out/page.html"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "page.html", "results.md", "results.tsv", "curves.tsv", "figures",
+        "page.html", "results.md", "results.tsv", "results.json", "curves.tsv", "figures",
     }  # fmt: skip
     assert "no results.jsonl" in (tmp_path / "out/results.md").read_text()
     assert "no log.tsv" in (tmp_path / "out/page.html").read_text()

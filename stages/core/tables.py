@@ -152,6 +152,15 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return flat
 
 
+def nested(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """The rows without intervals, in percent, for `dvc metrics`: {"RLoop": {"valid": {"avg@32": 48.0, ...}}}."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        values = {name: round(100 * metric["value"], 2) for name, metric in row.metrics.items()}
+        found.setdefault(row.method, {})[row.problem_set] = values
+    return found
+
+
 def _flat(name: str, found: Interval) -> list[tuple[str, float]]:
     return [(f"{name}{end}", 100 * found[part]) for end, part in (("", "value"), ("_low", "low"), ("_high", "high"))]  # type: ignore[literal-required]
 
