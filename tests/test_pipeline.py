@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-DVC_FILES = (".dvc/config", ".dvc/plots", ".dvc/.gitignore")
+FILES = ("stages", "rloop_cli", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/plots", ".dvc/.gitignore")
 STAGES = (
     "toy@0 rl@1 filter@1 rft@1 rl@2 filter@2 rft@2 rl@3 filter@3 rft@3 vanilla eval_base eval@1 eval@2 eval@3 "
     "eval_vanilla analyze report"
@@ -29,7 +29,7 @@ def dvc(directory, *arguments):
 
 def copy_of_project(directory, params):
     """The project as a git repository of its own, with other parameters."""
-    for name in (*"stages rloop_cli dvc.yaml .gitignore .dvcignore".split(), *DVC_FILES):
+    for name in FILES:
         source, target = ROOT / name, directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
