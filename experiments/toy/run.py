@@ -87,7 +87,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 def base(seed: int) -> Iterator[Part]:
     """The policy, the problem sets, and the long run whose beginning is everyone's first exploration."""
-    num_train = math.ceil((TRAIN + SELECT) * 1.8)  # enough that the short-cut fails on as many as `mixed` needs
+    num_train = math.ceil((TRAIN + SELECT) * 1.8)  # so that the short-cut fails on as many as `mixed` needs
     yield Part("0", ["toy", *flags({"seed": seed, "problems_seed": seed, "num_train": num_train})])
     yield Part("sets", split_sets)
     yield explore("vanilla/rl", "0/policy", "train", seed, {"steps": 2 * ITERATIONS * STEPS})
@@ -163,7 +163,7 @@ def split_sets(root: Path) -> None:
     """Cut the toy's training problems into train, select (the same mix), and mixed (where the short-cut fails more)."""
     pool = list(records.read_problems(root / "0/train.jsonl"))
     train, select, rest = pool[:TRAIN], pool[TRAIN : TRAIN + SELECT], pool[TRAIN + SELECT :]
-    hard = [problem for problem in [*train, *rest] if is_hard(problem)]
+    hard = [problem for problem in [*train, *rest, *select] if is_hard(problem)]
     easy = [problem for problem in train if not is_hard(problem)]
     num_hard = round(MIXED_HARD_FRAC * TRAIN)
     mixed = sorted([*hard[:num_hard], *easy[: TRAIN - num_hard]], key=pool.index)
@@ -275,7 +275,7 @@ def main() -> int:
         for name, seed in order(options.only, options.seeds):
             needed = {"vanilla": "", "loop": "vanilla"}.get(name, "loop")
             chains[name, seed] = pool.submit(make_all, name, seed, chains.get((needed, seed)))
-    failures = [str(chain.exception()) for chain in chains.values() if chain.exception()]
+    failures = [f"{chain.exception()!r}" for chain in chains.values() if chain.exception()]
     print("\n".join(dict.fromkeys(failures)) or "all there: now python experiments/toy/results.py")
     return 1 if failures else 0
 
