@@ -132,6 +132,19 @@ def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, tied
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sums.jsonl", "whole"]
 
 
+@pytest.mark.parametrize("broken", [b"", b"\0\0\0\n", b"17\n", b"[]\n", b'[{"problem_id":"b"\n'])
+def test_what_a_crash_or_a_hand_has_broken_is_drawn_again(tmp_path, broken):
+    path = tmp_path / "groups.jsonl"
+    with Groups(path) as groups:
+        groups.add([{"problem_id": "a", "sample": 0}])
+    path.write_bytes(path.read_bytes() + broken + b'[{"problem_id":"c","sample":7}]\n'[: 40 if broken else 20])
+    with Groups(path) as groups:
+        assert ["a" in groups, "b" in groups, "c" in groups] == [True, False, False]
+        groups.add([{"problem_id": "c", "sample": 1}])
+    with Groups(path) as groups:
+        assert [groups.get(name)[0]["sample"] for name in "ac"] == [0, 1]
+
+
 def test_a_line_that_a_crash_cut_is_drawn_again(tmp_path):
     path = tmp_path / "groups.jsonl"
     with Groups(path) as groups:

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.core import prompts
+from stages.core import policy, prompts
 from stages.core.errors import InputError
 
 HOSTILE = "If {x} = {problem} and 100% of $\\frac{1}{2}$ is {0}, what is \\boxed{}? $Answer\n{{}}"
@@ -56,10 +56,9 @@ def test_none_is_the_problem_itself():
     assert prompts.load("none").render(HOSTILE) == HOSTILE
 
 
-def test_chat_uses_the_tokenizers_own_template_and_adds_no_special_tokens():
+def test_chat_uses_the_tokenizers_own_template():
     template = prompts.load("chat", chat_tokenizer())
     assert template.render("1 + 1?") == f"<s>[USER] 1 + 1?\n{prompts.INSTRUCTION} [BOT]"
-    assert not template.needs_special_tokens
 
 
 @pytest.mark.parametrize("tokenizer", [None, chat_tokenizer(template="")])
@@ -103,9 +102,14 @@ def test_stops_that_are_tokens_are_told_from_stops_that_are_text():
     assert prompts.load("r1-zero").end_tokens(tokenizer) == ([], ["</answer>"])
 
 
-def test_a_text_that_begins_with_the_bos_wants_no_second_one(tmp_path):
-    path = tmp_path / "mine.txt"
-    path.write_text("<s>{problem}")
-    assert not prompts.load(str(path), SimpleNamespace(bos_token="<s>")).needs_special_tokens
-    assert prompts.load(str(path), SimpleNamespace(bos_token=None)).needs_special_tokens
-    assert prompts.load("dapo", SimpleNamespace(bos_token="<s>")).needs_special_tokens
+class Beginning:
+    """A tokenizer of one token a text, with a begin token that it adds when asked to."""
+
+    bos_token = "<s>"
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [0] * add_special_tokens + [1]}
+
+
+def test_a_text_that_begins_with_the_begin_token_gets_no_second_one():
+    assert policy.encode(Beginning(), ["<s>one", "one"]) == [[1], [0, 1]]

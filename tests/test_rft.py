@@ -84,7 +84,7 @@ def test_an_example_longer_than_the_bound_is_left_out_whole_and_named():
     rows, left_out = ready.tokenize_fitting(Letters(), [long, short], max_tokens=4)
     assert [row.input_ids for row in rows] == [[*codes("^ab"), 0]]
     assert left_out == ["long"]
-    with pytest.raises(InputError, match="none of 1 examples fits into 4 tokens"):
+    with pytest.raises(InputError, match="none of 1 examples fits into 4 tokens, prompt included"):
         ready.tokenize_fitting(Letters(), [long], max_tokens=4)
 
 

@@ -65,7 +65,10 @@ def tokenize_fitting(tokenizer: Any, examples: Sequence[Example], max_tokens: in
         else:
             left_out.append(example["problem_id"])
     if not rows:
-        raise InputError(f"none of {len(examples)} examples fits into {max_tokens} tokens: raise --max-tokens")
+        raise InputError(
+            f"none of {len(examples)} examples fits into {max_tokens} tokens, prompt included: raise --max-tokens, or "
+            "where that is the policy's context, draw shorter completions in rl"
+        )
     return rows, left_out
 
 

@@ -41,15 +41,15 @@ def directory(out: Path, settings: Mapping[str, Any]) -> Path:
 
 
 class Groups:
-    """A policy's groups on disk. What a crash left of a last line is dropped, to be drawn again."""
+    """A policy's groups on disk. From a line on that is not whole, all is dropped, to be drawn again."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a+b")
         self._file.seek(0)
         self._places: dict[str, int] = {}
         end = 0
-        while (line := self._file.readline()).endswith(b"\n"):
-            self._places[orjson.loads(line)[0]["problem_id"]] = end
+        while (line := self._file.readline()).endswith(b"\n") and (problem_id := _problem_of(line)):
+            self._places[problem_id] = end
             end += len(line)
         self._file.truncate(end)
 
@@ -75,3 +75,12 @@ class Groups:
         """The rollouts of a problem, by sample."""
         self._file.seek(self._places[problem_id])
         return orjson.loads(self._file.readline())
+
+
+def _problem_of(line: bytes) -> str:
+    """The problem that a line holds the rollouts of; "" for a line that a crash or a hand has broken."""
+    try:
+        rollouts = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return ""
+    return rollouts[0].get("problem_id", "") if isinstance(rollouts, list) and rollouts else ""

@@ -3,9 +3,7 @@
 Every rollout stores the rendered prompt, and every manifest the template's digest, so what a policy was asked can
 always be read back. Problems are pasted in, never formatted: braces, `%` and the placeholder itself stay as they are.
 
-BOS: a rendered prompt that already begins with the tokenizer's BOS must not get a second one. Tokenise with
-`add_special_tokens=template.needs_special_tokens`: False for a tokenizer's own chat template, which holds its special
-tokens as text, and for a text that begins with the BOS; True otherwise, so that a tokenizer that wants a BOS adds it.
+A rendered prompt may begin with the tokenizer's begin token, as chat templates do: `policy.encode` adds no second one.
 """
 
 import hashlib
@@ -45,7 +43,6 @@ class Template:
     render: Callable[[str], str]
     stop: tuple[str, ...]
     digest: str
-    needs_special_tokens: bool
 
     def end_tokens(self, tokenizer: Any) -> tuple[list[int], list[str]]:
         """Split `stop` into token ids and texts: (ids of those that are one token of `tokenizer`, the other texts).
@@ -70,10 +67,10 @@ def load(name_or_path: str, tokenizer: Any = None) -> Template:
     Raises InputError for an unknown name, a file without {problem}, or `chat` without a chat template.
     """
     if name_or_path in _TEXTS:
-        return _pasted(name_or_path, *_TEXTS[name_or_path], tokenizer)
+        return _pasted(name_or_path, *_TEXTS[name_or_path])
     if name_or_path == "chat":
         return _chat(tokenizer)
-    return _pasted(name_or_path, *_from_file(Path(name_or_path)), (), tokenizer)
+    return _pasted(name_or_path, *_from_file(Path(name_or_path)), ())
 
 
 def _qwen(system: str, after_problem: str) -> tuple[str, str, tuple[str, ...]]:
@@ -91,13 +88,11 @@ _TEXTS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # before the problem, a
 NAMES = (*_TEXTS, "chat")
 
 
-def _pasted(name: str, before: str, after: str, stop: tuple[str, ...], tokenizer: Any) -> Template:
+def _pasted(name: str, before: str, after: str, stop: tuple[str, ...]) -> Template:
     def render(problem: str) -> str:
         return before + problem + after
 
-    bos: str = getattr(tokenizer, "bos_token", None) or ""
-    has_bos = bos != "" and before.startswith(bos)
-    return Template(name, render, stop, _digest(before, after, *stop), needs_special_tokens=not has_bos)
+    return Template(name, render, stop, _digest(before, after, *stop))
 
 
 def _chat(tokenizer: Any) -> Template:
@@ -108,7 +103,7 @@ def _chat(tokenizer: Any) -> Template:
         turn = {"role": "user", "content": f"{problem}\n{INSTRUCTION}"}
         return str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
 
-    return Template("chat", render, (), _digest(tokenizer.get_chat_template(), INSTRUCTION), needs_special_tokens=False)
+    return Template("chat", render, (), _digest(tokenizer.get_chat_template(), INSTRUCTION))
 
 
 def _from_file(path: Path) -> tuple[str, str]:
