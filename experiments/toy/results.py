@@ -87,10 +87,9 @@ def measured() -> Values:
         for method, (place, policy, _) in METHODS.items():
             for name in SETS:
                 file = root / "eval" / place / name / "results.jsonl"
-                if not file.exists():
-                    continue
-                results = [row for row in records.read(file, records.Result) if policy in ("", row["policy"])]
-                for metric, by_problem in metrics.per_problem(results).items():
+                rows = records.read(file, records.Result) if file.exists() else ()
+                results = [row for row in rows if policy in ("", row["policy"])]
+                for metric, by_problem in metrics.per_problem(results).items() if results else ():
                     if metric in MEASURES:
                         values.setdefault((method, name, metric), {})[root.name] = 100 * float(by_problem.mean())
     for method in METHODS:

@@ -2,7 +2,7 @@
 
     python experiments/toy/run.py                      all of it, two commands at a time: hours
     python experiments/toy/run.py --seeds 1 --only vanilla loop
-    python experiments/toy/results.py                  tables and figures of what is there
+    python experiments/toy/results.py                  only the tables and figures, of what is there
 
 Started again it does what is missing; an interrupted rl or eval goes on where it was. Everything lies in
 experiments/toy/runs/<seed>/, RLoop itself and the long run where dvc.yaml puts them.
@@ -276,7 +276,10 @@ def main() -> int:
             needed = {"vanilla": "", "loop": "vanilla"}.get(name, "loop")
             chains[name, seed] = pool.submit(make_all, name, seed, chains.get((needed, seed)))
     failures = [f"{chain.exception()!r}" for chain in chains.values() if chain.exception()]
-    print("\n".join(dict.fromkeys(failures)) or "all there: now python experiments/toy/results.py")
+    print("\n".join(dict.fromkeys(failures)) or "all there")
+    import results  # reads the names of this module
+
+    results.main()
     return 1 if failures else 0
 
 

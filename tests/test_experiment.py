@@ -1,0 +1,111 @@
+"""The experiment on the toy: its plan names nothing that an earlier part has not made, and its means are means."""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from stages.core import jsonl, records
+from stages.toy import draw_sets, problems
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """The two modules of experiments/toy."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments/toy")
+    import results
+    import run
+
+    yield run, results
+    for name in ("run", "results"):
+        del sys.modules[name]
+
+
+def arguments(part, name):
+    flag = f"--{name}"
+    words = part.make if isinstance(part.make, list) else []
+    return [after for word, after in pairwise(words) if word == flag]
+
+
+def test_every_part_reads_only_what_was_made_before_it(experiment):
+    run, _ = experiment
+    for name in run.ARMS:
+        made = []
+        before = [] if name == "loop" else list(run.parts("loop", 3))
+        for part in [*run.parts("vanilla", 3), *before, *run.parts(name, 3)]:
+            assert part.out not in made, f"{part.out} is made twice"
+            for flag in ("policy", "problems", "rollouts", "examples", "evals"):
+                for path in arguments(part, flag):
+                    assert any(f"{path}/".startswith(f"{out}/") for out in [*made, "eval"]), f"{part.out} needs {path}"
+            made.append(part.out)
+
+
+def test_every_method_of_the_tables_is_evaluated(experiment):
+    run, results = experiment
+    asked = {
+        (part.out.removeprefix("eval/"), policy)
+        for name in run.ARMS
+        for part in run.parts(name, 1)
+        if part.out.startswith("eval/")
+        for policy in arguments(part, "policy")
+    }
+    wanted = {(place, policy) for place, policy, _ in results.METHODS.values() if policy}
+    assert wanted <= asked
+
+
+def test_the_training_problems_are_split_as_they_are_meant_to_be(experiment, tmp_path):
+    run, _ = experiment
+    (tmp_path / "0").mkdir()
+    for seed in range(1, 6):
+        pool = draw_sets(seed, 756, 10, 0.2)["train"]
+        jsonl.write(tmp_path / f"0/{seed}.jsonl", problems("train", pool))
+        (tmp_path / f"0/{seed}.jsonl").rename(tmp_path / "0/train.jsonl")
+        run.split_sets(tmp_path)
+        found = {
+            name: list(records.read_problems(tmp_path / f"sets/{name}.jsonl")) for name in ("train", "select", "mixed")
+        }
+        assert [len(found[name]) for name in found] == [320, 100, 320]
+        ids = {name: {problem["id"] for problem in found[name]} for name in found}
+        assert not ids["train"] & ids["select"]
+        assert len(ids["mixed"]) == 320
+        assert sum(map(run.is_hard, found["mixed"])) == 128
+        for path in ("sets", "0"):
+            for file in (tmp_path / path).iterdir():
+                file.unlink()
+        (tmp_path / "sets").rmdir()
+
+
+def test_a_problem_is_hard_where_a_running_total_misses_the_answer(experiment):
+    run, _ = experiment
+    assert not run.is_hard({"problem": "2*3+4=?", "answer": "10"})
+    assert run.is_hard({"problem": "2+3*4=?", "answer": "14"})
+
+
+def test_a_mean_over_seeds_has_the_student_interval(experiment):
+    _, results = experiment
+    found = results.mean([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.value == 3.0
+    assert found.half == pytest.approx(2.776445 * 2.5**0.5 / 5**0.5, rel=1e-6)  # t of 4 degrees of freedom
+    assert results.cell(results.mean([2.0])) == "2.0"
+    assert results.cell(results.mean([3.0, 3.1, 3.2]), signed=True).startswith("**+3.1")
+    assert results.cell(results.mean([-1.0, 1.0]), signed=True) == "+0.0 ± 12.7"
+
+
+def test_differences_are_taken_within_a_seed(experiment, monkeypatch, tmp_path):
+    run, results = experiment
+    for seed, correct in (("1", {"0/policy": 8, results.METHODS["RL"][1]: 16}), ("2", {"0/policy": 16})):
+        for name in run.SETS:
+            rows = [
+                {"problem_id": "a", "policy": policy, "num_samples": 32, "num_correct": count, "num_truncated": 0}
+                for policy, count in correct.items()
+            ]
+            path = tmp_path / seed / "eval/loop" / name / "results.jsonl"
+            path.parent.mkdir(parents=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(results, "RUNS", tmp_path)
+    values = results.measured()
+    assert values["Base", "all", "avg@32"] == {"1": 25.0, "2": 50.0}
+    assert results.differences(values, "RL", "Base", "outside", "avg@32") == [25.0]
+    assert results.differences(values, "RL", "Base", "all", "avg@32", relative=True) == [100.0]
