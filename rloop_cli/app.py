@@ -154,11 +154,14 @@ for _stage in STAGES:
 
 def main() -> None:
     """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
-    quiet()
+    prepare_libraries()
     app(sys.argv[1:] or ["--help"])
 
 
-def quiet() -> None:
-    """Silence the libraries where they speak of what is no concern of the user; before they are imported."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line on NUMA binding
+def prepare_libraries() -> None:
+    """Set what the libraries read when they come in; what the user has set stays."""
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # on a busy machine threads that spin cost several times as much
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides a line on NUMA binding
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here, and said in one line

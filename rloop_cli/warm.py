@@ -23,7 +23,7 @@ def start(arguments: Sequence[str], directory: str | Path, log: str | Path) -> B
 
 def fork(call: Callable[..., None], *arguments: object) -> BaseProcess:
     """Begin `call(*arguments)`, a function of some module, in a process that has imported what every stage needs."""
-    app.quiet()
+    app.prepare_libraries()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([IMPORTS])
     process = context.Process(target=call, args=arguments)
