@@ -160,8 +160,6 @@ def main() -> None:
 
 def prepare_libraries() -> None:
     """Set what the libraries read when they come in; what the user has set stays."""
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # on a busy machine threads that spin cost several times as much
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost several times as much on a busy core
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides a line on NUMA binding
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here, and said in one line
