@@ -9,7 +9,7 @@ from stages.core.prompts import Template
 from stages.core.rollouts import draw, draw_each, make_prompts
 from stages.core.verifier import Verifier
 
-ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest", True)
+ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest")
 
 
 class Words:
