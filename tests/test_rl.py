@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -51,6 +52,13 @@ def wait_for(condition, is_alive, limit_s=300):
         assert is_alive(), "the run ended by itself"
         assert time.monotonic() < end, "the moment never came"
         time.sleep(0.002)
+
+
+def is_gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +151,23 @@ def test_sigterm_and_the_death_of_the_starter_both_save_and_end_the_run(toy, eas
     saved = RunDir(out).log_rows()[-1]["step"]
     assert (out / f"state/step_{int(saved):06d}").is_dir()
 
-    starter = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); input()"
+    starter = (  # under nohup a run is meant to outlive its starter, so SIGHUP is put back
+        "import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        "print(subprocess.Popen(sys.argv[1:]).pid, flush=True); input()"
+    )
     parent = subprocess.Popen(
         [sys.executable, "-c", starter, sys.executable, "-m", "rloop_cli", *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     child = int(parent.stdout.readline())
-    wait_for(lambda: RunDir(out).log_rows()[-1]["step"] > saved, lambda: parent.poll() is None)
-    parent.kill()
-    parent.wait()
-    end = time.monotonic() + 120
-    while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < end, "the run outlived what started it"
-        time.sleep(0.1)
+    try:
+        wait_for(lambda: RunDir(out).log_rows()[-1]["step"] > saved, lambda: parent.poll() is None)
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: is_gone(child), lambda: True, 120)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
     assert (out / f"state/step_{int(RunDir(out).log_rows()[-1]['step']):06d}").is_dir()
 
 
