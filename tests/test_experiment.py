@@ -88,9 +88,9 @@ def test_a_mean_over_seeds_has_the_student_interval(experiment):
     found = results.mean([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.value == 3.0
     assert found.half == pytest.approx(2.776445 * 2.5**0.5 / 5**0.5, rel=1e-6)  # t of 4 degrees of freedom
-    assert results.cell(results.mean([2.0])) == "2.0"
+    assert results.cell(results.mean([2.0, 2.0])) == "2.0"
     assert results.cell(results.mean([3.0, 3.1, 3.2]), signed=True).startswith("**+3.1")
-    assert results.cell(results.mean([-1.0, 1.0]), signed=True) == "+0.0 ± 12.7"
+    assert results.cell(results.mean([-1.0, 0.0, 1.0]), signed=True) == "+0.0 ± 2.5"
 
 
 def test_differences_are_taken_within_a_seed(experiment, monkeypatch, tmp_path):

@@ -4,8 +4,8 @@
 
 Writes experiments/toy/results/: measurements.tsv (one number a line: seed, method, set, metric), results.md, and
 methods.png and .svg. Figures are percent. An interval is the 95 % Student interval of the mean over seeds, so it says
-how far the mean would move with other policies, other problems and other draws of the same kind. A difference is taken
-within each seed, where both methods began from the same policy and answered the same problems.
+how far the mean would move with other policies, other problems and other draws of the same kind; two seeds have none.
+A difference is taken within each seed, where both methods began from the same policy and answered the same problems.
 """
 
 import csv
@@ -23,6 +23,7 @@ from stages.core import figures, metrics, records
 from stages.core.runs import read_json
 
 OUT = HERE / "results"
+MIN_SEEDS = 3  # fewer have no interval worth the name
 TOTAL = ITERATIONS * STEPS
 LONG = "vanilla/rl/checkpoints/step_{:06}"
 METHODS = {  # name: (eval, policy, what it is)
@@ -64,7 +65,7 @@ Values = Mapping[tuple[str, str, str], Mapping[str, float]]  # (method, set, met
 
 
 class Mean(NamedTuple):
-    """A mean over seeds with half the width of its interval; NaN where there is one seed only."""
+    """A mean over seeds with half the width of its interval; NaN where there are fewer than MIN_SEEDS."""
 
     value: float
     half: float
@@ -74,7 +75,7 @@ class Mean(NamedTuple):
 def mean(values: Iterable[float]) -> Mean:
     """The mean over seeds and its 95 % Student interval."""
     numbers = list(values)
-    if len(numbers) < 2:
+    if len(numbers) < MIN_SEEDS:
         return Mean(fmean(numbers), float("nan"), len(numbers))
     half = student.ppf(0.975, len(numbers) - 1) * stdev(numbers) / len(numbers) ** 0.5
     return Mean(fmean(numbers), float(half), len(numbers))
