@@ -7,7 +7,7 @@ experiment over seeds, the tests) imports them once. Each command still has a pr
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,15 +18,10 @@ IMPORTS = "stages.core.imports"
 
 def start(arguments: Sequence[str], directory: str | Path, log: str | Path) -> BaseProcess:
     """Begin `rloop ARGUMENTS` in `directory`, all that it prints going to the end of `log`; `exitcode` has its code."""
-    return fork(_command, list(arguments), str(directory), str(log))
-
-
-def fork(call: Callable[..., None], *arguments: object) -> BaseProcess:
-    """Begin `call(*arguments)`, a function of some module, in a process that has imported what every stage needs."""
     app.prepare_libraries()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([IMPORTS])
-    process = context.Process(target=call, args=arguments)
+    process = context.Process(target=_command, args=(list(arguments), str(directory), str(log)))
     process.start()
     return process
 

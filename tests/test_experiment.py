@@ -55,26 +55,19 @@ def test_every_method_of_the_tables_is_evaluated(experiment):
     assert wanted <= asked
 
 
-def test_the_training_problems_are_split_as_they_are_meant_to_be(experiment, tmp_path):
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_the_training_problems_are_split_as_they_are_meant_to_be(experiment, tmp_path, seed):
     run, _ = experiment
     (tmp_path / "0").mkdir()
-    for seed in range(1, 6):
-        pool = draw_sets(seed, 756, 10, 0.2)["train"]
-        jsonl.write(tmp_path / f"0/{seed}.jsonl", problems("train", pool))
-        (tmp_path / f"0/{seed}.jsonl").rename(tmp_path / "0/train.jsonl")
-        run.split_sets(tmp_path)
-        found = {
-            name: list(records.read_problems(tmp_path / f"sets/{name}.jsonl")) for name in ("train", "select", "mixed")
-        }
-        assert [len(found[name]) for name in found] == [320, 100, 320]
-        ids = {name: {problem["id"] for problem in found[name]} for name in found}
-        assert not ids["train"] & ids["select"]
-        assert len(ids["mixed"]) == 320
-        assert sum(map(run.is_hard, found["mixed"])) == 128
-        for path in ("sets", "0"):
-            for file in (tmp_path / path).iterdir():
-                file.unlink()
-        (tmp_path / "sets").rmdir()
+    jsonl.write(tmp_path / "0/train.jsonl", problems("train", draw_sets(seed, 756, 10, 0.2)["train"]))
+    run.split_sets(tmp_path)
+    names = ("train", "select", "mixed")
+    found = {name: list(records.read_problems(tmp_path / f"sets/{name}.jsonl")) for name in names}
+    assert [len(found[name]) for name in found] == [320, 100, 320]
+    ids = {name: {problem["id"] for problem in found[name]} for name in found}
+    assert not ids["train"] & ids["select"]
+    assert len(ids["mixed"]) == 320
+    assert sum(map(run.is_hard, found["mixed"])) == 128
 
 
 def test_a_problem_is_hard_where_a_running_total_misses_the_answer(experiment):

@@ -10,6 +10,7 @@ A difference is taken within each seed, where both methods began from the same p
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -20,27 +21,28 @@ from run import HERE, ITERATIONS, RUNS, SETS, STEPS
 from scipy.stats import t as student
 
 from stages.core import figures, metrics, records
+from stages.core.rundir import step_name
 from stages.core.runs import read_json
 
 OUT = HERE / "results"
 MIN_SEEDS = 3  # fewer have no interval worth the name
 TOTAL = ITERATIONS * STEPS
-LONG = "vanilla/rl/checkpoints/step_{:06}"
+LONG, LONGER = (f"vanilla/rl/checkpoints/{step_name(steps)}" for steps in (TOTAL, 2 * TOTAL))
 METHODS = {  # name: (eval, policy, what it is)
     "Base": ("loop", "0/policy", "the policy before any RL"),
-    "RL": ("loop", LONG.format(TOTAL), f"one DAPO run of {TOTAL} steps"),
+    "RL": ("loop", LONG, f"one DAPO run of {TOTAL} steps"),
     "RLoop": ("loop", f"{ITERATIONS}/policy", f"{ITERATIONS} iterations of {STEPS} steps"),
-    "RLoop, RL endpoint": ("loop", f"{ITERATIONS}/rl/checkpoints/step_{STEPS:06}", "end of its last exploration"),
-    "RL, twice the steps": ("loop", LONG.format(2 * TOTAL), f"{2 * TOTAL} steps"),
+    "RLoop, RL endpoint": ("loop", f"{ITERATIONS}/rl/checkpoints/{step_name(STEPS)}", "end of its last exploration"),
+    "RL, twice the steps": ("loop", LONGER, f"{2 * TOTAL} steps"),
     "RL, stopped early": ("early", "", "the checkpoint with the best avg@16 on other problems like valid"),
     "No RL: rejection": ("rejection", f"rejection/{ITERATIONS}/policy", "as many rollouts, drawn without updates"),
     "All successes": ("all", f"all/{ITERATIONS}/policy", "fine-tuned on easy problems too"),
     "From the endpoint": ("endpoint", f"endpoint/{ITERATIONS}/policy", "fine-tuned the end of the exploration"),
     "Hard below 10 %": ("paper", f"paper/{ITERATIONS}/policy", "the paper's threshold, no cap"),
     "RLoop, static": ("static", f"static/{ITERATIONS}/policy", "without dynamic sampling"),
-    "RL, static": ("static", f"static/{LONG.format(TOTAL)}", "without dynamic sampling"),
+    "RL, static": ("static", f"static/{LONG}", "without dynamic sampling"),
     "RLoop, mixed": ("mixed", f"mixed/{ITERATIONS}/policy", "trained where the short-cut fails on 40 %"),
-    "RL, mixed": ("mixed", f"mixed/{LONG.format(TOTAL)}", "trained where the short-cut fails on 40 %"),
+    "RL, mixed": ("mixed", f"mixed/{LONG}", "trained where the short-cut fails on 40 %"),
 }
 OUTSIDE = SETS[1:]  # the sets out of distribution
 MEASURES = ("avg@32", "pass@8", "pass@16", "pass@32")
@@ -81,15 +83,20 @@ def mean(values: Iterable[float]) -> Mean:
     return Mean(fmean(numbers), float(half), len(numbers))
 
 
+@cache
+def evaluated(file: Path) -> Mapping[str, Sequence[records.Result]]:
+    """The results of an eval by policy; none where it is not there yet."""
+    return metrics.by_policy(list(records.read(file, records.Result))) if file.exists() else {}
+
+
 def measured() -> Values:
     """What the evals hold, and per method the plain averages over the sets `outside` and over `all`."""
     values: dict[tuple[str, str, str], dict[str, float]] = {}
     for root in sorted(path for path in RUNS.iterdir() if path.name.isdigit()):
         for method, (place, policy, _) in METHODS.items():
             for name in SETS:
-                file = root / "eval" / place / name / "results.jsonl"
-                rows = records.read(file, records.Result) if file.exists() else ()
-                results = [row for row in rows if policy in ("", row["policy"])]
+                found = evaluated(root / "eval" / place / name / "results.jsonl")
+                results = found.get(policy or next(iter(found), ""), [])
                 for metric, by_problem in metrics.per_problem(results).items() if results else ():
                     if metric in MEASURES:
                         values.setdefault((method, name, metric), {})[root.name] = 100 * float(by_problem.mean())

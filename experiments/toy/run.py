@@ -30,6 +30,7 @@ import yaml
 
 from rloop_cli import warm
 from stages.core import arithmetic, jsonl, records
+from stages.core.rundir import step_name
 from stages.core.runs import read_json
 
 HERE = Path(__file__).parent
@@ -110,7 +111,7 @@ def loop(name: str, seed: int) -> Iterator[Part]:
             yield explore(rollouts, start, arm.train, seed * 100 + iteration, arm.rl)
         examples = f"{place}/examples.jsonl"
         yield Part(examples, ["filter", "--rollouts", rollouts, *flags(PARAMS["filter"] | arm.filter)])
-        tuned = f"{rollouts}/checkpoints/step_{STEPS:06}" if arm.from_endpoint else start
+        tuned = f"{rollouts}/checkpoints/{step_name(STEPS)}" if arm.from_endpoint else start
         options = flags(PARAMS["rft"] | arm.rft)
         yield Part(f"{place}/policy", ["rft", "--policy", tuned, "--examples", examples, *options])
         start = f"{place}/policy"
@@ -126,16 +127,16 @@ def explore(out: str, policy: str, train: str, seed: int, options: dict[str, Any
 
 def evaluations(name: str) -> Iterator[Part]:
     """What is asked of an arm's policies: the whole sets of those at the end, a part of them on the way."""
-    end = f"step_{ITERATIONS * STEPS:06}"
+    end = step_name(ITERATIONS * STEPS)
     if name == "loop":
-        on_way = [f"vanilla/rl/checkpoints/step_{step:06}" for step in steps_on_way(ITERATIONS * STEPS)]
+        on_way = [f"vanilla/rl/checkpoints/{step_name(step)}" for step in steps_on_way(ITERATIONS * STEPS)]
         yield evaluate("select", on_way, ["sets/select.jsonl"], num_samples=16, k=[8, 16], select="avg@16")
-        last = f"{ITERATIONS}/rl/checkpoints/step_{STEPS:06}"
-        twice = f"vanilla/rl/checkpoints/step_{2 * ITERATIONS * STEPS:06}"
+        last = f"{ITERATIONS}/rl/checkpoints/{step_name(STEPS)}"
+        twice = f"vanilla/rl/checkpoints/{step_name(2 * ITERATIONS * STEPS)}"
         yield evaluate("loop", ["0/policy", f"vanilla/rl/checkpoints/{end}", twice, f"{ITERATIONS}/policy", last])
         yield Part("eval/early", best_on_way)
         on_way += [f"{i}/{part}" for i in range(1, ITERATIONS + 1) for part in (
-            *(f"rl/checkpoints/step_{step:06}" for step in steps_on_way(STEPS)), "policy")]  # fmt: skip
+            *(f"rl/checkpoints/{step_name(step)}" for step in steps_on_way(STEPS)), "policy")]  # fmt: skip
         yield evaluate("way", ["0/policy", *on_way], ["0/valid.jsonl", "0/prec.jsonl"], limit=30)
         for problems in ("valid", "prec"):
             yield Part(f"analysis/{problems}", ["analyze", "--evals", "eval/way", "--set", problems])
@@ -184,7 +185,7 @@ def is_hard(problem: records.Problem) -> bool:
 
 def share_first_steps(root: Path) -> None:
     """The vanilla run's first steps as a run of their own."""
-    kept = {f"step_{step:06}" for step in range(1, STEPS + 1)}
+    kept = {step_name(step) for step in range(1, STEPS + 1)}
     beside = root / "1/rl.partial"
     shutil.rmtree(beside, ignore_errors=True)
     for place in ("rollouts", "checkpoints"):

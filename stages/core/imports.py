@@ -8,5 +8,4 @@ import vllm.v1.engine.core  # noqa: E402, F401
 from vllm import LLM  # noqa: E402, F401
 
 import stages.core.exploration  # noqa: E402
-import stages.core.finetuning  # noqa: E402
-import stages.core.trainer  # noqa: E402, F401
+import stages.core.finetuning  # noqa: E402, F401
