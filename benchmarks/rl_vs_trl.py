@@ -177,73 +177,86 @@ def bare(engine: VllmEngine, prompts: Sequence[Prompt], group_size: int, max_tok
 def theirs(path: Path, prompts: Sequence[Prompt], verifier: Verifier, options: argparse.Namespace, mode: str) -> Totals:
     """As many steps of GRPOTrainer as DAPO is set up there, the first one not counted."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    spent: Totals = Counter()
-    marks: list[Totals] = []
-
-    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = method(*args, **kwargs)
-            spent[name] += time.perf_counter() - began
-            if name == "generate":
-                spent["tokens"] += sum(len(ids) for ids in result[1])
-            return result
-
-        return call
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.append(spent + Counter(clock=time.perf_counter()))
+    from trl import GRPOTrainer
 
     def reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
         return [score.reward for score in verifier.verify(list(zip(completions, answer, strict=True)))]
 
-    rollouts = options.problems * options.group_size
+    marks = Marks()
     with tempfile.TemporaryDirectory() as out:
-        arguments = GRPOConfig(
-            output_dir=out,
-            loss_type="dapo",
-            epsilon=0.2,
-            epsilon_high=0.28,
-            beta=0.0,
-            learning_rate=1e-6,
-            num_generations=options.group_size,
-            per_device_train_batch_size=options.trl_batch,
-            gradient_accumulation_steps=rollouts // options.trl_batch,
-            max_completion_length=options.max_tokens,
-            max_steps=options.steps + 1,
-            use_transformers_continuous_batching=mode == "continuous",
-            transformers_continuous_batching_config={"max_memory_percent": 0.1},
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
         trainer = GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
             reward,
-            arguments,
+            dapo_config(out, options, mode),
             train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.problem["answer"]} for p in prompts]),
             processing_class=policies.load_tokenizer(path),
-            callbacks=[Marks()],
+            callbacks=[marks],
         )
         for name, method in (("generate", "_generate"), ("verify", "_calculate_rewards"),
                              ("all but update", "_generate_and_score_completions")):  # fmt: skip
-            setattr(trainer, method, timed(name, getattr(trainer, method)))
+            setattr(trainer, method, marks.timed(name, getattr(trainer, method)))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    found = marks[-1].copy()
-    found.subtract(marks[0])
+    found = marks.ends[-1].copy()
+    found.subtract(marks.ends[0])
     found["seconds"] = found.pop("clock")
     found["rest"] = found["all but update"] - found["generate"] - found["verify"]
     found["update"] = found["seconds"] - found.pop("all but update")
     found["steps"] = options.steps
     return found
+
+
+class Marks(TrainerCallback):
+    """What had been spent when each step ended."""
+
+    def __init__(self) -> None:
+        self.spent: Totals = Counter()
+        self.ends: list[Totals] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note it down, and the time."""
+        self.ends.append(self.spent + Counter(clock=time.perf_counter()))
+
+    def timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The same method, its seconds added to `name`; for "generate" the completions' tokens too."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = method(*args, **kwargs)
+            self.spent[name] += time.perf_counter() - began
+            if name == "generate":
+                self.spent["tokens"] += sum(len(ids) for ids in result[1])
+            return result
+
+        return call
+
+
+def dapo_config(out: str, options: argparse.Namespace, mode: str) -> Any:
+    """The GRPOConfig of a step like ours; `mode` is "generate" or "continuous"."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=out,
+        loss_type="dapo",
+        epsilon=0.2,
+        epsilon_high=0.28,
+        beta=0.0,
+        learning_rate=1e-6,
+        num_generations=options.group_size,
+        per_device_train_batch_size=options.trl_batch,
+        gradient_accumulation_steps=options.problems * options.group_size // options.trl_batch,
+        max_completion_length=options.max_tokens,
+        max_steps=options.steps + 1,
+        use_transformers_continuous_batching=mode == "continuous",
+        transformers_continuous_batching_config={"max_memory_percent": 0.1},
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 def matmul_peak() -> float:

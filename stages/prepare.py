@@ -56,9 +56,7 @@ def run(
     others = [sources.find(file) for file in decontaminate]
     with Verifier() as verifier:
         curated = curation.collect(
-            _rows(origin, problem_column, answer_column),
-            origin.name,
-            lambda first, second: verifier.verify([(f"\\boxed{{{second}}}", first)])[0].reward == 1,
+            _rows(origin, problem_column, answer_column), origin.name, partial(_same_answer, verifier)
         )
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
@@ -101,6 +99,10 @@ def _rows(source: Source, problem_column: str, answer_column: str) -> Iterator[t
             curation.answer_text(sources.value(row, answer_column, where), source.is_integers, where),
             str(sources.value(row, id_column, where)) if id_column else "",
         )
+
+
+def _same_answer(verifier: Verifier, first: str, second: str) -> bool:
+    return verifier.verify([(f"\\boxed{{{second}}}", first)])[0].reward == 1
 
 
 def _shown(rows: Iterable[tuple[str, sources.Row]]) -> Iterable[tuple[str, sources.Row]]:

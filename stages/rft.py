@@ -90,18 +90,9 @@ def run(
         parameters = {"policy": policy, "examples": str(examples), **asdict(knobs), **tuned.settings}
         inputs = {"policy": outputs.digest(path), "examples": outputs.digest(examples)}
         seconds = time.perf_counter() - started
-        metrics = {
-            "num_examples": len(rows),
-            "num_left_out": len(left_out),
-            "num_steps": len(tuned.log),
-            "num_tokens": tuned.num_tokens,
-            "loss_first": tuned.log[0]["loss"],
-            "loss_last": tuned.log[-1]["loss"],
-            "padding_share": tuned.padding_share,
-            "seconds": round(seconds, 3),
-        }
+        figures = {"num_examples": len(rows), "num_left_out": len(left_out), **tuned.figures}
         _write_log(beside / "log.tsv", tuned.log)
-        outputs.write_json(beside / "metrics.json", metrics)
+        outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
         outputs.write_json(beside / "manifest.json", outputs.manifest("rft", parameters, inputs, counts, seconds))
 

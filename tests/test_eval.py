@@ -132,7 +132,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, tied
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sums.jsonl", "whole"]
 
 
-@pytest.mark.parametrize("broken", [b"", b"\0\0\0\n", b"17\n", b"[]\n", b'[{"problem_id":"b"\n'])
+@pytest.mark.parametrize("broken", [b"", b"\0\0\0\n", b"17\n", b"[]\n", b"[17]\n", b"[{}]\n", b'[{"problem_id":"b"\n'])
 def test_what_a_crash_or_a_hand_has_broken_is_drawn_again(tmp_path, broken):
     path = tmp_path / "groups.jsonl"
     with Groups(path) as groups:

@@ -32,12 +32,23 @@ from stages.core.progress import StepProgress
 
 @dataclass
 class Tuned:
-    """What came of a fine-tuning: the log's rows, one an optimizer step, and the figures of the whole."""
+    """What came of a fine-tuning: the log's rows, one an optimizer step, and what sums it up."""
 
     log: list[dict[str, float]] = field(default_factory=list)
     num_tokens: int = 0
     padding_share: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)  # what the knobs came to: dtype, microbatch_size, ...
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The whole in a few numbers: steps, tokens, the loss at both ends, the share of padding."""
+        return {
+            "num_steps": len(self.log),
+            "num_tokens": self.num_tokens,
+            "loss_first": self.log[0]["loss"],
+            "loss_last": self.log[-1]["loss"],
+            "padding_share": self.padding_share,
+        }
 
 
 def is_main() -> bool:

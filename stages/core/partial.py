@@ -80,7 +80,6 @@ class Groups:
 def _problem_of(line: bytes) -> str:
     """The problem that a line holds the rollouts of; "" for a line that a crash or a hand has broken."""
     try:
-        rollouts = orjson.loads(line)
-    except orjson.JSONDecodeError:
+        return orjson.loads(line)[0]["problem_id"]
+    except (orjson.JSONDecodeError, LookupError, TypeError):
         return ""
-    return rollouts[0].get("problem_id", "") if isinstance(rollouts, list) and rollouts else ""
