@@ -244,9 +244,12 @@ def make(part: Part, root: Path) -> None:
     log = root / f"log/{part.out.replace('/', '-')}.txt"
     process = warm.start([*arguments, "--out", part.out], root, log)
     process.join()
+    what = f"{root.name}/{part.out}"
     if process.exitcode != 0:
-        raise RuntimeError(f"{root.name}/{part.out} failed with code {process.exitcode}: see {log}")
-    print(f"{time.strftime('%H:%M:%S')}  {root.name}/{part.out}: {time.monotonic() - began:.0f} s", flush=True)
+        failure = f"{what} failed with code {process.exitcode}: see {log}"
+        print(failure, flush=True)
+        raise RuntimeError(failure)
+    print(f"{time.strftime('%H:%M:%S')}  {what}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def make_all(name: str, seed: int, needed: Future[None] | None) -> None:
@@ -276,8 +279,8 @@ def main() -> int:
         for name, seed in order(options.only, options.seeds):
             needed = {"vanilla": "", "loop": "vanilla"}.get(name, "loop")
             chains[name, seed] = pool.submit(make_all, name, seed, chains.get((needed, seed)))
-    failures = [f"{chain.exception()!r}" for chain in chains.values() if chain.exception()]
-    print("\n".join(dict.fromkeys(failures)) or "all there")
+    failures = dict.fromkeys(str(chain.exception()) for chain in chains.values() if chain.exception())
+    print("\n".join(failures) or "all there")
     import results  # reads the names of this module
 
     results.main()
