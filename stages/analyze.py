@@ -12,8 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.core import dynamics, outputs, similarity
 from stages.core.errors import InputError
+from stages.core.progress import warn
 from stages.core.records import Result
-from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, find_evals, places, read_evals, read_rollouts, way
+from stages.core.runs import (
+    BASE,
+    RL,
+    RLOOP,
+    Evaluation,
+    Place,
+    find_evals,
+    places,
+    read_evals,
+    read_rollouts,
+    root_of,
+    way,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +35,7 @@ DEFINITIONS = {
     "learning": "share of problems solved at step j and not at step i",
     "forgetting": "share of problems solved at step i and not at step j",
     "similarity": "mean Jaccard similarity of bigrams over all pairs of completions of steps i and j",
-    "differential_forgetting": "forgetting of RL minus forgetting of RLoop; positive where RLoop forgets less",
+    "differential_forgetting": "forgetting of {0} minus forgetting of {1}; positive where {1} forgets less",
 }
 NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}
 
@@ -32,6 +45,9 @@ def run(
     out: Annotated[str, "directory to write"],
     set_: Annotated[str, "problem set to analyze, where the evals hold several"] = "",
     min_correct: Annotated[int, "a problem is solved where at least so many of its samples are correct"] = 1,
+    compare: Annotated[
+        list[str], "run to compare with another; twice, for differential forgetting; default: RL and RLoop"
+    ] = [],  # noqa: B006
 ) -> None:
     """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
 
@@ -43,14 +59,16 @@ def run(
     outputs.refuse_occupied(out)
     directories = find_evals(evals)
     evaluation = _one_set(read_evals(directories), set_)
-    ways = _ways(places(evaluation.results))
-    matrices, steps = _matrices(evaluation, ways, min_correct)
+    ways = _ways(places(evaluation.results, root_of(directories)))
+    pair = _pair(ways, compare)
+    matrices, steps = _matrices(evaluation, ways, min_correct, pair)
     with outputs.whole_dir(out) as directory:
         _write(directory, matrices, steps)
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)
         inputs = {str(path / "results.jsonl"): outputs.digest(path / "results.jsonl") for path in directories}
         parameters = {"evals": evals, "set": evaluation.problem_set, "min_correct": min_correct}
+        parameters["compare"] = list(pair or ())
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
         manifest = outputs.manifest("analyze", parameters, inputs, counts, time.monotonic() - start)
         outputs.write_json(directory / "manifest.json", manifest)
@@ -80,11 +98,23 @@ def _ways(found: Sequence[Place]) -> dict[str, list[Place]]:
     return ways
 
 
-Matrix = dict[str, Any]  # {"name", "run", "number", "definition", "labels", "policies", "values" [labels, labels]}
+def _pair(ways: Mapping[str, list[Place]], wanted: Sequence[str]) -> tuple[str, str] | None:
+    """The two runs whose forgetting is compared; None where none were asked for and RL and RLoop are not both there."""
+    first, second = wanted if len(wanted) == 2 else (RL, RLOOP)
+    if {first, second} <= ways.keys() and first != second and len(wanted) in (0, 2):
+        return first, second
+    if wanted:
+        runs = ", ".join(ways)
+        raise InputError(f"--compare {' '.join(wanted)}: name two different runs of {runs}, each by its own --compare")
+    return None
+
+
+# {"name", "set", "run", "number", "definition", "labels", "policies", "values" [labels, labels]}
+Matrix = dict[str, Any]
 
 
 def _matrices(
-    evaluation: Evaluation, ways: Mapping[str, list[Place]], min_correct: int
+    evaluation: Evaluation, ways: Mapping[str, list[Place]], min_correct: int, pair: tuple[str, str] | None
 ) -> tuple[list[Matrix], list[dict[str, Any]]]:
     texts = _completions(evaluation)
     matrices, steps = [], []
@@ -95,25 +125,38 @@ def _matrices(
         forgotten[method] = dynamics.forgetting(is_solved)
         matrices.append(_matrix("learning", method, on_way, dynamics.learning(is_solved)))
         matrices.append(_matrix("forgetting", method, on_way, forgotten[method]))
-        if all(place.policy in texts for place in on_way):
-            alike = similarity.similarity_matrix([texts[place.policy] for place in on_way])
-            matrices.append(_matrix("similarity", method, on_way, alike))
-            steps += _similarity_by_step(method, on_way, alike, results)
-    if RL in ways and RLOOP in ways:
-        matrices += _differential(ways, forgotten)
-    return matrices, steps
+        if silent := [place.policy for place in on_way if place.policy not in texts]:
+            home = evaluation.homes[silent[0]]
+            warn(f"no similarity of {method}: {home} holds no rollouts.jsonl with completions of {silent[0]}")
+            continue
+        alike, within_distinct = similarity.similarity_matrix([texts[place.policy] for place in on_way])
+        matrices.append(_matrix("similarity", method, on_way, alike))
+        steps += _similarity_by_step(method, on_way, alike, within_distinct)
+    if pair:
+        matrices += _differential(pair, ways, forgotten)
+    return [found | {"set": evaluation.problem_set} for found in matrices], steps
 
 
 def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
-    """Policy -> problem id -> its completions."""
-    texts: dict[str, dict[str, list[str]]] = {}
+    """Policy -> problem id -> its completions; an InputError where they are not the samples that the results count."""
+    drawn: dict[str, dict[str, dict[int, str]]] = {}
     for rollout in read_rollouts(evaluation):
-        of_policy = texts.setdefault(rollout["policy"], {})
-        of_policy.setdefault(rollout["problem_id"], []).append(rollout["completion"])
-    for policy, of_policy in texts.items():
-        if of_policy.keys() != {result["problem_id"] for result in evaluation.results.get(policy, [])}:
-            raise InputError(f"rollouts and results of {policy} are on different problems: evaluate it again")
-    return texts
+        samples = drawn.setdefault(rollout["policy"], {}).setdefault(rollout["problem_id"], {})
+        if rollout["sample"] in samples:
+            where = f"{evaluation.homes[rollout['policy']] / 'rollouts.jsonl'}: sample {rollout['sample']}"
+            raise InputError(f"{where} of {rollout['problem_id']} stands there twice: evaluate it again")
+        samples[rollout["sample"]] = rollout["completion"]
+    for policy, of_policy in drawn.items():
+        counted = {result["problem_id"]: result["num_samples"] for result in evaluation.results[policy]}
+        for problem in counted | of_policy:
+            found, expected = len(of_policy.get(problem, ())), counted.get(problem, 0)
+            if found != expected:
+                where = f"{evaluation.homes[policy]}: {policy} has {found} rollouts of {problem}"
+                raise InputError(f"{where} and {expected} samples in results.jsonl: evaluate it again")
+    return {
+        policy: {problem: list(samples.values()) for problem, samples in of_policy.items()}
+        for policy, of_policy in drawn.items()
+    }
 
 
 def _matrix(name: str, run: str, on_way: Sequence[Place], values: "NDArray[Any]") -> Matrix:
@@ -128,35 +171,43 @@ def _matrix(name: str, run: str, on_way: Sequence[Place], values: "NDArray[Any]"
     }
 
 
-def _differential(ways: Mapping[str, list[Place]], forgotten: Mapping[str, "NDArray[Any]"]) -> list[Matrix]:
-    """Forgetting of RL minus that of RLoop over the steps that both were evaluated at.
-
-    Where RLoop has two policies at a step, the end of an iteration's RL and the fine-tuned start of the next, the
-    former counts: like vanilla's, it is a checkpoint of RL.
-    """
-    of_rl = {place.step: index for index, place in enumerate(ways[RL])}
-    of_rloop: dict[int, int] = {}
-    for index, place in enumerate(ways[RLOOP]):  # RL's endpoint stands before the fine-tuned policy of its step
-        of_rloop.setdefault(place.step, index)
-    common = sorted(of_rl.keys() & of_rloop.keys())
+def _differential(
+    pair: tuple[str, str], ways: Mapping[str, list[Place]], forgotten: Mapping[str, "NDArray[Any]"]
+) -> list[Matrix]:
+    """Forgetting of the first run minus that of the second, over the steps that both were evaluated at."""
+    first, second = pair
+    of_first, of_second = _by_step(ways[first]), _by_step(ways[second])
+    common = sorted(of_first.keys() & of_second.keys())
     if len(common) < 2:
         return []
-    first, second = [of_rl[step] for step in common], [of_rloop[step] for step in common]
-    values = forgotten[RL][first][:, first] - forgotten[RLOOP][second][:, second]
+    rows, others = [of_first[step] for step in common], [of_second[step] for step in common]
+    values = forgotten[first][rows][:, rows] - forgotten[second][others][:, others]
     on_way = [
-        Place(f"{ways[RL][i].policy} | {ways[RLOOP][j].policy}", "", step, str(step))
-        for i, j, step in zip(first, second, common, strict=True)
+        Place(f"{ways[first][i].policy} | {ways[second][j].policy}", "", step, str(step))
+        for i, j, step in zip(rows, others, common, strict=True)
     ]
-    return [_matrix("differential_forgetting", "", on_way, values)]
+    found = _matrix("differential_forgetting", "", on_way, values)
+    return [found | {"definition": found["definition"].format(first, second), "compared": f"{first} - {second}"}]
+
+
+def _by_step(on_way: Sequence[Place]) -> dict[int, int]:
+    """Step -> the turn on the way of the checkpoint there.
+
+    Where RLoop has two policies at a step, the end of an iteration's RL and the fine-tuned start of the next, the
+    former counts: like those of a run of RL alone, it is a checkpoint of RL.
+    """
+    turns: dict[int, int] = {}
+    for turn, place in enumerate(on_way):  # RL's endpoint stands before the fine-tuned policy of its step
+        turns.setdefault(place.step, turn)
+    return turns
 
 
 def _similarity_by_step(
-    method: str, on_way: Sequence[Place], alike: "NDArray[Any]", results: Sequence[Sequence[Result]]
+    method: str, on_way: Sequence[Place], alike: "NDArray[Any]", within_distinct: "NDArray[Any]"
 ) -> list[dict[str, Any]]:
     """For each checkpoint: similarity within it (as the paper counts, and of distinct samples), and to the others."""
     rows = []
-    for index, (place, of_place) in enumerate(zip(on_way, results, strict=True)):
-        samples = min(result["num_samples"] for result in of_place)
+    for index, place in enumerate(on_way):
         within = alike[index, index]
         rows.append(
             {
@@ -164,7 +215,7 @@ def _similarity_by_step(
                 "step": place.step,
                 "after_rft": int(place.fine_tuned),
                 "within": float(within),
-                "within_distinct": float(similarity.without_self(within, samples)),
+                "within_distinct": float(within_distinct[index]),
                 "to_others": float((alike[index].sum() - within) / (len(on_way) - 1)),
                 "policy": place.policy,
             }
@@ -179,7 +230,7 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
     metrics: dict[str, Any] = {}
     for found in matrices:
         above = found["values"][np.triu_indices(len(found["labels"]), 1)]
-        metrics.setdefault(found["run"] or f"{RL} - {RLOOP}", {})[f"mean_{found['name']}"] = float(above.mean())
+        metrics.setdefault(found["run"] or found["compared"], {})[f"mean_{found['name']}"] = float(above.mean())
     for method in dict.fromkeys(row["run"] for row in steps):
         within = [row["within"] for row in steps if row["run"] == method]
         metrics[method]["mean_similarity_within"] = sum(within) / len(within)
@@ -189,10 +240,9 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
 def _write(directory: Path, matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> None:
     from stages.core import figures
 
-    for found in matrices:
-        name = "_".join(part for part in (found["name"], found["run"]) if part)
-        outputs.write_json(directory / f"{name}.json", found | {"values": found["values"].tolist()})
-        figures.save(figures.of_matrix(found), directory)
+    for found, figure in zip(matrices, figures.of_matrices(matrices), strict=True):
+        outputs.write_json(directory / f"{figure.name}.json", found | {"values": found["values"].tolist()})
+        figures.save(figure, directory)
     if steps:
         outputs.write_json(directory / "similarity_by_step.json", {"steps": list(steps)})
         figures.save(figures.of_similarity(steps), directory)

@@ -7,6 +7,7 @@ Left out on purpose: any ranking of successes by length, likelihood or a judge.
 
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,8 @@ from typing import Annotated, Any, BinaryIO
 
 import orjson
 
-from stages.core import jsonl, records
+from stages.core import jsonl, outputs, records
 from stages.core.errors import InputError
-from stages.core.outputs import refuse_no_file, refuse_occupied
 from stages.core.records import Example, Rollout
 from stages.core.selection import Draw, Positions, Tally, can_select, yield_table
 
@@ -41,9 +41,11 @@ def run(
     The pass rate of a problem is its share of successes among all rollouts given, whether an update saw them or not.
     Chosen are successes of the problems strictly below --max-pass-rate, in the order in which they come. Standard
     input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
+    Beside FILE.jsonl FILE.manifest.json says how it came about.
 
     Example: rloop filter --rollouts runs/1/rl --out runs/1/examples.jsonl
     """
+    start = time.monotonic()
     _check_options(out, max_pass_rate, max_per_problem, dry_run)
     sources = _sources(rollouts)
     tallies, successes = _count(sources, keep_truncated)
@@ -59,6 +61,19 @@ def run(
     draw.add(_candidates(sources, successes, hard))
     count = jsonl.write(out, _examples(sources, draw.chosen(max_per_problem), tallies))
     print(_summary(tallies, hard, sum(draw.num_candidates().values()), count, max_pass_rate, out), file=sys.stderr)
+    if out != "-":
+        parameters = {
+            "rollouts": rollouts,
+            "max_pass_rate": max_pass_rate,
+            "max_per_problem": max_per_problem,
+            "seed": seed,
+            "keep_truncated": keep_truncated,
+            "keep_duplicates": keep_duplicates,
+        }
+        num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
+        counts = {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
+        manifest = outputs.manifest("filter", parameters, {}, counts, time.monotonic() - start)
+        outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest)
 
 
 def _check_options(out: str, max_pass_rate: float, max_per_problem: int, dry_run: bool) -> None:
@@ -71,8 +86,8 @@ def _check_options(out: str, max_pass_rate: float, max_per_problem: int, dry_run
     if not out:
         raise InputError("--out is missing: name a file, or - for stdout, or ask for --dry-run")
     if out != "-":
-        refuse_occupied(out)
-        refuse_no_file(out)
+        outputs.refuse_occupied(out)
+        outputs.refuse_no_file(out)
 
 
 @dataclass

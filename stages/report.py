@@ -1,10 +1,11 @@
 """Report: the results table, the figures and one self-contained page from a directory of runs.
 
 Reads what the other stages left under --runs: evaluations, logs, manifests, analyses. What is not there is left out
-and named, so that a run half done can be looked at. All outputs are derived; a later report replaces an earlier one.
+and named, so that a run half done can be looked at. All outputs are derived, so a later report replaces an earlier one,
+but nothing that no report wrote: written.json among the figures names the files that the last one did.
 """
 
-import shutil
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,21 +15,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 from stages.core import outputs, tables
 from stages.core.errors import InputError
 from stages.core.metrics import KS
-from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, find_evals, places, read_evals, read_json
+from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, evals_below, find_evals, places, read_evals, read_json
 from stages.core.tables import RLOOP_ENDPOINT
 
 if TYPE_CHECKING:
     from stages.core.figures import Figure
 
 PAIRS = ((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT))
-PICTURES = {".png", ".svg", ".tsv"}
+WRITTEN = "written.json"
 RESULTS_TEXT = "Percent, with 95 % bootstrap intervals over problems."
 REAL_TEXT = (
     "Percentage points, paired problem by problem, with 95 % bootstrap intervals over problems. Green and red: the "
     "interval excludes zero. Grey: it does not, and the difference may be chance. An interval tells about other "
     "problems of the same kind, not about another run with another seed."
 )
-COMPUTE_TEXT = "From the logs: tokens drawn in rollouts, tokens that updates ran over, and wall-clock seconds by phase."
+COMPUTE_TEXT = (
+    "From the logs: tokens drawn in rollouts, tokens that updates ran over, and wall-clock seconds of the steps, whole "
+    "and by phase. Starting a command, loading and saving are in none of them."
+)
+MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +104,15 @@ def _find(runs: Path, evals: Sequence[str], valid: str, needed: bool) -> Found:
         raise InputError(f"{runs}: no such directory; name a directory of runs")
     left_out: list[str] = []
     directories: list[Path] = []
-    if evals or needed or any((runs / "eval").rglob("results.jsonl")):
+    if evals or needed or evals_below(runs / "eval"):
         directories = find_evals(evals or [runs / "eval"])
     else:
         left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
     evaluations = read_evals(directories)
     evaluations = {name: evaluations[name] for name in sorted(evaluations, key=lambda name: (name != valid, name))}
+    if evaluations and valid not in evaluations:
+        others = ", ".join(evaluations)
+        left_out.append(f"all by the validation set: no evaluation of {valid} (--valid), only of {others}")
     policies = dict.fromkeys(policy for evaluation in evaluations.values() for policy in evaluation.results)
     num_samples = tables.smallest_num_samples(evaluations)
     return Found(runs, evaluations, places(policies, runs), num_samples, left_out)
@@ -123,23 +131,22 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
     from stages.core import page as pages
 
     pictures = Path(paths.figures or page.parent / "figures")
-    _refuse_strangers(pictures)
-    curves_tsv = paths.curves or page.parent / "curves.tsv"
-    results_md = paths.results_md or page.parent / "results.md"
-    results_tsv = paths.results_tsv or page.parent / "results.tsv"
-    results_json = paths.results_json or page.parent / "results.json"
-    for path in (page, curves_tsv, results_md, results_tsv, results_json):
-        outputs.refuse_no_file(path)
+    curves_tsv = Path(paths.curves or page.parent / "curves.tsv")
+    results_md = Path(paths.results_md or page.parent / "results.md")
+    results_tsv = Path(paths.results_tsv or page.parent / "results.tsv")
+    results_json = Path(paths.results_json or page.parent / "results.json")
+    files = [page, curves_tsv, results_md, results_tsv, results_json]
+    _refuse_strangers(pictures, files)
     tidy = curves.rows(found.evaluations, found.places, choices.ks, found.num_samples, choices.seed)
     drawn = _draw(found, choices, tidy)
     rollouts = browser.build(found.evaluations, found.places, choices.max_problems, choices.max_samples)
     sections = _results(found, choices, rows, tidy)
     sections |= {heading: pages.figures_html(of_section) for heading, of_section in drawn.items() if of_section}
-    sections |= _compute(found) | _rollouts(found, rollouts) | _parameters(found)
+    sections |= _compute(found) | _rollouts(found, choices, rollouts) | _parameters(found)
     if found.left_out:
         sections["Left out"] = pages.notes(found.left_out)
 
-    _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section])
+    _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section], files)
     with outputs.whole_file(curves_tsv) as beside:
         figures.write_tsv(beside, tidy)
     left_out = "".join(f"\nLeft out: {line}.\n" for line in found.left_out)
@@ -179,21 +186,26 @@ def _draw(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> dic
 
 
 def _analysis(found: Found) -> list["Figure"]:
-    """The figures of analyze's outputs below RUNS/analysis."""
+    """The figures of analyze's outputs below RUNS/analysis; those of an output further down bear its path."""
     from stages.core import figures
 
-    drawn = []
-    for path in sorted((found.runs / "analysis").rglob("*.json")):
-        content = read_json(path)
-        if {"name", "labels", "values"} <= content.keys():
-            drawn.append(figures.of_matrix(content))
-        elif content.get("steps"):
-            drawn.append(figures.of_similarity(content["steps"]))
+    root = found.runs / "analysis"
+    drawn: list[Figure] = []
+    for directory in dict.fromkeys(path.parent for path in sorted(root.rglob("*.json"))):
+        matrices = []
+        prefix = "".join(f"{figures.file_name(part)}_" for part in directory.relative_to(root).parts)
+        of_directory: list[Figure] = []
+        for path in sorted(directory.glob("*.json")):
+            content = read_json(path)
+            if content.keys() >= MATRIX_KEYS:
+                matrices.append(content)
+            elif path.name == "similarity_by_step.json" and isinstance(content.get("steps"), list):
+                of_directory.append(figures.of_similarity(content["steps"]))
+        of_directory += figures.of_matrices(matrices)
+        drawn += [replace(figure, name=prefix + figure.name) for figure in of_directory]
     if not drawn:
-        found.left_out.append(
-            f"learning, forgetting and similarity: nothing of analyze under {found.runs / 'analysis'}"
-        )
-    return sorted({figure.name: figure for figure in drawn}.values(), key=lambda figure: figure.number)
+        found.left_out.append(f"learning, forgetting and similarity: nothing of analyze under {root}")
+    return sorted(drawn, key=lambda figure: figure.number)
 
 
 def _results(
@@ -207,6 +219,7 @@ def _results(
     chosen = tables.methods(found.places)
     if not {RL, RLOOP} <= chosen.keys():
         found.left_out.append(f"{RLOOP} against {RL}: not both were evaluated")
+    found.left_out += tables.incomparable(found.evaluations, chosen)
     body = pages.text(RESULTS_TEXT) + tables.results_html(rows) + _chosen_on_valid(found, choices, tidy)
     sections = {"Results": body}
     compared = tables.differences(found.evaluations, chosen, PAIRS, choices.ks, choices.seed)
@@ -242,11 +255,11 @@ def _compute(found: Found) -> dict[str, str]:
     return {"Compute": pages.text(COMPUTE_TEXT) + tables.plain_html(lines)}
 
 
-def _rollouts(found: Found, rollouts: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _rollouts(found: Found, choices: Choices, rollouts: Sequence[dict[str, Any]]) -> dict[str, str]:
     from stages.core import page as pages
 
     if not rollouts:
-        if found.evaluations:
+        if found.evaluations and choices.max_problems and choices.max_samples:
             found.left_out.append("rollouts: the evaluations hold no rollouts.jsonl")
         return {}
     text = "The problems of each set on which the policies differ most, and some of every policy's completions of them."
@@ -257,28 +270,39 @@ def _parameters(found: Found) -> dict[str, str]:
     from stages.core import ledger
     from stages.core import page as pages
 
-    patterns = ("*/rl/manifest.json", "*/policy/manifest.json", "analysis/**/manifest.json", "eval/**/manifest.json")
-    paths = [path for pattern in patterns for path in sorted(found.runs.glob(pattern))]
-    manifests = [(path.parent.relative_to(found.runs).as_posix(), path) for path in paths]
-    settings = ledger.parameters(manifests)
+    patterns = ("rl/manifest.json", "examples.manifest.json", "policy/manifest.json")
+    paths = [path for pattern in patterns for path in sorted(found.runs.glob(f"*/{pattern}"))]
+    paths += [path for stage in ("analysis", "eval") for path in sorted((found.runs / stage).rglob("manifest.json"))]
+    settings = ledger.parameters(paths, found.runs)
     folded = [pages.folded(stage, tables.plain_html(of_stage)) for stage, of_stage in settings.items()]
     return {"Parameters": "".join(folded)} if folded else {}
 
 
-def _refuse_strangers(directory: Path) -> None:
-    """Raise InputError where the directory of figures, which is replaced as a whole, holds anything else."""
-    strangers = [path.name for path in directory.iterdir() if path.suffix not in PICTURES] if directory.is_dir() else []
-    if strangers:
-        raise InputError(f"{directory} holds {strangers[0]}, which no report wrote: name another --figures")
+def _refuse_strangers(pictures: Path, files: Sequence[Path]) -> None:
+    """Raise InputError where something stands in the way that no report wrote."""
+    written = read_json(pictures / WRITTEN)
+    own = {(pictures / name).resolve() for name in written.get("files", [])}
+    for path in files:
+        outputs.refuse_no_file(path)
+        if path.exists() and path.resolve() not in own:
+            raise InputError(f"{path} is there, and no report wrote it: name another, or remove it first")
+    if pictures.is_dir():
+        names = {WRITTEN, *written.get("figures", [])}
+        if strangers := sorted(path.name for path in pictures.iterdir() if path.name not in names):
+            raise InputError(f"{pictures} holds {strangers[0]}, which no report wrote: name another --figures")
 
 
-def _write_figures(directory: Path, drawn: Sequence["Figure"]) -> None:
+def _write_figures(directory: Path, drawn: Sequence["Figure"], files: Sequence[Path]) -> None:
+    """Replace the directory of figures as a whole; `files` are those that are written beside it."""
     from stages.core import figures
 
-    shutil.rmtree(directory, ignore_errors=True)
-    with outputs.whole_dir(directory) as beside:
+    before = read_json(directory / WRITTEN).get("files", [])
+    with outputs.whole_dir(directory, replacing=True) as beside:
         for figure in drawn:
             figures.save(figure, beside)
+        names = sorted(path.name for path in beside.iterdir())
+        relative = sorted({*before, *(os.path.relpath(path, directory) for path in files)})
+        outputs.write_json(beside / WRITTEN, {"stage": "report", "files": relative, "figures": names})
 
 
 def _write_text(path: str | Path, text: str) -> None:

@@ -162,3 +162,71 @@ def test_evals_of_several_sets_or_of_one_checkpoint_are_refused(tmp_path):
 def test_a_directory_without_results_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no results\.jsonl"):
         analyze.run(evals=[str(tmp_path)], out=str(tmp_path / "out"))
+
+
+def test_similarity_within_leaves_each_completion_itself_out_problem_by_problem():
+    completions = [{"p": ["a b", "a b", "c d", "c d", "c d"], "q": ["a b c", "a b"], "r": ["alone"]}]
+    _, within = similarity.similarity_matrix(completions)
+    assert within == pytest.approx([(8 / 20 + 0.5) / 2])  # p: 2 + 6 of 20 ordered pairs are alike
+    assert np.isnan(similarity.similarity_matrix([{"r": ["alone"]}])[1]).all()
+
+
+def test_the_set_of_an_eval_of_one_set_is_known_by_its_manifest(tmp_path):
+    for name, policy in (("0", BASE), ("vanilla", "runs/vanilla/rl/checkpoints/step_000002")):
+        evaluate(tmp_path / "eval" / name, {policy: {"p": [("a b", 1)]}})
+        (tmp_path / "eval" / name / "manifest.json").write_text('{"set": "valid"}')
+    analyze.run(evals=[str(tmp_path / "eval")], set_="valid", out=str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/learning_RL.json").read_text())["set"] == "valid"
+
+
+@pytest.fixture
+def two(tmp_path) -> Path:
+    steps = ("runs/0/policy", "runs/vanilla/rl/checkpoints/step_000002", "runs/other/rl/checkpoints/step_000002")
+    solved = {policy: {"p": [("a b", turn % 2), ("c d", 0)]} for turn, policy in enumerate(steps)}
+    evaluate(tmp_path / "valid", solved)
+    return tmp_path
+
+
+def test_any_two_runs_can_be_compared(two):
+    analyze.run(evals=[str(two / "valid")], out=str(two / "out"), compare=["other", "RL"])
+    found = json.loads((two / "out/differential_forgetting.json").read_text())
+    assert found["values"] == [[0, 0], [-1, 0]]  # read backwards, RL forgets what it has learnt
+    assert found["definition"].startswith("forgetting of other minus forgetting of RL;")
+    assert "other - RL" in json.loads((two / "out/metrics.json").read_text())
+    for wrong in (["RL"], ["RL", "RL"], ["RL", "RLoop"]):
+        with pytest.raises(InputError, match="name two different runs of RL, other"):
+            analyze.run(evals=[str(two / "valid")], out=str(two / "again"), compare=wrong)
+
+
+def test_rollouts_that_are_not_those_of_the_results_are_refused(two):
+    file = two / "valid/rollouts.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for wrong, fault in ((lines[1:], "has 1 rollouts of p and 2 samples"), ([*lines, lines[0]], "stands there twice")):
+        file.write_text("".join(wrong))
+        with pytest.raises(InputError, match=fault):
+            analyze.run(evals=[str(two / "valid")], out=str(two / "out"))
+
+
+def test_results_that_cannot_be_are_refused_with_their_file(two):
+    file = two / "valid/results.jsonl"
+    good = file.read_text()
+    for wrong in (good.replace('"num_correct":1', '"num_correct":7'), good + good.splitlines(keepends=True)[0]):
+        file.write_text(wrong)
+        with pytest.raises(InputError, match=r"valid/results\.jsonl: policy runs/"):
+            analyze.run(evals=[str(two / "valid")], out=str(two / "out"))
+
+
+def test_of_a_policy_evaluated_twice_the_first_counts_with_its_own_rollouts(two, capsys):
+    evaluate(two / "more/valid", {BASE: {"p": [("a b", 1), ("x y", 1)]}})
+    (two / "more/valid/rollouts.jsonl").unlink()
+    analyze.run(evals=[str(two / "more"), str(two / "valid")], out=str(two / "out"))
+    said = capsys.readouterr().err
+    assert f"{BASE} was evaluated on valid twice: {two}/more/valid counts" in said
+    assert f"no similarity of RL: {two}/more/valid holds no rollouts.jsonl" in said
+    assert values(two / "out/forgetting_RL.json")[0][1] == 0, "the eval named first solves p"
+
+
+def test_an_eval_that_is_not_finished_is_none(tmp_path):
+    evaluate(tmp_path / "eval/.valid.partial", {BASE: {"p": [("a b", 1)]}})
+    with pytest.raises(InputError, match=r"no results\.jsonl"):
+        analyze.run(evals=[str(tmp_path / "eval")], out=str(tmp_path / "out"))

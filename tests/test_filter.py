@@ -261,3 +261,12 @@ def test_the_yield_table_holds_the_users_own_threshold():
     lines = yield_table(tallies, 0.07, {0: 2, 1: 1}).splitlines()
     assert lines[2].split() == ["below", "0.07", "1", "3", "2"]
     assert lines[-1].split() == ["any", "2", "13", "3"]
+
+
+def test_the_manifest_says_what_was_chosen_and_how(tmp_path):
+    jsonl.write(tmp_path / "in.jsonl", random_rollouts(3))
+    stage.run(rollouts=[str(tmp_path / "in.jsonl")], out=str(tmp_path / "out.jsonl"), max_pass_rate=0.3)
+    found = orjson.loads((tmp_path / "out.manifest.json").read_bytes())
+    assert found["stage"] == "filter" and found["parameters"]["max_pass_rate"] == 0.3
+    assert found["counts"]["examples"] == len(list(read(tmp_path / "out.jsonl", Example)))
+    assert found["counts"]["rollouts"] == 1500

@@ -1,5 +1,6 @@
 """The DVC graph: it parses into the stages it should, and a shrunken one runs whole in a clone."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -37,9 +38,14 @@ def copy_of_project(directory, params):
         else:
             shutil.copy(source, target)
     (directory / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "as it is"]):
-        subprocess.run([*git, *arguments], cwd=directory, check=True)
+        git(directory, *arguments)
+
+
+def git(directory, *arguments):
+    subprocess.run(
+        ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", *arguments], cwd=directory, check=True
+    )
 
 
 def shrunken():
@@ -81,11 +87,20 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     assert "up to date" in dvc(tmp_path, "repro")
     shown = dvc(tmp_path, "metrics", "show")
     assert all(f"runs/{name}" in shown for name in ("vanilla/rl/metrics.json", "results.json", "analysis/metrics.json"))
-    assert "RLoop.Average.pass@8" in dvc(tmp_path, "metrics", "diff")
     dvc(tmp_path, "plots", "show", "--out", "plots")
     page = (tmp_path / "plots/index.html").read_text()
     assert all(title in page for title in ("Metrics over steps", "Gradient norm", "forgetting_RLoop.png"))
     assert "DVC_METRIC" not in page, "a template was not filled in"
+
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "a run")
+    results = tmp_path / "runs/results.json"
+    found = json.loads(results.read_text())
+    found["RLoop"]["valid"]["avg@8"] += 7.5
+    results.unlink()
+    results.write_text(json.dumps(found))
+    (line,) = (line.split() for line in dvc(tmp_path, "metrics", "diff").splitlines() if "RLoop.valid.avg@8" in line)
+    assert float(line[-1]) == 7.5, line
 
     params["filter"]["max_pass_rate"] = 0.8
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stages import report
-from stages.core import browser, curves, jsonl, ledger, runs, tables
+from stages.core import browser, curves, jsonl, ledger, page, runs, tables
 from stages.core.errors import InputError
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> 1 + 1 = \\boxed{2}"
@@ -73,7 +73,8 @@ def made(tmp_path_factory) -> Path:
         write_rl(root / iteration / "rl", 2)
         (root / iteration / "policy").mkdir()
         (root / iteration / "policy" / "manifest.json").write_text('{"stage": "rft", "parameters": {"lr": 0.2}}')
-        (root / iteration / "policy" / "metrics.json").write_text('{"num_tokens": 40, "seconds": 0.5}')
+        (root / iteration / "policy" / "metrics.json").write_text('{"num_tokens": 40, "seconds": 99}')
+        (root / iteration / "policy" / "log.tsv").write_text("step\tseconds\n1\t0.2\n2\t0.3\n")
     write_rl(root / "vanilla" / "rl", 4)
     matrix = {"name": "forgetting", "run": "RL", "number": "2b", "definition": "forgotten", "labels": ["0", "2"]}
     steps = [{"run": "RL", "step": step, "within": 0.5, "after_rft": 0} for step in (0, 2)]
@@ -167,8 +168,22 @@ def test_global_steps_count_the_whole_iterations_even_if_their_ends_were_not_eva
     assert [(place.step, place.label) for place in found] == [(10, "10"), (40, "40"), (80, "80+RFT")]
 
 
+def test_steps_are_those_of_the_runs_that_were_named_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+    write_rl(tmp_path / "here/1/rl", 5)
+    write_rl(tmp_path / "elsewhere/runs/1/rl", 30)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = runs.places(["runs/1/policy", "runs/2/policy"], tmp_path / "here")
+    assert [place.step for place in found] == [5, 10]
+    assert runs.root_of([tmp_path / "here/eval/1/valid"]) == tmp_path / "here"
+
+
+def test_iterations_count_by_number_where_no_steps_are_known():
+    found = runs.places([f"else/{iteration}/policy" for iteration in (10, 2, 1)])
+    assert [place.policy for place in found] == ["else/1/policy", "else/2/policy", "else/10/policy"]
+
+
 def test_every_figure_lies_there_as_png_and_svg_with_its_data(made):
-    names = {path.stem for path in (made / "figures").iterdir()}
+    names = {path.stem for path in (made / "figures").iterdir()} - {"written"}
     expected = {"steps_valid_avg4", "steps_far_pass4", "iterations_far", "overfitting", "training_grad_norm"}
     assert expected | {"forgetting_RL", "similarity_by_step"} <= names
     assert "training_mismatch" not in names, "a column without a number makes no figure"
@@ -195,12 +210,12 @@ class Page(html.parser.HTMLParser):
 
 
 def test_page_loads_nothing_and_holds_hostile_completions_as_data(made):
-    page = Page((made / "report.html").read_text())
-    links = [attrs.get(name) for _, attrs in page.tags for name in ("src", "href", "xlink:href") if attrs.get(name)]
+    parsed = Page((made / "report.html").read_text())
+    links = [attrs.get(name) for _, attrs in parsed.tags for name in ("src", "href", "xlink:href") if attrs.get(name)]
     assert links and all(link.startswith(("#", "data:image/png;")) for link in links)
-    assert not any(tag in ("img", "link", "iframe") for tag, _ in page.tags)
+    assert not any(tag in ("img", "link", "iframe") for tag, _ in parsed.tags)
     texts = [
-        r["completion"] for s in json.loads(page.records) for p in s["problems"] for of in p["rollouts"] for r in of
+        r["completion"] for s in json.loads(parsed.records) for p in s["problems"] for of in p["rollouts"] for r in of
     ]
     assert HOSTILE in texts
 
@@ -234,6 +249,75 @@ def test_what_no_report_wrote_is_never_removed(made, tmp_path):
     assert (tmp_path / "thesis.docx").exists()
 
 
+def test_a_picture_or_a_table_of_someone_else_is_never_replaced(made, tmp_path):
+    target = tmp_path / "page.html"
+    for out in (target, tmp_path / "second.html", target):  # its own and the other's
+        make(made, out=str(out))
+    (tmp_path / "figures/mine.png").write_text("drawn by hand")
+    with pytest.raises(InputError, match=r"mine\.png"):
+        make(made, out=str(target))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "results.md").write_text("my notes")
+    with pytest.raises(InputError, match=r"results\.md is there, and no report wrote it"):
+        make(made, out=str(other / "page.html"))
+    assert [path.name for path in other.iterdir()] == ["results.md"]
+
+
+def test_methods_asked_different_problems_are_named(made, tmp_path, capsys):
+    shutil.copytree(made / "eval", tmp_path / "eval")
+    file = tmp_path / "eval/vanilla/valid/results.jsonl"
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if "valid/0" not in line))
+    make(tmp_path)
+    assert "left out: RL and Base on valid: asked different problems (2 and 3), so no difference" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_validation_set_that_there_is_not_is_named_and_no_rollouts_are_no_fault(made, tmp_path, capsys):
+    choices = report.Choices(ks=[2], valid="nope", max_problems=0)
+    make(made, choices=choices, out=str(tmp_path / "page.html"))
+    said = capsys.readouterr().err
+    assert "no evaluation of nope (--valid), only of far, valid" in said and "rollouts" not in said
+
+
+def test_analyses_of_two_sets_are_both_shown_and_names_with_any_mark_make_files(made, tmp_path):
+    for name in ("a/b", "c $x$"):
+        shutil.copytree(made / "analysis", tmp_path / "analysis" / name)
+    for file in tmp_path.rglob("forgetting_RL.json"):
+        file.write_text(file.read_text().replace('"RL"', '"org/$model_"'))
+    make(tmp_path)
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert {"a_b_forgetting_org_model_", "c_x__forgetting_org_model_", "a_b_similarity_by_step"} <= names
+
+
+def test_parameters_are_named_once_and_runs_only_where_they_differ(made):
+    paths = [made / name / "rl/manifest.json" for name in ("1", "2", "vanilla")]
+    lines = {line["parameter"]: line["value"] for line in ledger.parameters(paths, made)["rl"]}
+    assert lines == {"steps": "2 (1/rl, 2/rl), 4 (vanilla/rl)", "lr": "0.1", "version of torch": "2.13"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("step\tloss\n1\t0.5\n2\t\n", [{"step": 1, "loss": 0.5}, {"step": 2}]),
+        ("step\tloss\n1\t0.5\n2\t0.12", [{"step": 1, "loss": 0.5}]),
+        ("step\tloss\n1\t0.5\n\0\0\0", [{"step": 1, "loss": 0.5}]),
+        ("", []),
+    ],
+)
+def test_a_log_is_read_up_to_the_line_that_is_being_written(tmp_path, text, rows):
+    (tmp_path / "log.tsv").write_text(text)
+    assert runs.read_log(tmp_path / "log.tsv") == rows
+
+
+@pytest.mark.parametrize("line", [b'1\t"0.5', b"1", b"1\t2\t3", b"1\t\0", b"1\t\xff"])
+def test_a_broken_line_of_a_log_is_named(tmp_path, line):
+    (tmp_path / "log.tsv").write_bytes(b"step\tloss\n" + line + b"\n2\t0.5\n")
+    with pytest.raises(InputError, match=r"log\.tsv(:2:| is no text)"):
+        runs.read_log(tmp_path / "log.tsv")
+
+
 def test_a_directory_in_the_place_of_the_page_is_refused_before_anything_is_written(made, tmp_path):
     (tmp_path / "page").mkdir()
     with pytest.raises(InputError, match="page is a directory: name a file"):
@@ -250,7 +334,7 @@ def test_ledger_adds_up_phases_and_weighs_rloop_against_rl(made):
     lines = {line["phase"]: line for line in ledger.ledger(made)}
     assert lines["RLoop 1: RL"]["rollout_tokens"] == 200 and lines["RLoop 1: RFT"]["update_tokens"] == 40
     counts = {"steps": 4, "num_rollouts": 32, "rollout_tokens": 400, "update_tokens": 400, "seconds": 7.0}
-    assert lines["RLoop, total"] == {"phase": "RLoop, total"} | counts
+    assert lines["RLoop, total"] == {"phase": "RLoop, total", "update_s": 1.0} | counts
     assert lines["RLoop / RL"]["rollout_tokens"] == 1 and lines["RLoop / RL"]["update_tokens"] == 1.25
     assert lines["RFT's share of RLoop"]["update_tokens"] == pytest.approx(80 / 400)
 
@@ -293,7 +377,7 @@ def test_browser_stays_within_its_size(made, monkeypatch):
     evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
     found = runs.places(evaluations["valid"].results, made)
     built = browser.build(evaluations, found, max_problems=3, max_samples=4)
-    assert built and len(json.dumps(built)) < 14_000
+    assert built and len(page.embedded(built)) < 14_000
 
 
 class Browser:
@@ -362,6 +446,7 @@ def test_page_can_be_clicked_through_in_a_browser(made, chromium):
     assert chromium.texts("#right-rollouts h3") == ["RLoop 4: 25 % correct"]
     chromium.click("#left option:first-child")
     assert chromium.texts("#left-rollouts h3") == ["Base: 0 % correct"]
+    assert chromium.texts("#chosen") == ["far: problem far/2"]
     chromium.click("details summary")
     assert chromium.run("document.querySelector('details').open")
     assert chromium.run("document.title").startswith("RLoop")
@@ -369,4 +454,8 @@ def test_page_can_be_clicked_through_in_a_browser(made, chromium):
         metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
         chromium.call("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics})
         assert chromium.run("document.documentElement.scrollWidth") <= width
+        assert chromium.run("[...document.querySelectorAll('details table')].every((t) => t.scrollWidth <= innerWidth)")
+    printed = chromium.call("/print", {})
+    assert len(printed) > 1000
+    assert chromium.run("[...document.querySelectorAll('details')].every((fold) => fold.open)")
     assert [entry for entry in chromium.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []

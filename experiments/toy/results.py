@@ -92,7 +92,7 @@ def evaluated(file: Path) -> Mapping[str, Sequence[records.Result]]:
 def measured() -> Values:
     """What the evals hold, and per method the plain averages over the sets `outside` and over `all`."""
     values: dict[tuple[str, str, str], dict[str, float]] = {}
-    for root in sorted(path for path in RUNS.iterdir() if path.name.isdigit()):
+    for root in sorted(RUNS.glob("[0-9]*")):
         for method, (place, policy, _) in METHODS.items():
             for name in SETS:
                 found = evaluated(root / "eval" / place / name / "results.jsonl")
@@ -112,7 +112,7 @@ def differences(values: Values, first: str, second: str, name: str, metric: str,
     """First minus second, seed by seed, in points; or in percent of the second."""
     one, other = values.get((first, name, metric), {}), values.get((second, name, metric), {})
     scale = {seed: other[seed] / 100 if relative else 1.0 for seed in other}
-    return [(one[seed] - other[seed]) / scale[seed] for seed in one if seed in other]
+    return [(one[seed] - other[seed]) / scale[seed] for seed in one if scale.get(seed)]
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -142,11 +142,12 @@ def sections(values: Values) -> Iterator[str]:
         (
             [name, method, *(cell(mean(values[method, name, metric].values())) for metric in MEASURES)]
             for name in SETS
-            for method in list(METHODS)[:4]
+            for method in present
         ),
     )
     yield "## Beside the paper\n\nRelative change of the average over all four sets, percent."
-    pairs = [("RLoop", "RL"), ("RLoop, RL endpoint", "RL"), ("RL", "Base"), ("RLoop", "Base")]
+    wanted = (("RLoop", "RL"), ("RLoop, RL endpoint", "RL"), ("RL", "Base"), ("RLoop", "Base"))
+    pairs = [(one, other) for one, other in wanted if one in present and other in present]
     paper = ["RLoop over RL in the paper (Qwen2.5-Math-7B)", "+9", "+15"]
     yield table(["", "avg@32", "pass@32"], [paper, *(relative_line(values, one, other) for one, other in pairs)])
     yield (
@@ -179,7 +180,9 @@ def relative_line(values: Values, one: str, other: str) -> list[str]:
 
 def dynamics_line(problems: str, method: str) -> list[str]:
     """What `analyze` found on the way of a method."""
-    places = sorted(RUNS.glob(f"[0-9]*/analysis/{problems}"))
+    places = sorted(path.parent for path in RUNS.glob(f"[0-9]*/analysis/{problems}/metrics.json"))
+    if not places:
+        return [f"{problems}, {method}", *["-"] * 5]
     lost = (100 * read_json(place / f"forgetting_{method}.json")["values"][0][-1] for place in places)
     found = [read_json(place / "metrics.json")[method] for place in places]
     names = ("mean_forgetting", "mean_learning", "mean_similarity", "mean_similarity_within")
@@ -214,6 +217,9 @@ def draw(values: Values, path: Path) -> None:
 def main() -> None:
     """Write all."""
     values = measured()
+    if not values:
+        print(f"{RUNS} holds no evaluation yet: python experiments/toy/run.py")
+        return
     OUT.mkdir(exist_ok=True)
     with (OUT / "measurements.tsv").open("w", newline="") as file:
         writer = csv.writer(file, "excel-tab", lineterminator="\n")

@@ -7,8 +7,7 @@ and wrong ones is kept, and of a very long completion its beginning and its end,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
+from stages.core import page as pages
 from stages.core.records import Rollout
 from stages.core.runs import BASE, Evaluation, Place, read_rollouts
 
@@ -30,7 +29,7 @@ def build(
         for evaluation in evaluations.values()
         if evaluation.rollouts
     ]
-    sizes = [[len(orjson.dumps(problem)) for problem in of_set["problems"]] for of_set in sets]
+    sizes = [[len(pages.embedded(problem)) for problem in of_set["problems"]] for of_set in sets]
     while sum(map(sum, sizes)) > MAX_BYTES:
         longest = max(range(len(sets)), key=lambda index: len(sizes[index]))
         sizes[longest].pop()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core import metrics
-from stages.core.figures import Figure, Series, lines
+from stages.core.figures import Figure, Series, file_name, lines
 from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, num_steps, read_log, way
 
 Row = dict[str, Any]  # {"set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"}, in percent
@@ -75,7 +75,7 @@ def of_evaluations(tidy: Sequence[Row], resets: Sequence[int], wanted: Sequence[
                 continue
             title = f"{metric} on {name}"
             caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop starts anew from a fine-tuned policy."
-            file = f"steps_{name}_{metric.replace('@', '')}"
+            file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
             drawn.append(lines(file, title, caption, series, y_label=f"{metric} (%)", resets=resets, number="4"))
     return drawn
 
@@ -107,7 +107,7 @@ def of_iterations(tidy: Sequence[Row]) -> list[Figure]:
         if len(order) > 1:
             title = f"RLoop over iterations on {name}"
             caption = f"Metrics of the policy fine-tuned after each iteration on {name}; 0 is the base."
-            file = f"iterations_{name}"
+            file = f"iterations_{file_name(name)}"
             drawn.append(lines(file, title, caption, series, y_label="%", x_label="iteration", number="3"))
     return drawn
 

@@ -6,6 +6,7 @@ on a phone; the report sets them side by side. This module imports matplotlib: o
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ COLOURS = {"Base": "#7d838c", "RL": "#d9483b", "RLoop": "#2f74d8"}
 MORE_COLOURS = ("#e08a1e", "#2a9d76", "#8f5fc6", "#b0578d", "#4b9fbf", "#8a7a3d")
 STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in the name of a set or a run is a $
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -129,14 +131,15 @@ def matrix(
     unit: str = "share of problems",
     above_diagonal: bool = False,
     signed: bool = False,
+    bound: float = 1.0,
     number: str = "",
 ) -> Figure:
     """A matrix of checkpoints by checkpoints (row i, column j) as colours; `signed` centres them on zero.
 
-    `above_diagonal` shows i < j only: the rest of a learning or forgetting matrix repeats the other one.
+    `above_diagonal` shows i < j only: the rest of a learning or forgetting matrix repeats the other one. `bound` is
+    the value of the last colour.
     """
-    shown = np.ma.masked_array(values, np.tril(np.ones_like(values, dtype=bool)) if above_diagonal else False)
-    bound = (float(np.abs(shown).max()) if shown.count() else 0) or 1.0
+    shown = _shown(values, above_diagonal)
     limits: dict[str, Any] = {"cmap": "RdBu" if signed else "viridis", "vmin": -bound if signed else 0, "vmax": bound}
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6, 3.9))
@@ -155,21 +158,43 @@ def matrix(
     return _render(Figure(name, title, caption, data, number, "", b""), canvas)
 
 
-def of_matrix(found: Mapping[str, Any]) -> Figure:
-    """A matrix as analyze writes it: {"name", "run", "number", "definition", "labels", "values"}."""
+def _shown(values: NDArray[Any], above_diagonal: bool) -> Any:
+    return np.ma.masked_array(values, np.tril(np.ones_like(values, dtype=bool)) if above_diagonal else False)
+
+
+def of_matrices(found: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Matrices as analyze writes them: {"name", "set", "run", "number", "definition", "labels", "values"}.
+
+    All of one name share their colours, so that what is darker is less, whichever the run.
+    """
+    bounds: dict[str, float] = {}
+    for each in found:
+        shown = np.abs(_shown(np.asarray(each["values"], dtype=float), each["name"] != "similarity"))
+        bounds[each["name"]] = max(bounds.get(each["name"], 0), float(shown.max()) if shown.count() else 0)
+    return [_of_matrix(each, bounds[each["name"]] or 1.0) for each in found]
+
+
+def _of_matrix(found: Mapping[str, Any], bound: float) -> Figure:
     kind = found["name"]
     title = f"{kind.replace('_', ' ').capitalize()}{', ' + found['run'] if found['run'] else ''}"
+    on_set = f" on {found['set']}" if found.get("set") else ""
     return matrix(
-        "_".join(part for part in (kind, found["run"]) if part),
-        title,
-        f"{title}: {found['definition']}.",
+        "_".join(file_name(part) for part in (kind, found["run"]) if part),
+        title + on_set,
+        f"{title}{on_set}: {found['definition']}.",
         found["labels"],
         np.asarray(found["values"], dtype=float),
         unit="Jaccard similarity" if kind == "similarity" else "share of problems",
         above_diagonal=kind != "similarity",
         signed=kind == "differential_forgetting",
+        bound=bound,
         number=found["number"],
     )
+
+
+def file_name(text: str) -> str:
+    """A name of a set or a run as a part of a file's name: what a shell or a file system would take amiss is _."""
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def of_similarity(steps: Sequence[Mapping[str, Any]]) -> Figure:

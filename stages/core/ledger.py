@@ -1,7 +1,9 @@
 """The compute ledger: what each phase of RLoop and of RL alone cost in steps, rollouts, tokens and seconds."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,14 @@ def _rl_line(phase: str, run: Path) -> list[dict[str, Any]]:
 
 
 def _rft_line(phase: str, policy: Path) -> list[dict[str, Any]]:
-    found, manifest = read_json(policy / "metrics.json"), read_json(policy / "manifest.json")
-    if manifest.get("stage") != "rft":
+    if read_json(policy / "manifest.json").get("stage") != "rft":
         return []
     line: dict[str, Any] = {"phase": phase}
-    if "num_tokens" in found:
+    if "num_tokens" in (found := read_json(policy / "metrics.json")):
         line["update_tokens"] = found["num_tokens"]
-    if (seconds := found.get("seconds", manifest.get("seconds"))) is not None:
-        line["seconds"] = seconds
+    seconds = [row["seconds"] for row in read_log(policy / "log.tsv") if "seconds" in row]
+    if seconds:
+        line["seconds"] = line["update_s"] = round(math.fsum(seconds), 1)
     return [line]
 
 
@@ -69,12 +71,35 @@ def _quotient(phase: str, above: dict[str, Any], below: dict[str, Any]) -> dict[
     return {"phase": phase} | {name: round(above[name] / below[name], 4) for name in names}
 
 
-def parameters(manifests: Sequence[tuple[str, Path]]) -> dict[str, list[dict[str, Any]]]:
-    """Stage -> a line a parameter or version with a column a run, from (name of the run, its manifest.json)."""
-    stages: dict[str, dict[str, dict[str, str]]] = {}
-    for run, path in manifests:
+def parameters(manifests: Sequence[Path], runs: Path) -> dict[str, list[dict[str, str]]]:
+    """Stage -> a line a parameter or version: {"parameter", "value"}, from the manifests of runs below `runs`.
+
+    Where runs of a stage differ in it, the value names them: "30 (1/rl, 2/rl), 90 (vanilla/rl)".
+    """
+    stages: dict[str, dict[str, dict[str, list[str]]]] = {}
+    num_runs: Counter[str] = Counter()
+    for path in manifests:
         manifest = read_json(path)
-        named = manifest.get("parameters", {}) | {f"version of {k}": v for k, v in manifest.get("versions", {}).items()}
+        stage, run = manifest.get("stage", "?"), path.relative_to(runs).as_posix()
+        run = run.removesuffix("manifest.json").rstrip("/.")
+        num_runs[stage] += 1
+        versions = manifest.get("versions") or {}
+        named = (manifest.get("parameters") or {}) | {f"version of {name}": value for name, value in versions.items()}
         for name, value in named.items():
-            stages.setdefault(manifest.get("stage", "?"), {}).setdefault(name, {})[run] = str(value)
-    return {stage: [{"parameter": name} | values for name, values in lines.items()] for stage, lines in stages.items()}
+            stages.setdefault(stage, {}).setdefault(name, {}).setdefault(_brief(value), []).append(run)
+    return {
+        stage: [{"parameter": name, "value": _by_run(values, num_runs[stage])} for name, values in lines.items()]
+        for stage, lines in stages.items()
+    }
+
+
+def _brief(value: Any) -> str:
+    """A value as text, of a digest its beginning."""
+    text = str(value)
+    return f"{text[:12]}…" if re.fullmatch("[0-9a-f]{64}", text) else text
+
+
+def _by_run(values: Mapping[str, Sequence[str]], num_runs: int) -> str:
+    if len(values) == 1 and len(next(iter(values.values()))) == num_runs:
+        return next(iter(values))
+    return ", ".join(f"{value} ({', '.join(of_value)})" for value, of_value in values.items())

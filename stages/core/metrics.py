@@ -83,7 +83,7 @@ def per_problem(
     """
     import numpy as np
 
-    _check_results(results)
+    check_results(results)
     n = np.array([result["num_samples"] for result in results])
     c = np.array([result["num_correct"] for result in results])
     values = {f"avg@{num_samples or n.min()}": avg_at_k(n, c)} | {f"pass@{k}": pass_at_k(n, c, k) for k in ks}
@@ -93,7 +93,8 @@ def per_problem(
     return values
 
 
-def _check_results(results: Sequence[Result]) -> None:
+def check_results(results: Sequence[Result]) -> None:
+    """Raise InputError for counts of one policy that cannot be, or for two results of one problem."""
     if not results:
         raise InputError("no results to summarise: is results.jsonl empty?")
     policies = {result["policy"] for result in results}

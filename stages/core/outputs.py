@@ -38,13 +38,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_dir(path: str | Path) -> Iterator[Path]:
+def whole_dir(path: str | Path, replacing: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside `path`; it becomes `path` when the block ends well, and is gone otherwise.
 
-    Raises InputError where `path` already holds something: a result is never overwritten.
+    Raises InputError where `path` already holds something: a result is never overwritten. With `replacing`, for what
+    is only derived, the old directory goes when the new one is whole.
     """
     path = Path(path)
-    refuse_occupied(path)
+    if not replacing:
+        refuse_occupied(path)
     beside = _beside(path)
     shutil.rmtree(beside, ignore_errors=True)  # left by a killed process that had the same id
     with _writing(path):
@@ -55,7 +57,7 @@ def whole_dir(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         if path.exists():
-            path.rmdir()
+            shutil.rmtree(path) if replacing else path.rmdir()
         beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -16,7 +16,7 @@ from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.outputs import whole_file, write_json
 from stages.core.records import Rollout
-from stages.core.runs import read_json
+from stages.core.runs import read_json, read_log
 
 
 def step_name(step: int) -> str:
@@ -94,12 +94,7 @@ class RunDir:
 
     def log_rows(self) -> list[dict[str, float]]:
         """log.tsv as numbers; an empty cell is left out."""
-        if not self.log_path.exists():
-            return []
-        header, *lines = self.log_path.read_text().splitlines()
-        names = header.split("\t")
-        rows = (zip(names, line.split("\t"), strict=True) for line in lines)
-        return [{name: float(cell) for name, cell in row if cell} for row in rows]
+        return read_log(self.log_path)
 
     def finish(self, metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Write metrics and manifest, in this order, then let go of the state, all but the run's identity."""

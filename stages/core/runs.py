@@ -10,7 +10,6 @@
 Nothing here is needed to be whole: what is missing is simply not found.
 """
 
-import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ import orjson
 
 from stages.core import records
 from stages.core.errors import InputError
-from stages.core.metrics import by_policy
+from stages.core.metrics import by_policy, check_results
+from stages.core.progress import warn
 from stages.core.records import Result, Rollout
 
 BASE, RLOOP, RL = "Base", "RLoop", "RL"
@@ -49,18 +49,38 @@ class Place(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Every policy's results on one problem set, and the rollouts files that hold their completions."""
+    """Every policy's results on one problem set, and the eval output that each policy's results are from."""
 
     problem_set: str
     results: dict[str, list[Result]]
-    rollouts: list[Path]
+    homes: dict[str, Path]
+
+    @property
+    def rollouts(self) -> list[Path]:
+        """The rollouts files that hold the policies' completions; not every eval output needs to have kept its own."""
+        files = (home / "rollouts.jsonl" for home in dict.fromkeys(self.homes.values()))
+        return [file for file in files if file.exists()]
 
 
-def places(policies: Iterable[str], root: str | Path = "") -> list[Place]:
-    """Each policy's place, ordered by method and then by way; `root` is the directory of runs, if its name differs."""
+def places(policies: Iterable[str], root: str | Path | None = None) -> list[Place]:
+    """Each policy's place, ordered by method and then by way.
+
+    `root` is the directory of runs: there the lengths of the iterations stand, even if policies were evaluated under
+    another path or from another working directory.
+    """
     policies = [policy.rstrip("/") for policy in policies]
-    offsets = _offsets(policies, Path(root))
-    return sorted((_place(policy, offsets) for policy in policies), key=lambda p: (p.method, p.step, p.fine_tuned))
+    offsets = _offsets(policies, root)
+    found = (_place(policy, offsets) for policy in policies)
+    return sorted(found, key=lambda place: (place.method, place.step, _iteration(place.policy), place.fine_tuned))
+
+
+def root_of(evals: Iterable[Path]) -> Path | None:
+    """The directory of runs that eval outputs lie in: the next above one of them with an <iteration>/rl in it."""
+    for directory in evals:
+        for above in directory.absolute().parents:
+            if any(_ITERATION.match(str(run)) for run in above.glob("[0-9]*/rl")):
+                return above
+    return None
 
 
 def way(found: Sequence[Place], method: str) -> list[Place]:
@@ -87,19 +107,25 @@ def _place(policy: str, offsets: Mapping[int, int]) -> Place:
     return Place(policy, RL if name == "vanilla" else name, step, str(step))
 
 
-def _offsets(policies: Sequence[str], root: Path) -> dict[int, int]:
+def _iteration(policy: str) -> int:
+    checkpoint = _CHECKPOINT.match(policy)
+    turn = _ITERATION.match(checkpoint["run"] if checkpoint else policy)
+    return int(turn["iteration"]) if turn else 0
+
+
+def _offsets(policies: Sequence[str], root: str | Path | None) -> dict[int, int]:
     """RL steps before each iteration, from the manifests or logs of the iterations, or else from their checkpoints."""
     lengths: dict[int, int] = {}
+    known = root is not None and any(Path(root).glob("[0-9]*/rl"))
     for policy in policies:
         checkpoint = _CHECKPOINT.match(policy)
         run = checkpoint["run"] if checkpoint else policy
-        if (turn := _ITERATION.match(run)) is None:
+        if _ITERATION.match(run) is None:
             continue
-        iteration = int(turn["iteration"])
-        above = Path(run).parents[1]
+        iteration = _iteration(policy)
+        above = Path(root or "") if known else Path(run).parents[1]
         for earlier in range(1, iteration + 1):
-            known = num_steps(above / str(earlier) / "rl") or num_steps(root / str(earlier) / "rl")
-            lengths[earlier] = max(lengths.get(earlier, 0), known)
+            lengths[earlier] = max(lengths.get(earlier, 0), num_steps(above / str(earlier) / "rl"))
         if checkpoint:
             lengths[iteration] = max(lengths.get(iteration, 0), int(checkpoint["step"]))
     usual = max(lengths.values(), default=0)
@@ -111,70 +137,93 @@ def _offsets(policies: Sequence[str], root: Path) -> dict[int, int]:
 
 def num_steps(run: Path) -> int:
     """RL steps of an rl output by its manifest or its log; 0 where it has neither."""
-    steps = read_json(run / "manifest.json").get("parameters", {}).get("steps", 0)
+    steps = (read_json(run / "manifest.json").get("parameters") or {}).get("steps", 0)
     if isinstance(steps, int) and steps > 0:
         return steps
     return int(max((row["step"] for row in read_log(run / "log.tsv") if "step" in row), default=0))
 
 
 def find_evals(directories: Iterable[str | Path]) -> list[Path]:
-    """Every directory at or below `directories` that holds a results.jsonl, sorted; none at all is an InputError."""
-    found: set[Path] = set()
+    """Every eval output at or below `directories`, in their order and by name; none at all is an InputError."""
+    found: list[Path] = []
     for directory in directories:
         if not Path(directory).is_dir():
             raise InputError(f"{directory}: no such directory; name the --out of an eval, or a directory of them")
-        here = {path.parent for path in Path(directory).rglob("results.jsonl")}
-        if not here:
+        if not (here := evals_below(Path(directory))):
             raise InputError(f"{directory} holds no results.jsonl: name the --out of an eval, or a directory of them")
-        found |= {path for path in here if not any(part.endswith(".partial") for part in path.parts)}
-    return sorted(found)
+        found += here
+    return list(dict.fromkeys(found))
+
+
+def evals_below(directory: Path) -> list[Path]:
+    """Every directory at or below `directory` with a results.jsonl, unfinished ones left out, by name."""
+    found = (path.parent for path in directory.rglob("results.jsonl"))
+    return sorted(path for path in found if not any(part.endswith(".partial") for part in path.parts))
 
 
 def set_name(directory: Path) -> str:
-    """A problem set's name: the last directory of its evaluation's path, as in runs/eval/1/valid."""
-    return directory.name
+    """A problem set's name: by the eval's manifest, or else the eval's directory, as in runs/eval/1/valid."""
+    return str(read_json(directory / "manifest.json").get("set") or directory.name)
 
 
 def read_evals(directories: Sequence[Path]) -> dict[str, Evaluation]:
-    """Evaluations by problem set, policies in order of appearance; of a policy evaluated twice the first counts."""
+    """Evaluations by problem set, policies in order of appearance; of a policy evaluated twice the first counts.
+
+    Raises InputError for results that cannot be: two of one problem, more correct samples than samples.
+    """
     found: dict[str, Evaluation] = {}
     for directory in directories:
         name = set_name(directory)
-        here = found.setdefault(name, Evaluation(name, {}, []))
-        for policy, results in by_policy(list(records.read(directory / "results.jsonl", Result))).items():
-            here.results.setdefault(policy.rstrip("/"), results)
-        if (directory / "rollouts.jsonl").exists():
-            here.rollouts.append(directory / "rollouts.jsonl")
+        here = found.setdefault(name, Evaluation(name, {}, {}))
+        file = directory / "results.jsonl"
+        for policy, results in by_policy(list(records.read(file, Result))).items():
+            try:
+                check_results(results)
+            except InputError as error:
+                raise InputError(f"{file}: {error}") from None
+            if here.homes.setdefault(policy.rstrip("/"), directory) == directory:
+                here.results[policy.rstrip("/")] = results
+            else:
+                first = here.homes[policy.rstrip("/")]
+                warn(f"{policy} was evaluated on {name} twice: {first} counts, {directory} does not")
     return found
 
 
 def read_rollouts(evaluation: Evaluation) -> Iterator[Rollout]:
-    """The rollouts of an evaluation; of a policy with rollouts in two files only those of the first."""
-    home: dict[str, Path] = {}
+    """The rollouts behind the results of an evaluation, those of each policy from the eval output that counts."""
     for path in evaluation.rollouts:
         for rollout in records.read(path, Rollout):
             policy = rollout["policy"].rstrip("/")
-            if home.setdefault(policy, path) == path:
+            if evaluation.homes.get(policy) == path.parent:
                 rollout["policy"] = policy
                 yield rollout
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a log.tsv, numbers only (others and empty cells are left out); [] where there is no such file."""
-    if not Path(path).is_file():
+    """The rows of a log.tsv, empty cells left out; [] where there is no such file, or nothing in it.
+
+    A last line without its end is being written, or was when the process died: it is not read. Raises InputError for
+    a line that does not fit its header.
+    """
+    path = Path(path)
+    if not path.is_file():
         return []
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        return [_numbers(row) for row in csv.DictReader(file, delimiter="\t")]
+    header, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
+    try:
+        names = header.decode().split("\t")
+        return [_log_row(names, line.decode(), f"{path}:{number}") for number, line in enumerate(lines, start=2)]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text in UTF-8: restore it, or remove it") from None
 
 
-def _numbers(row: Mapping[Any, Any]) -> dict[str, float]:
-    numbers = {}
-    for name, text in row.items():
-        try:
-            numbers[name] = float(text)
-        except (TypeError, ValueError):
-            continue
-    return numbers
+def _log_row(names: Sequence[str], line: str, where: str) -> dict[str, float]:
+    cells = line.split("\t")
+    if len(cells) != len(names):
+        raise InputError(f"{where}: {len(cells)} cells under a header of {len(names)}: restore the line, or remove it")
+    try:
+        return {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
+    except ValueError as error:
+        raise InputError(f"{where}: {error}: restore the line, or remove it") from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -27,17 +27,27 @@ _TOKEN = re.compile(r"\w+|[^\w\s]")
 COMMON = 16  # bigrams that occur in one of this many completions or more are multiplied densely, the rest sparsely
 
 
-def similarity_matrix(completions: Sequence[Mapping[str, Sequence[str]]]) -> "Array":
+def similarity_matrix(completions: Sequence[Mapping[str, Sequence[str]]]) -> tuple["Array", "Array"]:
     """Mean similarity [checkpoints, checkpoints] of `completions`: for each checkpoint, problem id -> its completions.
 
-    All checkpoints must hold the same problems, with one completion or more for each.
+    All checkpoints must hold the same problems, with one completion or more for each. The second array [checkpoints]
+    is the similarity within each checkpoint without the pairs of a completion and itself, over the problems with two
+    completions or more; not a number where there is none.
     """
     import numpy as np
 
-    total = np.zeros((len(completions), len(completions)))
-    for problem in sorted(completions[0]):
-        total += problem_similarity([checkpoint[problem] for checkpoint in completions])
-    return total / len(completions[0])
+    problems = sorted(completions[0])
+    total, distinct = np.zeros((len(completions), len(completions))), np.zeros(len(completions))
+    num_paired = np.zeros(len(completions))
+    for problem in problems:
+        here = [checkpoint[problem] for checkpoint in completions]
+        alike, num_samples = problem_similarity(here), np.array([len(texts) for texts in here])
+        total += alike
+        paired = num_samples > 1
+        distinct[paired] += without_self(np.diag(alike)[paired], num_samples[paired])
+        num_paired += paired
+    within = np.divide(distinct, num_paired, out=np.full(len(completions), np.nan), where=num_paired > 0)
+    return total / len(problems), within
 
 
 def problem_similarity(completions: Sequence[Sequence[str]]) -> "Array":
@@ -85,13 +95,9 @@ def _intersections(sets: Sequence["Array"]) -> "Array":
     return (dense @ dense.T + (rare @ rare.T).toarray()).astype(np.float64)  # float32 counts exactly up to 2**24
 
 
-def without_self(within: "Array", num_samples: int) -> "Array":
-    """Similarity of a checkpoint's distinct samples, from the diagonal, which counts each with itself (J = 1) too.
+def without_self(within: "Array", num_samples: "Array") -> "Array":
+    """Similarity of distinct samples of one problem, from the diagonal, which counts each with itself (J = 1) too.
 
-    (N^2 within - N) / (N^2 - N); not a number for N = 1, where there is no pair.
+    (N^2 within - N) / (N^2 - N), for N of 2 or more.
     """
-    import numpy as np
-
-    if num_samples == 1:
-        return np.full_like(within, np.nan)
     return (num_samples * within - 1) / (num_samples - 1)

@@ -103,6 +103,23 @@ def differences(
     return found
 
 
+def incomparable(evaluations: Mapping[str, Evaluation], chosen: Mapping[str, str]) -> list[str]:
+    """A line for every method that was asked other problems of a set than the first method in the table."""
+    found = []
+    for name, evaluation in evaluations.items():
+        asked = [
+            (method, {result["problem_id"] for result in evaluation.results[policy]})
+            for method, policy in chosen.items()
+            if policy in evaluation.results
+        ]
+        for method, problems in asked[1:]:
+            if problems != asked[0][1]:
+                counts = f"{len(problems)} and {len(asked[0][1])}"
+                pair = f"{method} and {asked[0][0]} on {name}"
+                found.append(f"{pair}: asked different problems ({counts}), so no difference")
+    return found
+
+
 def smallest_num_samples(evaluations: Mapping[str, Evaluation]) -> int:
     """The fewest samples that any problem of any evaluation has: the n of avg@n, and the bound of k."""
     counts = [r["num_samples"] for e in evaluations.values() for results in e.results.values() for r in results]

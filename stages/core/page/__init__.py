@@ -23,6 +23,7 @@ BROWSER = """
 <option value="all">all</option><option value="correct">correct</option><option value="wrong">wrong</option>
 </select></label>
 </div>
+<h3 id="chosen"></h3>
 <div id="problem-text" tabindex="0"></div>
 <p class="note">Answer: <b id="answer"></b></p>
 <svg id="rates" role="img" aria-label="pass rate of this problem over RL steps"></svg>
@@ -49,8 +50,13 @@ def page(title: str, lead: str, sections: Mapping[str, str], rollouts: Sequence[
         sections="\n".join(bodies),
         style=(folder / "page.css").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
-        rollouts=orjson.dumps(rollouts).decode().replace("<", "\\u003c"),  # "</script>" in a completion ends nothing
+        rollouts=embedded(rollouts),
     )
+
+
+def embedded(records: Any) -> str:
+    """JSON as it stands in the page: "</script>" in a completion ends nothing."""
+    return orjson.dumps(records).decode().replace("<", "\\u003c")
 
 
 def figures_html(figures: Sequence[Figure]) -> str:

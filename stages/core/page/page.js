@@ -3,6 +3,7 @@
 (() => {
   const sets = JSON.parse(document.getElementById("rollouts-data").textContent);
   const byId = (id) => document.getElementById(id);
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((fold) => { fold.open = true; }));
   if (!sets.length || !byId("set")) return;
   const COLOURS = { RLoop: "var(--rloop)", RL: "var(--rl)", Base: "var(--base)" };
   const percent = (rate) => rate === null ? "not asked" : `${Math.round(100 * rate)} %`;
@@ -40,6 +41,7 @@
   }
 
   function show() {
+    byId("chosen").textContent = `${current().name}: problem ${problem().id}`;
     byId("problem-text").textContent = problem().prompt;
     byId("answer").textContent = problem().answer;
     drawRates();
@@ -65,11 +67,11 @@
 
   function drawRates() {
     const { policies } = current(), { rates } = problem();
-    const width = 600, height = 190, left = 44, bottom = 30, top = 12;
+    const picture = byId("rates");
+    const width = picture.clientWidth || 600, height = 190, left = 44, bottom = 30, top = 12;
     const largest = Math.max(1, ...policies.map((policy) => policy.step));
     const x = (step) => left + (width - left - 14) * step / largest;
     const y = (rate) => top + (height - top - bottom) * (1 - rate);
-    const picture = byId("rates");
     picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const parts = [0, 0.5, 1].flatMap((rate) => [
       svg("line", { x1: left, x2: width - 14, y1: y(rate), y2: y(rate), stroke: "currentColor", "stroke-opacity": 0.2 }),
@@ -84,7 +86,7 @@
       parts.push(svg("polyline", { points: way.map((point) => `${x(point.step)},${y(point.rate)}`).join(" "), fill: "none",
         stroke: colour, "stroke-width": 2 }));
       for (const point of way) {
-        const dot = svg("circle", { cx: x(point.step), cy: y(point.rate), r: 5, stroke: colour, "stroke-width": 2,
+        const dot = svg("circle", { cx: x(point.step), cy: y(point.rate), r: 6, stroke: colour, "stroke-width": 2,
           fill: point.after_rft ? "var(--paper)" : colour, "data-policy": point.index });
         dot.append(svg("title", {}, `${point.label}: ${percent(point.rate)}`));
         dot.addEventListener("click", () => {
@@ -101,5 +103,6 @@
   fill(byId("set"), sets.map((set) => set.name), 0);
   byId("set").addEventListener("change", chooseSet);
   for (const id of ["problem", "left", "right", "verdicts"]) byId(id).addEventListener("change", show);
+  window.addEventListener("resize", drawRates);
   chooseSet();
 })();
