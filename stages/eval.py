@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from stages.core import evaluation, jsonl, outputs, partial, sampling, verifier
 from stages.core.engine import Engine
-from stages.core.errors import InputError
+from stages.core.errors import InputError, require
 from stages.core.metrics import KS
 from stages.core.partial import Groups
 from stages.core.records import Rollout
@@ -57,12 +57,15 @@ def run(
     Example: rloop eval --policy toy/policy --problems toy/valid.jsonl --out evals/valid --template none --max-tokens 80
     """
     if regrade is not None:
+        if policy or problems or knobs.limit:
+            raise InputError("--regrade draws nothing: leave out --policy, --problems and --limit")
         regrade_rollouts(regrade, out, k, select, knobs.bare)
         return
     if not problems:
         raise InputError("--problems is missing: name at least one file of problems")
     if Path("-") in problems:
         raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
+    require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
     evaluation.check_metrics(num_samples, k, select)
     plan = sampling.plan(policy, problems, num_samples, knobs)
     _refuse_left_out(plan)
@@ -236,10 +239,13 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
 
 
 def _stored_files(source: Path) -> dict[str, Path]:
-    """The rollouts files of an eval output by their sets; `source` may be such a file itself."""
+    """The rollouts files of an eval output by their sets, in its order; `source` may be such a file itself."""
     if not source.is_dir():
         return {source.stem: source}
-    files = [path for path in (source / "rollouts.jsonl", *sorted(source.glob("*/rollouts.jsonl"))) if path.exists()]
+    first = [f"{name}/rollouts.jsonl" for name in read_json(source / "metrics.json").get("sets", ())]
+    others = sorted(source.glob("*/rollouts.jsonl"))
+    paths = dict.fromkeys([source / "rollouts.jsonl", *(source / name for name in first), *others])
+    files = [path for path in paths if path.exists()]
     if not files:
         raise InputError(f"--regrade {source} holds no rollouts.jsonl: name an eval output, or a file of rollouts")
     return {read_json(file.parent / "manifest.json").get("set", file.parent.name): file for file in files}

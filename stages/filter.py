@@ -32,7 +32,9 @@ def run(
     max_pass_rate: Annotated[float, "a problem is hard if its pass rate lies strictly below this; 1 is no bound"] = 0.1,
     max_per_problem: Annotated[int, "keep at most so many successes of a problem, drawn at random; 0 keeps all"] = 0,
     seed: Annotated[int, "decides the draw of --max-per-problem"] = 0,
-    keep_truncated: Annotated[bool, "keep successes that were cut at the token limit"] = False,
+    keep_truncated: Annotated[
+        bool, "keep successes that were cut at the token limit; rft then teaches to stop there"
+    ] = False,
     keep_duplicates: Annotated[bool, "keep every copy of a completion that was drawn more than once"] = False,
     dry_run: Annotated[bool, "write nothing; print the yield by threshold as a table"] = False,
 ) -> None:

@@ -53,7 +53,7 @@ def run(
         outputs.refuse_occupied(out)
         outputs.refuse_no_file(out)
     origin = sources.find(source, from_, config, split)
-    others = [sources.find(file) for file in decontaminate]
+    others = [sources.find(file, option="--decontaminate") for file in decontaminate]
     with Verifier() as verifier:
         curated = curation.collect(
             _rows(origin, problem_column, answer_column), origin.name, partial(_same_answer, verifier)
@@ -61,6 +61,7 @@ def run(
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
             curation.draw(curated, limit, seed)
+        curation.find_wordy(curated)
         curation.find_unparseable(curated, partial(_parseable, verifier), drop_unparseable)
         if drop_unparseable:  # before the draw, so that the limit is reached
             curation.draw(curated, limit, seed)
@@ -97,7 +98,7 @@ def _rows(source: Source, problem_column: str, answer_column: str) -> Iterator[t
         yield (
             curation.problem_text(sources.value(row, problem_column, where), where),
             curation.answer_text(sources.value(row, answer_column, where), source.is_integers, where),
-            str(sources.value(row, id_column, where)) if id_column else "",
+            str(row[id_column]) if row.get(id_column) is not None else "",
         )
 
 
@@ -126,5 +127,5 @@ def _problem_texts(others: Iterable[Source]) -> Iterator[str]:
     for source in others:
         column = ""
         for where, row in sources.rows(source):
-            column = column or sources.problem_column(row, "", where)
+            column = column or sources.problem_column(row, "", where, "--decontaminate reads one so called: rename it")
             yield curation.problem_text(sources.value(row, column, where), where)

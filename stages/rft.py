@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from stages.core import outputs, records
-from stages.core.errors import InputError
+from stages.core.errors import InputError, require
 from stages.core.progress import warn
 from stages.core.records import Example
 
@@ -38,19 +38,15 @@ class Knobs:
     def __post_init__(self) -> None:
         """Refuse what can't work, in the flag's own name."""
         for name in ("epochs", "batch_size", "tokens_per_microbatch"):
-            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("lr", "weight_decay", "max_grad_norm", "max_tokens"):
-            self._require(name, getattr(self, name) >= 0, "must not be negative")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("warmup_share", "min_lr_share"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be between 0 and 1")
         for name in ("beta1", "beta2"):
-            self._require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
-        self._require("seed", 0 <= self.seed < 2**32, "must be between 0 and 2^32 - 1")
-        self._require("dtype", self.dtype in ("auto", "float32", "bfloat16"), "is none of auto, float32, bfloat16")
-
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} {rule}")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be between 0 and 2^32 - 1")
+        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto float32 bfloat16")
 
 
 def run(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core.errors import InputError
+from stages.core.errors import InputError, require
 from stages.core.progress import warn
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ TOTALS = (
     *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
     *("grad_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
 )  # the columns of log.tsv whose sums metrics.json holds
+WITHOUT_EFFECT = ("memory_fraction", "mismatch_bound", "save_every", "alarm_grad_norm", "tracker")  # on any result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,29 +70,37 @@ class Knobs:
             raise InputError(f"--group-size {self.group_size}: a group needs at least 2 rollouts to be compared")
         counts = ("steps", "problems_per_step", "max_tokens", "max_rounds", "minibatches", "tokens_per_microbatch")
         for name in (*counts, "checkpoint_every", "save_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(self.temperature > 0, "temperature", self.temperature, "must be above 0: greedy samples are all equal")
-        _require(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.temperature > 0, "temperature", self.temperature, "must be above 0: greedy samples are all equal")
+        require(
             0 <= self.overlong_buffer <= self.max_tokens,
             "overlong_buffer",
             self.overlong_buffer,
             f"must be between 0 and --max-tokens {self.max_tokens}",
         )
-        _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must be between 0 and 1")
+        require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must be between 0 and 1")
         for name in ("clip_high", "max_grad_norm"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-        for name in ("lr", "warmup_steps", "weight_decay", "importance_cap", "overlong_penalty", "advantage_eps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        for name in (
+            "lr",
+            "warmup_steps",
+            "weight_decay",
+            "importance_cap",
+            "overlong_penalty",
+            "advantage_eps",
+            "mismatch_bound",
+        ):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        _require(0 < self.memory_fraction <= 1, "memory_fraction", self.memory_fraction, "must be above 0, at most 1")
-        _require(
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
+        require(0 < self.memory_fraction <= 1, "memory_fraction", self.memory_fraction, "must be above 0, at most 1")
+        require(
             self.tracker in ("none", "tensorboard", "wandb"),
             "tracker",
             self.tracker,
             "is none of none tensorboard wandb",
         )
-        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto float32 bfloat16")
+        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto float32 bfloat16")
 
 
 def run(
@@ -114,6 +123,8 @@ def run(
     from stages.core.rollouts import make_prompts
     from stages.core.rundir import RunDir
 
+    if problems == Path("-"):
+        raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
     end_with_parent()
     path = policies.resolve(policy)
     tokenizer = policies.load_tokenizer(path)
@@ -138,7 +149,8 @@ def run(
             accelerator.init_trackers("rloop-rl", config=asdict(knobs))
         _explore(accelerator, directory, done, policy, path, ready, template.end_tokens(tokenizer), knobs)
         if accelerator.is_main_process:
-            _finish(directory, identity, knobs, left_out)
+            paths = {"policy": policy, "problems": str(problems)}
+            _finish(directory, identity, paths, knobs, left_out)
         for tracker in accelerator.trackers:
             tracker.finish()
 
@@ -214,7 +226,7 @@ def _begin(
 
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
-        finished = directory.begin(identity, restart_if_changed)
+        finished = directory.begin(identity, restart_if_changed, WITHOUT_EFFECT)
         found = [finished, 0 if finished else directory.resume_step()]
         if found[1]:
             warn(f"going on after step {found[1]}")
@@ -223,7 +235,9 @@ def _begin(
     return found[0], found[1]
 
 
-def _finish(directory: "RunDir", identity: dict[str, Any], knobs: Knobs, left_out: list[str]) -> None:
+def _finish(
+    directory: "RunDir", identity: dict[str, Any], paths: dict[str, str], knobs: Knobs, left_out: list[str]
+) -> None:
     """Check that all was done that was planned, and write what the run comes to."""
     from stages.core import outputs, verifier
     from stages.core.rundir import step_name
@@ -244,7 +258,7 @@ def _finish(directory: "RunDir", identity: dict[str, Any], knobs: Knobs, left_ou
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
     manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, totals["seconds"])
     extra = {"template_digest": identity["parameters"]["template_digest"], "verifier": verifier.VERSION}
-    directory.finish(metrics, {**manifest, **extra})
+    directory.finish(metrics, {**manifest, **paths, **extra})
 
 
 def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
@@ -253,8 +267,3 @@ def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
         f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
         f"policy's context of {context} tokens ({some})"
     )
-
-
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
-    if not holds:
-        raise InputError(f"--{name.replace('_', '-')} {value} {rule}")

@@ -244,6 +244,7 @@ def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_po
     [
         ({"k": (1, 8)}, r"--k 8 needs 1 to 4 \(--num-samples\)"),
         ({"k": (0,)}, "--k 0"),
+        ({"num_samples": 0}, "--num-samples 0 must be at least 1"),
         ({"select": "pass@2"}, "none of the metrics: avg@4, pass@1, pass@4"),
         ({"problems": []}, "--problems is missing"),
         ({"problems": [Path("-")]}, "--problems -: name a file"),
@@ -265,6 +266,12 @@ def test_an_average_over_fewer_problems_is_refused(engines, tiny_policy, problem
     with pytest.raises(InputError, match="1 problems, such as long, leave no room"):
         run([tiny_policy], problems, tmp_path / "out")
     assert not engines
+
+
+def test_grading_again_takes_neither_policies_nor_problems(problems, tmp_path):
+    for policies, files in (([tmp_path], []), ([], problems)):
+        with pytest.raises(InputError, match="--regrade draws nothing: leave out --policy, --problems and --limit"):
+            run(policies, files, tmp_path / "again", regrade=tmp_path / "out")
 
 
 def test_a_selection_by_no_metric_is_refused_when_grading_again(engines, tiny_policy, problems, tmp_path):
@@ -310,8 +317,10 @@ def test_bare_answers_count_only_where_they_are_asked_for(engines, tiny_policy, 
 
 def test_sets_are_graded_again_side_by_side_and_a_file_alone(engines, tiny_policy, problems, tmp_path):
     jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
-    run([tiny_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out")
-    run([], [], tmp_path / "again", regrade=tmp_path / "out")
+    run([tiny_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="pass@4")
+    run([], [], tmp_path / "again", regrade=tmp_path / "out", select="pass@4")
+    overviews = [load(tmp_path / name / "metrics.json") for name in ("out", "again")]
+    assert overviews[0] == overviews[1] and list(overviews[1]["sets"]) == ["sums", "more"], "the first set selects"
     run([], [], tmp_path / "one", regrade=tmp_path / "out/more/rollouts.jsonl")
     for again, first in (("again/sums", "sums"), ("again/more", "more"), ("one", "more")):
         assert read(tmp_path / again) == read(tmp_path / "out" / first)

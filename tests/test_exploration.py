@@ -153,3 +153,4 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_143(tmp_path):
         explore(tmp_path, lambda number: 1, stop=stop, steps=9)
     assert ended.value.code == 143
     assert RunDir(tmp_path / "rl").resume_step() == 1
+    assert not (tmp_path / "rl/checkpoints").exists(), "an uninterrupted run would have none of this step"

@@ -270,3 +270,14 @@ def test_the_manifest_says_what_was_chosen_and_how(tmp_path):
     assert found["stage"] == "filter" and found["parameters"]["max_pass_rate"] == 0.3
     assert found["counts"]["examples"] == len(list(read(tmp_path / "out.jsonl", Example)))
     assert found["counts"]["rollouts"] == 1500
+
+
+def test_the_draw_among_copies_hangs_on_the_texts_and_not_on_where_they_stand(tmp_path):
+    rollouts = list(random_rollouts(5))
+    for name, policy in (("a", "p"), ("b", "a/much/longer/name")):
+        jsonl.write(tmp_path / f"{name}.jsonl", [one | {"policy": policy} for one in rollouts])
+        stage.run(rollouts=[str(tmp_path / f"{name}.jsonl")], out=str(tmp_path / f"{name}.out.jsonl"),
+                  max_pass_rate=1, max_per_problem=3, keep_duplicates=True)  # fmt: skip
+    assert (tmp_path / "a.out.jsonl").read_bytes() == (tmp_path / "b.out.jsonl").read_bytes()
+    counts = Counter(example["problem_id"] for example in read(tmp_path / "a.out.jsonl", Example))
+    assert max(counts.values()) == 3

@@ -36,6 +36,21 @@ def test_what_is_not_a_plain_file_is_never_replaced(path):
         pass
 
 
+@pytest.mark.parametrize("refusing", [outputs.refuse_occupied, outputs.refuse_no_file])
+def test_a_link_to_nothing_is_named(tmp_path, refusing):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="link to something that is not there"):
+        refusing(tmp_path / "link")
+
+
+def test_a_place_without_a_name_is_no_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is no name to write to"), outputs.locked("."):
+        pass
+    with pytest.raises(InputError, match="is no name to write to"):
+        outputs.refuse_occupied(".")
+
+
 def test_a_file_where_a_directory_must_be_is_named(tmp_path):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "new" / "b"

@@ -267,6 +267,26 @@ def test_own_ids_that_are_not_unique_give_way_to_hashes(tmp_path):
     assert not any("same" in one for one in ids)
 
 
+def test_rows_may_lack_an_id_of_their_own_and_then_none_counts(tmp_path):
+    rows = rows_of("1", "2", "3")
+    rows[0]["id"], rows[1]["id"] = "a", None
+    ids = [one["id"] for one in run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows))]
+    assert len(set(ids)) == 3 and not any(one in ("mine/a", "mine/None") for one in ids)
+
+
+def test_of_copies_the_same_is_kept_whatever_their_order(tmp_path):
+    rows = [{"problem": "A?", "answer": "1.0", "id": "b"}, {"problem": "A?", "answer": "1", "id": "a"}]
+    for name, order in (("x", 1), ("y", -1)):
+        (one,) = run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows[::order]), f"{name}.jsonl")
+        assert (one["id"], one["answer"]) == ("mine/a", "1")
+
+
+def test_answers_of_many_words_are_named_for_they_may_be_solutions(tmp_path):
+    solution = "We add three and four apples. The sum is seven, so there are seven of them."
+    assert len(run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows_of("1", solution)))) == 2
+    assert len(json.loads((tmp_path / "out.manifest.json").read_text())["ids"]["wordy"]) == 1
+
+
 def test_problems_that_another_file_holds_are_dropped_with_their_ids(tmp_path):
     path = write_jsonl(
         tmp_path / "mine.jsonl",
@@ -320,6 +340,7 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         ("a.json", '[{"problem": "1+1", "answer": "\\ud800"}]', "row 0: not valid UTF-8"),
         ("a.csv", "problem,answer\na,1\nb\n", "a.csv:3: expected 2 fields"),
         ("a.csv", "problem,answer\na,1,2\n", "a.csv:2: expected 2 fields"),
+        ("a.csv", "problem,answer,answer\na,1,2\n", "a.csv:1: two columns are called 'answer'"),
         ("a.csv", 'problem,answer\n"a,1\n', "not valid CSV"),
         ("a.parquet", "no parquet", "a.parquet: not a parquet file"),
         ("a.txt", "a", "must end in one of .jsonl"),

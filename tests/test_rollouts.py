@@ -55,6 +55,11 @@ def test_completions_that_never_fit_are_refused(max_tokens, message):
         make_prompts([problem(0)], ASK, Words(), max_tokens, context=10)
 
 
+def test_an_empty_prompt_is_refused_by_its_problem():
+    with pytest.raises(InputError, match="problem p1 gives an empty prompt"):
+        make_prompts([problem(0), problem(1, "")], Template("none", str, (), "digest"), Words(), 6, context=10)
+
+
 def test_groups_come_in_the_order_of_the_prompts_with_the_verifiers_rewards():
     tokens = []
     with Verifier() as verifier:

@@ -72,11 +72,44 @@ def test_a_finished_run_is_known_as_such_and_its_state_is_gone(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
+    directory.checkpoint(1).mkdir(parents=True)
     directory.finish({"steps": 1}, {**IDENTITY, "stage": "rl"})
     assert not directory.state.exists()
     assert directory.begin(IDENTITY, False) is True
     with pytest.raises(InputError, match="steps was 5, is now 9"):
         directory.begin({**IDENTITY, "parameters": {"lr": 0.1, "steps": 9}}, False)
+
+
+def test_parts_of_a_run_alone_are_refused_and_replaced_where_the_user_asked_for_that(tmp_path):
+    for name in ("metrics.json", ".gitignore"):  # as dvc puts them back without the rest
+        (tmp_path / name).write_text("{}")
+    directory = RunDir(tmp_path)
+    with pytest.raises(InputError, match=r"holds only metrics\.json of an rl run: restore the rest, or name another"):
+        directory.begin(IDENTITY, False)
+    assert directory.begin(IDENTITY, True) is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "state"]
+
+
+def test_a_finished_run_that_has_lost_its_rollouts_is_not_taken_for_done(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    saved(directory, 1)
+    directory.finish({"steps": 1}, {**IDENTITY, "stage": "rl"})
+    with pytest.raises(InputError, match="finished run without its checkpoints: restore that, or name another"):
+        directory.begin(IDENTITY, False)
+    assert directory.begin(IDENTITY, True) is False
+    assert directory.resume_step() == 0 and not (directory.path / "manifest.json").exists()
+
+
+def test_a_setting_without_effect_on_the_results_may_change_on_the_way(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    saved(directory, 1)
+    other = {**IDENTITY, "parameters": {"lr": 0.1, "steps": 6}}
+    assert directory.begin(other, True, free=("steps",)) is False
+    assert directory.resume_step() == 1
+    with pytest.raises(InputError, match="steps was 5, is now 6"):
+        directory.begin(other, False)
 
 
 @pytest.mark.parametrize("manifest", ['{"stage": "rft"}', '{"name": "a web page"}', "{}"])

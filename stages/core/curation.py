@@ -21,6 +21,7 @@ from stages.core.records import Problem
 LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
 SPACE = " \t\r\n"  # not the form feed: it may be what is left of \frac
 MAX_EXACT_FLOAT = 2**53
+MAX_WORDS = 12  # an answer of more is named as one that may be a worked solution
 MAX_SHOWN = 5  # ids of a kind in the printed table; the manifest has them all
 TITLES = {
     "rows": "rows read",
@@ -30,6 +31,7 @@ TITLES = {
     "contradictory": "dropped: contradictory answers",
     "contaminated": "dropped: in --decontaminate",
     "unparseable": "answers that the verifier cannot read",
+    "wordy": "answers of many words: solutions?",
     "beyond_limit": "dropped: beyond --limit",
     "problems": "problems",
     "mended": "of all, with a lost \\frac mended",
@@ -156,10 +158,17 @@ def collect(rows: Iterable[tuple[str, str, str]], source: str, same_answer: Call
             counts["duplicate"] += 1
             if found[key][1] != answer and not same_answer(found[key][1], answer):
                 contradictory.add(key)
+            found[key] = min(found[key], (problem, answer, own_id), key=_rank)
     curated = Curated(_problems(found, source), counts)
     keys = dict(zip((problem["id"] for problem in curated.problems), found, strict=True))
     _drop(curated, "contradictory", lambda problem: keys[problem["id"]] in contradictory)
     return curated
+
+
+def _rank(copy: tuple[str, str, str]) -> tuple[bool, str, str, str]:
+    """Which of equal problems is kept, whatever the order of the rows: the one with the first id of its own."""
+    problem, answer, own_id = copy
+    return not own_id, own_id, answer, problem
 
 
 def _problems(found: Mapping[bytes, tuple[str, str, str]], source: str) -> list[Problem]:
@@ -200,6 +209,13 @@ def find_unparseable(curated: Curated, parseable: Callable[[list[str]], list[boo
     _drop(curated, "unparseable", lambda problem: problem["id"] not in readable)
     if not drop:
         curated.problems = problems
+
+
+def find_wordy(curated: Curated) -> None:
+    """Remember the ids of problems whose answer is so long that it may be a solution without a box."""
+    problems = curated.problems
+    _drop(curated, "wordy", lambda problem: len(problem["answer"].split()) > MAX_WORDS)
+    curated.problems = problems
 
 
 def draw(curated: Curated, limit: int, seed: int) -> None:

@@ -99,9 +99,10 @@ class Explorer:
                     directory.append_log(row)
                 self.accelerator.log({k: v for k, v in row.items() if v == v}, step=step)
                 progress.step(step, f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s")
-                ending = collapsed == MAX_COLLAPSED_STEPS or self._agree(stop.received)
-                self._save(directory, step, ending)
-                if collapsed == MAX_COLLAPSED_STEPS:
+                has_collapsed = collapsed == MAX_COLLAPSED_STEPS
+                ending = has_collapsed or self._agree(stop.received)
+                self._save(directory, step, with_checkpoint=has_collapsed, with_state=ending)
+                if has_collapsed:
                     raise CollapseError(
                         f"the last {collapsed} steps gave only non-finite losses or gradients, none of which reached "
                         f"the weights: lower --lr; {directory.checkpoint(step)} holds the last good policy"
@@ -280,13 +281,16 @@ class Explorer:
         """Linear warm-up over training steps, then constant."""
         return float(self.knobs.lr * min(1.0, step / max(1, self.knobs.warmup_steps)))
 
-    def _save(self, directory: RunDir, step: int, ending: bool) -> None:
-        """A checkpoint and the state to resume from, where their turn has come."""
+    def _save(self, directory: RunDir, step: int, with_checkpoint: bool, with_state: bool) -> None:
+        """A checkpoint and the state to resume from, where their turn has come or the run ends here.
+
+        A run that was asked to stop has its state, and no checkpoint that an uninterrupted run would not have.
+        """
         last = step == self.knobs.steps
-        if last or ending or step % self.knobs.checkpoint_every == 0:
+        if last or with_checkpoint or step % self.knobs.checkpoint_every == 0:
             dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
             self._write_whole(directory.checkpoint(step), lambda path: self.trainer.save_checkpoint(path, dtype))
-        if last or ending or step % self.knobs.save_every == 0:
+        if last or with_state or step % self.knobs.save_every == 0:
             self._write_whole(directory.state_dir(step), self._save_state)
             if self.accelerator.is_main_process:
                 directory.forget_states_before(step)

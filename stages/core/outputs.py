@@ -66,6 +66,7 @@ def whole_dir(path: str | Path, replacing: bool = False) -> Iterator[Path]:
 def refuse_occupied(path: str | Path) -> None:
     """Raise InputError where `path` is a file or a directory with anything in it, or can't be made at all."""
     path = Path(path)
+    _refuse_no_name(path)
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{path} cannot be written: {above} is no directory that you may write to")
@@ -73,11 +74,20 @@ def refuse_occupied(path: str | Path) -> None:
         raise InputError(f"{path} already holds something: name another --out, or remove it first")
 
 
+def _refuse_no_name(path: Path) -> None:
+    """Raise InputError for a path beside which nothing can be written, or where a link leads nowhere."""
+    if path.name in ("", ".."):
+        raise InputError(f"{path} is no name to write to: name a new file or directory in it")
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to something that is not there: remove it, or name another --out")
+
+
 def refuse_no_file(path: str | Path) -> None:
     """Raise InputError where `path` is there and is no plain file, so that none can be written in its place."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a directory: name a file to write")
+    _refuse_no_name(path)
     if path.exists() and not path.is_file():  # renaming over /dev/null would replace it for the whole machine
         raise InputError(f"{path} is not a plain file: name another --out, or - for stdout where a stage takes it")
 
@@ -86,6 +96,7 @@ def refuse_no_file(path: str | Path) -> None:
 def locked(path: str | Path) -> Iterator[None]:
     """Hold the one right to write to `path`; a second process gets an InputError. The kernel frees it on any death."""
     path = Path(path)
+    _refuse_no_name(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.lock")

@@ -92,7 +92,7 @@ def make_prompts(
 ) -> tuple[list[Prompt], list[str]]:
     """Render and tokenise; return the prompts that leave room for `max_tokens`, and the ids of those left out.
 
-    Raises InputError where `max_tokens` alone fills the `context` (in tokens), or no prompt is left.
+    Raises InputError where `max_tokens` alone fills the `context` (in tokens), a prompt is empty, or none is left.
     """
     if max_tokens >= context:
         raise InputError(f"--max-tokens {max_tokens} does not fit the policy's context of {context} tokens: lower it")
@@ -100,6 +100,8 @@ def make_prompts(
     encoded = policies.encode(tokenizer, texts)
     prompts, left_out = [], []
     for problem, text, token_ids in zip(problems, texts, encoded, strict=True):
+        if not token_ids:
+            raise InputError(f"problem {problem['id']} gives an empty prompt: remove it, or name another --template")
         if len(token_ids) + max_tokens <= context:
             prompts.append(Prompt(problem, text, token_ids))
         else:

@@ -1,12 +1,12 @@
 """The growing directory of an rl run: what is in it at any moment is whole, and tells where to go on.
 
 rollouts/step_000001.jsonl ...   checkpoints/step_000050/ ...   log.tsv   metrics.json   manifest.json
-state/run.json                   parameters, inputs and versions the run was begun with
+state/run.json                   parameters and digests of the inputs that the run was begun with
 state/step_000010/               weights, optimizer and position after that step; the newest one only
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from stages.core.errors import InputError
 from stages.core.outputs import whole_file, write_json
 from stages.core.records import Rollout
 from stages.core.runs import read_json, read_log
+
+OWN = {"rollouts", "checkpoints", "log.tsv", "metrics.json", "state", "tracker"}
 
 
 def step_name(step: int) -> str:
@@ -32,27 +34,35 @@ class RunDir:
         self.state = path / "state"
         self.log_path = path / "log.tsv"
 
-    def begin(self, identity: Mapping[str, Any], restart_if_changed: bool) -> bool:
+    def begin(self, identity: Mapping[str, Any], restart_if_changed: bool, free: Collection[str] = ()) -> bool:
         """Claim the directory for a run of this `identity` (parameters and input digests).
 
-        Returns whether the run is already finished. Raises InputError where the directory holds another run, naming
-        the difference, or something that is no run; with `restart_if_changed` another run is removed instead.
+        Returns whether the run is already finished; parameters named in `free` may differ from those it was begun
+        with. Raises InputError where the directory holds another run, naming the difference, or only parts of one, or
+        something that is no run; with `restart_if_changed` another run and parts of one are removed instead.
         """
         identity = orjson.loads(orjson.dumps(identity, default=str))
         known = self._identity()
-        if known is not None and (changes := differences(known, identity)):
-            if not restart_if_changed:
-                raise InputError(
-                    f"{self.path} was begun with other settings: {'; '.join(changes)}. Give those again to go on, "
-                    f"or name another --out (or remove {self.path}) to start over; nothing was changed"
-                )
-            shutil.rmtree(self.path)
-            known = None
         if known is None:
             self._refuse_foreign()
-            self.state.mkdir(parents=True, exist_ok=True)
-            write_json(self.state / "run.json", identity)
-        return (self.path / "manifest.json").is_file()
+            parts = ", ".join(sorted(self._parts()))
+            fault = f"holds only {parts} of an rl run: restore the rest" if parts else ""
+        elif changes := differences(known, identity, free):
+            fault = f"was begun with other settings: {'; '.join(changes)}. Give those again to go on"
+        elif self._is_finished and (lost := {"rollouts", "checkpoints", "log.tsv", "metrics.json"} - self._parts()):
+            fault = f"holds a finished run without its {', '.join(sorted(lost))}: restore that"
+        else:
+            return self._is_finished
+        if fault and not restart_if_changed:
+            raise InputError(
+                f"{self.path} {fault}, or name another --out (or remove {self.path}) to start over; nothing was changed"
+            )
+        for part in (*sorted(self._parts()), "manifest.json"):  # the identity last, should this be interrupted
+            path = self.path / part
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.state.mkdir(parents=True, exist_ok=True)
+        write_json(self.state / "run.json", identity)
+        return False
 
     def resume_step(self) -> int:
         """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away."""
@@ -97,7 +107,7 @@ class RunDir:
         return read_log(self.log_path)
 
     def finish(self, metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Write metrics and manifest, in this order, then let go of the state, all but the run's identity."""
+        """Write metrics and manifest, in this order, then let go of the state."""
         write_json(self.path / "metrics.json", metrics)
         write_json(self.path / "manifest.json", manifest)
         shutil.rmtree(self.state)
@@ -111,8 +121,19 @@ class RunDir:
                 return {"parameters": found.get("parameters"), "inputs": found.get("inputs")}
         return None
 
+    @property
+    def _is_finished(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    def _parts(self) -> set[str]:
+        """What there is of a run: a killed removal, or a checkout of what was kept elsewhere, leaves but some of it."""
+        return {name for name in OWN if (self.path / name).exists()} - ({"state"} if not self._saved_steps() else set())
+
     def _refuse_foreign(self) -> None:
-        if self.path.is_file() or (self.path.is_dir() and any(p != self.state for p in self.path.iterdir())):
+        foreign = self.path.is_file() or (
+            self.path.is_dir() and any(path.name not in {*OWN, ".gitignore"} for path in self.path.iterdir())
+        )
+        if foreign:
             raise InputError(f"{self.path} already holds something that is no rl run: name another --out")
 
     def _saved_steps(self) -> list[int]:
@@ -129,13 +150,13 @@ class RunDir:
             self.log_path.unlink()
 
 
-def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """ "lr was 0.001, is now 0.002" for every parameter and input in which two identities differ."""
+def differences(known: Mapping[str, Any], asked: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """ "lr was 0.001, is now 0.002" for every parameter but those of `free`, and input, in which identities differ."""
     found = []
     for part in ("parameters", "inputs"):
         before, now = known.get(part) or {}, asked.get(part) or {}
         for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
+            if before.get(name) != now.get(name) and name not in free:
                 if part == "inputs":
                     found.append(f"the content of {name} has changed")
                 else:

@@ -46,7 +46,9 @@ class Knobs:
     seed: Annotated[int, "seed of sampling"] = 0
     limit: Annotated[int, "ask only the first problems, so many; 0 asks all"] = 0
     bare: Annotated[bool, "a completion without box and 'Answer:' line counts by its bare final expression"] = False
-    dtype: Annotated[str, "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)"] = "auto"
+    dtype: Annotated[
+        str, "compute type: float32, bfloat16, float16, or auto (bfloat16 on a GPU, float32 elsewhere)"
+    ] = "auto"
     memory_fraction: Annotated[float, "share of a GPU's memory for the engine"] = 0.9
 
 

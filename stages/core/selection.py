@@ -94,6 +94,7 @@ class Draw:
         self._table.execute(
             "CREATE TABLE candidate (identity BLOB PRIMARY KEY, source, offset, problem, luck) WITHOUT ROWID"
         )
+        self._table.execute("CREATE TABLE copies (identity BLOB PRIMARY KEY, count) WITHOUT ROWID")
 
     def add(self, candidates: Iterable[tuple[int, int, int, str, str]]) -> None:
         """Take in (source, offset, problem number, prompt, completion)."""
@@ -115,6 +116,16 @@ class Draw:
 
     def _row(self, candidate: tuple[int, int, int, str, str]) -> tuple[bytes, int, int, int, bytes]:
         source, offset, problem, prompt, completion = candidate
-        text = f"{len(prompt)}:{prompt}{completion}" + (f":{source}:{offset}" if self._keep_duplicates else "")
-        identity = hashlib.blake2b(text.encode(), digest_size=16, person=b"rloop").digest()
+        identity = _digest(f"{len(prompt)}:{prompt}{completion}".encode())
+        if self._keep_duplicates:  # equal texts are told apart by their turn, so that nothing hangs on where they stand
+            identity = _digest(identity + str(self._turn(identity)).encode())
         return identity, source, offset, problem, hashlib.blake2b(identity, digest_size=8, key=self._seed).digest()
+
+    def _turn(self, identity: bytes) -> int:
+        """How often the text has come, this time included."""
+        count = "INSERT INTO copies VALUES (?, 1) ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count"
+        return int(self._table.execute(count, (identity,)).fetchone()[0])
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16, person=b"rloop").digest()

@@ -7,6 +7,7 @@ into 25, 0.10 into 0.1 and integers beyond 64 bits into floats, and none names t
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -54,11 +55,14 @@ PRESETS = {
 }
 
 
-def find(name: str, file: str = "", config: str = "", split: str = "") -> Source:
+def find(name: str, file: str = "", config: str = "", split: str = "", option: str = "--source") -> Source:
     """The source that a user means by `name`: a preset, a local file or a hub id; read from `file` where it is given.
 
-    Raises InputError where it is none of them, or where a local file is asked for a config or a split.
+    Raises InputError, which names the `option`, where it is none of them, or where a local file is asked for a config
+    or a split.
     """
+    if name not in PRESETS and Path(name).is_dir():
+        raise InputError(f"{option} {name} is a directory: name a file in it")
     if name in PRESETS:
         source = PRESETS[name]
     elif name.lower().endswith(SUFFIXES) or Path(name).is_file():
@@ -67,7 +71,7 @@ def find(name: str, file: str = "", config: str = "", split: str = "") -> Source
         source = Source(name, name)
     else:
         raise InputError(
-            f"--source {name}: neither a preset ({', '.join(PRESETS)}) nor a file nor a hub id such as org/name"
+            f"{option} {name}: neither a preset ({', '.join(PRESETS)}) nor a file nor a hub id such as org/name"
         )
     if file:
         source = _replace(source, path=_local(file))
@@ -181,11 +185,15 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+                raise InputError(f"{path}:1: two columns are called {twice[0]!r}: rename one")
             for row in reader:
                 if None in row or None in row.values():
                     raise InputError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames or ())} fields")
                 yield f"{path}:{reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not in UTF-8 ({error}): save it in that encoding") from None
+        except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
 
 
@@ -197,26 +205,26 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 }
 
 
-def problem_column(row: Row, wanted: str, where: str) -> str:
+def problem_column(row: Row, wanted: str, where: str, remedy: str = "name one with --problem-column") -> str:
     """The name of the column of problems in `row`: `wanted`, or, where that is "", the first of the usual ones.
 
     Names are taken whatever their case; "a.b" is field b of column a. Raises InputError with the columns there are.
     """
-    return _column(row, wanted, PROBLEM_COLUMNS, "--problem-column", where)
+    return _column(row, wanted, PROBLEM_COLUMNS, remedy, where)
 
 
 def answer_column(row: Row, wanted: str, where: str) -> str:
     """The name of the column of answers in `row`, as `problem_column`."""
-    return _column(row, wanted, ANSWER_COLUMNS, "--answer-column", where)
+    return _column(row, wanted, ANSWER_COLUMNS, "name one with --answer-column", where)
 
 
-def _column(row: Row, wanted: str, usual: tuple[str, ...], option: str, where: str) -> str:
+def _column(row: Row, wanted: str, usual: tuple[str, ...], remedy: str, where: str) -> str:
     names = _names(row)
     for candidate in (wanted,) if wanted else usual:
         if candidate.lower() in names:
             return names[candidate.lower()]
     missing = f"no column {wanted!r}" if wanted else f"no column named {' or '.join(usual)}"
-    raise InputError(f"{where}: {missing} among {', '.join(row)}; name one with {option}")
+    raise InputError(f"{where}: {missing} among {', '.join(row)}; {remedy}")
 
 
 def id_column(row: Row) -> str:

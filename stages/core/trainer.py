@@ -19,8 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 from stages.core import dapo
 from stages.core import policy as policies
 from stages.core.batching import microbatches, shares, split
-
-IGNORED = -100  # the label of a position that is not scored
+from stages.core.examples import IGNORED
 
 
 @dataclass(eq=False)
