@@ -46,7 +46,9 @@ class Knobs:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be between 0 and 2^32 - 1")
-        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto float32 bfloat16")
+        require(
+            self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto, float32, bfloat16"
+        )
 
 
 def run(

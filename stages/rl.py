@@ -98,9 +98,11 @@ class Knobs:
             self.tracker in ("none", "tensorboard", "wandb"),
             "tracker",
             self.tracker,
-            "is none of none tensorboard wandb",
+            "is none of none, tensorboard, wandb",
         )
-        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto float32 bfloat16")
+        require(
+            self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto, float32, bfloat16"
+        )
 
 
 def run(
