@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from rloop_cli.app import main as rloop
 from stages import rl
-from stages.core.trainer import Trainer
+from stages.rl.trainer import Trainer
 
 
 def shard(accelerator: Accelerator) -> Accelerator:

@@ -3,7 +3,7 @@
 import random
 import re
 
-from stages.core import policy as policies
+from stages.core import policies
 from stages.core.engine import Completion
 
 

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 
-from stages.core.answers import extract, quantities
-from stages.core.answers.comparison import decide
-from stages.core.verifier import Verifier
+from stages.core.verifier import Verifier, quantities
+from stages.core.verifier.comparison import decide
+from stages.core.verifier.extraction import extract
 from tests.answer_pairs import PAIRS
 
 BARE, BOX = True, "\\boxed{%s}"

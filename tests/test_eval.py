@@ -14,9 +14,9 @@ import pytest
 from stages import eval as evaluation_stage
 from stages.core import jsonl, metrics, records, sampling
 from stages.core.errors import InputError
-from stages.core.partial import Groups
 from stages.core.records import Result, Rollout
 from stages.core.sampling import Knobs, Plan
+from stages.eval.partial import Groups
 from tests.scripted import ScriptedEngine
 
 KNOBS = Knobs(template="none", max_tokens=32)

@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from stages.core import records
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import CollapseError
-from stages.core.exploration import Explorer
 from stages.core.lifetime import StopSignal
 from stages.core.rollouts import Prompt
-from stages.core.rundir import RunDir
-from stages.core.trainer import UpdateStats
 from stages.core.verifier import Verifier
 from stages.rl import Knobs
+from stages.rl.explorer import Explorer
+from stages.rl.rundir import RunDir
+from stages.rl.trainer import UpdateStats
 
 GROUP = 4
 

@@ -12,7 +12,7 @@ from stages import filter as stage
 from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.records import Example, read
-from stages.core.selection import Draw, Positions, Tally, yield_table
+from stages.filter.selection import Draw, Positions, Tally, yield_table
 
 
 def rollout(problem_id, reward, completion="a \\boxed{1}", finish_reason="stop", prompt=None, **more):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from stages import rft
-from stages.core import examples as ready
-from stages.core import jsonl, outputs
+from stages.core import jsonl, outputs, policies
 from stages.core.errors import CollapseError, InputError
+from stages.rft import examples as ready
 
 TWO_PROCESSES = Path(rft.__file__).parents[1] / "configs" / "accelerate" / "cpu2.yaml"
 WORDS = [*"0123456789+-*()=,", "[L]", "[P]", "\\boxed{", "}"]
@@ -136,7 +136,7 @@ def files(tmp_path_factory):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from stages.core import policy, pretrain
+    from stages.toy import pretrain
 
     root = tmp_path_factory.mktemp("rft")
     tokenizer = pretrain.build_tokenizer(WORDS)
@@ -155,7 +155,7 @@ def files(tmp_path_factory):
             bos_token_id=None,
         )
     )
-    policy.save(model, tokenizer, root / "policy")
+    policies.save(model, tokenizer, root / "policy")
     jsonl.write(root / "examples.jsonl", EXAMPLES)
     return SimpleNamespace(root=root, policy=str(root / "policy"), examples=root / "examples.jsonl")
 

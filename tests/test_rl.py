@@ -15,8 +15,8 @@ import pytest
 from rloop_cli import warm
 from stages.core import jsonl, records
 from stages.core.errors import InputError
-from stages.core.rundir import RunDir
 from stages.rl import Knobs
+from stages.rl.rundir import RunDir
 
 TIMINGS = ("seconds", "handover_s", "update_s", "generate_s", "verify_s", "tokens_per_s")
 SMALL = (  # noqa: SIM905

@@ -5,8 +5,8 @@ import pytest
 from stages.core import records
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import InputError
-from stages.core.prompts import Template
 from stages.core.rollouts import draw, draw_each, make_prompts
+from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
 ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest")

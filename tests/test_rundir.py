@@ -4,7 +4,7 @@ import pytest
 
 from stages.core import jsonl
 from stages.core.errors import InputError
-from stages.core.rundir import RunDir
+from stages.rl.rundir import RunDir
 
 IDENTITY = {"parameters": {"lr": 0.1, "steps": 5}, "inputs": {"policy": "abc"}}
 

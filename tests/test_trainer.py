@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stages.core.trainer import Objective, TokenRollout, Trainer, UpdateStats
+from stages.rl.trainer import Objective, TokenRollout, Trainer, UpdateStats
 
 OBJECTIVE = Objective(
     clip_low=0.2, clip_high=0.28, importance_cap=2.0, max_grad_norm=1.0, minibatches=1, tokens_per_microbatch=4096

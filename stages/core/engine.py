@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from stages.core import policy as policies
+from stages.core import policies
 
 if TYPE_CHECKING:
     import torch

@@ -120,6 +120,19 @@ def write_json(path: str | Path, value: Any) -> None:
         beside.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE, default=str))
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object of `path`; {} where there is no such file, an InputError where it is no JSON object."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        value = orjson.loads(Path(path).read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error}): was the file cut?") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def digest(path: str | Path) -> str:
     """SHA-256 of a file, or of the names and contents of all files in a directory; "" for what is not a local path."""
     path = Path(path)

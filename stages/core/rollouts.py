@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from stages.core import policy as policies
+from stages.core import policies
 from stages.core.engine import Completion, Engine, Sampling
 from stages.core.errors import InputError
-from stages.core.prompts import Template
 from stages.core.records import Problem, Rollout
+from stages.core.templates import Template
 from stages.core.verifier import Batch, Score, Verifier
 
 

@@ -17,16 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import policy as policies
-from stages.core import prompts as templates
-from stages.core import records
+from stages.core import policies, records, templates
 from stages.core.engine import Engine, Sampling, VllmEngine
 from stages.core.errors import InputError
+from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
-from stages.core.prompts import Template
 from stages.core.records import Problem, Rollout
 from stages.core.rollouts import Prompt, draw, make_prompts
-from stages.core.runs import read_json
+from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB where each has 2,048 tokens

@@ -7,9 +7,9 @@ from functools import lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
-from stages.core.answers import latex, notation, quantities
-from stages.core.answers.latex import Refused
-from stages.core.answers.quantities import number
+from stages.core.verifier import latex, notation, quantities
+from stages.core.verifier.latex import Refused
+from stages.core.verifier.quantities import number
 
 MAX_ITEMS = 64  # of a list
 MAX_SIGNS = 3  # plus-minus signs in one value: 8 values

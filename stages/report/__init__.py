@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core import outputs, tables
+from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.metrics import KS
-from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, evals_below, find_evals, places, read_evals, read_json
-from stages.core.tables import RLOOP_ENDPOINT
+from stages.core.outputs import read_json
+from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, evals_below, find_evals, places, read_evals
+from stages.report import tables
+from stages.report.tables import RLOOP_ENDPOINT
 
 if TYPE_CHECKING:
     from stages.core.figures import Figure
@@ -127,8 +129,9 @@ def _possible(choices: Choices, found: Found) -> Choices:
 
 
 def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Sequence[tables.Row]) -> None:
-    from stages.core import browser, curves, figures  # matplotlib comes in here
-    from stages.core import page as pages
+    from stages.core import figures  # matplotlib comes in here
+    from stages.report import browser, curves
+    from stages.report import page as pages
 
     pictures = Path(paths.figures or page.parent / "figures")
     curves_tsv = Path(paths.curves or page.parent / "curves.tsv")
@@ -165,7 +168,7 @@ def _wanted(found: Found, choices: Choices) -> list[str]:
 
 def _draw(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> dict[str, list["Figure"]]:
     """All figures by the heading that they stand under."""
-    from stages.core import curves, ledger
+    from stages.report import curves, ledger
 
     wanted = _wanted(found, choices)
     iterations = ledger.iterations(found.runs) if found.runs.is_dir() else []
@@ -212,7 +215,7 @@ def _results(
     found: Found, choices: Choices, rows: Sequence[tables.Row], tidy: Sequence[dict[str, Any]]
 ) -> dict[str, str]:
     """The results table, the same for checkpoints chosen on the validation set, and the differences."""
-    from stages.core import page as pages
+    from stages.report import page as pages
 
     if not rows:
         return {}
@@ -230,8 +233,8 @@ def _results(
 
 def _chosen_on_valid(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> str:
     """Results of each method's best checkpoint by the validation set, as the paper selects; "" without that set."""
-    from stages.core import curves
-    from stages.core import page as pages
+    from stages.report import curves
+    from stages.report import page as pages
 
     order = _wanted(found, choices)[::-1]
     labels = {place.policy: place.label for place in found.places}
@@ -245,8 +248,8 @@ def _chosen_on_valid(found: Found, choices: Choices, tidy: Sequence[dict[str, An
 
 
 def _compute(found: Found) -> dict[str, str]:
-    from stages.core import ledger
-    from stages.core import page as pages
+    from stages.report import ledger
+    from stages.report import page as pages
 
     lines = ledger.ledger(found.runs) if found.runs.is_dir() else []
     if not lines:
@@ -256,7 +259,7 @@ def _compute(found: Found) -> dict[str, str]:
 
 
 def _rollouts(found: Found, choices: Choices, rollouts: Sequence[dict[str, Any]]) -> dict[str, str]:
-    from stages.core import page as pages
+    from stages.report import page as pages
 
     if not rollouts:
         if found.evaluations and choices.max_problems and choices.max_samples:
@@ -267,8 +270,8 @@ def _rollouts(found: Found, choices: Choices, rollouts: Sequence[dict[str, Any]]
 
 
 def _parameters(found: Found) -> dict[str, str]:
-    from stages.core import ledger
-    from stages.core import page as pages
+    from stages.report import ledger
+    from stages.report import page as pages
 
     patterns = ("rl/manifest.json", "examples.manifest.json", "policy/manifest.json")
     paths = [path for pattern in patterns for path in sorted(found.runs.glob(f"*/{pattern}"))]

@@ -4,9 +4,9 @@
         batch = verifier.submit([("So it is \\\\boxed{\\\\frac12}.", "0.5")])    # returns at once
         [Score(verdict="correct", reward=1.0, prediction="\\\\frac12")] = batch.result()
 
-A completion is untrusted text. What `core.answers.comparison` can decide on the text alone (numbers, words, choices,
+A completion is untrusted text. What `core.verifier.comparison` can decide on the text alone (numbers, words, choices,
 and lists, tuples, intervals and matrices of those) is decided here in microseconds; the rest goes to
-`core.answers.algebra` in worker processes, under bounds of CPU time and memory. The bounds count CPU time, not wall
+`core.verifier.algebra` in worker processes, under bounds of CPU time and memory. The bounds count CPU time, not wall
 time, so that a reward does not depend on the load of the machine; a worker that hangs in C code is ended by the
 kernel and replaced, and its other jobs go on. No worker starts before one is needed. Workers are fresh interpreters,
 not forks, so that they hold neither torch nor the caller's threads, nor run the caller's main module again; they die
@@ -32,12 +32,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple, cast
 
-from stages.core.answers import extract
-from stages.core.answers.comparison import decide
-from stages.core.answers.latex import MAX_LENGTH
 from stages.core.records import Verdict
+from stages.core.verifier.comparison import decide
+from stages.core.verifier.extraction import extract
+from stages.core.verifier.latex import MAX_LENGTH
 
-WORKER = "stages.core.answers.algebra"  # the module that a worker runs
+WORKER = "stages.core.verifier.algebra"  # the module that a worker runs
 MAX_MEMO = 1_000_000  # verdicts kept; at about 300 bytes each
 MAX_JOB = 16  # predictions sent to a worker at once, all for one answer, which is then parsed once
 MAX_WALL_S = 300.0  # a worker silent for so long is neither working nor dying: only then does wall time count
@@ -270,7 +270,7 @@ class _Tender:
         if self._process is not None and self._process.poll() is not None:
             self._stop()
         if self._process is None or self._pipe is None:
-            root = str(Path(__file__).resolve().parents[2])
+            root = str(Path(__file__).resolve().parents[3])
             paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
             self._pipe, theirs = Pipe()
             self._process = subprocess.Popen(

@@ -18,16 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import evaluation, jsonl, outputs, partial, sampling, verifier
+from stages.core import jsonl, outputs, sampling, verifier
 from stages.core.engine import Engine
 from stages.core.errors import InputError, require
 from stages.core.metrics import KS
-from stages.core.partial import Groups
+from stages.core.outputs import read_json
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw_each
-from stages.core.runs import read_json
 from stages.core.sampling import Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
+from stages.eval import partial, scoring
+from stages.eval.partial import Groups
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 
@@ -66,7 +67,7 @@ def run(
     if Path("-") in problems:
         raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
     require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
-    evaluation.check_metrics(num_samples, k, select)
+    scoring.check_metrics(num_samples, k, select)
     plan = sampling.plan(policy, problems, num_samples, knobs)
     _refuse_left_out(plan)
     sampling.warn_of_templates(plan)
@@ -195,25 +196,25 @@ def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, An
     with outputs.whole_dir(out) as beside:
         for name, rollouts in sets.items():
             place = beside if len(sets) == 1 else beside / name
-            tally = evaluation.Tally()
+            tally = scoring.Tally()
             num_rollouts = jsonl.write(place / "rollouts.jsonl", map(tally.add, rollouts))
             jsonl.write(place / "results.jsonl", tally.results)
-            found[name] = evaluation.measure(tally.results, parameters["k"], parameters["select"])
+            found[name] = scoring.measure(tally.results, parameters["k"], parameters["select"])
             outputs.write_json(place / "metrics.json", found[name])
             counts = {"rollouts": num_rollouts, "tokens": sum(result["num_tokens"] for result in tally.results)}
             end = {"set": name, "counts": counts, "seconds": round(time.monotonic() - start, 3)}
             outputs.write_json(place / "manifest.json", manifest | end)
         if len(sets) > 1:
-            outputs.write_json(beside / "metrics.json", evaluation.overview(found))
+            outputs.write_json(beside / "metrics.json", scoring.overview(found))
             outputs.write_json(beside / "manifest.json", manifest | {"seconds": round(time.monotonic() - start, 3)})
     return found
 
 
 def _print(found: dict[str, Any]) -> None:
     for name, measured in found.items():
-        print(f"{name}\n{evaluation.summary_table(measured)}\n")
+        print(f"{name}\n{scoring.summary_table(measured)}\n")
         if measured["differences"]:
-            print(f"{evaluation.difference_table(measured)}\n")
+            print(f"{scoring.difference_table(measured)}\n")
     if chosen := next(iter(found.values())).get("selected"):
         print(f"best on {next(iter(found))} by {chosen['metric']}: {chosen['policy']}")
 
@@ -227,15 +228,15 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     digests = {str(file): outputs.digest(file) for file in files.values()}
     manifest = outputs.manifest("eval", parameters, digests, {}, 0)
     manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
-    changes = {name: evaluation.Changes() for name in files}
+    changes = {name: scoring.Changes() for name in files}
     with outputs.locked(out):
         outputs.refuse_occupied(out)
         with Verifier(bare=bare) as verifier:
-            sets = {name: evaluation.regrade(file, verifier, changes[name]) for name, file in files.items()}
+            sets = {name: scoring.regrade(file, verifier, changes[name]) for name, file in files.items()}
             found = _write(out, sets, manifest | {"regraded": str(source)}, start)
     _print(found)
     for name, change in changes.items():
-        print(f"{name}: {evaluation.change_table(change, found[name], k)}")
+        print(f"{name}: {scoring.change_table(change, found[name], k)}")
 
 
 def _stored_files(source: Path) -> dict[str, Path]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core import dynamics, outputs, similarity
+from stages.analyze import dynamics, similarity
+from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.progress import warn
 from stages.core.records import Result

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import curation, jsonl, outputs, sources
+from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.progress import StepProgress
-from stages.core.sources import Source
 from stages.core.verifier import Verifier
+from stages.prepare import curation, sources
+from stages.prepare.sources import Source
 
 CHECKED_AT_ONCE = 128  # answers between two moves of the bar
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.core.runs import RL, RLOOP, read_json, read_log
+from stages.core.outputs import read_json
+from stages.core.runs import RL, RLOOP, read_log
 
 COUNTS = ("num_rollouts", "rollout_tokens", "update_tokens")
 SECONDS = ("seconds", "generate_s", "verify_s", "update_s", "handover_s")

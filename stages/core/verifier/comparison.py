@@ -1,4 +1,4 @@
-"""Whether a prediction is the answer, as far as text decides; a `Leaf` (core.answers.algebra) says the rest.
+"""Whether a prediction is the answer, as far as text decides; a `Leaf` (core.verifier.algebra) says the rest.
 
 Forms are compared part by part; only where two values are neither the same literal nor both numbers does a leaf have
 to say. Where math-verify alone errs, and what is done here instead:
@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Literal
 
-from stages.core.answers import extraction, forms, notation, quantities
-from stages.core.answers.forms import (
+from stages.core.records import Verdict
+from stages.core.verifier import extraction, forms, notation, quantities
+from stages.core.verifier.forms import (
     Form,
     Matrix,
     Ordered,
@@ -33,9 +34,8 @@ from stages.core.answers.forms import (
     read,
     read_canonical,
 )
-from stages.core.answers.latex import MAX_LENGTH, Refused
-from stages.core.answers.quantities import number
-from stages.core.records import Verdict
+from stages.core.verifier.latex import MAX_LENGTH, Refused
+from stages.core.verifier.quantities import number
 
 Leaf = Callable[[Literal["value", "equation", "inequality"], str, str], bool]
 

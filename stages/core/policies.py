@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError
-from stages.core.runs import read_json
+from stages.core.outputs import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
     "eos_token_id",
 }
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises of broken files
+IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 

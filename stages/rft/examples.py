@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.core import policy as policies
+from stages.core import policies
 from stages.core.errors import InputError
+from stages.core.policies import IGNORED
 from stages.core.records import Example
-
-IGNORED = -100  # the label of a token that the loss passes over
 
 
 @dataclass(frozen=True)

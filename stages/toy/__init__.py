@@ -21,9 +21,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
-from stages.core import arithmetic, jsonl, outputs
+from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.records import Problem
+from stages.toy import arithmetic
 
 
 def run(
@@ -101,14 +102,15 @@ def _make_policy(
     from rich.console import Console
     from rich.progress import track
 
-    from stages.core import policy, pretrain  # torch and transformers: only once the input is known to be good
+    from stages.core import policies
+    from stages.toy import pretrain  # torch and transformers: only once the input is known to be good
 
     tokenizer = pretrain.build_tokenizer(arithmetic.WORDS)
     model = pretrain.build_model(tokenizer, seed)
     pairs = arithmetic.draw_lessons(random.Random(seed), exclude)
     steps = pretrain.train(model, tokenizer, pairs, num_steps, batch_size, learning_rate)
     losses = list(track(steps, "pre-training", total=num_steps, console=Console(stderr=True)))
-    policy.save(model, tokenizer, path)
+    policies.save(model, tokenizer, path)
     return {"policy_parameters": model.num_parameters(), "loss": fmean(losses[-pretrain.NUM_CHUNK_BATCHES :])}
 
 

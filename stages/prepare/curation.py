@@ -13,10 +13,10 @@ from decimal import Decimal
 from itertools import compress
 from typing import Any
 
-from stages.core import answers
 from stages.core.errors import InputError
-from stages.core.prompts import DAPO_AFTER, DAPO_BEFORE
 from stages.core.records import Problem
+from stages.core.templates import DAPO_AFTER, DAPO_BEFORE
+from stages.core.verifier.extraction import extract
 
 LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
 SPACE = " \t\r\n"  # not the form feed: it may be what is left of \frac
@@ -78,7 +78,7 @@ def answer_text(value: Any, is_integers: bool, where: str) -> str:
     if "####" in text:
         text = text.rpartition("####")[2].strip().replace(",", "")
     elif "\\boxed" in text:
-        text = answers.extract(text) or ""
+        text = extract(text) or ""
     if is_integers and (match := _INTEGER_WITH_POINT.fullmatch(text)):
         text = match[1]
     return _plain_integer(text) if _INTEGER.fullmatch(text) else text

@@ -20,7 +20,7 @@ import orjson
 from stages.core import jsonl, outputs, records
 from stages.core.errors import InputError
 from stages.core.records import Example, Rollout
-from stages.core.selection import Draw, Positions, Tally, can_select, yield_table
+from stages.filter.selection import Draw, Positions, Tally, can_select, yield_table
 
 FLUSH_LINES = 4096  # lines between two moves of the bar
 

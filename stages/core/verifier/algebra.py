@@ -8,7 +8,7 @@ to `math_verify.verify`, the answer first, as it wants them.
 Bounds on each pair: DEADLINE_S of CPU time, then a signal; BACKSTOP_S more, then the kernel ends the worker, since
 sympy can sit in C code that no handler interrupts; MAX_MEMORY. Wall time is not bounded here.
 
-Run as `python -m stages.core.answers.algebra DESCRIPTOR PARENT` by core.verifier only.
+Run as `python -m stages.core.verifier.algebra DESCRIPTOR PARENT` by core.verifier only.
 """
 
 import ctypes
@@ -30,9 +30,9 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
-from stages.core.answers import comparison, quantities
-from stages.core.answers.latex import Refused
 from stages.core.records import Verdict
+from stages.core.verifier import comparison, quantities
+from stages.core.verifier.latex import Refused
 
 DEADLINE_S = 2.0  # an honest pair takes 2 to 60 ms, a few times as much when its kind is new to the parser
 BACKSTOP_S = 2

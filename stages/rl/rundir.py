@@ -14,9 +14,9 @@ import orjson
 
 from stages.core import jsonl
 from stages.core.errors import InputError
-from stages.core.outputs import whole_file, write_json
+from stages.core.outputs import read_json, whole_file, write_json
 from stages.core.records import Rollout
-from stages.core.runs import read_json, read_log
+from stages.core.runs import read_log
 
 OWN = {"rollouts", "checkpoints", "log.tsv", "metrics.json", "state", "tracker"}
 

@@ -7,5 +7,5 @@ configure()  # vLLM reads its environment when it comes in
 import vllm.v1.engine.core  # noqa: E402, F401
 from vllm import LLM  # noqa: E402, F401
 
-import stages.core.exploration  # noqa: E402
-import stages.core.finetuning  # noqa: E402, F401
+import stages.rft.finetuning  # noqa: E402
+import stages.rl.explorer  # noqa: E402, F401

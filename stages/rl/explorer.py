@@ -18,8 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from stages.core import dapo
-from stages.core.batching import ProblemStream
 from stages.core.engine import Engine, Sampling
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import TERMINATED, StopSignal
@@ -27,9 +25,11 @@ from stages.core.outputs import whole_dir
 from stages.core.progress import StepProgress, warn
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw
-from stages.core.rundir import RunDir
-from stages.core.trainer import TokenRollout, Trainer, UpdateStats
 from stages.core.verifier import Verifier
+from stages.rl import dapo
+from stages.rl.batching import ProblemStream
+from stages.rl.rundir import RunDir
+from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
 
 MAX_COLLAPSED_STEPS = 3  # steps in a row of which every update was non-finite
 CHECK_PROMPTS = 8

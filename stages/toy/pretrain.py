@@ -14,10 +14,11 @@ from tokenizers import AddedToken
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from stages.core.policies import IGNORED
+
 EOS, PAD = "<eos>", "<pad>"
 CONTEXT_TOKENS = 128
 NUM_CHUNK_BATCHES = 20  # so many batches are drawn together and cut by length; otherwise half of each is padding
-IGNORED = -100  # a target that cross entropy passes over
 MAX_WARMUP_STEPS = 60
 LAST_LR_SHARE = 0.02
 

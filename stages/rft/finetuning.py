@@ -24,10 +24,11 @@ from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from stages.core import policy as policies
+from stages.core import policies
 from stages.core.errors import CollapseError, InputError
-from stages.core.examples import IGNORED, Row, lr_share, microbatch_size, order
+from stages.core.policies import IGNORED
 from stages.core.progress import StepProgress
+from stages.rft.examples import Row, lr_share, microbatch_size, order
 
 
 @dataclass

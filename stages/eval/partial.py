@@ -15,8 +15,8 @@ import orjson
 
 from stages.core import outputs
 from stages.core.errors import InputError
+from stages.core.outputs import read_json
 from stages.core.records import Rollout
-from stages.core.runs import read_json
 
 SETTINGS = "settings.json"
 

@@ -65,9 +65,9 @@ def run(
     outputs.refuse_occupied(out)
     chosen = list(records.read(examples, Example))
 
-    from stages.core import policy as policies
-    from stages.core.examples import tokenize_fitting
+    from stages.core import policies
     from stages.core.lifetime import end_with_parent
+    from stages.rft.examples import tokenize_fitting
 
     end_with_parent()
     path = policies.resolve(policy)
@@ -77,7 +77,7 @@ def run(
         raise InputError(f"--max-tokens {knobs.max_tokens} is beyond the policy's context of {context}: lower it")
     rows, left_out = tokenize_fitting(tokenizer, chosen, knobs.max_tokens or context)
 
-    from stages.core.finetuning import fine_tune, is_main  # torch and TRL: only once the input is known to be good
+    from stages.rft.finetuning import fine_tune, is_main  # torch and TRL: only once the input is known to be good
 
     if not is_main():
         fine_tune(path, tokenizer, rows, knobs, out=None)

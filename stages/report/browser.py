@@ -7,9 +7,9 @@ and wrong ones is kept, and of a very long completion its beginning and its end,
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.core import page as pages
 from stages.core.records import Rollout
 from stages.core.runs import BASE, Evaluation, Place, read_rollouts
+from stages.report import page as pages
 
 MAX_BYTES = 6 * 2**20
 HEAD, TAIL = 1500, 2500  # characters kept of a long completion

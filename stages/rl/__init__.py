@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from stages.core.rollouts import Prompt
-    from stages.core.rundir import RunDir
+    from stages.rl.rundir import RunDir
 
 TOTALS = (
     *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
@@ -119,18 +119,17 @@ def run(
     Example: rloop rl --policy toy/policy --problems toy/train.jsonl --out runs/1/rl --template none --steps 2
     --problems-per-step 8 --max-tokens 72 --overlong-buffer 0 --minibatches 1 --lr 3e-4
     """
-    from stages.core import outputs, prompts, records
-    from stages.core import policy as policies
+    from stages.core import outputs, policies, records, templates
     from stages.core.lifetime import end_with_parent
     from stages.core.rollouts import make_prompts
-    from stages.core.rundir import RunDir
+    from stages.rl.rundir import RunDir
 
     if problems == Path("-"):
         raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
     end_with_parent()
     path = policies.resolve(policy)
     tokenizer = policies.load_tokenizer(path)
-    template = prompts.load(knobs.template, tokenizer)
+    template = templates.load(knobs.template, tokenizer)
     policies.check_shapes(path)
     context = policies.context_length(path)
     ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, knobs.max_tokens, context)
@@ -169,10 +168,10 @@ def _explore(
 ) -> None:
     """Put the parts together and do the steps that are left."""
     from stages.core.engine import Sampling, VllmEngine
-    from stages.core.exploration import Explorer
     from stages.core.lifetime import stop_signal
-    from stages.core.trainer import Objective, Trainer
     from stages.core.verifier import Verifier
+    from stages.rl.explorer import Explorer
+    from stages.rl.trainer import Objective, Trainer
 
     engine = VllmEngine(
         path,
@@ -242,7 +241,7 @@ def _finish(
 ) -> None:
     """Check that all was done that was planned, and write what the run comes to."""
     from stages.core import outputs, verifier
-    from stages.core.rundir import step_name
+    from stages.rl.rundir import step_name
 
     rows = directory.log_rows()
     assert [row["step"] for row in rows] == list(range(1, knobs.steps + 1)), "log.tsv does not hold each planned step"

@@ -16,10 +16,10 @@ from accelerate.utils import DistributedType
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import add_fused_lm_head
 
-from stages.core import dapo
-from stages.core import policy as policies
-from stages.core.batching import microbatches, shares, split
-from stages.core.examples import IGNORED
+from stages.core import policies
+from stages.core.policies import IGNORED
+from stages.rl import dapo
+from stages.rl.batching import microbatches, shares, split
 
 
 @dataclass(eq=False)
