@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 from stages.core import jsonl, outputs, sampling
+from stages.core.options import at_least, checked
 from stages.core.progress import warn
 from stages.core.verifier import Verifier
 
 
+@checked
 def run(
     *,
     policy: Annotated[list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable"],
     problems: Annotated[Path, "problems to ask (JSONL); - is stdin"],
     out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout"],
-    num_samples: Annotated[int, "rollouts for each problem"] = 16,
+    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16,
     knobs: sampling.Knobs,
 ) -> None:
     """Draw groups of rollouts from one policy or several, and score them.

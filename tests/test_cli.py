@@ -89,7 +89,7 @@ def test_an_underscore_is_a_dash_in_an_option(rollouts):
         (["--rollouts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--rollouts", "empty.jsonl"], "empty.jsonl is empty"),
         (["--rollouts", "cut.jsonl"], "cut.jsonl:2: not valid JSON"),
-        (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "10"], "--max-pass-rate 10: must lie above 0"),
+        (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "10"], "--max-pass-rate 10.0: must be at most 1"),
         (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "1", "--out", "empty.jsonl/new"], "empty.jsonl"),
     ],
 )
@@ -140,7 +140,7 @@ def test_rloop_alone_shows_the_commands():
 
 def test_a_knob_out_of_bounds_is_one_line_too():
     run = CliRunner().invoke(app, ["rft", "--policy", "p", "--examples", "e", "--out", "o", "--epochs", "0"])
-    assert (run.exit_code, run.output) == (2, "rloop: --epochs 0 must be at least 1\n")
+    assert (run.exit_code, run.output) == (2, "rloop: --epochs 0: must be at least 1\n")
 
 
 def test_debug_shows_where_a_mistake_was_found():

@@ -244,7 +244,7 @@ def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_po
     [
         ({"k": (1, 8)}, r"--k 8 needs 1 to 4 \(--num-samples\)"),
         ({"k": (0,)}, "--k 0"),
-        ({"num_samples": 0}, "--num-samples 0 must be at least 1"),
+        ({"num_samples": 0}, "--num-samples 0: must be at least 1"),
         ({"select": "pass@2"}, "none of the metrics: avg@4, pass@1, pass@4"),
         ({"problems": []}, "--problems is missing"),
         ({"problems": [Path("-")]}, "--problems -: name a file"),

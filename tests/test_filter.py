@@ -220,9 +220,9 @@ def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"max_pass_rate": 10}, "10 % is 0.1"),
-        ({"max_pass_rate": 0}, "must lie above 0"),
-        ({"max_per_problem": -1}, "must be positive"),
+        ({"max_pass_rate": 10}, "--max-pass-rate 10: must be at most 1"),
+        ({"max_pass_rate": 0}, "--max-pass-rate 0: must be above 0"),
+        ({"max_per_problem": -1}, "--max-per-problem -1: must be at least 0"),
         ({"out": ""}, "--out is missing"),
         ({"out": "rollouts.jsonl"}, "already holds something"),
         ({"rollouts": ["missing.jsonl"]}, "missing.jsonl: no such file"),

@@ -117,12 +117,12 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line_to_the_last_sha
 @pytest.mark.parametrize(
     ("knobs", "fault"),
     [
-        ({"epochs": 0}, "--epochs 0 must be at least 1"),
-        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
-        ({"lr": -1.0}, "--lr -1.0 must not be negative"),
-        ({"warmup_share": 1.5}, "--warmup-share 1.5 must be between 0 and 1"),
-        ({"beta2": 1.0}, "--beta2 1.0 must be at least 0 and below 1"),
-        ({"dtype": "float16"}, "--dtype float16 is none of auto, float32, bfloat16"),
+        ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"lr": -1.0}, "--lr -1.0: must be at least 0"),
+        ({"warmup_share": 1.5}, "--warmup-share 1.5: must be at most 1"),
+        ({"beta2": 1.0}, "--beta2 1.0: must be below 1"),
+        ({"dtype": "float16"}, "--dtype float16: must be one of auto, float32, bfloat16"),
     ],
 )
 def test_a_knob_out_of_its_bounds_is_refused_by_its_flag(knobs, fault):

@@ -128,10 +128,10 @@ def test_easy_and_hard_problems_are_mixed_in_order(sets):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"num_test": 0}, "--num-test must be at least 1"),
-        ({"hard_frac": 1.5}, "--hard-frac must be between 0 and 1"),
-        ({"pretrain_steps": 0}, "--pretrain-steps must be at least 1"),
-        ({"pretrain_lr": 0.0}, "--pretrain-lr must be above 0"),
+        ({"num_test": 0}, "--num-test 0: must be at least 1"),
+        ({"hard_frac": 1.5}, "--hard-frac 1.5: must be at most 1"),
+        ({"pretrain_steps": 0}, "--pretrain-steps 0: must be at least 1"),
+        ({"pretrain_lr": 0.0}, "--pretrain-lr 0.0: must be above 0"),
     ],
 )
 def test_a_wrong_knob_is_named_and_leaves_nothing(tmp_path, knobs, message):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from stages.analyze import dynamics, similarity
 from stages.core import outputs
 from stages.core.errors import InputError
+from stages.core.options import at_least, checked
 from stages.core.progress import warn
 from stages.core.records import Result
 from stages.core.runs import (
@@ -41,11 +42,14 @@ DEFINITIONS = {
 NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}
 
 
+@checked
 def run(
     evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)"],
     out: Annotated[str, "directory to write"],
     set_: Annotated[str, "problem set to analyze, where the evals hold several"] = "",
-    min_correct: Annotated[int, "a problem is solved where at least so many of its samples are correct"] = 1,
+    min_correct: Annotated[
+        int, "a problem is solved where at least so many of its samples are correct", at_least(1)
+    ] = 1,
     compare: Annotated[
         list[str], "run to compare with another; twice, for differential forgetting; default: RL and RLoop"
     ] = [],  # noqa: B006
@@ -55,8 +59,6 @@ def run(
     Example: rloop analyze --evals runs/eval --set valid --out runs/analysis
     """
     start = time.monotonic()
-    if min_correct < 1:
-        raise InputError(f"--min-correct {min_correct}: name 1 or more, or every problem counts as solved")
     outputs.refuse_occupied(out)
     directories = find_evals(evals)
     evaluation = _one_set(read_evals(directories), set_)

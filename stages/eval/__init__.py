@@ -20,8 +20,9 @@ from typing import Annotated, Any
 
 from stages.core import jsonl, outputs, sampling, verifier
 from stages.core.engine import Engine
-from stages.core.errors import InputError, require
+from stages.core.errors import InputError
 from stages.core.metrics import KS
+from stages.core.options import at_least, checked
 from stages.core.outputs import read_json
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw_each
@@ -35,14 +36,15 @@ MAX_WAITING = 32  # groups whose scores may be under way before the engine waits
 GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
 
 
+@checked
 def run(
     *,
     policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable"] = [],  # noqa: B006
     problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable"] = [],  # noqa: B006
     out: Annotated[Path, "directory to write"],
     regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more"] = None,
-    num_samples: Annotated[int, "rollouts for each problem"] = 32,
-    k: Annotated[list[int], "a k of pass@k; repeatable"] = list(KS),  # noqa: B006
+    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
+    k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
     select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
     knobs: sampling.Knobs,
 ) -> None:
@@ -66,7 +68,6 @@ def run(
         raise InputError("--problems is missing: name at least one file of problems")
     if Path("-") in problems:
         raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
-    require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
     scoring.check_metrics(num_samples, k, select)
     plan = sampling.plan(policy, problems, num_samples, knobs)
     _refuse_left_out(plan)

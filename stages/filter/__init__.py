@@ -19,24 +19,35 @@ import orjson
 
 from stages.core import jsonl, outputs, records
 from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, checked, effects, values
 from stages.core.records import Example, Rollout
 from stages.filter.selection import Draw, Positions, Tally, can_select, yield_table
 
 FLUSH_LINES = 4096  # lines between two moves of the bar
 
 
+@checked
 def run(
     *,
     rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable"],
-    out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run"] = "",
-    max_pass_rate: Annotated[float, "a problem is hard if its pass rate lies strictly below this; 1 is no bound"] = 0.1,
-    max_per_problem: Annotated[int, "keep at most so many successes of a problem, drawn at random; 0 keeps all"] = 0,
+    out: Annotated[
+        str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", WITHOUT_EFFECT
+    ] = "",
+    max_pass_rate: Annotated[
+        float,
+        "a problem is hard if its pass rate lies strictly below this; 10 % is 0.1, 1 is no bound",
+        above(0),
+        at_most(1),
+    ] = 0.1,
+    max_per_problem: Annotated[
+        int, "keep at most so many successes of a problem, drawn at random; 0 keeps all", at_least(0)
+    ] = 0,
     seed: Annotated[int, "decides the draw of --max-per-problem"] = 0,
     keep_truncated: Annotated[
         bool, "keep successes that were cut at the token limit; rft then teaches to stop there"
     ] = False,
     keep_duplicates: Annotated[bool, "keep every copy of a completion that was drawn more than once"] = False,
-    dry_run: Annotated[bool, "write nothing; print the yield by threshold as a table"] = False,
+    dry_run: Annotated[bool, "write nothing; print the yield by threshold as a table", WITHOUT_EFFECT] = False,
 ) -> None:
     """Choose the successes on hard problems as examples to fine-tune on.
 
@@ -47,8 +58,9 @@ def run(
 
     Example: rloop filter --rollouts runs/1/rl --out runs/1/examples.jsonl
     """
-    start = time.monotonic()
-    _check_options(out, max_pass_rate, max_per_problem, dry_run)
+    given, start = values(run, locals()), time.monotonic()
+    if not dry_run:
+        _check_out(out)
     sources = _sources(rollouts)
     tallies, successes = _count(sources, keep_truncated)
     draw = Draw(seed, keep_duplicates)
@@ -64,27 +76,13 @@ def run(
     count = jsonl.write(out, _examples(sources, draw.chosen(max_per_problem), tallies))
     print(_summary(tallies, hard, sum(draw.num_candidates().values()), count, max_pass_rate, out), file=sys.stderr)
     if out != "-":
-        parameters = {
-            "rollouts": rollouts,
-            "max_pass_rate": max_pass_rate,
-            "max_per_problem": max_per_problem,
-            "seed": seed,
-            "keep_truncated": keep_truncated,
-            "keep_duplicates": keep_duplicates,
-        }
         num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
         counts = {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
-        manifest = outputs.manifest("filter", parameters, {}, counts, time.monotonic() - start)
+        manifest = outputs.manifest("filter", effects(run, given), {}, counts, time.monotonic() - start)
         outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest)
 
 
-def _check_options(out: str, max_pass_rate: float, max_per_problem: int, dry_run: bool) -> None:
-    if not 0 < max_pass_rate <= 1:
-        raise InputError(f"--max-pass-rate {max_pass_rate:g}: must lie above 0 and be at most 1 (10 % is 0.1)")
-    if max_per_problem < 0:
-        raise InputError(f"--max-per-problem {max_per_problem}: must be positive, or 0 for all")
-    if dry_run:
-        return
+def _check_out(out: str) -> None:
     if not out:
         raise InputError("--out is missing: name a file, or - for stdout, or ask for --dry-run")
     if out != "-":

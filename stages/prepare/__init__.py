@@ -12,6 +12,7 @@ from typing import Annotated
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT, at_least, checked, effects, values
 from stages.core.progress import StepProgress
 from stages.core.verifier import Verifier
 from stages.prepare import curation, sources
@@ -20,6 +21,7 @@ from stages.prepare.sources import Source
 CHECKED_AT_ONCE = 128  # answers between two moves of the bar
 
 
+@checked
 def run(
     *,
     source: Annotated[
@@ -27,13 +29,15 @@ def run(
         "a preset (dapo-17k, aime-2024, minerva-math, omni-math, math-500, gsm8k-train, gsm8k-test), a hub id, or a "
         "local .jsonl, .json, .csv or .parquet",
     ],
-    out: Annotated[str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it"],
+    out: Annotated[
+        str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", WITHOUT_EFFECT
+    ],
     from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns"] = "",
     problem_column: Annotated[str, "column of the problem; a.b is field b of column a"] = "",
     answer_column: Annotated[str, "column of the answer, or of a solution with the answer in its last \\boxed{}"] = "",
     config: Annotated[str, "configuration of a hub id"] = "",
     split: Annotated[str, "split of a hub id, train[:100] included"] = "",
-    limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all"] = 0,
+    limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all", at_least(0)] = 0,
     seed: Annotated[int, "decides the draw of --limit"] = 0,
     decontaminate: Annotated[list[str], "drop the problems that this file of problems holds too; repeatable"] = [],  # noqa: B006
     drop_unparseable: Annotated[bool, "drop the problems whose answer the verifier cannot read; they never reward"] = (
@@ -47,9 +51,7 @@ def run(
 
     Example: rloop prepare --source toy/train.jsonl --limit 100 --out problems.jsonl
     """
-    start = time.monotonic()
-    if limit < 0:
-        raise InputError(f"--limit {limit}: must be positive, or 0 for all")
+    given, start = values(run, locals()), time.monotonic()
     if out != "-":
         outputs.refuse_occupied(out)
         outputs.refuse_no_file(out)
@@ -71,18 +73,7 @@ def run(
     jsonl.write(out, curated.problems)
     print(curated.table(), file=sys.stderr)
     if out != "-":
-        parameters = {
-            "source": source,
-            "from": from_,
-            "problem_column": problem_column,
-            "answer_column": answer_column,
-            "config": origin.config,
-            "split": origin.split,
-            "limit": limit,
-            "seed": seed,
-            "decontaminate": decontaminate,
-            "drop_unparseable": drop_unparseable,
-        }
+        parameters = effects(run, given) | {"config": origin.config, "split": origin.split}
         inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
         manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
         outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest | {"ids": curated.ids})

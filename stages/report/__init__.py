@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.metrics import KS
+from stages.core.options import Options, at_least
 from stages.core.outputs import read_json
 from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, evals_below, find_evals, places, read_evals
 from stages.report import tables
@@ -39,7 +40,7 @@ MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paths:
+class Paths(Options):
     """What is written beside the page; each defaults to a name next to it."""
 
     results_md: Annotated[str, "results table as Markdown; default: results.md beside --out"] = ""
@@ -50,13 +51,13 @@ class Paths:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class Choices(Options):
     """What is shown."""
 
     valid: Annotated[str, "problem set that stands first and by which checkpoints are chosen"] = "valid"
-    ks: Annotated[list[int], "the k of pass@k (repeatable)"] = field(default_factory=lambda: list(KS))
-    max_problems: Annotated[int, "problems of each set in the browser of rollouts"] = 12
-    max_samples: Annotated[int, "samples of each problem and policy in the browser of rollouts"] = 4
+    ks: Annotated[list[int], "the k of pass@k (repeatable)", at_least(1)] = field(default_factory=lambda: list(KS))
+    max_problems: Annotated[int, "problems of each set in the browser of rollouts", at_least(0)] = 12
+    max_samples: Annotated[int, "samples of each problem and policy in the browser of rollouts", at_least(0)] = 4
     seed: Annotated[int, "seed of the bootstrap"] = 0
 
 
@@ -84,8 +85,6 @@ def run(
 
     Example: rloop report --runs runs --out runs/report.html
     """
-    if choices.max_problems < 0 or choices.max_samples < 0:
-        raise InputError("--max-problems and --max-samples must not be negative; 0 shows no rollouts")
     printing = table or tsv
     found = _find(Path(runs), evals, choices.valid, needed=printing)
     choices = _possible(choices, found)

@@ -11,44 +11,42 @@ from pathlib import Path
 from typing import Annotated
 
 from stages.core import outputs, records
-from stages.core.errors import InputError, require
+from stages.core.errors import InputError
+from stages.core.options import Options, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.records import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
+class Knobs(Options):
     """Every knob of the stage with its default; the paper's one epoch, the rest usual for small sets of examples."""
 
-    epochs: Annotated[int, "times that every example is seen"] = 1
-    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-5
-    batch_size: Annotated[int, "examples in an optimizer step, all processes together"] = 32
-    tokens_per_microbatch: Annotated[int, "most tokens, padding included, in one forward and backward pass"] = 16384
-    warmup_share: Annotated[float, "share of the steps over which the learning rate grows"] = 0.1
-    min_lr_share: Annotated[float, "share of the peak learning rate that the last step runs at"] = 0.1
-    weight_decay: Annotated[float, "weight decay of AdamW"] = 0.0
-    beta1: Annotated[float, "first moment's decay of AdamW"] = 0.9
-    beta2: Annotated[float, "second moment's decay of AdamW"] = 0.95
-    max_grad_norm: Annotated[float, "the gradient is scaled down to this norm; 0 is off"] = 1.0
-    max_tokens: Annotated[int, "longer examples, prompt included, are left out; 0 is the policy's context"] = 0
-    dtype: Annotated[str, "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)"] = "auto"
+    epochs: Annotated[int, "times that every example is seen", at_least(1)] = 1
+    lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
+    batch_size: Annotated[int, "examples in an optimizer step, all processes together", at_least(1)] = 32
+    tokens_per_microbatch: Annotated[
+        int, "most tokens, padding included, in one forward and backward pass", at_least(1)
+    ] = 16384
+    warmup_share: Annotated[float, "share of the steps over which the learning rate grows", at_least(0), at_most(1)] = (
+        0.1
+    )
+    min_lr_share: Annotated[
+        float, "share of the peak learning rate that the last step runs at", at_least(0), at_most(1)
+    ] = 0.1
+    weight_decay: Annotated[float, "weight decay of AdamW", at_least(0)] = 0.0
+    beta1: Annotated[float, "first moment's decay of AdamW", at_least(0), below(1)] = 0.9
+    beta2: Annotated[float, "second moment's decay of AdamW", at_least(0), below(1)] = 0.95
+    max_grad_norm: Annotated[float, "the gradient is scaled down to this norm; 0 is off", at_least(0)] = 1.0
+    max_tokens: Annotated[
+        int, "longer examples, prompt included, are left out; 0 is the policy's context", at_least(0)
+    ] = 0
+    dtype: Annotated[
+        str,
+        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16"),
+    ] = "auto"
     gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory"] = False
-    seed: Annotated[int, "seed of the order of the examples"] = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what can't work, in the flag's own name."""
-        for name in ("epochs", "batch_size", "tokens_per_microbatch"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("lr", "weight_decay", "max_grad_norm", "max_tokens"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("warmup_share", "min_lr_share"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be between 0 and 1")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "must be between 0 and 2^32 - 1")
-        require(
-            self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto, float32, bfloat16"
-        )
+    seed: Annotated[int, "seed of the order of the examples", at_least(0), below(2**32)] = 0
 
 
 def run(

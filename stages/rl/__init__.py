@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core.errors import InputError, require
+from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT, Options, above, at_least, at_most, below, declared, one_of
 from stages.core.progress import warn
 
 if TYPE_CHECKING:
@@ -24,85 +25,83 @@ TOTALS = (
     *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
     *("grad_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
 )  # the columns of log.tsv whose sums metrics.json holds
-WITHOUT_EFFECT = ("memory_fraction", "mismatch_bound", "save_every", "alarm_grad_norm", "tracker")  # on any result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
+class Knobs(Options):
     """Every knob of the stage with its default: the paper's, or DAPO's own where the paper is silent."""
 
-    steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated"] = 200
-    problems_per_step: Annotated[int, "groups in a full batch (dynamic sampling refills up to this number)"] = 512
-    group_size: Annotated[int, "rollouts for each problem"] = 16
-    max_tokens: Annotated[int, "most tokens in a completion"] = 2048
-    temperature: Annotated[float, "sampling temperature"] = 1.0
+    steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
+    problems_per_step: Annotated[
+        int, "groups in a full batch (dynamic sampling refills up to this number)", at_least(1)
+    ] = 512
+    group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
+    max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
+    temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
     template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
-    max_rounds: Annotated[int, "rounds of drawing in a step before a batch that is not full is taken as it is"] = 10
-    minibatches: Annotated[int, "optimizer updates on each step's rollouts"] = 16
-    clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low"] = 0.2
-    clip_high: Annotated[float, "the ratio is clipped above 1 + clip_high"] = 0.28
+    max_rounds: Annotated[
+        int, "rounds of drawing in a step before a batch that is not full is taken as it is", at_least(1)
+    ] = 10
+    minibatches: Annotated[int, "optimizer updates on each step's rollouts", at_least(1)] = 16
+    clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low", above(0), below(1)] = 0.2
+    clip_high: Annotated[float, "the ratio is clipped above 1 + clip_high", above(0)] = 0.28
     reward_correct: Annotated[float, "reward of a correct completion in the advantage"] = 1.0
     reward_wrong: Annotated[float, "reward of any other completion in the advantage"] = -1.0
-    overlong_buffer: Annotated[int, "tokens before max_tokens over which the overlong penalty grows; 0 is off"] = 512
-    overlong_penalty: Annotated[float, "overlong penalty at max_tokens"] = 1.0
-    advantage_eps: Annotated[float, "added to the group's standard deviation"] = 1e-6
-    importance_cap: Annotated[float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off"] = 2.0
-    lr: Annotated[float, "learning rate of AdamW after the warm-up"] = 1e-6
-    warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value"] = 10
-    weight_decay: Annotated[float, "weight decay of AdamW"] = 0.1
-    beta1: Annotated[float, "decay of AdamW's first moment"] = 0.9
-    beta2: Annotated[float, "decay of AdamW's second moment"] = 0.999
-    max_grad_norm: Annotated[float, "the gradient is scaled down to this norm"] = 1.0
-    alarm_grad_norm: Annotated[float, "a gradient norm above this is counted as an alarm in the log"] = 50.0
-    tokens_per_microbatch: Annotated[int, "most tokens, padding included, in one forward and backward pass"] = 16384
+    overlong_buffer: Annotated[
+        int, "tokens before max_tokens over which the overlong penalty grows; 0 is off", at_least(0)
+    ] = 512
+    overlong_penalty: Annotated[float, "overlong penalty at max_tokens", at_least(0)] = 1.0
+    advantage_eps: Annotated[float, "added to the group's standard deviation", at_least(0)] = 1e-6
+    importance_cap: Annotated[
+        float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off", at_least(0)
+    ] = 2.0
+    lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0)] = 1e-6
+    warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value", at_least(0)] = (
+        10
+    )
+    weight_decay: Annotated[float, "weight decay of AdamW", at_least(0)] = 0.1
+    beta1: Annotated[float, "decay of AdamW's first moment", at_least(0), below(1)] = 0.9
+    beta2: Annotated[float, "decay of AdamW's second moment", at_least(0), below(1)] = 0.999
+    max_grad_norm: Annotated[float, "the gradient is scaled down to this norm", above(0)] = 1.0
+    alarm_grad_norm: Annotated[
+        float, "a gradient norm above this is counted as an alarm in the log", WITHOUT_EFFECT
+    ] = 50.0
+    tokens_per_microbatch: Annotated[
+        int, "most tokens, padding included, in one forward and backward pass", at_least(1)
+    ] = 16384
     gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory"] = False
-    dtype: Annotated[str, "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)"] = "auto"
-    memory_fraction: Annotated[float, "share of a GPU's memory for the engine"] = 0.5
-    mismatch_bound: Annotated[float, "float32: largest trainer/engine log-prob difference allowed at start-up"] = 1e-3
-    checkpoint_every: Annotated[int, "training steps between checkpoints; the last step always has one"] = 50
-    save_every: Annotated[int, "training steps between the states that a killed run resumes from"] = 10
-    tracker: Annotated[str, "also log to an accelerate tracker: tensorboard, wandb, or none"] = "none"
+    dtype: Annotated[
+        str,
+        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16"),
+    ] = "auto"
+    memory_fraction: Annotated[
+        float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
+    ] = 0.5
+    mismatch_bound: Annotated[
+        float, "float32: largest trainer/engine log-prob difference allowed at start-up", at_least(0), WITHOUT_EFFECT
+    ] = 1e-3
+    checkpoint_every: Annotated[
+        int, "training steps between checkpoints; the last step always has one", at_least(1)
+    ] = 50
+    save_every: Annotated[
+        int, "training steps between the states that a killed run resumes from", at_least(1), WITHOUT_EFFECT
+    ] = 10
+    tracker: Annotated[
+        str,
+        "also log to an accelerate tracker: tensorboard, wandb, or none",
+        one_of("none", "tensorboard", "wandb"),
+        WITHOUT_EFFECT,
+    ] = "none"
     seed: Annotated[int, "seed of data order and sampling"] = 0
 
     def __post_init__(self) -> None:
         """Refuse what can't work, in the flag's own name."""
-        if self.group_size < 2:
-            raise InputError(f"--group-size {self.group_size}: a group needs at least 2 rollouts to be compared")
-        counts = ("steps", "problems_per_step", "max_tokens", "max_rounds", "minibatches", "tokens_per_microbatch")
-        for name in (*counts, "checkpoint_every", "save_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        require(self.temperature > 0, "temperature", self.temperature, "must be above 0: greedy samples are all equal")
-        require(
-            0 <= self.overlong_buffer <= self.max_tokens,
-            "overlong_buffer",
-            self.overlong_buffer,
-            f"must be between 0 and --max-tokens {self.max_tokens}",
-        )
-        require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must be between 0 and 1")
-        for name in ("clip_high", "max_grad_norm"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-        for name in (
-            "lr",
-            "warmup_steps",
-            "weight_decay",
-            "importance_cap",
-            "overlong_penalty",
-            "advantage_eps",
-            "mismatch_bound",
-        ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
-        require(0 < self.memory_fraction <= 1, "memory_fraction", self.memory_fraction, "must be above 0, at most 1")
-        require(
-            self.tracker in ("none", "tensorboard", "wandb"),
-            "tracker",
-            self.tracker,
-            "is none of none, tensorboard, wandb",
-        )
-        require(
-            self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "is none of auto, float32, bfloat16"
-        )
+        super().__post_init__()
+        if self.overlong_buffer > self.max_tokens:
+            raise InputError(
+                f"--overlong-buffer {self.overlong_buffer}: must be at most --max-tokens {self.max_tokens}"
+            )
 
 
 def run(
@@ -227,7 +226,8 @@ def _begin(
 
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
-        finished = directory.begin(identity, restart_if_changed, WITHOUT_EFFECT)
+        free = {name for name, option in declared(Knobs).items() if not option.has_effect}
+        finished = directory.begin(identity, restart_if_changed, free)
         found = [finished, 0 if finished else directory.resume_step()]
         if found[1]:
             warn(f"going on after step {found[1]}")

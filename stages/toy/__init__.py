@@ -23,21 +23,27 @@ from typing import Annotated
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, checked, effects, values
 from stages.core.records import Problem
 from stages.toy import arithmetic
 
 
+@checked
 def run(
     *,
-    out: Annotated[str, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl"],
-    seed: Annotated[int, "seed of the policy: its first weights and what it is pre-trained on"] = 0,
-    problems_seed: Annotated[int, "seed of the problem sets"] = 0,
-    num_train: Annotated[int, "problems to train on"] = 320,
-    num_test: Annotated[int, "problems in each of valid, prec, paren and long"] = 100,
-    hard_frac: Annotated[float, "share of train and valid that the short-cut gets wrong, 0 to 1"] = 0.2,
-    pretrain_steps: Annotated[int, "steps of pre-training; 60 give a rough policy in seconds"] = 1300,
-    pretrain_batch: Annotated[int, "solutions in a step of pre-training"] = 64,
-    pretrain_lr: Annotated[float, "peak learning rate of pre-training"] = 3e-3,
+    out: Annotated[
+        str, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl", WITHOUT_EFFECT
+    ],
+    seed: Annotated[int, "seed of the policy: its first weights and what it is pre-trained on", at_least(0)] = 0,
+    problems_seed: Annotated[int, "seed of the problem sets", at_least(0)] = 0,
+    num_train: Annotated[int, "problems to train on", at_least(1)] = 320,
+    num_test: Annotated[int, "problems in each of valid, prec, paren and long", at_least(1)] = 100,
+    hard_frac: Annotated[
+        float, "share of train and valid that the short-cut gets wrong, 0 to 1", at_least(0), at_most(1)
+    ] = 0.2,
+    pretrain_steps: Annotated[int, "steps of pre-training; 60 give a rough policy in seconds", at_least(1)] = 1300,
+    pretrain_batch: Annotated[int, "solutions in a step of pre-training", at_least(1)] = 64,
+    pretrain_lr: Annotated[float, "peak learning rate of pre-training", above(0)] = 3e-3,
 ) -> None:
     """Make the toy: five sets of arithmetic problems and a small base policy.
 
@@ -45,9 +51,7 @@ def run(
 
     Example: rloop toy --out toy
     """
-    parameters = {name: value for name, value in locals().items() if name != "out"}
-    _check(parameters)
-    start = time.monotonic()
+    given, start = values(run, locals()), time.monotonic()
     with outputs.whole_dir(out) as beside:
         sets = draw_sets(problems_seed, num_train, num_test, hard_frac)
         for name, expressions in sets.items():
@@ -55,7 +59,7 @@ def run(
         exclude = frozenset(str(expression) for expressions in sets.values() for expression in expressions)
         counts = _make_policy(beside / "policy", exclude, seed, pretrain_steps, pretrain_batch, pretrain_lr)
         counts |= {name: len(expressions) for name, expressions in sets.items()}
-        manifest = outputs.manifest("toy", parameters, {}, counts, time.monotonic() - start)
+        manifest = outputs.manifest("toy", effects(run, given), {}, counts, time.monotonic() - start)
         outputs.write_json(beside / "manifest.json", manifest)
 
 
@@ -112,17 +116,3 @@ def _make_policy(
     losses = list(track(steps, "pre-training", total=num_steps, console=Console(stderr=True)))
     policies.save(model, tokenizer, path)
     return {"policy_parameters": model.num_parameters(), "loss": fmean(losses[-pretrain.NUM_CHUNK_BATCHES :])}
-
-
-def _check(parameters: dict[str, float]) -> None:
-    """Raise InputError for a knob out of its bounds."""
-    for name in ("num_train", "num_test", "pretrain_steps", "pretrain_batch"):
-        if parameters[name] < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= parameters["hard_frac"] <= 1:
-        raise InputError("--hard-frac must be between 0 and 1")
-    for name in ("seed", "problems_seed"):
-        if not 0 <= parameters[name] < 2**63:
-            raise InputError(f"--{name.replace('_', '-')} must be between 0 and 2^63 - 1")
-    if not parameters["pretrain_lr"] > 0:
-        raise InputError("--pretrain-lr must be above 0")
