@@ -141,7 +141,7 @@ for _stage in STAGES:
 def main() -> None:
     """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
     prepare_libraries()
-    app(sys.argv[1:] or ["--help"])
+    app(sys.argv[1:] or ["--help"], prog_name="rloop")
 
 
 def prepare_libraries() -> None:

@@ -1,5 +1,7 @@
 import errno
+import importlib.metadata
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -202,3 +204,20 @@ def test_help_answers_within_three_times_a_bare_typer_app():
         return min(ours for ours, _ in pairs) / min(bare for _, bare in pairs)
 
     assert quotient() < 3 or quotient() < 3  # once more, for a machine that was busy
+
+
+@pytest.mark.parametrize(
+    ("words", "choices"),
+    [
+        ("rloop fil", ["filter"]),
+        ("rloop rl --dtype b", ["bfloat16"]),
+        ("rloop eval --tem", ["--temperature", "--template"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_choices(words, choices):
+    place = {"_RLOOP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    assert rloop(env={**os.environ, **place}).stdout.split() == choices
+
+
+def test_the_version_is_that_of_the_package():
+    assert CliRunner().invoke(app, ["--version"]).output == f"rloop {importlib.metadata.version('rloop')}\n"
