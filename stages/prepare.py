@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from stages.core import curation, jsonl, outputs, sources
 from stages.core.errors import InputError
@@ -46,18 +46,33 @@ def run(
 
     Example: rloop prepare --source toy/train.jsonl --limit 100 --out problems.jsonl
     """
+    parameters = {name.strip("_"): value for name, value in locals().items() if name != "out"}
     start = time.monotonic()
     if limit < 0:
         raise InputError(f"--limit {limit}: must be positive, or 0 for all")
     if out != "-":
-        outputs.refuse_occupied(out)
         outputs.refuse_no_file(out)
+        outputs.refuse_occupied(out)
     origin = sources.find(source, from_, config, split)
     others = [sources.find(file, option="--decontaminate") for file in decontaminate]
+    manifest_file = Path(out).with_suffix(".manifest.json")
+    with outputs.claimed(out, manifest_file):
+        curated = _curate(origin, others, parameters)
+        jsonl.write(out, curated.problems)
+        print(curated.table(), file=sys.stderr)
+        if out != "-":
+            parameters |= {"config": origin.config, "split": origin.split}
+            inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
+            manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
+            outputs.write_json(manifest_file, manifest | {"ids": curated.ids})
+
+
+def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:
+    """The problems to write; InputError where none is left."""
+    limit, seed, drop_unparseable = (parameters[name] for name in ("limit", "seed", "drop_unparseable"))
+    rows = _rows(origin, parameters["problem_column"], parameters["answer_column"])
     with Verifier() as verifier:
-        curated = curation.collect(
-            _rows(origin, problem_column, answer_column), origin.name, partial(_same_answer, verifier)
-        )
+        curated = curation.collect(rows, origin.name, partial(_same_answer, verifier))
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
             curation.draw(curated, limit, seed)
@@ -66,25 +81,8 @@ def run(
         if drop_unparseable:  # before the draw, so that the limit is reached
             curation.draw(curated, limit, seed)
     if not curated.problems:
-        raise InputError(f"{source}: no problem is left of its rows\n{curated.table()}")
-    jsonl.write(out, curated.problems)
-    print(curated.table(), file=sys.stderr)
-    if out != "-":
-        parameters = {
-            "source": source,
-            "from": from_,
-            "problem_column": problem_column,
-            "answer_column": answer_column,
-            "config": origin.config,
-            "split": origin.split,
-            "limit": limit,
-            "seed": seed,
-            "decontaminate": decontaminate,
-            "drop_unparseable": drop_unparseable,
-        }
-        inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
-        manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
-        outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest | {"ids": curated.ids})
+        raise InputError(f"{parameters['source']}: no problem is left of its rows\n{curated.table()}")
+    return curated
 
 
 def _rows(source: Source, problem_column: str, answer_column: str) -> Iterator[tuple[str, str, str]]:
