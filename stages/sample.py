@@ -29,10 +29,11 @@ def run(
     Example: rloop sample --policy toy/policy --problems toy/prec.jsonl --out prec.jsonl --template none --max-tokens 80
     """
     if str(out) != "-":
+        outputs.refuse_no_file(out)
         outputs.refuse_occupied(out)
     plan = sampling.plan(policy, [problems], num_samples, knobs)
     sampling.warn_of_templates(plan)
     if plan.left_out:
         warn(f"{len(plan.left_out)} problems are too long for the policy's context: {', '.join(plan.left_out)}")
-    with Verifier(bare=knobs.bare) as verifier:
+    with outputs.claimed(out), Verifier(bare=knobs.bare) as verifier:
         jsonl.write(out, sampling.rollouts(plan, plan.start_engine, verifier))

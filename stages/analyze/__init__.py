@@ -65,7 +65,7 @@ def run(
     ways = _ways(places(evaluation.results, root_of(directories)))
     pair = _pair(ways, compare)
     matrices, steps = _matrices(evaluation, ways, min_correct, pair)
-    with outputs.whole_dir(out) as directory:
+    with outputs.claimed(out), outputs.whole_dir(out) as directory:
         _write(directory, matrices, steps)
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)

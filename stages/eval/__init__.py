@@ -59,6 +59,7 @@ def run(
 
     Example: rloop eval --policy toy/policy --problems toy/valid.jsonl --out evals/valid --template none --max-tokens 80
     """
+    outputs.refuse_unwritable(out)
     if regrade is not None:
         if policy or problems or knobs.limit:
             raise InputError("--regrade draws nothing: leave out --policy, --problems and --limit")

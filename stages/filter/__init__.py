@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from os.path import normpath, realpath
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -20,6 +21,7 @@ import orjson
 from stages.core import jsonl, outputs, records
 from stages.core.errors import InputError
 from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, checked, effects, values
+from stages.core.progress import warn
 from stages.core.records import Example, Rollout
 from stages.filter.selection import Draw, Positions, Tally, can_select, yield_table
 
@@ -33,6 +35,7 @@ def run(
     out: Annotated[
         str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", WITHOUT_EFFECT
     ] = "",
+    policy: Annotated[str, "take only the rollouts of this policy; needed where there are several"] = "",
     max_pass_rate: Annotated[
         float,
         "a problem is hard if its pass rate lies strictly below this; 10 % is 0.1, 1 is no bound",
@@ -58,28 +61,45 @@ def run(
 
     Example: rloop filter --rollouts runs/1/rl --out runs/1/examples.jsonl
     """
-    given, start = values(run, locals()), time.monotonic()
+    parameters, start = effects(run, values(run, locals())), time.monotonic()
     if not dry_run:
         _check_out(out)
     sources = _sources(rollouts)
-    tallies, successes = _count(sources, keep_truncated)
-    draw = Draw(seed, keep_duplicates)
+    _warn_of_running(rollouts)
     if dry_run:
-        draw.add(_candidates(sources, successes, set(range(len(tallies)))))
-        examples = {number: min(count, max_per_problem or count) for number, count in draw.num_candidates().items()}
-        print(yield_table(tallies.values(), max_pass_rate, examples))
+        print(_yield(sources, parameters))
         return
+    manifest_file = Path(out).with_suffix(".manifest.json")
+    with outputs.claimed(out, manifest_file):
+        counts = _choose(sources, out, parameters)
+        if out != "-":
+            manifest = outputs.manifest("filter", parameters, {}, counts, time.monotonic() - start)
+            outputs.write_json(manifest_file, manifest)
+
+
+def _yield(sources: list["_Source"], parameters: dict[str, Any]) -> str:
+    """What each threshold would give, as a table."""
+    tallies, successes = _count(sources, parameters["keep_truncated"], parameters["policy"])
+    draw = Draw(parameters["seed"], parameters["keep_duplicates"])
+    draw.add(_candidates(sources, successes, set(range(len(tallies)))))
+    cap = parameters["max_per_problem"]
+    examples = {number: min(count, cap or count) for number, count in draw.num_candidates().items()}
+    return yield_table(tallies.values(), parameters["max_pass_rate"], examples)
+
+
+def _choose(sources: list["_Source"], out: str, parameters: dict[str, Any]) -> dict[str, int]:
+    """Write the examples; return the counts of the manifest."""
+    max_pass_rate = parameters["max_pass_rate"]
+    tallies, successes = _count(sources, parameters["keep_truncated"], parameters["policy"])
     hard = {tally.number: tally for tally in tallies.values() if tally.num_usable and tally.is_below(max_pass_rate)}
     if not hard:
         raise InputError(_nothing_selected(tallies, max_pass_rate))
+    draw = Draw(parameters["seed"], parameters["keep_duplicates"])
     draw.add(_candidates(sources, successes, hard))
-    count = jsonl.write(out, _examples(sources, draw.chosen(max_per_problem), tallies))
+    count = jsonl.write(out, _examples(sources, draw.chosen(parameters["max_per_problem"]), tallies))
     print(_summary(tallies, hard, sum(draw.num_candidates().values()), count, max_pass_rate, out), file=sys.stderr)
-    if out != "-":
-        num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
-        counts = {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
-        manifest = outputs.manifest("filter", effects(run, given), {}, counts, time.monotonic() - start)
-        outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest)
+    num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
+    return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
 
 
 def _check_out(out: str) -> None:
@@ -95,6 +115,7 @@ class _Source:
     """One file of rollouts, read twice; what can be read only once is copied to `spool` on the way."""
 
     path: str
+    run: str = ""  # the rl output that it is a step of
     spool: Any = None
 
     @property
@@ -132,61 +153,130 @@ class _Tee:
 
 def _sources(paths: list[str]) -> list[_Source]:
     """The files that `paths` stand for: an rl output stands for its steps in order. Each must be named once."""
-    files = [file for path in paths for file in (_step_files(Path(path)) if Path(path).is_dir() else [path])]
+    sources: list[_Source] = []
+    for path in paths:
+        sources += _steps(Path(path)) if Path(path).is_dir() else [_Source(path)]
     seen = set()
-    for file in files:
-        identity = file if file == "-" else str(Path(file).resolve())
+    for source in sources:
+        identity = source.path if source.path == "-" else realpath(source.path)
         if identity in seen:
-            raise InputError(f"--rollouts {file}: was given twice; its rollouts would count twice")
+            raise InputError(f"--rollouts {source.path}: was given twice; its rollouts would count twice")
         seen.add(identity)
-    return [_Source(file) for file in files]
+    return sources
 
 
-def _step_files(directory: Path) -> list[str]:
+def _steps(directory: Path) -> list[_Source]:
     files = sorted(str(file) for file in directory.glob("rollouts/step_*.jsonl"))
     if not files:
         raise InputError(f"{directory} holds no rollouts/step_*.jsonl: expected an rl output or a JSONL file")
-    return files
+    return [_Source(file, str(directory)) for file in files]
 
 
-def _count(sources: list[_Source], keep_truncated: bool) -> tuple[dict[str, Tally], Positions]:
+def _warn_of_running(paths: list[str]) -> None:
+    """Warn of rl outputs that more rollouts are to come to: pass rates would be over a part of the phase."""
+    for path in paths:
+        if not Path(path).is_dir():
+            continue
+        if outputs.is_locked(path):
+            warn(f"{path} is still being written: pass rates are over the steps that are there now")
+        elif not (Path(path) / "manifest.json").exists():
+            warn(f"{path} is no finished rl run (no manifest.json): pass rates are over the steps that are there")
+
+
+def _count(sources: list[_Source], keep_truncated: bool, policy: str) -> tuple[dict[str, Tally], Positions]:
     """First pass: check every line, count by problem id, and note where the usable successes stand."""
     tallies: dict[str, Tally] = {}
     successes = Positions()
+    policies = _Policies(policy)
     with _progress(sources) as advance:
         for place, source in enumerate(sources):
             with source.first_pass() as file:
-                for offset in _count_file(file, source.name, place, tallies, successes, keep_truncated):
+                for offset in _count_file(file, source, place, tallies, successes, keep_truncated, policies):
                     advance(place, offset)
+    if not tallies:
+        raise InputError(f"--policy {policy}: the rollouts are of {', '.join(policies.names)}")
     return tallies, successes
+
+
+class _Policies:
+    """Whose rollouts count: those of the policy that was asked for, or of the only one there is.
+
+    An rl output is one policy, its start policy, under whatever paths that was named when the run was taken up again.
+    """
+
+    def __init__(self, wanted: str):
+        self.wanted = normpath(wanted) if wanted else ""
+        self.names: dict[str, None] = {}
+        self._of_run: dict[str, str] = {}
+
+    def counts(self, name: str, run: str, where: str) -> bool:
+        """Whether rollouts of the policy `name` count; InputError where they are a second one's and none was named."""
+        name = normpath(name)
+        if run:
+            name = self._of_run.setdefault(run, name)
+        self.names[name] = None
+        if self.wanted or len(self.names) == 1:
+            return name == (self.wanted or name)
+        first = next(iter(self.names))
+        raise InputError(
+            f"{where}: a rollout of policy {name}, after those of {first}: a pass rate is of one policy; name it with "
+            "--policy"
+        )
 
 
 def _count_file(
     file: jsonl.LineSource,
-    name: str,
+    source: _Source,
     place: int,
     tallies: dict[str, Tally],
     successes: Positions,
     keep_truncated: bool,
+    policies: _Policies,
 ) -> Iterator[int]:
     """Count the rollouts of one file; yield the offset reached every so many lines."""
     add_success = successes.buffer.extend
-    for line, offset, rollout in records.scan(file, name, Rollout):
-        problem_id, reward = rollout["problem_id"], rollout["reward"]
-        tally = tallies.get(problem_id)
-        if tally is None:
-            tally = tallies[problem_id] = Tally(len(tallies))
-        tally.num_rollouts += 1
-        if reward == 1:
-            tally.num_correct += 1
-            if keep_truncated or rollout["finish_reason"] != "length":
+    policy, is_wanted = None, False
+    for line, offset, rollout in records.scan(file, source.name, Rollout):
+        if rollout["policy"] != policy:  # looked up where it changes only, for every line of every file passes here
+            policy = rollout["policy"]
+            is_wanted = policies.counts(policy, source.run, f"{source.name}:{line}")
+        is_correct = rollout["reward"] == 1
+        if is_correct != (rollout["verdict"] == "correct") or not (is_correct or rollout["reward"] == 0):
+            raise InputError(f"{source.name}:{line}: {_contradiction(rollout)}")
+        if is_wanted:
+            question = hash((rollout["prompt"], rollout["answer"]))
+            tally = tallies.get(rollout["problem_id"])
+            if tally is None or tally.question != question:
+                tally = _first_tally(tallies, rollout, question, f"{source.name}:{line}")
+            tally.num_rollouts += 1
+            tally.num_correct += is_correct
+            if is_correct and (keep_truncated or rollout["finish_reason"] != "length"):
                 tally.num_usable += 1
                 add_success((place, offset, tally.number))
-        elif reward != 0:
-            raise InputError(f"{name}:{line}: reward {reward:g} must be 0 or 1, as the verifier gave it")
         if not line % FLUSH_LINES:
             successes.flush()
             yield offset
+
+
+def _contradiction(rollout: Rollout) -> str:
+    reward, verdict = rollout["reward"], rollout["verdict"]
+    if reward not in (0, 1):
+        return f"reward {reward:g} must be 0 or 1, as the verifier gave it"
+    return f"reward {reward:g} and verdict {verdict} contradict each other: grade these rollouts anew (eval --regrade)"
+
+
+def _first_tally(tallies: dict[str, Tally], rollout: Rollout, question: int, where: str) -> Tally:
+    """A new problem's tally; InputError where the problem is known with another prompt or answer."""
+    problem_id = rollout["problem_id"]
+    if problem_id in tallies:
+        raise InputError(
+            f"{where}: problem {problem_id} has another prompt or answer than before: filter rollouts of one set of "
+            "problems and one template at a time"
+        )
+    if not rollout["prompt"]:
+        raise InputError(f"{where}: the prompt of problem {problem_id} is empty: draw its rollouts again")
+    tally = tallies[problem_id] = Tally(len(tallies), question=question)
+    return tally
 
 
 def _candidates(

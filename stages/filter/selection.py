@@ -22,6 +22,7 @@ class Tally:
     num_rollouts: int = 0
     num_correct: int = 0
     num_usable: int = 0  # successes that may become examples: those that were not truncated, or all
+    question: int = 0  # a hash of prompt and answer, which all rollouts of a problem share
 
     @property
     def pass_rate(self) -> float:

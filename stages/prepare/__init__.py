@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
@@ -51,16 +51,30 @@ def run(
 
     Example: rloop prepare --source toy/train.jsonl --limit 100 --out problems.jsonl
     """
-    given, start = values(run, locals()), time.monotonic()
+    parameters, start = effects(run, values(run, locals())), time.monotonic()
     if out != "-":
-        outputs.refuse_occupied(out)
         outputs.refuse_no_file(out)
+        outputs.refuse_occupied(out)
     origin = sources.find(source, from_, config, split)
     others = [sources.find(file, option="--decontaminate") for file in decontaminate]
+    manifest_file = Path(out).with_suffix(".manifest.json")
+    with outputs.claimed(out, manifest_file):
+        curated = _curate(origin, others, parameters)
+        jsonl.write(out, curated.problems)
+        print(curated.table(), file=sys.stderr)
+        if out != "-":
+            parameters |= {"config": origin.config, "split": origin.split}
+            inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
+            manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
+            outputs.write_json(manifest_file, manifest | {"ids": curated.ids})
+
+
+def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:
+    """The problems to write; InputError where none is left."""
+    limit, seed, drop_unparseable = (parameters[name] for name in ("limit", "seed", "drop_unparseable"))
+    rows = _rows(origin, parameters["problem_column"], parameters["answer_column"])
     with Verifier() as verifier:
-        curated = curation.collect(
-            _rows(origin, problem_column, answer_column), origin.name, partial(_same_answer, verifier)
-        )
+        curated = curation.collect(rows, origin.name, partial(_same_answer, verifier))
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
             curation.draw(curated, limit, seed)
@@ -69,14 +83,8 @@ def run(
         if drop_unparseable:  # before the draw, so that the limit is reached
             curation.draw(curated, limit, seed)
     if not curated.problems:
-        raise InputError(f"{source}: no problem is left of its rows\n{curated.table()}")
-    jsonl.write(out, curated.problems)
-    print(curated.table(), file=sys.stderr)
-    if out != "-":
-        parameters = effects(run, given) | {"config": origin.config, "split": origin.split}
-        inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
-        manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
-        outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest | {"ids": curated.ids})
+        raise InputError(f"{parameters['source']}: no problem is left of its rows\n{curated.table()}")
+    return curated
 
 
 def _rows(source: Source, problem_column: str, answer_column: str) -> Iterator[tuple[str, str, str]]:

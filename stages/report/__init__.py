@@ -93,7 +93,8 @@ def run(
         sys.stdout.write(tables.tsv(tables.records(rows)) if tsv else tables.markdown(rows))
         return
     page = Path(out or Path(runs) / "report.html")
-    _write(page, paths, choices, found, rows)
+    with outputs.locked(page, paths.figures or page.parent / "figures"):
+        _write(page, paths, choices, found, rows)
     for line in found.left_out:
         print(f"rloop: left out: {line}", file=sys.stderr)
     print(f"rloop: wrote {page}", file=sys.stderr)
@@ -289,7 +290,7 @@ def _refuse_strangers(pictures: Path, files: Sequence[Path]) -> None:
         if path.exists() and path.resolve() not in own:
             raise InputError(f"{path} is there, and no report wrote it: name another, or remove it first")
     if pictures.is_dir():
-        names = {WRITTEN, *written.get("figures", [])}
+        names = {WRITTEN, f".{files[0].name}.lock", *written.get("figures", [])}
         if strangers := sorted(path.name for path in pictures.iterdir() if path.name not in names):
             raise InputError(f"{pictures} holds {strangers[0]}, which no report wrote: name another --figures")
 

@@ -81,7 +81,7 @@ def run(
         fine_tune(path, tokenizer, rows, knobs, out=None)
         return
     _say_left_out(left_out, knobs.max_tokens or context)
-    with outputs.locked(out), outputs.whole_dir(out) as beside:
+    with outputs.claimed(out), outputs.whole_dir(out) as beside:
         tuned = fine_tune(path, tokenizer, rows, knobs, beside)
         parameters = {"policy": policy, "examples": str(examples), **asdict(knobs), **tuned.settings}
         inputs = {"policy": outputs.digest(path), "examples": outputs.digest(examples)}

@@ -52,7 +52,7 @@ def run(
     Example: rloop toy --out toy
     """
     given, start = values(run, locals()), time.monotonic()
-    with outputs.whole_dir(out) as beside:
+    with outputs.claimed(out), outputs.whole_dir(out) as beside:
         sets = draw_sets(problems_seed, num_train, num_test, hard_frac)
         for name, expressions in sets.items():
             jsonl.write(beside / f"{name}.jsonl", problems(name, expressions))
