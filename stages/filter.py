@@ -17,7 +17,7 @@ from typing import Annotated, Any, BinaryIO
 
 import orjson
 
-from stages.core import jsonl, outputs, records
+from stages.core import jsonl, lineage, outputs, records
 from stages.core.errors import InputError
 from stages.core.records import Example, Rollout
 from stages.core.selection import Draw, Positions, Tally, can_select, yield_table
@@ -74,7 +74,8 @@ def run(
         }
         num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
         counts = {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
-        manifest = outputs.manifest("filter", parameters, {}, counts, time.monotonic() - start)
+        recorded = lineage.recorded(_inputs(rollouts))
+        manifest = outputs.manifest("filter", parameters, {}, counts, time.monotonic() - start) | recorded
         outputs.write_json(Path(out).with_suffix(".manifest.json"), manifest)
 
 
@@ -142,6 +143,11 @@ def _sources(paths: list[str]) -> list[_Source]:
             raise InputError(f"--rollouts {file}: was given twice; its rollouts would count twice")
         seen.add(identity)
     return [_Source(file) for file in files]
+
+
+def _inputs(paths: list[str]) -> list[Path]:
+    """What the examples are made from, for the manifest: of an rl output its rollouts; standard input leaves none."""
+    return [Path(path, "rollouts") if Path(path).is_dir() else Path(path) for path in paths if path != "-"]
 
 
 def _step_files(directory: Path) -> list[str]:
