@@ -1,4 +1,5 @@
 # make demo   the whole loop on two CPU cores, then the table of results
+# make plan   what make demo would do now, without doing it
 # make test   the tests
 # make check  tests, lint, format and types: all that has to pass
 # make clean  remove the environment; runs/ stays
@@ -14,7 +15,7 @@ SOURCES := stages rloop_cli experiments tests benchmarks
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check clean
+.PHONY: demo plan test check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -23,6 +24,9 @@ demo: .venv/installed
 	@cat runs/results.md
 	@echo
 	@echo "The report: runs/report.html. The figures: runs/figures. The numbers: runs/results.tsv."
+
+plan: .venv/installed # without --force-downstream DVC stops at the first thing that is not made yet
+	dvc repro --dry --force-downstream
 
 test: .venv/installed
 	pytest

@@ -232,6 +232,15 @@ def test_the_best_policy_by_a_metric_is_named(engines, tiny_policy, tied_policy,
     assert f"best on sums by avg@4: {tied_policy}" in capsys.readouterr().out
 
 
+def test_of_equals_by_the_metric_the_best_by_average_is_named_as_the_report_does_then_the_first():
+    def summary(coverage, average):
+        return {"avg@4": {"value": average}, "pass@4": {"value": coverage}}
+
+    summaries = {"a": summary(0.9, 0.1), "b": summary(0.9, 0.3), "c": summary(0.9, 0.3), "d": summary(0.8, 0.9)}
+    assert scoring.selected(summaries, "pass@4") == {"policy": "b", "metric": "pass@4", "value": 0.9}
+    assert scoring.selected(summaries, "avg@4")["policy"] == "d"
+
+
 def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_policy, problems, tmp_path, capsys):
     run([tiny_policy, make_policy(std=0.6)], problems, tmp_path / "out", num_samples=16)
     [row] = [line for line in capsys.readouterr().out.splitlines() if " - " in line]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,12 @@ def git(directory, *arguments):
     )
 
 
+def planned(directory):
+    """Stage -> command, as `make plan` shows them."""
+    shown = dvc(directory, "repro", "--dry", "--force-downstream")
+    return dict(re.findall(r"^Running stage '(.+)':\n> (.+)$", shown, flags=re.MULTILINE))
+
+
 def shrunken():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["toy"]["0"] = {"seed": 0, "pretrain_steps": 200, "num_train": 40, "num_test": 6}
@@ -73,6 +81,20 @@ def test_one_more_iteration_is_one_more_line_and_four_more_stages(tmp_path):
     copy_of_project(tmp_path, params)
     names = {line.split()[0] for line in dvc(tmp_path, "stage", "list", "--all").splitlines()}
     assert names - set(STAGES.split()) == {"rl@4", "filter@4", "rft@4", "eval@4"}
+
+
+def test_what_would_be_done_is_shown_from_the_start_with_the_iterations_that_count(tmp_path):
+    from stages.core import lineage
+
+    params = shrunken()
+    params["iterations"]["2"] = {"start": "runs/1/policy"}
+    copy_of_project(tmp_path, params)
+    shown = planned(tmp_path)
+    names = "toy@0 rl@1 filter@1 rft@1 rl@2 filter@2 rft@2 vanilla eval_base eval@1 eval@2 eval_vanilla analyze report"
+    assert shown.keys() == set(names.split())
+    for name in ("analyze", "report"):
+        words = shlex.split(shown[name])
+        assert lineage.chosen(words[words.index("--iterations") + 1]) == {1, 2}
 
 
 @pytest.mark.slow
@@ -109,3 +131,22 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     assert "filter@1" in stale
     assert "rl@1" not in stale
     assert "vanilla" not in stale
+
+    left_behind_by_a_second_iteration(tmp_path / "runs")
+    params["filter"]["max_pass_rate"] = 0.9
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert "Stage 'rft@1' didn't change" in dvc(tmp_path, "repro")
+    now = (tmp_path / "runs/results.md").read_text()
+    assert now == table + "\nLeft out: iteration 2: not among the iterations that count (1).\n"
+
+    params["iterations"]["2"] = {"start": "runs/1/policy"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert planned(tmp_path).keys() == {"rl@2", "filter@2", "rft@2", "eval@2", "analyze", "report"}
+
+
+def left_behind_by_a_second_iteration(runs):
+    """What is on disk of an iteration whose line was taken out of params.yaml."""
+    for name in ("", "eval"):
+        shutil.copytree(runs / name / "1", runs / name / "2")
+    for file in (runs / "eval/2").rglob("*.json*"):
+        file.write_text(file.read_text().replace("runs/1/", "runs/2/"))

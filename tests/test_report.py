@@ -332,7 +332,7 @@ def test_a_missing_directory_of_runs_is_a_plain_error(tmp_path):
 
 
 def test_ledger_adds_up_phases_and_weighs_rloop_against_rl(made):
-    lines = {line["phase"]: line for line in ledger.ledger(made)}
+    lines = {line["phase"]: line for line in ledger.ledger(made, [1, 2], lambda run: True)}
     assert lines["RLoop 1: RL"]["rollout_tokens"] == 200 and lines["RLoop 1: RFT"]["update_tokens"] == 40
     counts = {"steps": 4, "num_rollouts": 32, "rollout_tokens": 400, "update_tokens": 400, "seconds": 7.0}
     assert lines["RLoop, total"] == {"phase": "RLoop, total", "update_s": 1.0} | counts

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.analyze import dynamics, similarity
-from stages.core import outputs
+from stages.core import lineage, outputs
 from stages.core.errors import InputError
 from stages.core.options import at_least, checked
 from stages.core.progress import warn
@@ -46,6 +46,8 @@ NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differenti
 def run(
     evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)"],
     out: Annotated[str, "directory to write"],
+    runs: Annotated[str, "directory of runs; default: the one that the evals lie in"] = "",
+    iterations: Annotated[str, "the iterations that count, as in '1 2 3'; the rest is left out"] = lineage.ALL,
     set_: Annotated[str, "problem set to analyze, where the evals hold several"] = "",
     min_correct: Annotated[
         int, "a problem is solved where at least so many of its samples are correct", at_least(1)
@@ -56,13 +58,20 @@ def run(
 ) -> None:
     """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
 
+    What does not descend from the base and the runs as they are now is left out, and named.
+
     Example: rloop analyze --evals runs/eval --set valid --out runs/analysis
     """
     start = time.monotonic()
     outputs.refuse_occupied(out)
     directories = find_evals(evals)
-    evaluation = _one_set(read_evals(directories), set_)
-    ways = _ways(places(evaluation.results, root_of(directories)))
+    root = root_of(directories, runs)
+    line = lineage.Line(root, directories, lineage.chosen(iterations))
+    evaluations = read_evals(directories, line.keeps)
+    for left_out in line.left_out:
+        warn(f"left out: {left_out}")
+    evaluation = _one_set(evaluations, set_)
+    ways = _ways(places(evaluation.results, root, line.bases))
     pair = _pair(ways, compare)
     matrices, steps = _matrices(evaluation, ways, min_correct, pair)
     with outputs.claimed(out), outputs.whole_dir(out) as directory:
@@ -71,7 +80,7 @@ def run(
         outputs.write_json(directory / "metrics.json", metrics)
         inputs = {str(path / "results.jsonl"): outputs.digest(path / "results.jsonl") for path in directories}
         parameters = {"evals": evals, "set": evaluation.problem_set, "min_correct": min_correct}
-        parameters["compare"] = list(pair or ())
+        parameters |= {"compare": list(pair or ()), "iterations": iterations, "left_out": line.left_out}
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
         manifest = outputs.manifest("analyze", parameters, inputs, counts, time.monotonic() - start)
         outputs.write_json(directory / "manifest.json", manifest)
@@ -79,6 +88,8 @@ def run(
 
 def _one_set(found: Mapping[str, Evaluation], wanted: str) -> Evaluation:
     """The evaluation of the set `wanted`, or of the only one there is."""
+    if not found:
+        raise InputError("nothing of the evals descends from what is there now: evaluate again")
     if wanted and wanted not in found:
         raise InputError(f"--set {wanted}: the evals hold {', '.join(found)}")
     if not wanted and len(found) > 1:

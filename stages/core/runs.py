@@ -11,7 +11,7 @@ Nothing here is needed to be whole: what is missing is simply not found.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,20 +61,31 @@ class Evaluation(NamedTuple):
         return [file for file in files if file.exists()]
 
 
-def places(policies: Iterable[str], root: str | Path | None = None) -> list[Place]:
+def places(policies: Iterable[str], root: str | Path | None = None, bases: Collection[str] = ()) -> list[Place]:
     """Each policy's place, ordered by method and then by way.
 
     `root` is the directory of runs: there the lengths of the iterations stand, even if policies were evaluated under
-    another path or from another working directory.
+    another path or from another working directory. Of `bases`, which are the base by their content, the first is the
+    base where none lies in its place.
     """
     policies = [policy.rstrip("/") for policy in policies]
     offsets = _offsets(policies, root)
-    found = (_place(policy, offsets) for policy in policies)
-    return sorted(found, key=lambda place: (place.method, place.step, _iteration(place.policy), place.fine_tuned))
+    found = [_place(policy, offsets) for policy in policies]
+    if not any(place.method == BASE for place in found):
+        others = [place for place in found if place.policy in bases and place_below(place.policy) is None]
+        found = [Place(place.policy, BASE, 0, "0") if place in others[:1] else place for place in found]
+    return sorted(found, key=lambda place: (place.method, place.step, iteration_of(place.policy), place.fine_tuned))
 
 
-def root_of(evals: Iterable[Path]) -> Path | None:
-    """The directory of runs that eval outputs lie in: the next above one of them with an <iteration>/rl in it."""
+def root_of(evals: Iterable[Path], named: str = "") -> Path | None:
+    """The directory of runs: the one `named`, or the next above one of the eval outputs with an <iteration>/rl in it.
+
+    Raises InputError where the named one is not there.
+    """
+    if named and not Path(named).is_dir():
+        raise InputError(f"{named}: no such directory; name a directory of runs")
+    if named:
+        return Path(named)
     for directory in evals:
         for above in directory.absolute().parents:
             if any(_ITERATION.match(str(run)) for run in above.glob("[0-9]*/rl")):
@@ -106,26 +117,35 @@ def _place(policy: str, offsets: Mapping[int, int]) -> Place:
     return Place(policy, RL if name == "vanilla" else name, step, str(step))
 
 
-def _iteration(policy: str) -> int:
-    checkpoint = _CHECKPOINT.match(policy)
-    turn = _ITERATION.match(checkpoint["run"] if checkpoint else policy)
+def iteration_of(path: str) -> int:
+    """The iteration that a checkpoint, an rl run or a fine-tuned policy belongs to by its path; 0 for none."""
+    checkpoint = _CHECKPOINT.match(path)
+    turn = _ITERATION.match(checkpoint["run"] if checkpoint else path)
     return int(turn["iteration"]) if turn else 0
 
 
+def place_below(policy: str) -> Path | None:
+    """Where a policy lies below the directory of runs, as in 2/policy; None for one on no known way."""
+    checkpoint = _CHECKPOINT.match(policy)
+    run = Path(checkpoint["run"] if checkpoint else policy)
+    if not checkpoint and not (run.name == "policy" and _ITERATION.match(policy)):
+        return None
+    of_run = run.parts[-2:] if run.name in ("rl", "policy") else run.parts[-1:]
+    return Path(*of_run, *(Path(policy).parts[-2:] if checkpoint else ()))
+
+
 def _offsets(policies: Sequence[str], root: str | Path | None) -> dict[int, int]:
-    """RL steps before each iteration, from the manifests or logs of the iterations, or else from their checkpoints."""
+    """RL steps before each iteration, from the manifests or logs of the iterations, or else from their checkpoints.
+
+    Policies are looked up below `root` only: what their paths mean in the working directory of the moment is chance.
+    """
     lengths: dict[int, int] = {}
-    known = root is not None and any(Path(root).glob("[0-9]*/rl"))
     for policy in policies:
-        checkpoint = _CHECKPOINT.match(policy)
-        run = checkpoint["run"] if checkpoint else policy
-        if _ITERATION.match(run) is None:
-            continue
-        iteration = _iteration(policy)
-        above = Path(root or "") if known else Path(run).parents[1]
+        checkpoint, iteration = _CHECKPOINT.match(policy), iteration_of(policy)
         for earlier in range(1, iteration + 1):
-            lengths[earlier] = max(lengths.get(earlier, 0), num_steps(above / str(earlier) / "rl"))
-        if checkpoint:
+            run = Path(root) / str(earlier) / "rl" if root is not None else None
+            lengths[earlier] = max(lengths.get(earlier, 0), num_steps(run) if run else 0)
+        if checkpoint and iteration:
             lengths[iteration] = max(lengths.get(iteration, 0), int(checkpoint["step"]))
     usual = max(lengths.values(), default=0)
     offsets = {1: 0}
@@ -165,10 +185,13 @@ def set_name(directory: Path) -> str:
     return str(read_json(directory / "manifest.json").get("set") or directory.name)
 
 
-def read_evals(directories: Sequence[Path]) -> dict[str, Evaluation]:
+def read_evals(
+    directories: Sequence[Path], keeps: Callable[[Path, str], bool] = lambda directory, policy: True
+) -> dict[str, Evaluation]:
     """Evaluations by problem set, policies in order of appearance; of a policy evaluated twice the first counts.
 
-    Raises InputError for results that cannot be: two of one problem, more correct samples than samples.
+    What `keeps` refuses, by eval output and policy, is not there; nor is a set that holds nothing else. Raises
+    InputError for results that cannot be: two of one problem, more correct samples than samples.
     """
     found: dict[str, Evaluation] = {}
     for directory in directories:
@@ -180,12 +203,14 @@ def read_evals(directories: Sequence[Path]) -> dict[str, Evaluation]:
                 check_results(results)
             except InputError as error:
                 raise InputError(f"{file}: {error}") from None
+            if not keeps(directory, policy.rstrip("/")):
+                continue
             if here.homes.setdefault(policy.rstrip("/"), directory) == directory:
                 here.results[policy.rstrip("/")] = results
             else:
                 first = here.homes[policy.rstrip("/")]
                 warn(f"{policy} was evaluated on {name} twice: {first} counts, {directory} does not")
-    return found
+    return {name: evaluation for name, evaluation in found.items() if evaluation.results}
 
 
 def read_rollouts(evaluation: Evaluation) -> Iterator[Rollout]:

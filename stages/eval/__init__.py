@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import jsonl, outputs, sampling, verifier
+from stages.core import jsonl, lineage, outputs, sampling, verifier
 from stages.core.engine import Engine
 from stages.core.errors import InputError
 from stages.core.metrics import KS
@@ -82,8 +82,10 @@ def evaluate(
 ) -> None:
     """Draw what is not there yet and write `out`; an engine is started only where something is left to draw."""
     start = time.monotonic()
-    digests = {str(path): outputs.digest(path) for path in (*problem_files, *plan.policies.values())}
-    manifest = outputs.manifest("eval", parameters, digests, {}, 0)
+    recorded = lineage.recorded([*problem_files, *plan.policies.values()])
+    digests = recorded["inputs"]
+    elsewhere = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # such as from the hub
+    manifest = outputs.manifest("eval", parameters, digests, {}, 0) | recorded | {"paths": elsewhere}
     manifest |= {"policies": list(plan.policies), "template_digest": plan.template.digest}
     with outputs.locked(out):
         if _is_done(out, manifest):
@@ -228,7 +230,8 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     former = read_json(source / "manifest.json")
     parameters = {**former.get("parameters", {}), "k": k, "select": select, "bare": bare}
     digests = {str(file): outputs.digest(file) for file in files.values()}
-    manifest = outputs.manifest("eval", parameters, digests, {}, 0)
+    manifest = outputs.manifest("eval", parameters, {**former.get("inputs", {}), **digests}, {}, 0)
+    manifest |= {name: former[name] for name in ("stamps", "paths") if name in former}
     manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
     changes = {name: scoring.Changes() for name in files}
     with outputs.locked(out):

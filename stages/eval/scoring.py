@@ -78,10 +78,14 @@ def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
 
 
 def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
-    """The best policy by `metric`; of equals the first. Raises InputError for a metric that there is not."""
+    """The best policy by `metric`, of equals that with the best avg@k, of those the first: as the report chooses.
+
+    Raises InputError for a metric that there is not.
+    """
     if metric not in (choices := [name for name in next(iter(summaries.values())) if "@" in name]):
         raise InputError(f"--select {metric} is none of the metrics: {', '.join(choices)}")
-    best = max(summaries, key=lambda name: summaries[name][metric]["value"])
+    order = [metric, *(name for name in choices if name.startswith("avg@"))]
+    best = max(summaries, key=lambda name: [summaries[name][of_order]["value"] for of_order in order])
     return {"policy": best, "metric": metric, "value": summaries[best][metric]["value"]}
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, BinaryIO
 
 import orjson
 
-from stages.core import jsonl, outputs, records
+from stages.core import jsonl, lineage, outputs, records
 from stages.core.errors import InputError
 from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, checked, effects, values
 from stages.core.progress import warn
@@ -74,7 +74,7 @@ def run(
         counts = _choose(sources, out, parameters)
         if out != "-":
             manifest = outputs.manifest("filter", parameters, {}, counts, time.monotonic() - start)
-            outputs.write_json(manifest_file, manifest)
+            outputs.write_json(manifest_file, manifest | lineage.recorded(_inputs(rollouts)))
 
 
 def _yield(sources: list["_Source"], parameters: dict[str, Any]) -> str:
@@ -163,6 +163,11 @@ def _sources(paths: list[str]) -> list[_Source]:
             raise InputError(f"--rollouts {source.path}: was given twice; its rollouts would count twice")
         seen.add(identity)
     return sources
+
+
+def _inputs(paths: list[str]) -> list[Path]:
+    """What the examples are made from, for the manifest: of an rl output its rollouts; standard input leaves none."""
+    return [Path(path, "rollouts") if Path(path).is_dir() else Path(path) for path in paths if path != "-"]
 
 
 def _steps(directory: Path) -> list[_Source]:

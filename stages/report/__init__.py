@@ -1,23 +1,37 @@
 """Report: the results table, the figures and one self-contained page from a directory of runs.
 
-Reads what the other stages left under --runs: evaluations, logs, manifests, analyses. What is not there is left out
-and named, so that a run half done can be looked at. All outputs are derived, so a later report replaces an earlier one,
-but nothing that no report wrote: written.json among the figures names the files that the last one did.
+Reads what the other stages left under --runs: evaluations, logs, manifests, analyses. What is not there, or does not
+descend from what is there now, is left out and named, so that a run half done can be looked at. All outputs are
+derived, so a later report replaces an earlier one, but nothing that no report wrote: written.json among the figures
+names the files that the last one did.
 """
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core import outputs
+from stages.core import lineage, outputs
 from stages.core.errors import InputError
 from stages.core.metrics import KS
 from stages.core.options import Options, at_least
 from stages.core.outputs import read_json
-from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, evals_below, find_evals, places, read_evals
+from stages.core.progress import warn
+from stages.core.runs import (
+    BASE,
+    RL,
+    RLOOP,
+    Evaluation,
+    Place,
+    evals_below,
+    find_evals,
+    num_steps,
+    places,
+    read_evals,
+    root_of,
+)
 from stages.report import tables
 from stages.report.tables import RLOOP_ENDPOINT
 
@@ -59,13 +73,15 @@ class Choices(Options):
     max_problems: Annotated[int, "problems of each set in the browser of rollouts", at_least(0)] = 12
     max_samples: Annotated[int, "samples of each problem and policy in the browser of rollouts", at_least(0)] = 4
     seed: Annotated[int, "seed of the bootstrap"] = 0
+    iterations: Annotated[str, "the iterations that count, as in '1 2 3'; the rest is left out"] = lineage.ALL
 
 
 @dataclass
 class Found:
-    """What the report is made from; `left_out` grows by a line for everything that was not there."""
+    """What the report is made from; `left_out` grows by a line for everything that is not shown."""
 
     runs: Path
+    line: lineage.Line
     evaluations: dict[str, Evaluation]
     places: list[Place]
     num_samples: int
@@ -75,7 +91,7 @@ class Found:
 def run(
     paths: Paths,
     choices: Choices,
-    runs: Annotated[str, "directory of runs"] = "runs",
+    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs"] = "",
     out: Annotated[str, "page to write; default: report.html in --runs"] = "",
     evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)"] = [],  # noqa: B006
     table: Annotated[bool, "print the results table as Markdown and write nothing"] = False,
@@ -83,41 +99,61 @@ def run(
 ) -> None:
     """Write the results table, the figures and a page that shows them, from a directory of runs.
 
+    What does not descend from the base and the runs as they are now is left out, and named.
+
     Example: rloop report --runs runs --out runs/report.html
     """
     printing = table or tsv
-    found = _find(Path(runs), evals, choices.valid, needed=printing)
+    found = _find(runs, evals, choices, needed=printing)
     choices = _possible(choices, found)
     rows = tables.results_rows(found.evaluations, tables.methods(found.places), choices.ks, choices.seed)
     if printing:
         sys.stdout.write(tables.tsv(tables.records(rows)) if tsv else tables.markdown(rows))
+        _say(found)
         return
-    page = Path(out or Path(runs) / "report.html")
+    page = Path(out or found.runs / "report.html")
     with outputs.locked(page, paths.figures or page.parent / "figures"):
         _write(page, paths, choices, found, rows)
-    for line in found.left_out:
-        print(f"rloop: left out: {line}", file=sys.stderr)
+    _say(found)
     print(f"rloop: wrote {page}", file=sys.stderr)
 
 
-def _find(runs: Path, evals: Sequence[str], valid: str, needed: bool) -> Found:
+def _say(found: Found) -> None:
+    for line in found.left_out:
+        warn(f"left out: {line}")
+    if unequal := _unequal_steps(found):
+        warn(unequal)
+
+
+def _runs(named: str, evals: Sequence[str]) -> Path:
+    """The directory of runs; evaluations that lie in none stand for one themselves."""
+    if named or not evals:
+        return Path(named or "runs")
+    directories = find_evals(evals)
+    return root_of(directories) or directories[0].parent
+
+
+def _find(named: str, evals: Sequence[str], choices: Choices, needed: bool) -> Found:
     """Read evaluations; without any, an InputError where they are `needed`, and else a line in `left_out`."""
+    runs, valid = _runs(named, evals), choices.valid
     if not evals and not runs.is_dir():
         raise InputError(f"{runs}: no such directory; name a directory of runs")
-    left_out: list[str] = []
+    missing: list[str] = []
     directories: list[Path] = []
     if evals or needed or evals_below(runs / "eval"):
         directories = find_evals(evals or [runs / "eval"])
     else:
-        left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
-    evaluations = read_evals(directories)
+        missing.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
+    line = lineage.Line(runs if runs.is_dir() else None, directories, lineage.chosen(choices.iterations))
+    evaluations = read_evals(directories, line.keeps)
+    left_out = [*missing, *line.left_out]
     evaluations = {name: evaluations[name] for name in sorted(evaluations, key=lambda name: (name != valid, name))}
     if evaluations and valid not in evaluations:
         others = ", ".join(evaluations)
         left_out.append(f"all by the validation set: no evaluation of {valid} (--valid), only of {others}")
     policies = dict.fromkeys(policy for evaluation in evaluations.values() for policy in evaluation.results)
     num_samples = tables.smallest_num_samples(evaluations)
-    return Found(runs, evaluations, places(policies, runs), num_samples, left_out)
+    return Found(runs, line, evaluations, places(policies, runs, line.bases), num_samples, left_out)
 
 
 def _possible(choices: Choices, found: Found) -> Choices:
@@ -152,9 +188,9 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
     _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section], files)
     with outputs.whole_file(curves_tsv) as beside:
         figures.write_tsv(beside, tidy)
-    left_out = "".join(f"\nLeft out: {line}.\n" for line in found.left_out)
+    notes = [*(f"Left out: {line}." for line in found.left_out), *filter(None, [_unequal_steps(found)])]
     markdown = tables.markdown(rows) if rows else "No results.\n"
-    _write_text(results_md, markdown + left_out)
+    _write_text(results_md, markdown + "".join(f"\n{note}\n" for note in notes))
     _write_text(results_tsv, tables.tsv(tables.records(rows)))
     outputs.write_json(results_json, tables.nested(rows))
     lead = "Iterative policy initialization against RL alone: results, dynamics, compute and rollouts."
@@ -168,11 +204,10 @@ def _wanted(found: Found, choices: Choices) -> list[str]:
 
 def _draw(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> dict[str, list["Figure"]]:
     """All figures by the heading that they stand under."""
-    from stages.report import curves, ledger
+    from stages.report import curves
 
     wanted = _wanted(found, choices)
-    iterations = ledger.iterations(found.runs) if found.runs.is_dir() else []
-    logs = curves.logs(found.runs, max(iterations, default=0))
+    logs = curves.logs(found.runs, found.line.iterations(), found.line.stands)
     resets = sorted({place.step for place in found.places if place.fine_tuned})
     over_steps = curves.of_evaluations(tidy, resets, wanted)
     if found.evaluations and not over_steps:
@@ -200,7 +235,9 @@ def _analysis(found: Found) -> list["Figure"]:
         of_directory: list[Figure] = []
         for path in sorted(directory.glob("*.json")):
             content = read_json(path)
-            if content.keys() >= MATRIX_KEYS:
+            if stale := _stale(found, directory, content):
+                found.left_out += [stale] if stale not in found.left_out else []
+            elif content.keys() >= MATRIX_KEYS:
                 matrices.append(content)
             elif path.name == "similarity_by_step.json" and isinstance(content.get("steps"), list):
                 of_directory.append(figures.of_similarity(content["steps"]))
@@ -209,6 +246,26 @@ def _analysis(found: Found) -> list["Figure"]:
     if not drawn:
         found.left_out.append(f"learning, forgetting and similarity: nothing of analyze under {root}")
     return sorted(drawn, key=lambda figure: figure.number)
+
+
+def _stale(found: Found, directory: Path, content: Mapping[str, Any]) -> str:
+    """Why a file of an analysis is not shown: it was made from evaluations that are others now, or tells of such."""
+    inputs = read_json(directory / "manifest.json").get("inputs") or {}
+    for path, digest in inputs.items():
+        if found.line.changed(path, digest):
+            return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
+    policies = [*content.get("policies", ()), *(row.get("policy", "") for row in content.get("steps", ()))]
+    named = (policy for several in policies for policy in several.split(" | "))
+    return next((fault for policy in named if (fault := found.line.fault_of_policy(policy))), "")
+
+
+def _unequal_steps(found: Found) -> str:
+    """A warning where RL alone has more or fewer steps than the iterations together; "" where it has as many."""
+    of_rloop = sum(num_steps(found.runs / str(iteration) / "rl") for iteration in found.line.iterations())
+    of_rl = num_steps(found.runs / "vanilla" / "rl") if found.line.stands(found.runs / "vanilla" / "rl") else 0
+    if not of_rl or not of_rloop or of_rl == of_rloop:
+        return ""
+    return f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"
 
 
 def _results(
@@ -251,7 +308,7 @@ def _compute(found: Found) -> dict[str, str]:
     from stages.report import ledger
     from stages.report import page as pages
 
-    lines = ledger.ledger(found.runs) if found.runs.is_dir() else []
+    lines = ledger.ledger(found.runs, found.line.iterations(), found.line.stands)
     if not lines:
         found.left_out.append(f"compute: no log.tsv under {found.runs}")
         return {}
@@ -273,9 +330,17 @@ def _parameters(found: Found) -> dict[str, str]:
     from stages.report import ledger
     from stages.report import page as pages
 
-    patterns = ("rl/manifest.json", "examples.manifest.json", "policy/manifest.json")
-    paths = [path for pattern in patterns for path in sorted(found.runs.glob(f"*/{pattern}"))]
-    paths += [path for stage in ("analysis", "eval") for path in sorted((found.runs / stage).rglob("manifest.json"))]
+    made = {"rl": "rl/manifest.json", "examples.jsonl": "examples.manifest.json", "policy": "policy/manifest.json"}
+    paths = [
+        path
+        for name, manifest in made.items()
+        for path in sorted(found.runs.glob(f"*/{manifest}"))
+        if found.line.stands(found.runs / path.relative_to(found.runs).parts[0] / name)
+    ]
+    paths += sorted((found.runs / "analysis").rglob("manifest.json"))
+    homes = {home for evaluation in found.evaluations.values() for home in evaluation.homes.values()}
+    of_evals = sorted((found.runs / "eval").rglob("manifest.json"))
+    paths += [path for path in of_evals if any(home.is_relative_to(path.parent) for home in homes)]
     settings = ledger.parameters(paths, found.runs)
     folded = [pages.folded(stage, tables.plain_html(of_stage)) for stage, of_stage in settings.items()]
     return {"Parameters": "".join(folded)} if folded else {}

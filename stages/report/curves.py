@@ -4,7 +4,7 @@
 fine-tuned policy that the next iteration starts from (`after_rft`); the line between them is the reset.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +112,18 @@ def of_iterations(tidy: Sequence[Row]) -> list[Figure]:
     return drawn
 
 
-def logs(runs: Path, num_iterations: int) -> dict[str, list[dict[str, float]]]:
-    """Log rows of RL alone and of RLoop's iterations end to end, by global step; methods that have one."""
-    alone = read_log(runs / "vanilla" / "rl" / "log.tsv")
+def logs(runs: Path, iterations: Sequence[int], counts: Callable[[Path], bool]) -> dict[str, list[dict[str, float]]]:
+    """Log rows of RL alone and of RLoop's iterations end to end, by global step; methods that have one.
+
+    `counts` says of an rl run whether it is asked for.
+    """
+    alone = read_log(runs / "vanilla" / "rl" / "log.tsv") if counts(runs / "vanilla" / "rl") else []
     joined: list[dict[str, float]] = []
     offset = 0
-    for iteration in range(1, num_iterations + 1):
+    for iteration in iterations:
         run = runs / str(iteration) / "rl"
+        if not counts(run):
+            continue
         joined += [row | {"step": row["step"] + offset} for row in read_log(run / "log.tsv") if "step" in row]
         offset += num_steps(run)
     return {method: found for method, found in ((RL, alone), (RLOOP, joined)) if found}

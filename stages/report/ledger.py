@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,18 @@ COUNTS = ("num_rollouts", "rollout_tokens", "update_tokens")
 SECONDS = ("seconds", "generate_s", "verify_s", "update_s", "handover_s")
 
 
-def iterations(runs: Path) -> list[int]:
-    """The iterations that have left anything under `runs`, in order."""
-    return sorted(int(path.name) for path in runs.iterdir() if path.name.isdigit() and int(path.name) > 0)
+def ledger(runs: Path, iterations: Sequence[int], counts: Callable[[Path], bool]) -> list[dict[str, Any]]:
+    """A line a phase, a total a method and RLoop's total over RL's; only what the logs and metrics tell.
 
-
-def ledger(runs: Path) -> list[dict[str, Any]]:
-    """A line a phase, a total a method and RLoop's total over RL's; only what the logs and metrics tell."""
+    `counts` says of an rl run or a policy whether it is asked for.
+    """
     of_rloop = []
-    for iteration in iterations(runs):
-        of_rloop += _rl_line(f"{RLOOP} {iteration}: RL", runs / str(iteration) / "rl")
-        of_rloop += _rft_line(f"{RLOOP} {iteration}: RFT", runs / str(iteration) / "policy")
-    of_rl = _rl_line(f"{RL}, all steps", runs / "vanilla" / "rl")
+    for iteration in iterations:
+        for part, name, line in (("rl", "RL", _rl_line), ("policy", "RFT", _rft_line)):
+            if counts(place := runs / str(iteration) / part):
+                of_rloop += line(f"{RLOOP} {iteration}: {name}", place)
+    alone = runs / "vanilla" / "rl"
+    of_rl = _rl_line(f"{RL}, all steps", alone) if counts(alone) else []
     lines = of_rloop + ([_total(f"{RLOOP}, total", of_rloop)] if of_rloop else []) + of_rl
     if of_rloop and of_rl:
         lines.append(_quotient(f"{RLOOP} / {RL}", _total("", of_rloop), of_rl[0]))

@@ -1,0 +1,313 @@
+"""Which runs and evaluations belong together: the line from the base, followed by the digests that manifests record.
+
+    base -> rl -> its rollouts -> examples -> policy -> rl of the next iteration -> ...       each -> its evaluation
+
+Every manifest names the digests of what its output was made from. An output is on the line if those are the digests of
+what lies there now, and if all of that is on the line itself; an evaluation, if it asked what lies there now. The rest
+is left out, with a line that says why: an iteration that was taken out, what an earlier base or an earlier setting has
+left behind, an evaluation of a checkpoint that was trained anew since.
+
+What is trusted: a manifest, about the output that it lies in; a digest that was recorded with a stamp (names, sizes and
+times of all files), as long as the stamp is the same, so that large checkpoints are not read again; and what can't be
+held against anything, because it has no manifest or what it was made from is gone. Paths in manifests are looked up
+below the directory of runs and nowhere else, so the working directory decides nothing.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stages.core import outputs
+from stages.core.errors import InputError
+from stages.core.outputs import read_json
+from stages.core.runs import iteration_of, num_steps, place_below
+
+ALL = "all"
+
+
+def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
+    """The digest of each path, and its stamp for a later reader: {"inputs": {path: digest}, "stamps": {path: stamp}}.
+
+    A stamp is taken before its digest, so what changes in between does not match it.
+    """
+    stamps = {str(path): stamp(path) for path in paths}
+    return {"inputs": {path: outputs.digest(path) for path in stamps}, "stamps": stamps}
+
+
+def stamp(path: str | Path) -> str:
+    """A digest of the names, sizes and times of change (ns) of all files of `path`; "" where there is nothing."""
+    path = Path(path)
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return ""
+    found = [(str(file.relative_to(path)), file.stat()) for file in files]
+    text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in found)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def chosen(text: str) -> frozenset[int] | None:
+    """The iterations of an option, "1 2 3", or None for all of them.
+
+    A map that was written out as flags is taken as well: "--1.start runs/0/policy --2.start runs/1/policy" is 1 and 2.
+    """
+    if text == ALL:
+        return None
+    words = text.split()
+    if any(word.startswith("--") for word in words):
+        words = [word[2:].split(".")[0] for word in words if word.startswith("--")]
+    if not all(word.isdecimal() for word in words):
+        raise InputError(f"--iterations {text}: name the numbers of iterations, as in '1 2 3', or {ALL}")
+    return frozenset(map(int, words))
+
+
+class Line:
+    """What is on the line; `left_out` grows by a line for everything that is not.
+
+    `root` is the directory of runs, None if there is none; `evals` are eval outputs; `iterations` are those that count.
+    """
+
+    def __init__(self, root: Path | None, evals: Sequence[Path], iterations: Collection[int] | None = None):
+        self.root, self.wanted = root, iterations
+        self._told: dict[str, None] = {}
+        self._faults: dict[Path, str] = {}
+        self._manifests = {directory: read_json(directory / "manifest.json") for directory in evals}
+        self._known = self._recorded_digests()
+        self.base = ""
+        self.base = self._base_digest()
+        for run in self._runs():
+            self.fault(run)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A line for each thing that is not on the line: what, and why."""
+        return list(self._told)
+
+    @cached_property
+    def bases(self) -> set[str]:
+        """Evaluated policies that are the base by their content, whatever their path."""
+        found = ((directory, name) for directory, manifest in self._manifests.items() for name in _names(manifest))
+        return {name for directory, name in found if self.base and self._evaluated(directory, name) == self.base}
+
+    def iterations(self) -> list[int]:
+        """The iterations with an rl run or a policy that is on the line, in order."""
+        below = sorted(int(path.name) for path in self._below("[0-9]*") if path.name.isdecimal() and int(path.name))
+        return [i for i in below if any(not self.fault(self._at(str(i), part)) for part in ("rl", "policy"))]
+
+    def stands(self, place: Path) -> bool:
+        """Whether what lies at `place`, below the directory of runs, is on the line."""
+        return not self.fault(place)
+
+    def changed(self, path: str, digest: str) -> bool:
+        """Whether what a manifest names by `path`, with its digest of then, lies there and is another now."""
+        place = self._find(path)
+        return place is not None and self._now(place) != digest
+
+    def keeps(self, directory: Path, policy: str) -> bool:
+        """Whether the results of `policy` in the eval output `directory` are on the line."""
+        fault = self.fault_of_policy(policy)
+        if not fault:
+            fault = self._fault_of_evaluation(directory, policy)
+            self._tell(fault)
+        return not fault
+
+    def fault_of_policy(self, policy: str) -> str:
+        """Why what this name stands for is not on the line, whatever was asked of it; "" if it is."""
+        place = place_below(policy)
+        if place is None or self.root is None:
+            return self._tell(self._fault_of_iteration(policy))
+        return self.fault(self.root / place)
+
+    def fault(self, place: Path) -> str:
+        """Why what lies at `place`, below the directory of runs, is not on the line; "" if it is."""
+        if place not in self._faults:
+            self._faults[place] = ""  # whoever comes back here on the way finds no fault
+            self._faults[place] = self._tell(self._fault(place))
+        return self._faults[place]
+
+    def _fault(self, place: Path) -> str:
+        if fault := self._fault_of_iteration(str(place)):
+            return fault
+        if place.parent.name in ("checkpoints", "rl"):  # checkpoints and rollouts are those of their run
+            run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
+            return self.fault(run) or self._fault_of_step(run, place)
+        for source, digest in self._sources(place):
+            name, now = self._name(source), self._now(source)
+            if digest and now and digest != now:
+                return f"{self._name(place)}: made from another {name} than the one that is there now"
+            if self.fault(source):
+                return f"{self._name(place)}: made from {name}, which is left out"
+        return ""
+
+    def _fault_of_iteration(self, place: str) -> str:
+        iteration = iteration_of(place)
+        if not iteration or self.wanted is None or iteration in self.wanted:
+            return ""
+        return f"iteration {iteration}: not among the iterations that count ({_list(self.wanted)})"
+
+    def _fault_of_step(self, run: Path, checkpoint: Path) -> str:
+        """A checkpoint beyond the steps of its run is one of an earlier run; others may have gone to save room."""
+        step = checkpoint.name.removeprefix("step_").lstrip("0")
+        last = num_steps(run)
+        if checkpoint.exists() or not step.isdecimal() or not 0 < last < int(step):
+            return ""
+        return f"{self._name(checkpoint)}: its run has {last} steps now"
+
+    def _sources(self, place: Path) -> list[tuple[Path, str]]:
+        """What `place` was made from, as far as that lies below the directory of runs, with the digests of then."""
+        if place.name == "examples.jsonl":
+            found = _inputs(read_json(place.with_suffix(".manifest.json")))
+            return [(source, digest) for path, digest in found.items() if (source := self._find(path)) is not None]
+        manifest = read_json(place / "manifest.json")
+        if begun := read_json(place / "state" / "run.json"):  # a run that is still going on has no manifest yet
+            return self._sources_of_rl(place, manifest, _inputs(begun))
+        if manifest.get("stage") == "rl":
+            return self._sources_of_rl(place, manifest, _inputs(manifest))
+        if manifest.get("stage") == "rft" and iteration_of(str(place)):
+            return self._sources_of_rft(place, manifest.get("parameters") or {}, _inputs(manifest))
+        return []
+
+    def _sources_of_rl(
+        self, run: Path, manifest: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> list[tuple[Path, str]]:
+        start = self._start(run)
+        if not iteration_of(str(run)) and run.parent.name != "vanilla":  # another run may go on from any policy here
+            own = self._find(str(manifest.get("policy", "")))
+            start = own if own is not None and place_below(str(own)) is not None else start
+        problems = self._find(str(manifest.get("problems", "")))
+        return [(start, inputs.get("policy", ""))] + ([(problems, inputs.get("problems", ""))] if problems else [])
+
+    def _sources_of_rft(
+        self, policy: Path, parameters: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> list[tuple[Path, str]]:
+        start, examples = self._start(policy), policy.with_name("examples.jsonl")
+        own = place_below(str(parameters.get("policy", "")))
+        if own is not None and own.parent.name == "checkpoints":  # fine-tuned from where its exploration ended
+            start = self._at(*own.parts)
+        return [(start, inputs.get("policy", "")), (examples, inputs.get("examples", ""))]
+
+    def _start(self, place: Path) -> Path:
+        """The policy that an iteration, or a run beside them, starts from."""
+        return self._at(str(max(iteration_of(str(place)) - 1, 0)), "policy")
+
+    def _fault_of_evaluation(self, directory: Path, policy: str) -> str:
+        digest, place = self._evaluated(directory, policy), place_below(policy)
+        now = self._now(self.root / place) if self.root is not None and place is not None else ""
+        if digest and now and digest != now:
+            return f"{self._name(directory)}: asked another {policy} than the one that is there now"
+        problem_set, first = self._set(directory), self._first_asked(directory)
+        if problem_set and first and problem_set != first:
+            return f"{self._name(directory)}: asked other problems of {self._set_name(directory)} than those of now"
+        return ""
+
+    def _evaluated(self, directory: Path, policy: str) -> str:
+        """The digest of `policy` when it was evaluated into `directory`; "" where no manifest tells."""
+        manifest = self._manifests.get(directory, {})
+        path = (manifest.get("paths") or {}).get(policy, policy)
+        return _inputs(manifest).get(path, "")
+
+    def _set_name(self, directory: Path) -> str:
+        return str(self._manifests.get(directory, {}).get("set", ""))
+
+    def _problems(self, directory: Path) -> str:
+        """The path of the problems that an evaluation asked, as it was named; "" where no manifest tells."""
+        name = self._set_name(directory)
+        paths = (path for path in _inputs(self._manifests[directory]) if path.endswith(".jsonl"))
+        return next((path for path in paths if name and Path(path).stem == name), "")
+
+    def _set(self, directory: Path) -> str:
+        return _inputs(self._manifests.get(directory, {})).get(self._problems(directory), "")
+
+    def _first_asked(self, directory: Path) -> str:
+        """The digest of the set's problems as they are now; where they are gone, as the base was asked them, or the
+        policies of the first evaluation."""
+        name = self._set_name(directory)
+        alike = [other for other in self._manifests if self._set_name(other) == name]
+        for other in alike:
+            found = self._find(self._problems(other))
+            if found is not None:
+                return self._now(found)
+        of_base = [other for other in alike if self.bases & set(_names(self._manifests[other]))]
+        return next((digest for other in [*of_base, *alike] if (digest := self._set(other))), "")
+
+    def _base_digest(self) -> str:
+        """The digest of the base: as it lies there, or as what began from it, or asked it, found it."""
+        if self.root is None:
+            return ""
+        base = self._at("0", "policy")
+        if not base.exists():
+            runs = (self._at("1", "rl"), self._at("1", "policy"), self._at("vanilla", "rl"))
+            began = (dict(self._sources(run)).get(base, "") for run in runs)
+            if digest := next((digest for digest in began if digest), ""):
+                return digest
+        return self._now(base)
+
+    def _now(self, place: Path) -> str:
+        """The digest of what lies at `place` now; where it is gone, as it was when it was evaluated."""
+        if not place.exists():
+            return (self.base if place == self._at("0", "policy") else "") or self._when_evaluated(place)
+        mark = stamp(place)
+        if mark not in self._known:
+            self._known[mark] = outputs.digest(place)
+        return self._known[mark]
+
+    def _when_evaluated(self, place: Path) -> str:
+        found = (
+            self._evaluated(directory, name)
+            for directory, manifest in self._manifests.items()
+            for name in _names(manifest)
+            if (below := place_below(name)) is not None and self._at(*below.parts) == place
+        )
+        return next((digest for digest in found if digest), "")
+
+    def _recorded_digests(self) -> dict[str, str]:
+        """Stamp -> digest, from the evaluations and the examples."""
+        manifests = [*self._manifests.values(), *map(read_json, self._below("*/examples.manifest.json"))]
+        return {
+            mark: inputs[path]
+            for manifest in manifests
+            if (inputs := _inputs(manifest))
+            for path, mark in (manifest.get("stamps") or {}).items()
+            if path in inputs
+        }
+
+    def _runs(self) -> list[Path]:
+        """All there is below the directory of runs that could be on the line, iterations first."""
+        places = [*self._below("*/rl"), *self._below("*/policy")]
+        return sorted(places, key=lambda path: (iteration_of(str(path)) or 10**9, path.parent.name, path.name != "rl"))
+
+    def _find(self, path: str) -> Path | None:
+        """What a manifest names by `path`, if it lies below the directory of runs: the longest end of the path does."""
+        parts = Path(path).parts
+        ends = (self._at(*parts[start:]) for start in range(len(parts) - 1) if parts[start] not in ("/", ".."))
+        return next((end for end in ends if self.root is not None and end.exists()), None)
+
+    def _at(self, *parts: str) -> Path:
+        return (self.root or Path()).joinpath(*parts)
+
+    def _below(self, pattern: str) -> list[Path]:
+        return sorted(self.root.glob(pattern)) if self.root is not None else []
+
+    def _name(self, place: Path) -> str:
+        """A path as it is shown: from the directory of runs on."""
+        if self.root is None or not place.absolute().is_relative_to(self.root.absolute()):
+            return str(place)
+        return f"{self.root.absolute().name}/{place.absolute().relative_to(self.root.absolute()).as_posix()}"
+
+    def _tell(self, fault: str) -> str:
+        if fault:
+            self._told.setdefault(fault)
+        return fault
+
+
+def _inputs(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return manifest.get("inputs") or {}
+
+
+def _names(manifest: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name in manifest.get("policies") or []]
+
+
+def _list(numbers: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(numbers))) or "none"
