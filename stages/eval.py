@@ -82,6 +82,7 @@ def evaluate(
     digests = {str(path): outputs.digest(path) for path in (*problem_files, *plan.policies.values())}
     manifest = outputs.manifest("eval", parameters, digests, {}, 0)
     manifest |= {"policies": list(plan.policies), "template_digest": plan.template.digest}
+    manifest |= {"verifier": verifier.VERSION}
     with outputs.locked(out):
         if _is_done(out, manifest):
             print(f"{out} is already done: the same policies, problems and parameters")
@@ -107,12 +108,24 @@ def _refuse_left_out(plan: Plan) -> None:
 
 
 def _is_done(out: Path, manifest: dict[str, Any]) -> bool:
-    """Whether `out` is what this call would write; how much memory the engine may take changes no figure."""
+    """Whether `out` is what this call would write; how much memory the engine may take changes no figure.
+
+    Raises InputError if only the verifier that graded it was another one: nothing need be drawn again.
+    """
     found = read_json(out / "manifest.json")
     names = ("stage", "inputs", "policies", "template_digest")
     if any(found.get(name) != manifest[name] for name in names):
         return False
-    return {**found["parameters"], "memory_fraction": 0} == {**manifest["parameters"], "memory_fraction": 0}
+    if {**found["parameters"], "memory_fraction": 0} != {**manifest["parameters"], "memory_fraction": 0}:
+        return False
+    before, now = found.get("verifier") or {}, manifest["verifier"]
+    changed = [f"{name} {before.get(name)}, not {now.get(name)}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise InputError(
+            f"{out} was graded by another verifier ({', '.join(changed)}): grade it anew with --regrade {out} and "
+            "another --out, or remove it"
+        )
+    return True
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -227,11 +240,12 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     digests = {str(file): outputs.digest(file) for file in files.values()}
     manifest = outputs.manifest("eval", parameters, digests, {}, 0)
     manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
+    manifest |= {"verifier": verifier.VERSION}
     changes = {name: evaluation.Changes() for name in files}
     with outputs.locked(out):
         outputs.refuse_occupied(out)
-        with Verifier(bare=bare) as verifier:
-            sets = {name: evaluation.regrade(file, verifier, changes[name]) for name, file in files.items()}
+        with Verifier(bare=bare) as graders:
+            sets = {name: evaluation.regrade(file, graders, changes[name]) for name, file in files.items()}
             found = _write(out, sets, manifest | {"regraded": str(source)}, start)
     _print(found)
     for name, change in changes.items():
