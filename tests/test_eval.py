@@ -12,10 +12,11 @@ import orjson
 import pytest
 
 from stages import eval as evaluation_stage
-from stages.core import jsonl, metrics, records, sampling
+from stages.core import jsonl, metrics, records, sampling, verifier
 from stages.core.errors import InputError
 from stages.core.records import Result, Rollout
 from stages.core.sampling import Knobs, Plan
+from stages.eval import scoring
 from stages.eval.partial import Groups
 from tests.scripted import ScriptedEngine
 
@@ -195,6 +196,14 @@ def test_a_finished_call_is_not_repeated_and_another_is_refused(engines, tiny_po
     assert len(engines) == 1 and (tmp_path / "out/manifest.json").read_bytes() == before
     with pytest.raises(InputError, match="already holds something"):
         run([tiny_policy], problems, tmp_path / "out", k=(1, 2))
+    assert len(engines) == 1
+
+
+def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy, problems, tmp_path, monkeypatch):
+    run([tiny_policy], problems, tmp_path / "out")
+    monkeypatch.setitem(verifier.VERSION, "grader", "0.5")
+    with pytest.raises(InputError, match=r"graded by another verifier \(grader .*, not 0\.5\): .*--regrade"):
+        run([tiny_policy], problems, tmp_path / "out")
     assert len(engines) == 1
 
 

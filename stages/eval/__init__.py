@@ -87,6 +87,7 @@ def evaluate(
     elsewhere = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # such as from the hub
     manifest = outputs.manifest("eval", parameters, digests, {}, 0) | recorded | {"paths": elsewhere}
     manifest |= {"policies": list(plan.policies), "template_digest": plan.template.digest}
+    manifest |= {"verifier": verifier.VERSION}
     with outputs.locked(out):
         if _is_done(out, manifest):
             print(f"{out} is already done: the same policies, problems and parameters")
@@ -112,12 +113,24 @@ def _refuse_left_out(plan: Plan) -> None:
 
 
 def _is_done(out: Path, manifest: dict[str, Any]) -> bool:
-    """Whether `out` is what this call would write; how much memory the engine may take changes no figure."""
+    """Whether `out` is what this call would write; how much memory the engine may take changes no figure.
+
+    Raises InputError if only the verifier that graded it was another one: nothing need be drawn again.
+    """
     found = read_json(out / "manifest.json")
     names = ("stage", "inputs", "policies", "template_digest")
     if any(found.get(name) != manifest[name] for name in names):
         return False
-    return {**found["parameters"], "memory_fraction": 0} == {**manifest["parameters"], "memory_fraction": 0}
+    if {**found["parameters"], "memory_fraction": 0} != {**manifest["parameters"], "memory_fraction": 0}:
+        return False
+    before, now = found.get("verifier") or {}, manifest["verifier"]
+    changed = [f"{name} {before.get(name)}, not {now.get(name)}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise InputError(
+            f"{out} was graded by another verifier ({', '.join(changed)}): grade it anew with --regrade {out} and "
+            "another --out, or remove it"
+        )
+    return True
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -233,11 +246,12 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     manifest = outputs.manifest("eval", parameters, {**former.get("inputs", {}), **digests}, {}, 0)
     manifest |= {name: former[name] for name in ("stamps", "paths") if name in former}
     manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
+    manifest |= {"verifier": verifier.VERSION}
     changes = {name: scoring.Changes() for name in files}
     with outputs.locked(out):
         outputs.refuse_occupied(out)
-        with Verifier(bare=bare) as verifier:
-            sets = {name: scoring.regrade(file, verifier, changes[name]) for name, file in files.items()}
+        with Verifier(bare=bare) as graders:
+            sets = {name: scoring.regrade(file, graders, changes[name]) for name, file in files.items()}
             found = _write(out, sets, manifest | {"regraded": str(source)}, start)
     _print(found)
     for name, change in changes.items():

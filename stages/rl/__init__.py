@@ -1,8 +1,8 @@
 """Explore: DAPO from a start policy for a fixed number of steps, every rollout kept.
 
 Writes OUT/rollouts/step_*.jsonl, OUT/checkpoints/step_*/, OUT/log.tsv, OUT/metrics.json and OUT/manifest.json.
-Killed at any moment, the same command goes on where it stopped. What was left out on purpose: a KL term, an entropy
-bonus and a reward model; DAPO has none.
+Killed at any moment, the same command goes on where it stopped; so does a finished run that is given more --steps. For
+that OUT/state/, 12 bytes a parameter, is kept. Left out: a KL term, an entropy bonus and a reward model; DAPO has none.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOTALS = (
     *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
-    *("grad_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
+    *("grad_alarms", "mismatch_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
 )  # the columns of log.tsv whose sums metrics.json holds
 
 
@@ -79,14 +79,21 @@ class Knobs(Options):
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.5
     mismatch_bound: Annotated[
-        float, "float32: largest trainer/engine log-prob difference allowed at start-up", at_least(0), WITHOUT_EFFECT
-    ] = 1e-3
+        float,
+        "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
+        "0 is 1e-3 in float32, 0.1 in bfloat16",
+        at_least(0),
+        WITHOUT_EFFECT,
+    ] = 0.0
     checkpoint_every: Annotated[
         int, "training steps between checkpoints; the last step always has one", at_least(1)
     ] = 50
     save_every: Annotated[
         int, "training steps between the states that a killed run resumes from", at_least(1), WITHOUT_EFFECT
     ] = 10
+    keep_state: Annotated[
+        bool, "keep the last state of a finished run, so that more --steps can go on from it", WITHOUT_EFFECT
+    ] = True
     tracker: Annotated[
         str,
         "also log to an accelerate tracker: tensorboard, wandb, or none",
@@ -110,7 +117,7 @@ def run(
     out: Annotated[Path, "directory to write"],
     knobs: Knobs,
     restart_if_changed: Annotated[
-        bool, "where OUT holds a run with other settings, remove that and start over"
+        bool, "if OUT holds a run with other settings, remove that and start over; more --steps alone go on"
     ] = False,
 ) -> None:
     """Explore with DAPO from a start policy and keep every rollout.
@@ -118,13 +125,15 @@ def run(
     Example: rloop rl --policy toy/policy --problems toy/train.jsonl --out runs/1/rl --template none --steps 2
     --problems-per-step 8 --max-tokens 72 --overlong-buffer 0 --minibatches 1 --lr 3e-4
     """
-    from stages.core import outputs, policies, records, templates
+    from stages.core import outputs, policies, records, templates, verifier
     from stages.core.lifetime import end_with_parent
     from stages.core.rollouts import make_prompts
     from stages.rl.rundir import RunDir
 
     if problems == Path("-"):
         raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
+    directory = RunDir(out)
+    directory.refuse_unwritable()
     end_with_parent()
     path = policies.resolve(policy)
     tokenizer = policies.load_tokenizer(path)
@@ -138,12 +147,14 @@ def run(
     identity = {
         "parameters": {**asdict(knobs), "processes": accelerator.num_processes, "template_digest": template.digest},
         "inputs": {"policy": outputs.digest(path), "problems": outputs.digest(problems)},
+        "verifier": verifier.VERSION,
     }
-    directory = RunDir(out)
     with outputs.locked(out) if accelerator.is_main_process else nullcontext():
         finished, done = _begin(accelerator, directory, identity, restart_if_changed)
         if finished:
-            warn(f"{out} already holds this run, finished: nothing to do")
+            if accelerator.is_main_process:
+                warn(f"{out} already holds this run, finished: nothing to do")
+                _let_go(directory, knobs)
             return
         if knobs.tracker != "none":
             accelerator.init_trackers("rloop-rl", config=asdict(knobs))
@@ -151,6 +162,7 @@ def run(
         if accelerator.is_main_process:
             paths = {"policy": policy, "problems": str(problems)}
             _finish(directory, identity, paths, knobs, left_out)
+            _let_go(directory, knobs)
         for tracker in accelerator.trackers:
             tracker.finish()
 
@@ -196,9 +208,12 @@ def _explore(
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
         explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling)
-        worst = explorer.check_hand_over()
+        apart = explorer.check_hand_over()
         if accelerator.is_main_process:
-            warn(f"engine and trainer agree to {worst:.1e} in log-probability ({accelerator.mixed_precision} autocast)")
+            warn(
+                f"engine and trainer agree to {apart.mean:.1e} in log-probability on average, {apart.largest:.1e} at "
+                f"most ({accelerator.mixed_precision} autocast)"
+            )
         explorer.run(directory, stop_flag, done, policy)
 
 
@@ -240,7 +255,7 @@ def _finish(
     directory: "RunDir", identity: dict[str, Any], paths: dict[str, str], knobs: Knobs, left_out: list[str]
 ) -> None:
     """Check that all was done that was planned, and write what the run comes to."""
-    from stages.core import outputs, verifier
+    from stages.core import outputs
     from stages.rl.rundir import step_name
 
     rows = directory.log_rows()
@@ -258,8 +273,13 @@ def _finish(
     }
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
     manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, totals["seconds"])
-    extra = {"template_digest": identity["parameters"]["template_digest"], "verifier": verifier.VERSION}
+    extra = {"template_digest": identity["parameters"]["template_digest"], "verifier": identity["verifier"]}
     directory.finish(metrics, {**manifest, **paths, **extra})
+
+
+def _let_go(directory: "RunDir", knobs: Knobs) -> None:
+    if not knobs.keep_state:
+        directory.forget_state()
 
 
 def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:

@@ -1,7 +1,8 @@
 """The rl stage at work: one step after another of draw, verify, update, hand over; resumable after every kill.
 
 A step is a function of the weights, the optimizer, the position in the stream of problems and the seed. So the state
-on disk is just these, and a run that is started again repeats what it lost, to the same rollouts.
+on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them goes the
+difference between engine and trainer that the run began with, which later steps are held against.
 
 `knobs` is stages.rl.Knobs everywhere here: the stage defines each knob, this module only reads them.
 """
@@ -9,18 +10,19 @@ on disk is just these, and a run that is started again repeats what it lost, to 
 import hashlib
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import orjson
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from stages.core.engine import Engine, Sampling
 from stages.core.errors import CollapseError, InputError
-from stages.core.lifetime import TERMINATED, StopSignal
+from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
 from stages.core.outputs import whole_dir
 from stages.core.progress import StepProgress, warn
 from stages.core.records import Rollout
@@ -31,9 +33,21 @@ from stages.rl.batching import ProblemStream
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
 
-MAX_COLLAPSED_STEPS = 3  # steps in a row of which every update was non-finite
+MAX_COLLAPSED_STEPS = 3  # steps in a row of which every update was non-finite, or that drew from other weights
 CHECK_PROMPTS = 8
 CHECK_TOKENS = 32
+FLOAT32_BOUND = 1e-3  # nats; the largest difference measured on the CPU is 1e-5
+BFLOAT16_BOUND = 0.1  # nats a token, on average; measured: 0.002 to 0.03, and from wrong weights on above 1
+UNIFORM = 1e-5  # nats; with all weights zero the engine's log-probabilities are -log(vocabulary) to the last bit
+DRIFT = 10.0  # a step's mean difference is far above the start's from so many times that on, and a tenth of the bound
+PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, difference at the start
+
+
+class Difference(NamedTuple):
+    """How far the engine's log-probabilities are from the trainer's, over the tokens looked at, in nats."""
+
+    mean: float
+    largest: float
 
 
 @dataclass
@@ -81,61 +95,66 @@ class Explorer:
         self.prompts = prompts
         self.sampling = sampling
         self.stream = ProblemStream(len(prompts), knobs.seed)
+        self.stop = StopSignal()
+        self.saved = 0  # the step whose state is on disk
+        self.start_mismatch = 0.0  # nats a token between engine and trainer, on average, when the run began
+        self.warned_of_grace = False
         self.num_short = 0  # steps of this process whose batch was not full; the first is said aloud
 
     def run(self, directory: RunDir, stop: StopSignal, done: int, policy: str) -> None:
         """Do the steps from `done` + 1 on, writing everything below `directory`.
 
-        Raises CollapseError when several steps in a row gave only non-finite updates, SystemExit(143) after SIGTERM.
+        Raises CollapseError when several steps in a row gave only non-finite updates, or drew far from what the
+        trainer computes, and SystemExit(143) after SIGTERM.
         """
+        self.stop = stop
         if done:
             self._restore(directory, done)
-        collapsed = 0
+        recent = self._recent_rows(directory)
         with StepProgress("rl", self.knobs.steps, done, quiet=not self.accelerator.is_main_process) as progress:
             for step in range(done + 1, self.knobs.steps + 1):
-                row, stats = self._step(step, directory, progress, policy)
-                collapsed = collapsed + 1 if stats.grad_norms and stats.num_skipped == len(stats.grad_norms) else 0
-                if self.accelerator.is_main_process:
-                    directory.append_log(row)
-                self.accelerator.log({k: v for k, v in row.items() if v == v}, step=step)
-                progress.step(step, f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s")
-                has_collapsed = collapsed == MAX_COLLAPSED_STEPS
-                ending = has_collapsed or self._agree(stop.received)
+                try:
+                    row = self._step(step, directory, progress, policy)
+                except Stopped:
+                    self._abandon(directory, step)
+                recent.append(row)
+                self._report(row, directory, progress)
+                has_collapsed = _all_of(recent, _is_collapsed)
+                ending = has_collapsed or self._any(self.stop.received)
                 self._save(directory, step, with_checkpoint=has_collapsed, with_state=ending)
-                if has_collapsed:
-                    raise CollapseError(
-                        f"the last {collapsed} steps gave only non-finite losses or gradients, none of which reached "
-                        f"the weights: lower --lr; {directory.checkpoint(step)} holds the last good policy"
-                    )
+                if has_collapsed or _all_of(recent, _has_drifted):
+                    raise CollapseError(self._why(directory, step, policy, has_collapsed))
                 if ending and step < self.knobs.steps:
-                    warn(f"terminated after step {step}; the same command goes on from there")
-                    raise SystemExit(TERMINATED)
+                    self._end_terminated(f"after step {step}")
+        if done == self.knobs.steps:  # it was asked for no more than its state covers, which lies between checkpoints
+            self._keep_checkpoint(directory, done)
 
-    def check_hand_over(self) -> float:
-        """The largest difference between the engine's and the trainer's log-probabilities of fresh samples, in nats.
+    def check_hand_over(self) -> Difference:
+        """Show that the engine takes the weights it is given, and computes with them what the trainer does.
 
-        The engine must have started with weights that are not the trainer's, so that a hand-over that does nothing
-        shows. Raises InputError in float32 where the difference is above the bound.
+        First it is handed zeros, with which each token is as likely as any other; then the trainer's weights. Every
+        rank looks at its own engine, and the worst of all is returned. Raises InputError on the main rank, and
+        SystemExit(2) on the others, where that is above the bound of the compute type.
         """
+        self.engine.load((name, torch.zeros_like(weight)) for name, weight in self.trainer.weights())
+        spread = max(self._gather(_spread([rollout.engine_log_probs for rollout in self._samples()])))
         self.hand_over()
-        few = self.prompts[:CHECK_PROMPTS]
-        tokens = min(CHECK_TOKENS, self.knobs.max_tokens)
-        sampling = Sampling(2, tokens, self.knobs.temperature, seed=self.knobs.seed)
-        groups = self.engine.generate([prompt.token_ids for prompt in few], sampling, lambda *_: None)
-        rollouts = [
-            TokenRollout(prompt.token_ids, completion.token_ids, completion.log_probs, 0.0)
-            for prompt, group in zip(few, groups, strict=True)
-            for completion in group
-        ]
-        own = self.trainer.log_probs(rollouts)
-        worst = max(
-            float((mine - torch.tensor(rollout.engine_log_probs)).abs().max())
-            for mine, rollout in zip(own, rollouts, strict=True)
-        )
-        if self.trainer.accelerator.mixed_precision == "no" and not worst <= self.knobs.mismatch_bound:
-            raise InputError(
-                f"the engine's log-probabilities differ from the trainer's by up to {worst:.2g} after the weights were "
-                f"handed over (--mismatch-bound {self.knobs.mismatch_bound:g}): vLLM does not compute this policy as "
+        rollouts = self._samples()
+        own = torch.cat(self.trainer.log_probs(rollouts))
+        engine = torch.tensor([value for rollout in rollouts for value in rollout.engine_log_probs])
+        apart = torch.nan_to_num((own - engine).abs(), nan=math.inf).double()
+        worst = Difference(*map(max, zip(*self._gather((float(apart.mean()), float(apart.max()))), strict=True)))
+        self.start_mismatch = worst.mean
+        if spread > UNIFORM:
+            self._refuse(
+                f"the engine does not take the weights it is handed: with zeros all its log-probabilities should be "
+                f"equal, and they differ by {spread:.2g}, so it would go on drawing from an old policy"
+            )
+        compared, name = (worst.largest, "up to") if self._is_float32 else (worst.mean, "on average")
+        if compared > self.bound:
+            self._refuse(
+                f"the engine's log-probabilities differ from the trainer's by {compared:.2g} {name} after the weights "
+                f"were handed over (--mismatch-bound {self.bound:g}): vLLM does not compute this policy as "
                 "transformers does, so training on its samples would go wrong"
             )
         return worst
@@ -144,10 +163,42 @@ class Explorer:
         """Give the trainer's weights to the engine."""
         self.engine.load(self.trainer.weights())
 
-    def _step(
-        self, step: int, directory: RunDir, progress: StepProgress, policy: str
-    ) -> tuple[dict[str, Any], UpdateStats]:
+    @property
+    def bound(self) -> float:
+        """The difference allowed at the start: the largest of all tokens in float32, the mean in bfloat16."""
+        return float(self.knobs.mismatch_bound) or (FLOAT32_BOUND if self._is_float32 else BFLOAT16_BOUND)
+
+    @property
+    def _far(self) -> float:
+        """The mean difference from which on a step is an alarm; training that sharpens the policy lowers the mean."""
+        return max(DRIFT * self.start_mismatch, self.bound / 10)
+
+    @property
+    def _is_float32(self) -> bool:
+        return bool(self.accelerator.mixed_precision == "no")
+
+    def _samples(self) -> list[TokenRollout]:
+        """A few completions by the engine as it is."""
+        few = self.prompts[:CHECK_PROMPTS]
+        seeds = [self.knobs.seed + 2 * number for number in range(len(few))]
+        tokens = min(CHECK_TOKENS, self.knobs.max_tokens)
+        sampling = Sampling(2, tokens, self.knobs.temperature, seeds=seeds)
+        groups = self.engine.generate([prompt.token_ids for prompt in few], sampling, lambda *_: None)
+        return [
+            TokenRollout(prompt.token_ids, completion.token_ids, completion.log_probs, 0.0)
+            for prompt, group in zip(few, groups, strict=True)
+            for completion in group
+        ]
+
+    def _refuse(self, message: str) -> NoReturn:
+        """End on all ranks at once, with one line."""
+        if self.accelerator.is_main_process:
+            raise InputError(message)
+        raise SystemExit(2)
+
+    def _step(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> dict[str, Any]:
         clock = Clock()
+        self._position_before = self.stream.position
         self.engine.wake()
         self.hand_over()
         seconds = {"handover_s": clock.lap()}
@@ -160,7 +211,16 @@ class Explorer:
         seconds |= {"update_s": clock.lap(), "generate_s": batch.generate_s, "verify_s": batch.verify_s}
         trained = batch.kept if stats.num_skipped < len(stats.grad_norms) else []
         self._write(step, directory, batch.drawn, trained, policy)
-        return self._row(step, batch, stats, trained, seconds), stats
+        return self._row(step, batch, stats, trained, seconds)
+
+    def _report(self, row: dict[str, Any], directory: RunDir, progress: StepProgress) -> None:
+        """Write a step's row to the log, to trackers and to the screen."""
+        step = row["step"]
+        if self.accelerator.is_main_process:
+            directory.append_log(row)
+            self._warn_of_short_grace(row)
+        self.accelerator.log({name: value for name, value in row.items() if value == value}, step=step)
+        progress.step(step, f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s")
 
     def _collect(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> Batch:
         """Dynamic sampling: draw, drop the groups that teach nothing, draw fresh problems in their place.
@@ -190,8 +250,14 @@ class Explorer:
         clock = Clock()
         seed = draw_seed(self.knobs.seed, step, batch.num_rounds, rank)
         sampling = Sampling(**{**vars(self.sampling), "seed": seed})
-        mine = draw(self.engine, self.verifier, [self.prompts[i] for i in wanted[rank::ranks]], sampling)
+        try:
+            share = [self.prompts[i] for i in wanted[rank::ranks]]
+            mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
+        except Stopped:
+            mine = []
         batch.generate_s += clock.lap()
+        if self._any(self.stop.received):
+            raise Stopped
         settled = [group.settled() for group in mine]
         batch.verify_s += clock.lap()
         if ranks == 1:
@@ -264,6 +330,7 @@ class Explorer:
             "clip_high_frac": stats.mean("clipped_high"),
             "mismatch": stats.mean("mismatch"),
             "mismatch_max": stats.mismatch_max if stats.num_tokens else math.nan,
+            "mismatch_alarms": int(stats.mean("mismatch") > self._far),
             "lr": self._lr(step),
             "mean_tokens": _mean(lengths),
             "max_tokens": max(lengths),
@@ -288,18 +355,29 @@ class Explorer:
         """
         last = step == self.knobs.steps
         if last or with_checkpoint or step % self.knobs.checkpoint_every == 0:
-            dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
-            self._write_whole(directory.checkpoint(step), lambda path: self.trainer.save_checkpoint(path, dtype))
+            self._keep_checkpoint(directory, step)
         if last or with_state or step % self.knobs.save_every == 0:
-            self._write_whole(directory.state_dir(step), self._save_state)
-            if self.accelerator.is_main_process:
-                directory.forget_states_before(step)
+            self._keep_state(directory, step)
         self.accelerator.wait_for_everyone()
+
+    def _keep_checkpoint(self, directory: RunDir, step: int) -> None:
+        path = directory.checkpoint(step)
+        if any(self._gather(path.is_dir())):
+            return
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+        self._write_whole(path, lambda beside: self.trainer.save_checkpoint(beside, dtype))
+
+    def _keep_state(self, directory: RunDir, step: int) -> None:
+        self._write_whole(directory.state_dir(step), self._save_state)
+        if self.accelerator.is_main_process:
+            directory.forget_states_before(step)
+        self.saved = step
 
     def _save_state(self, path: Any) -> None:
         self.trainer.save_state(path)
         if self.accelerator.is_main_process:
-            (path / "position").write_text(str(self.stream.position))
+            place = {"position": self.stream.position, "start_mismatch": self.start_mismatch}
+            (path / PLACE).write_bytes(orjson.dumps(place))
 
     def _write_whole(self, path: Any, write: Callable[[Any], None]) -> None:
         """All ranks write into one directory beside `path`, which the main one then renames."""
@@ -316,19 +394,88 @@ class Explorer:
     def _restore(self, directory: RunDir, step: int) -> None:
         path = directory.state_dir(step)
         self.trainer.load_state(path)
-        self.stream.position = int((path / "position").read_text())
+        place = orjson.loads((path / PLACE).read_bytes())
+        self.stream.position, self.start_mismatch = place["position"], place["start_mismatch"]
+        self.saved = step
 
-    def _agree(self, here: bool) -> bool:
-        """Whether it is true on the main rank; the others follow, so that all leave the loop together."""
-        if self.accelerator.num_processes == 1:
-            return here
-        return bool(broadcast_object_list([here])[0])
+    def _recent_rows(self, directory: RunDir) -> deque[dict[str, Any]]:
+        """The last rows of the log, which a resumed run goes on counting from; the main rank reads, all are told."""
+        rows = directory.log_rows()[-MAX_COLLAPSED_STEPS:] if self.accelerator.is_main_process else []
+        return deque(self._gather(rows)[0], maxlen=MAX_COLLAPSED_STEPS)
+
+    def _warn_of_short_grace(self, row: Mapping[str, Any]) -> None:
+        """Say once that an update takes longer than the launcher waits, for then no state can be saved at the end."""
+        granted = granted_s()
+        if granted and not self.warned_of_grace and row["update_s"] > granted / 2:
+            self.warned_of_grace = True
+            enough = 60 * math.ceil(row["update_s"] / 20)
+            warn(
+                f"an update takes {row['update_s']:.0f} s, and the launcher kills its processes {granted} s after "
+                f"SIGTERM: a terminated run would lose steps; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={enough} before it"
+            )
+
+    def _abandon(self, directory: RunDir, step: int) -> NoReturn:
+        """Leave a step in which nothing was updated yet, with the state of the one before on disk."""
+        self.engine.sleep()
+        self.stream.position = self._position_before
+        if self.accelerator.is_main_process:
+            directory.forget_rollouts(step)
+        if self.saved < step - 1:
+            self._keep_state(directory, step - 1)
+        self._end_terminated(f"while step {step} was drawn; the state is that after step {step - 1}")
+
+    def _end_terminated(self, when: str) -> NoReturn:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            warn(f"terminated {when}; the same command goes on from there")
+        raise SystemExit(TERMINATED)
+
+    def _why(self, directory: RunDir, step: int, policy: str, has_collapsed: bool) -> str:
+        """What made the last steps bad, and the last good policy."""
+        if has_collapsed:
+            return (
+                f"the last {MAX_COLLAPSED_STEPS} steps gave only non-finite losses or gradients, none of which reached "
+                f"the weights: lower --lr; {directory.checkpoint(step)} holds the last good policy"
+            )
+        good = directory.last_checkpoint(step - MAX_COLLAPSED_STEPS) or policy
+        return (
+            f"in the last {MAX_COLLAPSED_STEPS} steps engine and trainer were more than {self._far:.2g} nats a token "
+            f"apart (mismatch in log.tsv; {self.start_mismatch:.2g} at the start), so the engine no longer draws from "
+            f"the policy that is trained; {good} is the last policy saved before"
+        )
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """What each rank has, on every rank."""
+        return list(gather_object([mine])) if self.accelerator.num_processes > 1 else [mine]
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is true on any rank, so that all leave together."""
+        return any(self._gather(here))
 
 
 def draw_seed(seed: int, step: int, round_: int, rank: int) -> int:
     """The engine's seed for one round of one step on one rank: 31 bits, unrelated between neighbours."""
     text = f"{seed}/{step}/{round_}/{rank}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
+
+
+def _all_of(recent: Sequence[Mapping[str, Any]], is_bad: Callable[[Mapping[str, Any]], bool]) -> bool:
+    return len(recent) == MAX_COLLAPSED_STEPS and all(map(is_bad, recent))
+
+
+def _is_collapsed(row: Mapping[str, Any]) -> bool:
+    """Whether every update of a step was skipped."""
+    return row["skipped_updates"] > 0 and row["num_trained"] == 0
+
+
+def _has_drifted(row: Mapping[str, Any]) -> bool:
+    return row["mismatch_alarms"] > 0
+
+
+def _spread(log_probs: Sequence[Sequence[float]]) -> float:
+    """The largest difference among all values."""
+    values = [value for row in log_probs for value in row]
+    return max(values) - min(values)
 
 
 def _mean(values: Sequence[float]) -> float:
