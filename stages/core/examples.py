@@ -13,6 +13,7 @@ from stages.core.errors import InputError
 from stages.core.records import Example
 
 IGNORED = -100  # the label of a token that the loss passes over
+PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
 
 
 @dataclass(frozen=True)

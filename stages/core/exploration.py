@@ -148,6 +148,7 @@ class Explorer:
         self, step: int, directory: RunDir, progress: StepProgress, policy: str
     ) -> tuple[dict[str, Any], UpdateStats]:
         clock = Clock()
+        self.trainer.release()
         self.engine.wake()
         self.hand_over()
         seconds = {"handover_s": clock.lap()}
