@@ -56,6 +56,9 @@ class RecordingTrainer:
     def weights(self):
         return iter(())
 
+    def release(self):
+        pass
+
     def update(self, rollouts, lr):
         self.batches.append(rollouts)
         skipped = int(self.norm != self.norm)

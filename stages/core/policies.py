@@ -24,6 +24,7 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
 }
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises of broken files
 IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
+PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -235,9 +236,15 @@ def with_head(weights: Iterator[tuple[str, "torch.Tensor"]], tied: bool) -> Iter
 
 
 def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"] | None = None) -> None:
-    """Write model and tokenizer to the directory `path` in the form that transformers and vLLM load."""
+    """Write model and tokenizer to the directory `path` in the form that transformers and vLLM load.
+
+    config.json names the type of the weights in `state`, which may be another than the model's.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model.save_pretrained(path, state_dict=state, safe_serialization=True)
+    if state is not None:
+        model.config.dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        model.config.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -1,7 +1,8 @@
 """Supervised fine-tuning of a policy on tokenised examples with TRL's SFTTrainer, one process or many.
 
 The gradient of an optimizer step is that of one sum over all its completion tokens divided by their number, however
-the examples are spread over processes and micro-batches. Weights and optimizer are float32; bfloat16 is autocast.
+the examples are spread over processes and micro-batches. Weights, optimizer and the sums of gradients are float32
+whatever the compute type; the policy is saved in the compute type.
 Left out on purpose: packing. It counts a batch in blocks, not in examples, needs a FlashAttention to keep examples
 apart, and saves little where neighbours have the same length. Checkpoints on the way, too: an epoch of RFT is short.
 """
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
@@ -25,8 +25,9 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from stages.core import policies
+from stages.core.acceleration import STEP_LIMIT, process_state, reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.errors import CollapseError, InputError
-from stages.core.policies import IGNORED
+from stages.core.policies import IGNORED, PADDING
 from stages.core.progress import StepProgress
 from stages.rft.examples import Row, lr_share, microbatch_size, order
 
@@ -54,7 +55,7 @@ class Tuned:
 
 def is_main() -> bool:
     """Whether this process is the one that writes: the first of all that were launched."""
-    return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
+    return bool(process_state().is_main_process)
 
 
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: Path | None) -> Tuned:
@@ -63,7 +64,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: 
     `knobs` is stages.rft.Knobs everywhere here. Every launched process must call this. Raises InputError where the
     batch does not divide among the processes, CollapseError where loss or gradient stop being finite numbers.
     """
-    num_processes = PartialState(cpu=not torch.cuda.is_available()).num_processes
+    num_processes = process_state().num_processes
     if knobs.batch_size % num_processes:
         raise InputError(f"--batch-size {knobs.batch_size} does not divide among {num_processes} processes: change it")
     share = knobs.batch_size // num_processes
@@ -79,22 +80,19 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: 
         trainer = _Trainer(
             model=model,
             args=_config(knobs, size, share // size, scratch),
-            train_dataset=_dataset(rows, steps, knobs.batch_size, tokenizer.pad_token_id),
+            train_dataset=_dataset(rows, steps, knobs.batch_size),
             processing_class=tokenizer,
-            data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=PADDING),
             callbacks=[watch],
         )
         trainer.schedule = (knobs.warmup_share, knobs.min_lr_share)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     assert len(watch.log) == len(steps), f"{len(watch.log)} steps were done, {len(steps)} planned"
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathered by all processes together
-    if out is not None:
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        model.config, model.generation_config = configs  # the trainer writes its own pad token and tags into them
-        kept = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
-        policies.save(model, tokenizer, out, kept)
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model.config, model.generation_config = configs  # the trainer writes its own pad token and tags into them
     dtype = "bfloat16" if trainer.args.bf16 else "float32"
+    save_policy(trainer.accelerator, model, tokenizer, out, getattr(torch, dtype))
     return Tuned(
         log=watch.log,
         num_tokens=sum(counts),
@@ -117,9 +115,10 @@ def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig
         adam_beta1=knobs.beta1,
         adam_beta2=knobs.beta2,
         max_grad_norm=knobs.max_grad_norm,
-        bf16=knobs.dtype == "bfloat16" or (knobs.dtype == "auto" and on_gpu),
+        bf16=uses_bfloat16(knobs.dtype),
         gradient_checkpointing=knobs.gradient_checkpointing,
         use_cpu=not on_gpu,
+        ddp_timeout=int(STEP_LIMIT.total_seconds()),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=on_gpu,
         seed=knobs.seed,
@@ -131,12 +130,12 @@ def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig
     )
 
 
-def _dataset(rows: Sequence[Row], steps: Sequence[Sequence[int]], batch_size: int, pad_token_id: int) -> Dataset:
+def _dataset(rows: Sequence[Row], steps: Sequence[Sequence[int]], batch_size: int) -> Dataset:
     """The rows in the order they are trained on, each step filled up to `batch_size` with rows that teach nothing.
 
     Without these, a launcher with several processes would repeat examples to make the last step even.
     """
-    blank = Row([pad_token_id] * 2, [IGNORED] * 2)
+    blank = Row([PADDING] * 2, [IGNORED] * 2)
     ordered = [row for step in steps for row in [*(rows[n] for n in step), *[blank] * (batch_size - len(step))]]
     return Dataset.from_dict(
         {"input_ids": [row.input_ids for row in ordered], "labels": [row.labels for row in ordered]}
@@ -157,6 +156,10 @@ class _Trainer(SFTTrainer):
     """TRL's trainer with our schedule: transformers' own have no linear fall to a share of the peak."""
 
     schedule: tuple[float, float]  # share of steps that warm up, share of the peak that the last step runs at
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        reduce_in_float32(self.accelerator)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         def share(step: int) -> float:

@@ -221,13 +221,15 @@ def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
     import torch
     from accelerate import Accelerator
 
-    half = knobs.dtype == "bfloat16" or (knobs.dtype == "auto" and torch.cuda.is_available())
+    from stages.core.acceleration import process_state, uses_bfloat16
+
     tracker = None if knobs.tracker == "none" else knobs.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
         raise InputError(f"--tracker {tracker}: that package is not installed: pip install {tracker}")
+    process_state()
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
-        mixed_precision="bf16" if half else "no",
+        mixed_precision="bf16" if uses_bfloat16(knobs.dtype) else "no",
         log_with=tracker,
         project_dir=str(out / "tracker") if tracker else None,
     )

@@ -199,6 +199,7 @@ class Explorer:
     def _step(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> dict[str, Any]:
         clock = Clock()
         self._position_before = self.stream.position
+        self.trainer.release()
         self.engine.wake()
         self.hand_over()
         seconds = {"handover_s": clock.lap()}

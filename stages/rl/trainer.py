@@ -4,6 +4,7 @@ The gradient of an update is that of one sum over all its tokens divided by thei
 spread over ranks and micro-batches.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,13 +14,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from stages.core import policies
-from stages.core.policies import IGNORED
+from stages.core import acceleration, policies
+from stages.core.policies import IGNORED, PADDING
 from stages.rl import dapo
 from stages.rl.batching import microbatches, shares, split
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process that saves its state
 
 
 @dataclass(eq=False)
@@ -93,10 +99,12 @@ class Trainer:
         self.tokenizer = policies.load_tokenizer(path)
         model = policies.load_model(path, torch.float32)
         self.tied = bool(model.config.tie_word_embeddings)
+        without_dropout(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        acceleration.reduce_in_float32(accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
 
@@ -144,31 +152,45 @@ class Trainer:
         return [found[index] for index in range(len(rollouts))]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The full weights by their checkpoint names, for the engine; on many ranks all must iterate together."""
-        return policies.with_head(self._full_weights(), self.tied)
+        """The full weights by their checkpoint names, for the engine; on many ranks all must iterate together.
+
+        They are in the type that the engine computes in, as a saved checkpoint's are.
+        """
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        model = self.accelerator.unwrap_model(self.model)
+        return policies.with_head(acceleration.full_weights(model, dtype), self.tied)
+
+    def release(self) -> None:
+        """Give back the memory that only an update needs, so that the engine may have it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def save_checkpoint(self, path: Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint directory; called on every rank, written by the main one."""
-        state = {}
-        for name, tensor in self._full_weights():  # gathered by all together, kept by the one that writes
-            if self.accelerator.is_main_process:
-                state[name] = tensor.to("cpu", dtype)
-        if self.accelerator.is_main_process:
-            policies.save(self.accelerator.unwrap_model(self.model), self.tokenizer, path, state)
+        model = self.accelerator.unwrap_model(self.model)
+        acceleration.save_policy(self.accelerator, model, self.tokenizer, path, dtype or torch.float32)
 
     def save_state(self, path: Path) -> None:
-        """Write weights and optimizer as `load_state` takes them back, bit for bit."""
-        self.accelerator.save_state(str(path))
+        """Write weights and optimizer as `load_state` takes them back, bit for bit; each rank writes its own part."""
+        save_parts(self._state(), checkpoint_id=path)
 
     def load_state(self, path: Path) -> None:
-        """Take back what `save_state` wrote under the same number of ranks."""
-        self.accelerator.load_state(str(path))
+        """Take back what `save_state` wrote, under this number of ranks or another."""
+        state = self._state()
+        load_parts(state, checkpoint_id=path)
+        weights, moments = state["model"], state["optimizer"]
+        set_state_dict(self.model, self.optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments)
 
-    def _full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.accelerator.unwrap_model(self.model).state_dict().items():
-            if self.tied and name == "lm_head.weight":
-                continue
-            yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    def _state(self) -> dict[str, Any]:
+        """Weights and moments, sharded as they are here."""
+        optimizer = self.optimizer.optimizer
+        begins = not optimizer.state
+        model_state, optimizer_state = get_state_dict(self.model, optimizer)
+        if begins:  # torch has made the moments by a step on nothing, which must not count
+            for state in optimizer.state.values():
+                state["step"].zero_()
+        return {"model": model_state, "optimizer": optimizer_state}
 
     def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> None:
         sums = self.gradient(rollouts)
@@ -211,7 +233,7 @@ class Trainer:
         for row, rollout in zip(labels, batch, strict=True):
             row[: len(rollout.prompt_ids)] = IGNORED
         device = self.accelerator.device
-        input_ids = pad_sequence(rows, True, self.tokenizer.pad_token_id).to(device)
+        input_ids = pad_sequence(rows, True, PADDING).to(device)
         return self.model(
             input_ids=input_ids, labels=pad_sequence(labels, True, IGNORED).to(device), fused_lm_head=True
         )
@@ -254,3 +276,11 @@ class Trainer:
     def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
         gathered = self.accelerator.gather(sums[None])
         return torch.cat([gathered[:, :-1].sum(0), gathered[:, -1].max()[None]])
+
+
+def without_dropout(model: Any) -> None:
+    """Turn dropout off, also in training: log-probabilities are to be those of the policy that sampled."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):  # a number in most decoders, not a module
+            module.attention_dropout = 0.0
