@@ -23,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,22 +31,24 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
+from stages.core.errors import InputError
 from stages.core.records import Verdict
 from stages.core.verifier.comparison import decide
 from stages.core.verifier.extraction import extract
 from stages.core.verifier.latex import MAX_LENGTH
 
 WORKER = "stages.core.verifier.algebra"  # the module that a worker runs
-MAX_MEMO = 1_000_000  # verdicts kept; at about 300 bytes each
+MAX_MEMO_BYTES = 256 * 2**20  # of the texts whose verdicts are kept: about a million short ones
+ENTRY_BYTES = 200  # of an entry beside its texts
 MAX_JOB = 16  # predictions sent to a worker at once, all for one answer, which is then parsed once
 MAX_WALL_S = 300.0  # a worker silent for so long is neither working nor dying: only then does wall time count
 DEADLINE_SIGNALS = (signal.SIGXCPU, signal.SIGPROF)  # what a worker dies of that ran out of CPU time
 MAX_ATTEMPTS = 2  # a worker that something else killed takes no verdict along: its job is tried once more
 
 VERSION = {
-    "grader": "1",
+    "grader": "2",
     **{
         name: importlib.metadata.version(name)
         for name in ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
@@ -95,22 +98,29 @@ class Batch:
         return Score(verdict, 1.0 if verdict == "correct" else 0.0, prediction)
 
 
+def default_workers() -> int:
+    """The cores that this process may use, shared with the other ranks of its node, less one for itself; at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # as torchrun and accelerate set it
+    return max(1, min(8, cores // ranks - 1))
+
+
 class Verifier:
     """Scores completions; a context manager, since it may hold worker processes.
 
-    `workers` bounds the processes (default: the cores this process may use, less one, at most 8). `bare` lets a
-    completion without box and "Answer:" line count by its bare final expression, for base models that know neither.
-    `counts` holds how many scores of each verdict were handed out.
+    `workers` bounds the processes (default: see `default_workers`). `bare` lets a completion without box and "Answer:"
+    line count by its bare final expression, for base models that know neither. `counts` holds how many scores of each
+    verdict were handed out.
     """
 
     def __init__(self, workers: int | None = None, bare: bool = False) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = workers if workers is not None else max(1, min(8, cores - 1))
+        self.workers = workers if workers is not None else default_workers()
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.bare = bare
         self.counts: Counter[Verdict] = Counter()
         self._memo: dict[tuple[str, str], Verdict | Future[Verdict]] = {}
+        self._memo_bytes = 0
         self._lock = threading.Lock()
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._tenders: list[_Tender] = []
@@ -135,8 +145,10 @@ class Verifier:
                 prediction = extract(completion, self.bare)
                 if prediction is None:
                     pending.append((None, "no_answer"))
+                elif len(prediction) > MAX_LENGTH:  # of which nothing is kept but its beginning
+                    pending.append((prediction[:MAX_LENGTH], "rejected"))
                 else:
-                    pending.append((prediction[:MAX_LENGTH], self._find(answer, prediction, jobs)))
+                    pending.append((prediction, self._find(answer, prediction, jobs)))
             self._send(jobs.values())
         return Batch(self, pending)
 
@@ -144,7 +156,9 @@ class Verifier:
         """Whether each answer can be compared with anything at all; one that cannot never rewards a completion."""
         with self._lock:
             jobs: dict[str, _Job] = {}
-            found = [self._find(answer, extract(f"\\boxed{{{answer}}}") or "", jobs) for answer in golds]
+            found = [
+                self._find(answer, (extract(f"\\boxed{{{answer}}}") or "")[: MAX_LENGTH + 1], jobs) for answer in golds
+            ]
             self._send(jobs.values())
         return [(item.result() if isinstance(item, Future) else item) == "correct" for item in found]
 
@@ -182,10 +196,12 @@ class Verifier:
         return verdict
 
     def _remember(self, key: tuple[str, str], verdict: Verdict | Future[Verdict]) -> None:
-        if len(self._memo) >= MAX_MEMO:  # the older half goes; a verdict that is asked for again is worked out again
-            for old in list(self._memo)[: MAX_MEMO // 2]:
-                del self._memo[old]
         self._memo[key] = verdict
+        self._memo_bytes += _weight(key)
+        if self._memo_bytes > MAX_MEMO_BYTES:  # the older half goes; what is asked for again is worked out again
+            for old in list(self._memo)[: len(self._memo) // 2]:
+                self._memo_bytes -= _weight(old)
+                del self._memo[old]
 
     def _send(self, jobs: Iterable[_Job]) -> None:
         if self._closed:
@@ -198,6 +214,18 @@ class Verifier:
                     self._tenders.append(_Tender(self._jobs))
 
 
+def _weight(key: tuple[str, str]) -> int:
+    """Bytes of a memo's entry; its answer is shared by many."""
+    return sys.getsizeof(key[1]) + ENTRY_BYTES
+
+
+def _no_worker(cause: str) -> InputError:
+    return InputError(
+        f"a worker of the verifier could not start: {cause}; "
+        "free memory, or raise the limits of memory and processes (ulimit -v, ulimit -u)"
+    )
+
+
 class _Tender:
     """A thread that feeds one worker process, takes its verdicts, and replaces it when it dies."""
 
@@ -206,8 +234,12 @@ class _Tender:
         self._ended = False
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._stderr: IO[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="verifier", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # "can't start new thread"
+            raise _no_worker(str(error)) from None
 
     @property
     def pid(self) -> int | None:
@@ -273,18 +305,26 @@ class _Tender:
             root = str(Path(__file__).resolve().parents[3])
             paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
             self._pipe, theirs = Pipe()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(theirs.fileno()), str(os.getpid())],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-            theirs.close()
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+            with theirs:
+                self._process = self._open(theirs, os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
             if self._ended:  # `end` may have looked for a process to kill just before there was one
                 self._process.kill()
             self._await_ready(self._pipe)
         return self._pipe
+
+    def _open(self, theirs: Connection, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", WORKER, str(theirs.fileno()), str(os.getpid())],
+                env=environment | {"PYTHONHASHSEED": "0"},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+            )
+        except OSError as error:  # no memory, or no process left to this user
+            raise _no_worker(str(error)) from None
 
     def _await_ready(self, pipe: Connection) -> None:
         try:
@@ -292,13 +332,23 @@ class _Tender:
         except (EOFError, OSError):
             ready = b""
         if not ready and not self._ended:
-            raise RuntimeError(f"a verifier worker could not start (signal {self._stop()}); its own message is above")
+            said, signal_number = self._last_words(), self._stop()
+            raise _no_worker(said or f"ended by signal {signal_number}")
+
+    def _last_words(self) -> str:
+        """The last line of what the worker wrote to its standard error."""
+        if self._stderr is None:
+            return ""
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 1000))
+        return self._stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
 
     def _stop(self) -> int:
         """End the worker, if there is one; the signal that ended it, or 0."""
         if self._process is None or self._pipe is None:
             return 0
         self._pipe.close()
+        if self._stderr is not None:
+            self._stderr.close()
         try:
             code = self._process.wait(timeout=0.5)  # a dying worker: its own cause of death is what counts
         except subprocess.TimeoutExpired:

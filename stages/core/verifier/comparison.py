@@ -14,6 +14,7 @@ Where convention decides: 50% equals 0.5 and, for want of a percent sign on the 
 this order; an answer with a unit equals the same number without one, but not one with another unit.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -22,6 +23,7 @@ from typing import Literal
 from stages.core.records import Verdict
 from stages.core.verifier import extraction, forms, notation, quantities
 from stages.core.verifier.forms import (
+    Approximation,
     Form,
     Matrix,
     Ordered,
@@ -37,26 +39,37 @@ from stages.core.verifier.forms import (
 from stages.core.verifier.latex import MAX_LENGTH, Refused
 from stages.core.verifier.quantities import number
 
-Leaf = Callable[[Literal["value", "equation", "inequality"], str, str], bool]
+Leaf = Callable[[Literal["value", "equation", "inequality", "decimal"], str, str], bool]
 
 
 class NeedsAlgebra(Exception):
     """The text alone does not decide."""
 
 
-_INTEGER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,999})", re.ASCII)
+_log = logging.getLogger(__name__)
+_INTEGER = re.compile(r"[+-]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)", re.ASCII)
 
 
 def decide(answer: str, prediction: str) -> Verdict | None:
-    """The verdict where the text alone gives one, else None."""
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(prediction):  # the same as below, ten times as fast
-        return "correct" if int(answer.replace(",", "")) == int(prediction.replace(",", "")) else "wrong"
+    """The verdict where the text alone gives one, else None.
+
+    Never raises, and takes a bounded time: no text over MAX_LENGTH is looked at, so that no number has more digits
+    than int() takes, no regular expression more than some thousand characters, and no reading more than MAX_DEPTH
+    levels. What reading does not foresee is left, as all that text does not decide, to a worker under its own bounds.
+    """
+    if len(prediction) > MAX_LENGTH or len(answer) > MAX_LENGTH:
+        return "rejected"
     try:
+        if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(prediction):  # the same as below, ten times as fast
+            return "correct" if int(answer.replace(",", "")) == int(prediction.replace(",", "")) else "wrong"
         return "correct" if equal(answer, prediction, _ask) else "wrong"
     except NeedsAlgebra:
         return None
     except Refused:
         return "rejected"
+    except Exception:  # a fault of ours, which the worker meets again and calls `error`
+        _log.exception("an answer could not be read here: %r as %r", prediction[:200], answer[:200])
+        return None
 
 
 def _ask(*_: str) -> bool:
@@ -65,7 +78,7 @@ def _ask(*_: str) -> bool:
 
 def equal(answer: str, prediction: str, leaf: Leaf) -> bool:
     """Whether a prediction is the answer. Raises Refused for a prediction or answer that is not looked into."""
-    if len(prediction) > MAX_LENGTH:
+    if max(len(prediction), len(answer)) > MAX_LENGTH:
         raise Refused(f"longer than {MAX_LENGTH} characters")
     if "boxed" in answer:
         answer = extraction.boxed(answer) or answer
@@ -77,11 +90,18 @@ def equal(answer: str, prediction: str, leaf: Leaf) -> bool:
 _SYMBOL = re.compile(r"-?(?:[a-zA-Z]|\\(?:pi|infty|theta|alpha|beta|lambda|omega))")
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
 _LABELLED = re.compile(
-    r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.:)](?=\s|$)|([A-Z])$).*", re.I | re.S
+    r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.:)](?=\s|$)|([A-Z])$)(?P<rest>.*)",
+    re.I | re.S,
+)
+# What behind a label leaves in doubt whether it is chosen: a further label, a word of doubt, a comma.
+_UNDECIDED = re.compile(
+    r"^\s*(?:[,;/&|+?!'-]|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
+    r"|(?<![a-zA-Z])(?:(?i:or|not|no|nor|is|isn't|are|was|wrong|incorrect|false|but|if|unless|maybe|perhaps|possibly"
+    r"|neither|either|both|instead|rather|except|option|choice|answer|xor|vs|versus)|and\s+[A-Z])(?![a-zA-Z])"
 )
 
 
-@lru_cache(8192)
+@lru_cache(2048)
 def _choice(text: str, labelled: bool = False) -> str | None:
     """The letter of a multiple choice: B, (B), \\text{(B)}; labelled: also "(B) 5", "B. 5", "Option B"."""
     if len(text) > 200:
@@ -89,10 +109,16 @@ def _choice(text: str, labelled: bool = False) -> str | None:
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", notation.canonical(text)).strip().rstrip(".")
     match = (_LABELLED if labelled else _CHOICE).fullmatch(text)
     letter = next(filter(None, match.groups()), None) if match else None
+    if match and labelled and _UNDECIDED.search(match.group("rest")):
+        return None
     return letter if letter and letter.isupper() else None
 
 
 def _equal(gold: Form, pred: Form, leaf: Leaf) -> bool:
+    if isinstance(pred, Approximation):
+        return _approximates(pred, leaf) and _equal(gold, pred.exact, leaf)
+    if isinstance(gold, Approximation):
+        return _equal(gold.exact, pred, leaf)
     if isinstance(gold, Words) or isinstance(pred, Words):
         return _words(gold) == _words(pred) != ""
     if isinstance(gold, Value) and isinstance(pred, Value):
@@ -113,7 +139,22 @@ def _equal(gold: Form, pred: Form, leaf: Leaf) -> bool:
 def _words(item: Form) -> str:
     if isinstance(item, Words):
         return item.plain
-    return plain(item.text) if isinstance(item, Value) else ""
+    return plain(item.text) if isinstance(item, Value) and not re.search(r"\d", item.text) else ""
+
+
+def _approximates(item: Approximation, leaf: Leaf) -> bool:
+    """Whether the decimal is the exact value rounded; otherwise one cannot tell which of the two is meant."""
+    exact = item.exact
+    if isinstance(exact, Relation) and set(exact.signs) == {"="}:
+        exact = read_canonical(exact.members[-1])
+    decimal = item.decimal
+    if not isinstance(exact, Value) or not isinstance(decimal, Value) or exact.is_percent != decimal.is_percent:
+        return False
+    if decimal.number is None or (decimal.unit and decimal.unit != exact.unit):
+        return False
+    if exact.number is not None:
+        return exact.number == decimal.number or quantities.is_rounding_of(decimal.text, exact.number, 1)
+    return leaf("decimal", exact.text, decimal.text)
 
 
 def _all(golds: Iterable[Form], preds: Iterable[Form], leaf: Leaf) -> bool:
@@ -281,6 +322,8 @@ def _side(relation: Relation, leaf: Leaf) -> Form | None:
     if not is_name(members[0]):
         return None
     last = read_canonical(members[-1])
+    if any("\\text" in member for member in members[1:-1]):
+        return None
     numbers = [member for member in members[1:-1] if not re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", member)]
     return last if all(_equal(last, read_canonical(member), leaf) for member in numbers) else None
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
-from stages.core.verifier import latex, notation, quantities
+from stages.core.verifier import grammar, latex, notation, quantities
 from stages.core.verifier.latex import Refused
 from stages.core.verifier.quantities import number
 
@@ -52,26 +52,35 @@ class Relation(NamedTuple):
     signs: tuple[str, ...]
 
 
+class Approximation(NamedTuple):
+    """\\sqrt{2} \\approx 1.41: an exact value, or a relation that ends in one, and a decimal."""
+
+    exact: "Form"
+    decimal: "Form"
+
+
 class Matrix(NamedTuple):
     """Rows of a matrix, whatever its brackets."""
 
     rows: tuple[tuple["Form", ...], ...]
 
 
-Form = Value | Words | Ordered | Several | Relation | Matrix
+Form = Value | Words | Ordered | Several | Relation | Approximation | Matrix
 _COMMA = frozenset([",", ";"])
 _UNION = frozenset([r"\cup"])
 _SIGNS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"])
+_COMMA_TWICE = re.compile(r"[+-]?(\d+),\1", re.ASCII)  # 5,5: twice the same, or five and a half?
 _MATRIX = re.compile(
     r"\\begin\{((?:p|b|B|small)?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}(?:\^\{(T|\\top|\\text\{T\})\})?",
     re.DOTALL,
 )
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
-_SPACED_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3}(?: \d{3})+)(?![\d /]|\s*\\frac)", re.ASCII)
+_THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d )([1-9]\d{0,2}(?: \d{3})+)(?![\d /]|\s*\\frac)", re.ASCII)
 BASED = re.compile(
     r"(?P<digits>\d[0-9A-Z]*|[A-Z]+\d[0-9A-Z]*)_\{\s*(?:\\text\{)?\s*(?:base)?\s*(?P<base>\w+?)\s*\}?\s*\}", re.ASCII
 )
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)(?:\s*:\s*\d+(?:\.\d+)?)+", re.ASCII)
+_ELEMENT = re.compile(r"(?P<name>[a-zA-Z]|\\[a-z]+)\s*(?:\\in\s*\\mathbb\{R\})?")
 _POINTS = re.compile(r"(?:\([^()]*,[^()]*\)\s*){2,}")
 _ADJACENT = re.compile(r"\)\s*\(")
 _CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:[ap]m)?", re.ASCII)
@@ -81,7 +90,7 @@ _WORD = re.compile(
 )
 
 
-@lru_cache(8192)
+@lru_cache(2048)
 def read(text: str) -> Form:
     """Read an answer. Raises Refused for one that is not worth reading; never fails otherwise."""
     return read_canonical(_join_thousands(notation.canonical(text)), 0)
@@ -96,7 +105,7 @@ def read_canonical(text: str, depth: int = 1) -> Form:
     for reader in (_union, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
         if (found := reader(text, depth)) is not None:
             return found
-    return value(text)
+    return value(text, depth)
 
 
 def _several(items: Iterable[Form], braces: bool) -> Form:
@@ -116,7 +125,9 @@ def _union(text: str, depth: int) -> Form | None:
 
 def _list(text: str, depth: int) -> Form | None:
     pieces, signs = latex.split(text, _COMMA)
-    return _several(map(read_canonical, filter(None, _bounded(pieces)), repeat(depth + 1)), False) if signs else None
+    if signs and (not all(pieces) or _COMMA_TWICE.fullmatch(text)):
+        return Words(plain(text))
+    return _several(map(read_canonical, _bounded(pieces), repeat(depth + 1)), False) if signs else None
 
 
 def _bounded(pieces: list[str]) -> list[str]:
@@ -127,8 +138,8 @@ def _bounded(pieces: list[str]) -> list[str]:
 
 def _join_thousands(text: str) -> str:
     """2,500 as 2500, outside of brackets."""
-    depths = {position: depth for position, _, depth in latex.tokens(text)}
-    return _THOUSANDS.sub(lambda match: match.group() if depths[match.start()] else _join(match), text)
+    outside = {position for position, _, depth in latex.tokens(text) if depth == 0}
+    return _THOUSANDS.sub(lambda match: _join(match) if match.start() in outside else match.group(), text)
 
 
 def _braces(text: str, depth: int) -> Form | None:
@@ -137,11 +148,25 @@ def _braces(text: str, depth: int) -> Form | None:
     inside = text[2:-2].strip()
     if not inside:
         return Several((), True)
-    condition = re.split(r"\\mid(?![a-zA-Z])|\||:", inside, maxsplit=1)
-    if len(condition) == 2:
-        return read_canonical(condition[1], depth + 1)
+    if (built := _builder(inside, depth)) is not None:
+        return built
     pieces, _ = latex.split(_bracketed_thousands(inside), _COMMA)
     return _several((read_canonical(piece, depth + 1) for piece in _bounded(pieces)), True)
+
+
+def _builder(inside: str, depth: int) -> Form | None:
+    """{x | 1<x<5} is what its condition says of x; any other set-builder is compared by its two sides as text."""
+    if inside.count("|") > 1 and "\\mid" not in inside:  # bars of absolute values
+        return None
+    split = re.split(r"\\mid(?![a-zA-Z])|\||:", inside, maxsplit=1)
+    if len(split) == 1:
+        return None
+    of, condition = (part.strip() for part in split)
+    if (named := _ELEMENT.fullmatch(of)) and (found := read_canonical(condition, depth + 1)):
+        name = re.sub(r"\s", "", named.group("name"))
+        if isinstance(found, Relation) and name in (re.sub(r"\s", "", member) for member in found.members):
+            return found
+    return Ordered("\\{", "\\}", (Words(plain(of)), Words(plain(condition))))
 
 
 def _bracketed_thousands(text: str) -> str:
@@ -177,10 +202,14 @@ def _relation(text: str, depth: int) -> Form | None:
         return Words(plain(text))
     if signs == [r"\in"] and is_name(members[0]):
         return read_canonical(members[1], depth + 1)
-    if signs[-1] == r"\approx":  # an exact value and its approximation: the exact one, unless it is but a name
-        members, signs = (members[:-1], signs[:-1]) if not is_name(members[-2]) else (members, [*signs[:-1], "="])
-        if not signs:
-            return read_canonical(members[0], depth + 1)
+    if signs[-1] == r"\approx" and set(signs[:-1]) <= {"="}:
+        if not is_name(members[-2]):
+            exact = read_canonical("=".join(members[:-1]), depth + 1)
+            return Approximation(exact, read_canonical(members[-1], depth + 1))
+        if number(quantities.split_unit(members[-1])[0]) is not None:
+            signs = [*signs[:-1], "="]
+    if r"\approx" in signs:
+        return Words(plain(text))
     right = read_canonical(members[-1], depth + 1)
     if isinstance(right, Several) and not right.braces and set(signs) == {"="} and len(members) == 2:
         items = [f"{members[0]}={piece}" for piece in latex.split(members[1], _COMMA | _UNION)[0]]
@@ -232,11 +261,11 @@ def _ratio(text: str, depth: int) -> Form | None:
     return Ordered(":", ":", tuple(Value(str(part / parts[0]), "", False, part / parts[0]) for part in parts))
 
 
-def value(text: str) -> Form:
+def value(text: str, depth: int = 1) -> Form:
     """One expression with its unit; words, where it is none."""
     bare, unit, factor = quantities.split_unit(text)
     if unit or factor > 1:
-        inner = read_canonical(_join_thousands(bare))
+        inner = read_canonical(_join_thousands(bare), depth + 1)
         if not isinstance(inner, Value) or inner.unit:
             return Words(plain(text))
         bare = inner.text + "%" * inner.is_percent
@@ -249,18 +278,26 @@ def value(text: str) -> Form:
     if not latex.is_balanced(bare):
         raise Refused("brackets that do not match")
     known = number(bare)
+    if known is None and grammar.is_tower(bare):
+        raise Refused("a tower of powers or factorials")
+    kind = grammar.judge(bare) if known is None else grammar.Kind.EXPRESSION
+    if kind is grammar.Kind.BROKEN:
+        raise Refused("an operator, argument or bracket without its other side")
+    if kind is grammar.Kind.ODD:
+        return Words(plain(text))
     if factor == 1:
         return Value(bare, unit, is_percent, known)
     return Words(plain(text)) if known is None else Value(str(known * factor), unit, is_percent, known * factor)
 
 
-def _in_base(digits: str, base: str) -> Value:
-    """1011_{2}: its value is known where base and digits are."""
+def _in_base(digits: str, base: str) -> Form:
+    """1011_{2} is its value; digits that the base lacks, or a base that nobody uses, are words."""
     text = f"{digits}_{{{base}}}"
-    try:
-        return Value(text, "", False, Fraction(int(digits, int(base))))
-    except ValueError:  # a digit that the base lacks, or a base that int() lacks
-        return Value(text, "", False, None)
+    if not re.fullmatch(r"[1-9]\d?", base, re.ASCII) or not 2 <= int(base) <= 36:
+        return Words(plain(text))
+    if any(int(digit, 36) >= int(base) for digit in digits):
+        return Words(plain(text))
+    return Value(text, "", False, Fraction(int(digits, int(base))))
 
 
 def _is_verbal(text: str) -> bool:
@@ -287,23 +324,26 @@ def _join(match: re.Match[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Words without case, spaces and punctuation; what could change a number stays."""
-    text = re.sub(r"\\text(?![a-zA-Z])|\\[,; ]|\.(?!\d)", "", text)
-    return re.sub(r"[^\w+\-*/=<>^%:.!|()]", "", text).casefold()
+    """Words without case, spaces and idle punctuation; what could change a number stays, two numbers stay two."""
+    text = re.sub(r"\"([^\"]*)\"", r"\1", re.sub(r"\\text(?![a-zA-Z])|\\[,; ]|\.(?!\d)", " ", text))
+    text = re.sub(r"[\s{}$,;\\]+", " ", text).strip()
+    return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
 
 
 _SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)|'|\^\{(?:\\prime|\*)+\}")
 _ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
 _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
+_NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5
+_NAMING_COMMANDS = (notation.READABLE - {"to", "circ"}) | {"text", "angle", "triangle", "mathcal", "mathfrak", "tilde"}
 
 
-@lru_cache(8192)
+@lru_cache(2048)
 def is_name(text: str) -> bool:
     """Whether the text names a quantity: x, f(2), S_{ABC}, \\angle ABC, (x,y), a+b, \\text{Area}; without digits."""
     text = _ARGUMENT.sub("", _SUBSCRIPT.sub("", text))
     words = re.findall(r"[a-zA-Z]+", " ".join(re.findall(r"\\text\{([^{}]*)\}", text)))
     if len(words) > 3 or any(word.lower() in quantities.CHANGING_WORDS for word in words):
         return False
-    if not re.fullmatch(r"[a-zA-Z\\{}()\s+*/,|-]+", text):
+    if not _NAMING.fullmatch(text) or not set(re.findall(r"\\([a-zA-Z]+)", text)) <= _NAMING_COMMANDS:
         return False
     return re.search(r"[a-zA-Z]", _CONSTANTS.sub("", re.sub(r"\\text(?=\{)", "", text))) is not None

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 MAX_LENGTH = 1000  # of an answer or prediction that is looked at, in characters
+MAX_WRITTEN = 2 * MAX_LENGTH  # of the same in canonical notation: below the 4,300 digits that int() and str() take
 MAX_DEPTH = 24  # of brackets of all kinds, \\frac{}{} and the like included
 
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 
-from stages.core.verifier.latex import MAX_DEPTH, MAX_LENGTH, TOKEN, Refused, closing, depth_of
+from stages.core.verifier.latex import MAX_DEPTH, MAX_LENGTH, MAX_WRITTEN, TOKEN, Refused, closing, depth_of
 from stages.core.verifier.quantities import NUMBER_WORDS
 
 _FUNCTIONS = """
@@ -76,6 +76,8 @@ _SYMBOLS = {
 }
 _SYMBOL_TABLE = str.maketrans(_SYMBOLS)
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_RAISED_AND_LOWERED = frozenset("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉")
+_INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f")  # no space, but no sign either
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 # The commands that the grammar of math-verify turns into objects of bounded size. One that is in neither list is
@@ -105,11 +107,17 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\t(?=ext\{|imes|frac|heta)", r"\\t"),
     (r"\x08(?=inom|egin|oxed|eta|ar\{)", r"\\b"),
     (r"[\x00-\x20\x7f\u00a0]+", " "),
+    (r"^\s*~", r"\\sim "),  # about, or not
     (r"\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
     (r"\\[([\])]", " "),  # \( \) \[ \]
+    (r"\\[lr]?vert(?![a-zA-Z])", "|"),
+    (r"\\not\s*=", r"\\ne "),
     (r"\\(?:left|right|middle)(?![a-zA-Z])\s*\.?", ""),
     (r"\\[bB]igg?[lrm]?(?![a-zA-Z])", ""),
-    (r"(?<=\d)(?:\\[,;:! ]|\{,\}|~|\{ \})(?=\d{3}(?!\d))", ""),  # thousands
+    (
+        r"(?<![\d.,}])[1-9]\d{0,2}(?:(\\[,;:! ]|\{,\}|~|\{ \})\d{3}(?!\d))(?:\1\d{3}(?!\d))*",
+        lambda m: m.group().replace(m.group(1), ""),  # thousands
+    ),
     (r",\s*\\!\s*(?=\d)", ","),
     (r"(?<=\d)\{,\}(?=\d)", "."),
     (r"\{,\}", ","),
@@ -162,9 +170,11 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![\d.])\.(?=\d)", "0."),
 ]
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
-_OUTER = re.compile(r"^[\s:=.,;]+(?=\S)|^\*+|[\s.,;:*]+$|\\+\s*$|^\\approx ?|^(?:\\displaystyle)")
+_OUTER = re.compile(r"^[\s:=]+(?=\S)|^[.,;]+(?![.,;\d])(?=.)|^\*+|[\s.,;:*]+$|\\+\s*$|^(?:\\displaystyle)", re.DOTALL)
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_JOINER = re.compile(r",?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|,?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z])")
+_JOINER = re.compile(
+    r"(?<!^)(?:,?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|(?<!\{),?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z]))(?=[^}])"
+)
 _LISTED = re.compile(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+")
 _UNIT_BEFORE = re.compile(r"[\d})\]/]\s*$")
 
@@ -173,7 +183,7 @@ def _operator(name: str) -> str:
     return f"\\{name} " if name in FUNCTIONS else f"\\operatorname{{{name}}}"
 
 
-@lru_cache(8192)
+@lru_cache(2048)
 def canonical(text: str) -> str:
     """The text of an answer in one spelling; words stand in \\text{...}, choices between values become commas."""
     text = _unicode(text)
@@ -183,13 +193,17 @@ def canonical(text: str) -> str:
         raise Refused(f"brackets deeper than {MAX_DEPTH}")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    if len(text) > MAX_WRITTEN:
+        raise Refused(f"longer than {MAX_WRITTEN} characters in plain notation")
     text = _JOINER.sub(", ", _dollars(text.strip()))
     if match := _TEXT.fullmatch(strip_outer(text)):
         text = ", ".join(f"\\text{{{word}}}" for word in _LISTED.split(match.group(1)))
     text = _TEXT.sub(_unwrap, text)
     text = _complete_arguments(_powers_and_roots(text))
-    text = re.sub(r" +", " ", text)
-    return strip_outer(text)
+    text = strip_outer(re.sub(r" +", " ", text))
+    if len(text) > MAX_WRITTEN:
+        raise Refused(f"longer than {MAX_WRITTEN} characters in plain notation")
+    return text
 
 
 def strip_outer(text: str) -> str:
@@ -204,8 +218,11 @@ def strip_outer(text: str) -> str:
 
 
 def _unicode(text: str) -> str:
+    """ASCII where a character has a plain meaning there. Raises Refused for digits and marks that have none."""
     if text.isascii():
         return text
+    if any(map(_is_doubtful, text)):
+        raise Refused("a character that may be read as a digit, or is not to be seen")
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m.group().translate(_RAISED) + "}", text)
     text = re.sub("[₀-₉]+", lambda m: "_{" + m.group().translate(_LOWERED) + "}", text)
     text = re.sub(
@@ -214,7 +231,18 @@ def _unicode(text: str) -> str:
         text,
     )
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOL_TABLE)).replace("⁄", "/").translate(_SYMBOL_TABLE)
-    return "".join(c for c in text if c in "\t\n\r\f" or unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn"))
+    return "".join(" " if c in _INVISIBLE else c for c in text)
+
+
+@lru_cache(2048)
+def _is_doubtful(character: str) -> bool:
+    """Digits of other scripts, circled and Roman ones, surrogates, and what can't be seen but is no idle space."""
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return not unicodedata.normalize("NFKC", character).isascii()
+    if category in ("No", "Nl"):
+        return character not in _RAISED_AND_LOWERED and not re.fullmatch("[¼-¾⅐-⅞]", character)
+    return category in ("Cf", "Cs", "Co", "Cn", "Cc") and character not in _INVISIBLE and not character.isspace()
 
 
 def _dollars(text: str) -> str:
@@ -238,7 +266,7 @@ def _unwrap(match: re.Match[str]) -> str:
     if not letters:
         return inside
     if (spelled := inside.strip().lower()) in NUMBER_WORDS:
-        return str(NUMBER_WORDS[spelled])
+        return f" {NUMBER_WORDS[spelled]} "
     if lone and (letters[0] in "ied" or not _UNIT_BEFORE.search(match.string, 0, match.start())):
         return letters[0]
     return "\\text{" + inside.strip() + "}"

@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
+MAX_FACTOR = 10**18  # of a number's words: million, dozen
 MAX_EXPONENT = 400  # of a power of ten that is written out; beyond it a number stays an expression
 _NUMBER_WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
@@ -26,11 +27,35 @@ _CHANGING_WORDS = """
     since so maybe perhaps possibly probably about around approximately roughly almost nearly wrong
     incorrect false right correct true more less than fewer greater smaller larger at least most over under
     above below up down except only plus minus times divided multiplied by negative positive mod modulo
-    squared cubed factorial half halves third thirds quarter fifth tenth double triple score pair pairs
-    gross infinity infinitely do does did know cannot can't don't isn't unknown undefined base percent
-    percentage
+    squared cubed factorial double triple quadruple twice thrice score pair couple gross infinity infinitely
+    does did do know cannot can't don't isn't unknown undefined base percent percentage
+    xor vs versus instead rather either unless without opposite wrongly guess unsure
+"""
+# Words that say how large the number is: nouns, which may well name a quantity ("remainder = 5").
+_SCALING_WORDS = """
+    pct
+    permille promille permil permyriad ppm ppb ppt bps basis fold ish
+    grand doubled tripled halved quartered inverted negated rounded inverse reciprocal conjugate complement
+    power exponent root log binary ternary octal decimal hexadecimal hex radix modulus remainder rem residue
+    to till until through thru between from into off short ago too
+    kilo mega giga tera milli micro nano pico deci deca hecto mio mrd mln mlrd mil mill bn tn
+    lakh crore myriad dz doz tens twenty thirty forty fifty sixty seventy eighty ninety seventeen eighteen nineteen
+    million billion trillion tausend hundert dutzend mille millones millionen milliard
+    half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
+    fifteenth sixteenth twentieth thirtieth fortieth fiftieth hundredth thousandth millionth billionth trillionth
 """
 CHANGING_WORDS = frozenset(_CHANGING_WORDS.split()) | set(NUMBER_WORDS)
+_ALL_CHANGING = CHANGING_WORDS | set(_SCALING_WORDS.split()) | set(MULTIPLIERS)
+_CHANGING_ENDINGS = re.compile(r".+(?:illion|illiard|illionth|fold|ish|teen)")
+
+
+def changes(word: str) -> bool:
+    """Whether a word says something else of the number before it than what is counted or measured."""
+    word = word.lower().strip("'")
+    stems = {word, word.removesuffix("s"), re.sub(r"(?<=[sxhz])es$", "", word), word.replace("halves", "half")}
+    return bool(stems & _ALL_CHANGING) or any(map(_CHANGING_ENDINGS.fullmatch, stems))
+
+
 _UNIT_WORDS = {
     "cm": "centimeter centimetre",
     "mm": "millimeter millimetre",
@@ -69,6 +94,7 @@ _UNIT_WORDS = {
     "": "unit units",
 }
 _UNITS = {word: unit for unit, words in _UNIT_WORDS.items() for word in [unit, *words.split()] if word}
+_LETTER_UNITS = frozenset("msghlLNJWVACF")  # the others, as in 5\\text{k} and 5\\text{M}, may well multiply
 _SHORT_UNITS = sorted(w for w in _UNITS if 2 <= len(w) <= 3 and w.isalpha() and w not in ("in", "min", "mol", "rad"))
 _DECIMAL = r"\d+(?:\.\d+)?"
 _NUMBERS = [
@@ -80,13 +106,13 @@ _NUMBERS = [
         rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s*)?\\frac\s*"
         rf"\{{\s*(?P<num>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<den>[+-]?{_DECIMAL})\s*\}}",
         rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s+)?(?P<num>[+-]?{_DECIMAL})\s*/\s*(?P<den>[+-]?{_DECIMAL})",
-        r"(?P<sign>[+-]?)\s*(?P<num>\d*\.?\d*)\\(?:overline|bar|dot)\s*\{?\s*(?P<again>\d+)\s*\}?",
+        r"(?P<sign>[+-]?)\s*(?P<num>\d*\.?\d*)\\(?:overline|bar|dot)\s*(?:(?P<digit>\d)|\{\s*(?P<again>\d+)\s*\})",
         r"(?P<sign>[+-]?)\s*(?P<num>\d+)\s*\^\s*\{\s*(?P<power>\d{1,3})\s*\}",
     )
 ]
 
 
-@lru_cache(8192)
+@lru_cache(2048)
 def number(text: str) -> Fraction | None:
     """The exact value of a literal: integer, decimal, fraction, mixed or repeating number, power, 3\\times10^{8}."""
     for pattern in _NUMBERS:
@@ -96,7 +122,8 @@ def number(text: str) -> Fraction | None:
 
 
 def _number(part: dict[str, str | None]) -> Fraction | None:
-    value = _repeating(part["num"] or "", part["again"] or "") if part.get("again") else Fraction(part.get("num") or 1)
+    again = part.get("again") or part.get("digit")
+    value = _repeating(part["num"] or "", again) if again else Fraction(part.get("num") or 1)
     if value is None:
         return None
     if (power := part.get("power")) is not None:
@@ -108,7 +135,7 @@ def _number(part: dict[str, str | None]) -> Fraction | None:
             return None
         value *= Fraction(10) ** int(exponent)
     if (below := part.get("den")) is not None:
-        if Fraction(below) == 0 or (part.get("whole") and value < 0):
+        if Fraction(below) == 0 or (part.get("whole") and not 0 <= value < Fraction(below)):
             return None
         value /= Fraction(below)
     value += int(part.get("whole") or 0)
@@ -123,12 +150,12 @@ def _repeating(start: str, again: str) -> Fraction | None:
     return Fraction(start + "0") + Fraction(int(again), (10 ** len(again) - 1) * 10**shift)
 
 
-def is_rounding_of(literal: str, value: Fraction) -> bool:
-    """Whether a decimal of six or more significant digits is `value` rounded or cut: 0.333333 for 1/3."""
+def is_rounding_of(literal: str, value: Fraction, min_digits: int = 6) -> bool:
+    """Whether a decimal of so many significant digits is `value` rounded or cut: 0.333333 for 1/3."""
     if not re.fullmatch(rf"[+-]?\s*{_DECIMAL}", literal, re.ASCII) or "." not in literal:
         return False
     digits = literal.strip("+- ").split(".")
-    if len("".join(digits).lstrip("0")) < 6:
+    if len("".join(digits).lstrip("0")) < min_digits:
         return False
     beyond = abs(value) - abs(Fraction(literal.replace(" ", "")))
     last_place = Fraction(1, 10 ** len(digits[1]))
@@ -146,42 +173,65 @@ def is_terminating(value: Fraction) -> bool:
 
 _MONEY = re.compile(r"^([+-]?)\s*(\\\$|\$|€|£|¥|(?:US|HK|A|C)?\\\$|USD|EUR|Rs\.?)\s*(?=[\d.(\\+-])")
 _UNIT_TAIL = re.compile(
-    r"(?P<value>.*?[\w)}\]!%])\s*(?P<unit>"
+    r"(?P<value>.*?[\w)}\]!%])(?P<gap>\s*)(?P<unit>"
     r"(?:(?:/|\\cdot|\^\{\\circ\})?\s*\\text\{[^{}]*\}\s*(?:\^\{\s*-?\d\s*\})?\s*)+"  # \text{cm}^{2}, \text{m}/\text{s}
     r"|\^\{\\circ\}\s*[CF]?"
     r"|(?<=[\s\d})])(?:[a-zA-Z]{3,}|SHORT)(?:\.|\^\{[23]\})?(?:\s*/\s*[a-zA-Z]+|\s+(?:per\s+)?[a-zA-Z]{2,}){0,3}"
     r")".replace("SHORT", "|".join(map(re.escape, _SHORT_UNITS)))
 )
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")  # what follows is its argument's unit
+_RUNS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def split_unit(text: str) -> tuple[str, str, int]:
     """(value, unit in one spelling, factor) of "5 square inches" -> ("5", "in^2", 1), "2 dozen" -> ("2", "", 12)."""
     if match := _MONEY.match(text):
         unit = {"€": "euro", "EUR": "euro", "£": "pound sterling", "¥": "yen"}.get(match.group(2), "dollar")
-        value, more, factor = split_unit(match.group(1) + text[match.end() :])
+        value, more, factor = _split_tail(match.group(1) + text[match.end() :])
         return (value, unit, factor) if more in ("", unit) else (text, "", 1)
+    return _split_tail(text)
+
+
+def _split_tail(text: str) -> tuple[str, str, int]:
     match = _UNIT_TAIL.fullmatch(text)
-    if match is None or "\\text" in match.group("value") or _ANGLE_FUNCTION.search(match.group("value")):
+    if match is None or re.search(r"\\text|%$", match.group("value")) or _ANGLE_FUNCTION.search(match.group("value")):
+        return text, "", 1
+    word = re.match(r"[a-zA-Z]+", match.group("unit"))
+    if word and not _is_word(word.group(), apart=match.group("gap") != ""):
         return text, "", 1
     found = _unit(match.group("unit"))
     return (match.group("value").strip(), *found) if found else (text, "", 1)
 
 
-@lru_cache(4096)
+def _is_word(letters: str, apart: bool) -> bool:
+    """Whether letters outside of \\text{...} are the name of a unit, and not a product of variables: 5xyz, 5 abc."""
+    if _singular(letters) in _UNIT_WORDS or letters in _UNITS:
+        return True
+    return apart and re.search(r"[aeiou]", letters) is not None and letters.lower() not in _RUNS
+
+
+@lru_cache(2048)
 def _unit(text: str) -> tuple[str, int] | None:
     """The unit that words name, and a factor (dozen, million); None where they say something else than a unit."""
     text = text.replace("^{\\circ}", " degree ").replace("\\cdot", " ")
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    if not re.fullmatch(r"[\s\w.,/^{}$€¢°()-]*", text, re.ASCII) or "(" in text:
+    text = re.sub(r"(?<=[a-zA-Z])[23](?![\da-zA-Z])", r"^{\g<0>}", text)  # cm2
+    if not re.fullmatch(r"(?:[a-zA-Z]+(?:['-][a-zA-Z]+)*|[\s./$€¢°]|\^\{\s*-?\d\s*\})*", text, re.ASCII):
         return None
-    words = re.findall(r"[a-zA-Z']+|/|\^\{?-?\d\}?|[$€¢]", text.replace(".", ""))
+    words = re.findall(r"[a-zA-Z'-]+|/|\^\{\s*-?\d\s*\}|[$€¢°]", text.replace(".", ""))
     factor = 1
-    while words and words[0].lower() in MULTIPLIERS:
-        factor *= MULTIPLIERS[words.pop(0).lower()]
-    if len(words) > 6 or any(word.lower() in CHANGING_WORDS or word.lower() in MULTIPLIERS for word in words):
+    while words and (times := MULTIPLIERS.get(words[0].lower().removesuffix("s"))):
+        factor *= times
+        del words[0]
+    if len(words) > 6 or factor > MAX_FACTOR or not all(map(_may_measure, words)):
         return None
     return _spell(words), factor
+
+
+def _may_measure(word: str) -> bool:
+    if word[0] == "^" or word == "/":
+        return True
+    return not any(map(changes, word.split("-"))) and (len(word) > 1 or word in _LETTER_UNITS or not word.isalpha())
 
 
 def _spell(words: list[str]) -> str:
@@ -193,7 +243,7 @@ def _spell(words: list[str]) -> str:
         elif word.lower() in ("cubic", "cu"):
             power = "^3"
         elif word[0] == "^":
-            out.append("^" + word.strip("^{}"))
+            out.append("^" + word.strip("^{} "))
         elif word.lower() == "per":
             out.append("/")
         else:
