@@ -206,6 +206,19 @@ def test_unequal_numbers_of_steps_are_named(graph, capsys):
     assert unequal in capsys.readouterr().err and unequal in Path("runs/results.md").read_text()
 
 
+def test_evaluations_with_unlike_settings_are_named(graph, capsys):
+    file = Path("runs/eval/vanilla/manifest.json")
+    file.write_text(file.read_text().replace('"max_tokens": 32', '"max_tokens": 40'))
+    table(capsys)
+    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]))
+    unlike = (
+        "evaluations of valid differ in max_tokens: 32 (runs/eval/0, runs/eval/1, runs/eval/2), 40 (runs/eval/vanilla)"
+    )
+    assert unlike in capsys.readouterr().err and unlike in Path("runs/results.md").read_text()
+    analyze.run(evals=["runs/eval"], out="analysis")
+    assert unlike in capsys.readouterr().err
+
+
 def test_grading_again_keeps_what_the_evaluation_was_of(graph):
     from stages import eval as evaluation
 

@@ -24,6 +24,7 @@ from stages.core.errors import InputError
 from stages.core.runs import iteration_of, num_steps, place_below, read_json
 
 ALL = "all"
+SETTINGS = ("template_digest", "max_tokens", "temperature", "bare")  # of an eval: by these figures are like for like
 
 
 def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
@@ -110,6 +111,23 @@ class Line:
             fault = self._fault_of_evaluation(directory, policy)
             self._tell(fault)
         return not fault
+
+    def unequal(self, evals: Iterable[Path]) -> list[str]:
+        """A line for each setting in which these evaluations of one set differ: their figures are not like for like."""
+        values: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for directory in evals:
+            manifest = self._manifests.get(directory, {})
+            settings = (manifest.get("parameters") or {}) | manifest
+            for name in SETTINGS:
+                if name in settings:
+                    of_set = values.setdefault((self._set_name(directory), name), {})
+                    of_set.setdefault(str(settings[name])[:12], []).append(self._name(directory))
+        return [
+            f"evaluations of {problem_set} differ in {name}: "
+            + ", ".join(f"{value} ({', '.join(places)})" for value, places in found.items())
+            for (problem_set, name), found in values.items()
+            if len(found) > 1
+        ]
 
     def fault_of_policy(self, policy: str) -> str:
         """Why what this name stands for is not on the line, whatever was asked of it; "" if it is."""
