@@ -123,11 +123,10 @@ def _say(found: Found) -> None:
 
 
 def _runs(named: str, evals: Sequence[str]) -> Path:
-    """The directory of runs; evaluations that lie in none stand for one themselves."""
+    """The directory of runs; for evaluations that lie in none, the directory beside them."""
     if named or not evals:
         return Path(named or "runs")
-    directories = find_evals(evals)
-    return root_of(directories) or directories[0].parent
+    return root_of(find_evals(evals)) or Path(evals[0]).parent
 
 
 def _find(named: str, evals: Sequence[str], choices: Choices, needed: bool) -> Found:
