@@ -160,6 +160,18 @@ def test_checkpoints_that_were_removed_after_their_evaluation_stay_in_the_result
     assert table(capsys) == (WHOLE, [])
 
 
+def test_what_is_gone_falls_with_what_it_was_made_from(graph, capsys):
+    shutil.rmtree("runs/2/policy")
+    graph.rft("1", "runs/0/policy")
+    graph.evaluate("1", "runs/1/rl/checkpoints", "runs/1/policy")
+    chosen, lines = table(capsys)
+    assert chosen == FIRST and "runs/2/policy: made from runs/2/rl, which is left out" in lines
+    for key in ("2", "vanilla"):
+        shutil.rmtree(f"runs/{key}")
+    chosen, lines = table(capsys)
+    assert "RL" not in chosen and lines == ["runs/2: not there any more", "runs/vanilla: not there any more"]
+
+
 def test_large_checkpoints_are_read_again_only_where_names_sizes_or_times_have_changed(graph, capsys):
     file = Path(WHOLE["RL"], "made.txt")
     before = file.stat()
@@ -191,6 +203,16 @@ def test_an_analysis_of_evaluations_of_before_is_not_shown(graph, capsys):
     assert stale in capsys.readouterr().err and not Path("runs/figures/learning_RL.svg").exists()
 
 
+def test_evaluations_without_their_runs_are_taken_as_they_are(graph, tmp_path, monkeypatch, capsys):
+    (tmp_path / "away").mkdir()
+    Path("runs/eval").rename("away/eval")
+    monkeypatch.chdir(tmp_path / "away")
+    for options in ({}, {"runs": "nowhere"}):
+        assert table(capsys, evals=["eval"], **options)[0] == WHOLE
+    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]), evals=["eval"])
+    assert Path("report.html").exists()
+
+
 def test_where_nothing_is_left_it_is_said(graph):
     for key in ("1", "2", "vanilla"):
         shutil.rmtree(f"runs/eval/{key}")
@@ -204,6 +226,19 @@ def test_unequal_numbers_of_steps_are_named(graph, capsys):
     report.run(paths=report.Paths(), choices=report.Choices(ks=[2]))
     unequal = "RL has 3 steps and RLoop 4: to compare them give RL --steps 4"
     assert unequal in capsys.readouterr().err and unequal in Path("runs/results.md").read_text()
+
+
+def test_evaluations_with_unlike_settings_are_named(graph, capsys):
+    file = Path("runs/eval/vanilla/manifest.json")
+    file.write_text(file.read_text().replace('"max_tokens": 32', '"max_tokens": 40'))
+    table(capsys)
+    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]))
+    unlike = (
+        "evaluations of valid differ in max_tokens: 32 (runs/eval/0, runs/eval/1, runs/eval/2), 40 (runs/eval/vanilla)"
+    )
+    assert unlike in capsys.readouterr().err and unlike in Path("runs/results.md").read_text()
+    analyze.run(evals=["runs/eval"], out="analysis")
+    assert unlike in capsys.readouterr().err
 
 
 def test_grading_again_keeps_what_the_evaluation_was_of(graph):

@@ -71,6 +71,8 @@ def run(
     for left_out in line.left_out:
         warn(f"left out: {left_out}")
     evaluation = _one_set(evaluations, set_)
+    for unequal in line.unequal(dict.fromkeys(evaluation.homes.values())):
+        warn(unequal)
     ways = _ways(places(evaluation.results, root, line.bases))
     pair = _pair(ways, compare)
     matrices, steps = _matrices(evaluation, ways, min_correct, pair)

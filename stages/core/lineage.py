@@ -25,6 +25,7 @@ from stages.core.outputs import read_json
 from stages.core.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
+SETTINGS = ("template_digest", "max_tokens", "temperature", "bare")  # of an eval: by these figures are like for like
 
 
 def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
@@ -112,6 +113,23 @@ class Line:
             self._tell(fault)
         return not fault
 
+    def unequal(self, evals: Iterable[Path]) -> list[str]:
+        """A line for each setting in which these evaluations of one set differ: their figures are not like for like."""
+        values: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for directory in evals:
+            manifest = self._manifests.get(directory, {})
+            settings = (manifest.get("parameters") or {}) | manifest
+            for name in SETTINGS:
+                if name in settings:
+                    of_set = values.setdefault((self._set_name(directory), name), {})
+                    of_set.setdefault(str(settings[name])[:12], []).append(self._name(directory))
+        return [
+            f"evaluations of {problem_set} differ in {name}: "
+            + ", ".join(f"{value} ({', '.join(places)})" for value, places in found.items())
+            for (problem_set, name), found in values.items()
+            if len(found) > 1
+        ]
+
     def fault_of_policy(self, policy: str) -> str:
         """Why what this name stands for is not on the line, whatever was asked of it; "" if it is."""
         place = place_below(policy)
@@ -127,7 +145,7 @@ class Line:
         return self._faults[place]
 
     def _fault(self, place: Path) -> str:
-        if fault := self._fault_of_iteration(str(place)):
+        if fault := self._fault_of_iteration(str(place)) or self._fault_of_absence(place):
             return fault
         if place.parent.name in ("checkpoints", "rl"):  # checkpoints and rollouts are those of their run
             run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
@@ -145,6 +163,15 @@ class Line:
         if not iteration or self.wanted is None or iteration in self.wanted:
             return ""
         return f"iteration {iteration}: not among the iterations that count ({_list(self.wanted)})"
+
+    def _fault_of_absence(self, place: Path) -> str:
+        """An iteration or the baseline that is gone as a whole, where there are others."""
+        whole = next((parent for parent in (place, *place.parents) if parent.parent == self.root), None)
+        if whole is None or whole.exists() or not self._runs():
+            return ""
+        if not iteration_of(str(place)) and whole.name != "vanilla":
+            return ""
+        return f"{self._name(whole)}: not there any more"
 
     def _fault_of_step(self, run: Path, checkpoint: Path) -> str:
         """A checkpoint beyond the steps of its run is one of an earlier run; others may have gone to save room."""
@@ -164,9 +191,12 @@ class Line:
             return self._sources_of_rl(place, manifest, _inputs(begun))
         if manifest.get("stage") == "rl":
             return self._sources_of_rl(place, manifest, _inputs(manifest))
-        if manifest.get("stage") == "rft" and iteration_of(str(place)):
+        if not iteration_of(str(place)):
+            return []
+        if manifest.get("stage") == "rft":
             return self._sources_of_rft(place, manifest.get("parameters") or {}, _inputs(manifest))
-        return []
+        before = [self._start(place)] if place.name == "rl" else [self._start(place), place.with_name("rl")]
+        return [(source, "") for source in before]  # no manifest, or gone: it stands and falls with what is before it
 
     def _sources_of_rl(
         self, run: Path, manifest: Mapping[str, Any], inputs: Mapping[str, str]
@@ -302,11 +332,13 @@ class Line:
 
 
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, str]:
-    return manifest.get("inputs") or {}
+    found = manifest.get("inputs")
+    return found if isinstance(found, dict) else {}
 
 
 def _names(manifest: Mapping[str, Any]) -> list[str]:
-    return [str(name) for name in manifest.get("policies") or []]
+    found = manifest.get("policies")
+    return list(map(str, found)) if isinstance(found, list) else []
 
 
 def _list(numbers: Collection[int]) -> str:

@@ -119,18 +119,15 @@ def run(
 
 
 def _say(found: Found) -> None:
-    for line in found.left_out:
-        warn(f"left out: {line}")
-    if unequal := _unequal_steps(found):
-        warn(unequal)
+    for line in [*(f"left out: {line}" for line in found.left_out), *_unequal(found)]:
+        warn(line)
 
 
 def _runs(named: str, evals: Sequence[str]) -> Path:
-    """The directory of runs; evaluations that lie in none stand for one themselves."""
+    """The directory of runs; for evaluations that lie in none, the directory beside them."""
     if named or not evals:
         return Path(named or "runs")
-    directories = find_evals(evals)
-    return root_of(directories) or directories[0].parent
+    return root_of(find_evals(evals)) or Path(evals[0]).parent
 
 
 def _find(named: str, evals: Sequence[str], choices: Choices, needed: bool) -> Found:
@@ -182,13 +179,15 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
     sections = _results(found, choices, rows, tidy)
     sections |= {heading: pages.figures_html(of_section) for heading, of_section in drawn.items() if of_section}
     sections |= _compute(found) | _rollouts(found, choices, rollouts) | _parameters(found)
+    if unequal := _unequal(found):
+        sections["Not like for like"] = pages.notes(unequal)
     if found.left_out:
         sections["Left out"] = pages.notes(found.left_out)
 
     _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section], files)
     with outputs.whole_file(curves_tsv) as beside:
         figures.write_tsv(beside, tidy)
-    notes = [*(f"Left out: {line}." for line in found.left_out), *filter(None, [_unequal_steps(found)])]
+    notes = [*(f"Left out: {line}." for line in found.left_out), *_unequal(found)]
     markdown = tables.markdown(rows) if rows else "No results.\n"
     _write_text(results_md, markdown + "".join(f"\n{note}\n" for note in notes))
     _write_text(results_tsv, tables.tsv(tables.records(rows)))
@@ -259,13 +258,19 @@ def _stale(found: Found, directory: Path, content: Mapping[str, Any]) -> str:
     return next((fault for policy in named if (fault := found.line.fault_of_policy(policy))), "")
 
 
-def _unequal_steps(found: Found) -> str:
-    """A warning where RL alone has more or fewer steps than the iterations together; "" where it has as many."""
+def _unequal(found: Found) -> list[str]:
+    """What keeps the figures from being like for like: settings of evaluations, numbers of steps."""
+    homes = dict.fromkeys(home for evaluation in found.evaluations.values() for home in evaluation.homes.values())
+    return [*found.line.unequal(homes), *_unequal_steps(found)]
+
+
+def _unequal_steps(found: Found) -> list[str]:
+    """A warning where RL alone has more or fewer steps than the iterations together."""
     of_rloop = sum(num_steps(found.runs / str(iteration) / "rl") for iteration in found.line.iterations())
     of_rl = num_steps(found.runs / "vanilla" / "rl") if found.line.stands(found.runs / "vanilla" / "rl") else 0
     if not of_rl or not of_rloop or of_rl == of_rloop:
-        return ""
-    return f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"
+        return []
+    return [f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"]
 
 
 def _results(
