@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Literal
 
 from stages.core.records import Verdict
-from stages.core.verifier import extraction, forms, notation, quantities
+from stages.core.verifier import extraction, forms, grammar, notation, quantities
 from stages.core.verifier.forms import (
     Approximation,
     Form,
@@ -95,7 +95,7 @@ _LABELLED = re.compile(
 )
 # What behind a label leaves in doubt whether it is chosen: a further label, a word of doubt, a comma.
 _UNDECIDED = re.compile(
-    r"^\s*(?:[,;/&|+?!'-]|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
+    r"^\s*(?:[,;/&|+?!'_^=<>-]|\\(?:approx|ne|sim|to|mid|pm|cup|cap)(?![a-zA-Z])|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
     r"|(?<![a-zA-Z])(?:(?i:or|not|no|nor|is|isn't|are|was|wrong|incorrect|false|but|if|unless|maybe|perhaps|possibly"
     r"|neither|either|both|instead|rather|except|option|choice|answer|xor|vs|versus)|and\s+[A-Z])(?![a-zA-Z])"
 )
@@ -272,6 +272,8 @@ def _equal_relations(gold: Form, pred: Form, leaf: Leaf) -> bool:
 
 
 def _equal_two_relations(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
+    if gold == pred and not any(grammar.judge(member) is grammar.Kind.BROKEN for member in gold.members):
+        return True
     if set(gold.signs) == set(pred.signs) == {"="}:
         return _equal_equations(gold, pred, leaf)
     left, right = _interval(gold), _interval(pred)
