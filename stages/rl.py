@@ -149,7 +149,8 @@ def run(
             return
         if knobs.tracker != "none":
             accelerator.init_trackers("rloop-rl", config=asdict(knobs))
-        _explore(accelerator, directory, done, policy, path, ready, template.end_tokens(tokenizer), knobs)
+        origin = identity["inputs"]["policy"]
+        _explore(accelerator, directory, done, policy, path, origin, ready, template.end_tokens(tokenizer), knobs)
         if accelerator.is_main_process:
             paths = {"policy": policy, "problems": str(problems)}
             _finish(directory, identity, paths, knobs, left_out)
@@ -163,6 +164,7 @@ def _explore(
     done: int,
     policy: str,
     path: Path,
+    origin: str,
     ready: "list[Prompt]",
     ends: tuple[list[int], list[str]],
     knobs: Knobs,
@@ -181,7 +183,6 @@ def _explore(
         memory_fraction=knobs.memory_fraction,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
-        empty=True,
     )
     trainer = Trainer(
         path,
@@ -192,12 +193,14 @@ def _explore(
         weight_decay=knobs.weight_decay,
         gradient_checkpointing=knobs.gradient_checkpointing,
     )
+    if fault := engine.swap_fault(trainer.weights):
+        raise InputError(f"policy {policy} cannot be trained: vLLM cannot take new weights of its kind: {fault}")
     stop_ids, stop = ends
     sampling = Sampling(
         knobs.group_size, knobs.max_tokens, knobs.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
-        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling)
+        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling, origin)
         worst = explorer.check_hand_over()
         if accelerator.is_main_process:
             warn(f"engine and trainer agree to {worst:.1e} in log-probability ({accelerator.mixed_precision} autocast)")

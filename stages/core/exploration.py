@@ -6,12 +6,11 @@ on disk is just these, and a run that is started again repeats what it lost, to 
 `knobs` is stages.rl.Knobs everywhere here: the stage defines each knob, this module only reads them.
 """
 
-import hashlib
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from stages.core import dapo
 from stages.core.batching import ProblemStream
-from stages.core.engine import Engine, Sampling
+from stages.core.engine import Engine, Sampling, seed_of
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import TERMINATED, StopSignal
 from stages.core.outputs import whole_dir
@@ -72,7 +71,9 @@ class Explorer:
         trainer: Trainer,
         prompts: Sequence[Prompt],
         sampling: Sampling,
+        origin: str = "",
     ):
+        """`origin` is the digest of the start policy: it keeps the noise of two iterations apart."""
         self.knobs = knobs
         self.accelerator = accelerator
         self.engine = engine
@@ -80,6 +81,7 @@ class Explorer:
         self.trainer = trainer
         self.prompts = prompts
         self.sampling = sampling
+        self.origin = origin
         self.stream = ProblemStream(len(prompts), knobs.seed)
         self.num_short = 0  # steps of this process whose batch was not full; the first is said aloud
 
@@ -120,7 +122,7 @@ class Explorer:
         self.hand_over()
         few = self.prompts[:CHECK_PROMPTS]
         tokens = min(CHECK_TOKENS, self.knobs.max_tokens)
-        sampling = Sampling(2, tokens, self.knobs.temperature, seed=self.knobs.seed)
+        sampling = Sampling(2, tokens, self.knobs.temperature, seeds=[self.draw_seed(0, i) for i in range(len(few))])
         groups = self.engine.generate([prompt.token_ids for prompt in few], sampling, lambda *_: None)
         rollouts = [
             TokenRollout(prompt.token_ids, completion.token_ids, completion.log_probs, 0.0)
@@ -139,6 +141,10 @@ class Explorer:
                 "transformers does, so training on its samples would go wrong"
             )
         return worst
+
+    def draw_seed(self, step: int, place: int) -> int:
+        """The seed of the first sample of the problem at `place` in the stream, whichever rank and round draw it."""
+        return seed_of(self.knobs.seed, self.origin, step, place)
 
     def hand_over(self) -> None:
         """Give the trainer's weights to the engine."""
@@ -188,8 +194,9 @@ class Explorer:
         """Draw a group for each problem number, every rank its share; all ranks get all groups, in order."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         clock = Clock()
-        seed = draw_seed(self.knobs.seed, step, batch.num_rounds, rank)
-        sampling = Sampling(**{**vars(self.sampling), "seed": seed})
+        first = self.stream.position - len(wanted)  # where in the stream they were taken
+        seeds = [self.draw_seed(step, first + place) for place in range(len(wanted))]
+        sampling = replace(self.sampling, seeds=seeds[rank::ranks])
         mine = draw(self.engine, self.verifier, [self.prompts[i] for i in wanted[rank::ranks]], sampling)
         batch.generate_s += clock.lap()
         settled = [group.settled() for group in mine]
@@ -323,12 +330,6 @@ class Explorer:
         if self.accelerator.num_processes == 1:
             return here
         return bool(broadcast_object_list([here])[0])
-
-
-def draw_seed(seed: int, step: int, round_: int, rank: int) -> int:
-    """The engine's seed for one round of one step on one rank: 31 bits, unrelated between neighbours."""
-    text = f"{seed}/{step}/{round_}/{rank}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -145,7 +145,7 @@ class Trainer:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The full weights by their checkpoint names, for the engine; on many ranks all must iterate together."""
-        return policies.with_head(self._full_weights(), self.tied)
+        return policies.as_saved(self._full_weights(), self.accelerator.unwrap_model(self.model))
 
     def save_checkpoint(self, path: Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint directory; called on every rank, written by the main one."""
