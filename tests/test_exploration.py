@@ -237,6 +237,11 @@ class TakingEngine(ScriptedEngine):
         row = dict(weights)["row"]
         self.row = row if self.takes(row) else self.row
 
+    def swap_fault(self, weights):
+        before = self.row
+        self.load((name, -weight) for name, weight in weights())
+        return "they change nothing" if torch.equal(self.row, before) else None
+
     def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
         values = self.row.log_softmax(-1).tolist()
         return [[Completion("", [0, 1, 2], values, "stop")] * sampling.num_samples for _ in prompts]
@@ -266,7 +271,10 @@ def check(takes, error=0.0, precision="no", is_main=True, **knobs):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_engine_that_takes_no_weights_is_refused_though_it_began_with_the_right_ones(precision):
-    for is_main, error, message in ((True, InputError, "does not take the weights"), (False, SystemExit, "2")):
+    for is_main, error, message in (
+        (True, InputError, "can't take new weights.*: they change nothing"),
+        (False, SystemExit, "2"),
+    ):
         with pytest.raises(error, match=message):
             check(lambda row: False, precision=precision, is_main=is_main)
     assert check(lambda row: True, precision=precision).largest < 1e-6

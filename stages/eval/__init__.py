@@ -26,7 +26,7 @@ from stages.core.options import at_least, checked
 from stages.core.outputs import read_json
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw_each
-from stages.core.sampling import Meter, Plan, StartEngine
+from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
 from stages.eval import partial, scoring
 from stages.eval.partial import Groups
@@ -160,8 +160,8 @@ def _open(
 
 
 def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) -> None:
-    """Fill `groups`, policy by policy, with one engine."""
-    engine: Engine | None = None
+    """Fill `groups`, policy by policy; an engine holds those that lack some."""
+    engines = Engines(start_engine)
     with Verifier(bare=plan.knobs.bare) as verifier, Meter(plan.num_groups) as meter:
         for name, path in plan.policies.items():
             missing = {
@@ -169,8 +169,7 @@ def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) ->
                 for set_name, prompts in plan.sets.items()
             }
             num_missing = sum(map(len, missing.values()))
-            if num_missing:
-                engine = sampling.engine_for(path, engine, start_engine)
+            engine = engines.holding(path) if num_missing else None
             meter.start(name, plan.num_groups // len(plan.policies) - num_missing)
             for set_name, prompts in missing.items():
                 if engine is not None:

@@ -158,7 +158,8 @@ def run(
             return
         if knobs.tracker != "none":
             accelerator.init_trackers("rloop-rl", config=asdict(knobs))
-        _explore(accelerator, directory, done, policy, path, ready, template.end_tokens(tokenizer), knobs)
+        origin = identity["inputs"]["policy"]
+        _explore(accelerator, directory, done, policy, path, origin, ready, template.end_tokens(tokenizer), knobs)
         if accelerator.is_main_process:
             paths = {"policy": policy, "problems": str(problems)}
             _finish(directory, identity, paths, knobs, left_out)
@@ -173,6 +174,7 @@ def _explore(
     done: int,
     policy: str,
     path: Path,
+    origin: str,
     ready: "list[Prompt]",
     ends: tuple[list[int], list[str]],
     knobs: Knobs,
@@ -191,7 +193,6 @@ def _explore(
         memory_fraction=knobs.memory_fraction,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
-        empty=True,
     )
     trainer = Trainer(
         path,
@@ -207,7 +208,7 @@ def _explore(
         knobs.group_size, knobs.max_tokens, knobs.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
-        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling)
+        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling, origin)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:
             warn(

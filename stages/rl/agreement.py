@@ -19,7 +19,6 @@ from stages.rl.trainer import TokenRollout, Trainer
 
 NUM_PROMPTS = 8
 MAX_TOKENS = 32
-UNIFORM = 1e-5  # nats; with all weights zero each log-probability is -log(vocabulary), to the last bit
 DRIFT = 10.0
 
 
@@ -53,16 +52,6 @@ class Bound:
         Training sharpens the policy, which lowers the mean. A start of almost nothing does not make every step far.
         """
         return max(DRIFT * start, self.value / 10)
-
-
-def spread_after_zeros(engine: Engine, trainer: Trainer, prompts: Sequence[Prompt], sampling: Sampling) -> float:
-    """The largest difference among the engine's log-probabilities, in nats, after it was handed zeros for weights.
-
-    Then every token is as likely as any other; an engine that goes on with what it had gives itself away.
-    """
-    engine.load((name, torch.zeros_like(weight)) for name, weight in trainer.weights())
-    values = [value for rollout in _samples(engine, prompts, sampling) for value in rollout.engine_log_probs]
-    return max(values) - min(values)
 
 
 def difference(engine: Engine, trainer: Trainer, prompts: Sequence[Prompt], sampling: Sampling) -> Difference:

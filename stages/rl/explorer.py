@@ -7,12 +7,11 @@ difference between engine and trainer that the run began with, which later steps
 `knobs` is stages.rl.Knobs everywhere here: the stage defines each knob, this module only reads them.
 """
 
-import hashlib
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import orjson
@@ -20,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from stages.core.engine import Engine, Sampling
+from stages.core.engine import Engine, Sampling, seed_of
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
 from stages.core.outputs import whole_dir
@@ -74,7 +73,9 @@ class Explorer:
         trainer: Trainer,
         prompts: Sequence[Prompt],
         sampling: Sampling,
+        origin: str = "",
     ):
+        """`origin` is the digest of the start policy: it keeps the noise of two iterations apart."""
         self.knobs = knobs
         self.accelerator = accelerator
         self.engine = engine
@@ -82,6 +83,7 @@ class Explorer:
         self.trainer = trainer
         self.prompts = prompts
         self.sampling = sampling
+        self.origin = origin
         self.stream = ProblemStream(len(prompts), knobs.seed)
         self.stop = StopSignal()
         self.bound = Bound(accelerator.mixed_precision == "no", knobs.mismatch_bound)
@@ -125,12 +127,12 @@ class Explorer:
         SystemExit(2) on the others, if the difference is above the bound of the compute type.
         """
         parts = self.engine, self.trainer, self.prompts, self.sampling
-        spread = max(self._gather(agreement.spread_after_zeros(*parts)))
-        if spread > agreement.UNIFORM:
+        faults = [fault for fault in self._gather(self.engine.swap_fault(self.trainer.weights)) if fault]
+        if faults:
             self._end(
                 InputError(
-                    "the engine does not take the weights it is handed: with zeros all its log-probabilities should "
-                    f"be equal, and they differ by {spread:.2g}, so it would go on drawing from an old policy"
+                    "this policy can't be trained: its engine can't take new weights, and would go on drawing from the "
+                    f"start policy: {faults[0]}"
                 )
             )
         self.hand_over()
@@ -146,6 +148,10 @@ class Explorer:
                 )
             )
         return worst
+
+    def draw_seed(self, step: int, place: int) -> int:
+        """The seed of the first sample of the problem at `place` in the stream, whichever rank and round draw it."""
+        return seed_of(self.knobs.seed, self.origin, step, place)
 
     def hand_over(self) -> None:
         """Give the trainer's weights to the engine."""
@@ -204,8 +210,9 @@ class Explorer:
         """Draw a group for each problem number, every rank its share; all ranks get all groups, in order."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         clock = Clock()
-        seed = draw_seed(self.knobs.seed, step, batch.num_rounds, rank)
-        sampling = Sampling(**{**vars(self.sampling), "seed": seed})
+        first = self.stream.position - len(wanted)  # where in the stream they were taken
+        seeds = [self.draw_seed(step, first + place) for place in range(len(wanted))]
+        sampling = replace(self.sampling, seeds=seeds[rank::ranks])
         try:
             share = [self.prompts[i] for i in wanted[rank::ranks]]
             mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
@@ -416,12 +423,6 @@ class Explorer:
         return any(self._gather(here))
 
 
-def draw_seed(seed: int, step: int, round_: int, rank: int) -> int:
-    """The engine's seed for one round of one step on one rank: 31 bits, unrelated between neighbours."""
-    text = f"{seed}/{step}/{round_}/{rank}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
-
-
 def _all_of(recent: Sequence[Mapping[str, Any]], is_bad: Callable[[Mapping[str, Any]], bool]) -> bool:
     return len(recent) == MAX_COLLAPSED_STEPS and all(map(is_bad, recent))
 
@@ -433,12 +434,6 @@ def _is_collapsed(row: Mapping[str, Any]) -> bool:
 
 def _has_drifted(row: Mapping[str, Any]) -> bool:
     return row["mismatch_alarms"] > 0
-
-
-def _spread(log_probs: Sequence[Sequence[float]]) -> float:
-    """The largest difference among all values."""
-    values = [value for row in log_probs for value in row]
-    return max(values) - min(values)
 
 
 def _mean(values: Sequence[float]) -> float:

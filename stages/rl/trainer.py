@@ -158,7 +158,7 @@ class Trainer:
         """
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         model = self.accelerator.unwrap_model(self.model)
-        return policies.with_head(acceleration.full_weights(model, dtype), self.tied)
+        return policies.as_saved(acceleration.full_weights(model, dtype), model)
 
     def release(self) -> None:
         """Give back the memory that only an update needs, so that the engine may have it."""
