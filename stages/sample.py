@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from stages.core import jsonl, outputs, sampling
-from stages.core.options import at_least, checked
+from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.verifier import Verifier
 
@@ -15,9 +15,11 @@ from stages.core.verifier import Verifier
 @checked
 def run(
     *,
-    policy: Annotated[list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable"],
-    problems: Annotated[Path, "problems to ask (JSONL); - is stdin"],
-    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout"],
+    policy: Annotated[
+        list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable", PLACE
+    ],
+    problems: Annotated[Path, "problems to ask (JSONL); - is stdin", PLACE],
+    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PLACE],
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16,
     knobs: sampling.Knobs,
 ) -> None:

@@ -170,7 +170,9 @@ def interrupted(engines, tiny_policy, problems, tmp_path):
 
 
 def test_an_interrupted_call_is_not_mixed_with_another(interrupted, tiny_policy, problems, tmp_path):
-    with pytest.raises(InputError, match=r"max_tokens 32, not 16: repeat it as it was begun, or remove .*\.partial"):
+    with pytest.raises(
+        InputError, match=r"max_tokens was 32, is now 16. Repeat it as it was begun, or remove .*\.partial"
+    ):
         run([tiny_policy], problems, tmp_path / "out", knobs=Knobs(template="none", max_tokens=16))
     with pytest.raises(InputError, match="num_samples 4, not 5"):
         run([tiny_policy], problems, tmp_path / "out", num_samples=5)
@@ -202,7 +204,7 @@ def test_a_finished_call_is_not_repeated_and_another_is_refused(engines, tiny_po
 def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy, problems, tmp_path, monkeypatch):
     run([tiny_policy], problems, tmp_path / "out")
     monkeypatch.setitem(verifier.VERSION, "grader", "0.5")
-    with pytest.raises(InputError, match=r"graded by another verifier \(grader .*, not 0\.5\): .*--regrade"):
+    with pytest.raises(InputError, match=r"graded by another verifier \(grader was .*, is now 0\.5\): .*--regrade"):
         run([tiny_policy], problems, tmp_path / "out")
     assert len(engines) == 1
 

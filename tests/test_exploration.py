@@ -10,6 +10,7 @@ from stages.core import records
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import Stopped, StopSignal
+from stages.core.provenance import Identity
 from stages.core.rollouts import Prompt
 from stages.core.verifier import Verifier
 from stages.rl import Knobs
@@ -79,7 +80,7 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
         Prompt({"id": f"p{i}", "problem": "", "answer": "7", "source": ""}, "", [i]) for i in range(num_problems)
     ]
     engine, trainer, directory = ScriptedEngine(num_correct), trainer or RecordingTrainer(), RunDir(tmp_path / "rl")
-    directory.begin({"parameters": {}, "inputs": {}}, False)
+    directory.begin(Identity("rl", {}, {}, {}), False)
     assert directory.resume_step() == done
     with Verifier() as verifier:
         explorer = Explorer(knobs, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))

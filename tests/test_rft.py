@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages import rft
-from stages.core import jsonl, outputs, policies
+from stages.core import jsonl, policies, provenance
 from stages.core.errors import CollapseError, InputError
 from stages.rft import examples as ready
 from tests import ranks
@@ -246,7 +246,10 @@ def test_the_output_is_a_checkpoint_and_its_account_and_nothing_else(files, tune
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     manifest = json.loads((tuned / "manifest.json").read_text())
     assert manifest["parameters"]["lr"] == 3e-3
-    assert manifest["inputs"] == {"policy": outputs.digest(files.policy), "examples": outputs.digest(files.examples)}
+    assert manifest["inputs"] == {
+        "policy": provenance.digest(files.policy),
+        "examples": provenance.digest(files.examples),
+    }
     assert not list(tuned.parent.glob(".*"))
 
 

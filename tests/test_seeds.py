@@ -8,6 +8,7 @@ import pytest
 
 from stages.core.engine import Sampling, VllmEngine
 from stages.core.lifetime import StopSignal
+from stages.core.provenance import Identity
 from stages.core.rollouts import Prompt
 from stages.core.verifier import Verifier
 from stages.rl import Knobs
@@ -104,7 +105,7 @@ def explore(tmp_path, monkeypatch):
         ranks = Ranks(num_ranks)
         directory = RunDir(tmp_path / out)
         if not done:
-            directory.begin({"parameters": {}, "inputs": {}}, False)
+            directory.begin(Identity("rl", {}, {}, {}), False)
         monkeypatch.setattr(explorer_module, "gather_object", lambda given: list(chain(*ranks.exchange(given))))
         knobs = Knobs(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
                       max_rounds=1, save_every=1, seed=seed)  # fmt: skip

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from stages.core import lineage, outputs
 from stages.core.errors import InputError
 from stages.core.metrics import KS
-from stages.core.options import Options, at_least
+from stages.core.options import PLACE, WITHOUT_EFFECT, Options, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.runs import (
@@ -57,11 +57,11 @@ MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
 class Paths(Options):
     """What is written beside the page; each defaults to a name next to it."""
 
-    results_md: Annotated[str, "results table as Markdown; default: results.md beside --out"] = ""
-    results_tsv: Annotated[str, "results table with intervals; default: results.tsv beside --out"] = ""
-    results_json: Annotated[str, "results table for `dvc metrics`; default: results.json beside --out"] = ""
-    curves: Annotated[str, "metrics over steps, a tidy table; default: curves.tsv beside --out"] = ""
-    figures: Annotated[str, "directory of figures; default: figures beside --out"] = ""
+    results_md: Annotated[str, "results table as Markdown; default: results.md beside --out", PLACE] = ""
+    results_tsv: Annotated[str, "results table with intervals; default: results.tsv beside --out", PLACE] = ""
+    results_json: Annotated[str, "results table for `dvc metrics`; default: results.json beside --out", PLACE] = ""
+    curves: Annotated[str, "metrics over steps, a tidy table; default: curves.tsv beside --out", PLACE] = ""
+    figures: Annotated[str, "directory of figures; default: figures beside --out", PLACE] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,11 @@ class Found:
 def run(
     paths: Paths,
     choices: Choices,
-    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs"] = "",
-    out: Annotated[str, "page to write; default: report.html in --runs"] = "",
-    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)"] = [],  # noqa: B006
-    table: Annotated[bool, "print the results table as Markdown and write nothing"] = False,
-    tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing"] = False,
+    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs", PLACE] = "",
+    out: Annotated[str, "page to write; default: report.html in --runs", PLACE] = "",
+    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)", PLACE] = [],  # noqa: B006
+    table: Annotated[bool, "print the results table as Markdown and write nothing", WITHOUT_EFFECT] = False,
+    tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing", WITHOUT_EFFECT] = False,
 ) -> None:
     """Write the results table, the figures and a page that shows them, from a directory of runs.
 

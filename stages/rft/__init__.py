@@ -6,14 +6,15 @@ not at all.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from stages.core import outputs, records
 from stages.core.errors import InputError
-from stages.core.options import Options, at_least, at_most, below, one_of
+from stages.core.options import PLACE, Options, at_least, at_most, below, one_of
 from stages.core.progress import warn
+from stages.core.provenance import digest, identify, manifest
 from stages.core.records import Example
 
 
@@ -50,16 +51,16 @@ class Knobs(Options):
 
 
 def run(
-    policy: Annotated[str, "start policy: a checkpoint directory or a hub id"],
-    examples: Annotated[Path, "examples to learn from (JSONL)"],
-    out: Annotated[Path, "directory to write"],
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PLACE],
+    examples: Annotated[Path, "examples to learn from (JSONL)", PLACE],
+    out: Annotated[Path, "directory to write", PLACE],
     knobs: Knobs,
 ) -> None:
     """Fine-tune the start policy on examples: the next start policy.
 
     Example: rloop rft --policy toy/policy --examples runs/1/examples.jsonl --out runs/1/policy --lr 7e-4 --batch-size 8
     """
-    started = time.perf_counter()
+    given, started = locals(), time.perf_counter()
     outputs.refuse_occupied(out)
     chosen = list(records.read(examples, Example))
 
@@ -83,14 +84,15 @@ def run(
     _say_left_out(left_out, knobs.max_tokens or context)
     with outputs.claimed(out), outputs.whole_dir(out) as beside:
         tuned = fine_tune(path, tokenizer, rows, knobs, beside)
-        parameters = {"policy": policy, "examples": str(examples), **asdict(knobs), **tuned.settings}
-        inputs = {"policy": outputs.digest(path), "examples": outputs.digest(examples)}
+        inputs = {"policy": digest(path), "examples": digest(examples)}
         seconds = time.perf_counter() - started
         figures = {"num_examples": len(rows), "num_left_out": len(left_out), **tuned.figures}
         _write_log(beside / "log.tsv", tuned.log)
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
-        outputs.write_json(beside / "manifest.json", outputs.manifest("rft", parameters, inputs, counts, seconds))
+        identity = identify(run, given, inputs, **tuned.settings)
+        found = manifest(identity, counts, seconds, policy=policy, examples=str(examples))
+        outputs.write_json(beside / "manifest.json", found)
 
 
 def _say_left_out(left_out: list[str], max_tokens: int) -> None:
