@@ -26,16 +26,19 @@ from stages.core.verifier import Verifier, comparison, grammar, notation, quanti
 from stages.core.verifier.extraction import extract
 from stages.core.verifier.latex import Refused
 
-ANSWERS = (
-    r"""
-7|-12|25|144|2500|98765|0.25|3.75|-0.125|12.5|\frac{3}{8}|-\frac{7}{12}|\frac{22}{7}|2\sqrt{3}|\frac{\sqrt{5}}{7}
-3+2\sqrt{2}|\sqrt{7+4\sqrt{3}}|\frac{\pi}{3}|25\pi|2^{10}+7|\ln 5|x^2-5x+6|(x+2)(x-3)|\frac{n(n+1)}{2}|3t^2+6t
-a^2b-c|2x+3y|y=3x-2|(2,7)|(3,-5,8)|(1,4]|[0,5)|(-3,12)|\{2,3,5\}|2, 9, 14|\frac{x+2}{3}|35\%|8\text{ cm}|45^\circ
-\text{Tuesday}|\text{Yes}|\begin{pmatrix}1&2\\3&4\end{pmatrix}|2+5i|312_5|B|(C)|x>5|2:5|\{2n \mid n\in\mathbb{Z}\}
-""".replace("\n", "|")
-    .strip("|")
-    .split("|")
-)
+
+def _rows(table: str, separator: str = "¦") -> list[str]:
+    """The items of a table of several lines."""
+    return [item for line in table.strip("\n").splitlines() for item in line.split(separator)]
+
+
+_ANSWERS = r"""
+7¦-12¦25¦144¦2500¦98765¦0.25¦3.75¦-0.125¦12.5¦\frac{3}{8}¦-\frac{7}{12}¦\frac{22}{7}¦2\sqrt{3}¦\frac{\sqrt{5}}{7}
+3+2\sqrt{2}¦\sqrt{7+4\sqrt{3}}¦\frac{\pi}{3}¦25\pi¦2^{10}+7¦\ln 5¦x^2-5x+6¦(x+2)(x-3)¦\frac{n(n+1)}{2}¦3t^2+6t
+a^2b-c¦2x+3y¦y=3x-2¦(2,7)¦(3,-5,8)¦(1,4]¦[0,5)¦(-3,12)¦\{2,3,5\}¦2, 9, 14¦\frac{x+2}{3}¦35\%¦8\text{ cm}¦45^\circ
+\text{Tuesday}¦\text{Yes}¦\begin{pmatrix}1&2\\3&4\end{pmatrix}¦2+5i¦312_5¦B¦(C)¦x>5¦2:5¦\{2n \mid n\in\mathbb{Z}\}
+"""
+ANSWERS = _rows(_ANSWERS)
 
 # --- hostile text -------------------------------------------------------------------------------------------------
 
@@ -47,113 +50,18 @@ and or not x pi inf sqrt \operatorname{zeros} \phantom{ \color{red} \infty \empt
 </think> True None \x00 \u0041 \, \! {,}
 """
 PIECES = _PIECES.split()
-ODD = [
-    *(
-        "\x00",
-        "\x08",
-        "\x0c",
-        "\x1b",
-        "\x7f",
-        "\x85",
-        "\n",
-        "\r",
-        "\t",
-        "\u2028",
-        "\u200b",
-        "\u2063",
-        "\u202e",
-        "\ufeff",
-    ),
-    *(
-        "\ud800",
-        "\udfff",
-        "\ud83d",
-        "\U0010ffff",
-        "\ue000",
-        "٣",
-        "५",
-        "๗",
-        "𝟛",
-        "③",
-        "Ⅳ",
-        "㊿",
-        "½",
-        "⅟",
-        "²",
-        "₃",
-        "¾",
-        "＋",
-    ),
-    *(
-        "−",
-        "–",
-        "×",
-        "÷",
-        "√",
-        "∞",
-        "≤",
-        "≠",
-        "∪",
-        "π",
-        "°",
-        "‰",
-        "％",
-        "：",
-        "，",
-        "。",
-        "\u0301",
-        "\u0338",
-        "ﷺ",
-        "ß",
-        "İ",
-        "é",
-    ),
-]
-REPEATED = [
-    *PIECES,
-    *ODD,
-    " ",
-    "1",
-    "12,",
-    "1 ",
-    "{}",
-    "{1}",
-    "\\",
-    "\\boxed{1}, ",
-    "answer: ",
-    "a b",
-    "\\text{a} ",
-    "(1,2)",
-]
-REPEATED += [
-    "- ",
-    "0.",
-    "1/",
-    "x^",
-    "\\frac{1}{",
-    "$1$ ",
-    "\\{1\\}",
-    "1:",
-    "x=",
-    "x<",
-    "\\$",
-    "m/",
-    "\\text{,}",
-    "**",
-    "\n\n",
-    "½½",
-]
-SHAPES = [
-    "\\boxed{%s}",
-    "%s",
-    "\\boxed{1}%s",
-    "Answer: %s",
-    "\\boxed{%s",
-    "%s}",
-    "\\boxed{2%s2}",
-    "$%s$",
-    "The answer is %s.",
-]
+ODD = list(
+    "\x00\x08\x0c\x1b\x7f\x85\n\r\t\u2028\u200b\u2063\u202e\ufeff\ud800\udfff\ud83d\U0010ffff\ue000\u0301\u0338"
+    "٣५๗𝟛③Ⅳ㊿½⅟²₃¾＋−–×÷√∞≤≠∪π°‰％：，。ﷺßİé"
+)
+_REPEATED = r"""
+1¦12,¦{}¦{1}¦\boxed{1}, ¦answer: ¦a b¦\text{a} .¦(1,2)¦0.¦1/¦x^¦\frac{1}{¦$1$ ,¦\{1\}¦1:¦x=¦x<¦\$¦m/¦\text{,}¦**¦½½¦- ,
+"""
+REPEATED = [*PIECES, *ODD, *_rows(_REPEATED), " ", "1 ", "\\", "- ", "\\text{a} ", "$1$ ", "\n\n"]
+_SHAPES = r"""
+\boxed{%s}¦%s¦\boxed{1}%s¦Answer: %s¦\boxed{%s¦%s}¦\boxed{2%s2}¦$%s$¦The answer is %s.
+"""
+SHAPES = _rows(_SHAPES)
 
 
 def mutated(draw: random.Random, text: str) -> str:
@@ -297,88 +205,26 @@ _SCALES = """
     permille ppm fold lakh crore mio bn pairs score squared cubed factorial grand doubled more less off
 """
 SCALES = _SCALES.split()
-DOUBTS = [
-    " is wrong",
-    " or not",
-    " maybe",
-    "?",
-    " is not right",
-    " (wrong)",
-    " or more",
-    " at most",
-    " to start with, then more",
-]
-OPERATORS = [
-    r"\approx",
-    r"\ne",
-    r"\neq",
-    "<",
-    ">",
-    r"\le",
-    r"\to",
-    r"\sim",
-    r"\pm",
-    ":",
-    r"\mid",
-    r"\mod",
-    "-",
-    "+",
-    "/",
-    ",",
-    ";",
-    " or ",
-    " and ",
-    "|",
-]
-PREFIXES = [
-    "not ",
-    r"\neq ",
-    r"\text{not }",
-    "at least ",
-    "<",
-    r"\ge ",
-    r"\pm ",
-    r"x\ne ",
-    "-x=",
-    "half of ",
-    r"\neg ",
-    "x>",
-    "!",
-]
-SUFFIXES = [
-    "'",
-    "''",
-    "!!",
-    "^{T}",
-    "_2",
-    "_{7}",
-    "_000",
-    "i",
-    "x",
-    "^{2}",
-    "!",
-    "T",
-    r"\infty",
-    "|",
-    "^",
-    r"\%0",
-    r"\overline{3}",
-    "k",
-    "K5",
-]
-WRAPS = [
-    r"\overline{%s}",
-    r"\sqrt{%s}",
-    r"-(%s)",
-    "2(%s)",
-    "(%s)+1",
-    r"\frac{%s}{2}",
-    r"\frac{1}{%s}",
-    r"|%s",
-    r"\{%s",
-    "10^{%s}",
-    r"f(%s)",
-]
+_DOUBTS = r"""
+ is wrong¦ or not¦ maybe¦?¦ is not right¦ (wrong)¦ or more¦ at most¦ to start with, then more
+"""
+DOUBTS = _rows(_DOUBTS)
+_OPERATORS = r"""
+\approx¦\ne¦\neq¦<¦>¦\le¦\to¦\sim¦\pm¦:¦\mid¦\mod¦-¦+¦/¦,¦;¦ or ¦ and ¦|
+"""
+OPERATORS = _rows(_OPERATORS)
+_PREFIXES = r"""
+not ¦\neq ¦\text{not }¦at least ¦<¦\ge ¦\pm ¦x\ne ¦-x=¦half of ¦\neg ¦x>¦!
+"""
+PREFIXES = _rows(_PREFIXES)
+_SUFFIXES = r"""
+'¦''¦!!¦^{T}¦_2¦_{7}¦_000¦i¦x¦^{2}¦!¦T¦\infty¦|¦^¦\%0¦\overline{3}¦k¦K5
+"""
+SUFFIXES = _rows(_SUFFIXES)
+_WRAPS = r"""
+\overline{%s}¦\sqrt{%s}¦-(%s)¦2(%s)¦(%s)+1¦\frac{%s}{2}¦\frac{1}{%s}¦|%s¦\{%s¦10^{%s}¦f(%s)
+"""
+WRAPS = _rows(_WRAPS)
 
 
 class Mutation(NamedTuple):
@@ -634,19 +480,17 @@ def mutants(draw: random.Random, answers: list[str]) -> Iterator[tuple[Mutation,
             yield mutation, answer, mutant
 
 
-def search_values(answers: list[str], seconds: float, seed: int, most: int = 10**9) -> list[str]:
+def search_values(answers: list[str], seconds: float, seed: int) -> list[str]:
     """Wrong mutants that were rewarded, found in the time given; prints how many right ones were."""
     made = mutants(random.Random(seed), answers)
     faults: dict[str, None] = {}
     counts: dict[str, Counter[Verdict]] = {mutation.name: Counter() for mutation in MUTATIONS}
     end = time.monotonic() + seconds
     with Verifier(workers=1) as verifier:
-        while time.monotonic() < end and most > 0:
-            batch = [next(made) for _ in range(min(most, 500))]
-            most -= len(batch)
-            for (mutation, answer, mutant), score in zip(
-                batch, verifier.verify([(f"\\boxed{{{mutant}}}", answer) for _, answer, mutant in batch]), strict=True
-            ):
+        while time.monotonic() < end:
+            batch = [next(made) for _ in range(500)]
+            scores = verifier.verify([(f"\\boxed{{{mutant}}}", answer) for _, answer, mutant in batch])
+            for (mutation, answer, mutant), score in zip(batch, scores, strict=True):
                 counts[mutation.name][score.verdict] += 1
                 if score.reward and not mutation.keeps:
                     faults[f"{mutation.name}: {mutant!r} was rewarded for {answer!r}"] = None
