@@ -174,7 +174,7 @@ def test_an_interrupted_call_is_not_mixed_with_another(interrupted, tiny_policy,
         InputError, match=r"max_tokens was 32, is now 16. Repeat it as it was begun, or remove .*\.partial"
     ):
         run([tiny_policy], problems, tmp_path / "out", knobs=Knobs(template="none", max_tokens=16))
-    with pytest.raises(InputError, match="num_samples 4, not 5"):
+    with pytest.raises(InputError, match="num_samples was 4, is now 5"):
         run([tiny_policy], problems, tmp_path / "out", num_samples=5)
 
 

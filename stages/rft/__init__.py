@@ -1,8 +1,8 @@
 """Fine-tune the start policy on the examples: the next start policy.
 
 Writes OUT as a checkpoint directory that transformers and vLLM load as it is, with log.tsv, metrics.json and
-manifest.json beside the weights. The loss is on the completion alone, its end token included. OUT appears whole or
-not at all.
+manifest.json beside the weights. The loss is on the completion alone, its end token included. Weights and optimizer are
+float32 while it trains; what is written is in the compute type. OUT appears whole or not at all.
 """
 
 import time
