@@ -6,7 +6,7 @@ Writes one Rollout a line: policies in the order of the options, problems in the
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import jsonl, outputs, sampling
+from stages.core import jsonl, outputs, sampling, tabular
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.verifier import Verifier
@@ -36,6 +36,6 @@ def run(
     plan = sampling.plan(policy, [problems], num_samples, knobs)
     sampling.warn_of_templates(plan)
     if plan.left_out:
-        warn(f"{len(plan.left_out)} problems are too long for the policy's context: {', '.join(plan.left_out)}")
+        warn(f"{len(plan.left_out)} problems are too long for the policy's context: {tabular.some(plan.left_out)}")
     with outputs.claimed(out), Verifier(bare=knobs.bare) as verifier:
         jsonl.write(out, sampling.rollouts(plan, plan.start_engine, verifier))

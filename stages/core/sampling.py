@@ -11,6 +11,7 @@ are beside it.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from stages.core.options import WITHOUT_EFFECT, Options, above, at_least, at_mos
 from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
 from stages.core.records import Problem, Rollout
-from stages.core.rollouts import Prompt, draw, make_prompts
+from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
 from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
+MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB where each has 2,048 tokens
 
 StartEngine = Callable[[Path], Engine]
@@ -99,9 +101,36 @@ def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Itera
             engine = engines.holding(path)
             meter.start(name)
             for part, sampling in plan.parts([prompt for prompts in plan.sets.values() for prompt in prompts]):
-                for group in draw(engine, verifier, part, sampling, meter.drawn):
-                    meter.scored(group.rewards)
-                    yield from group.rollouts(name)
+                groups: dict[int, Group] = {}
+                draw_scored(engine, verifier, part, sampling, meter, groups.__setitem__)
+                for number in range(len(part)):
+                    yield from groups[number].rollouts(name)
+
+
+def draw_scored(
+    engine: Engine,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    meter: "Meter",
+    keep: Callable[[int, Group], None],
+) -> None:
+    """Draw a group for each prompt; `keep` gets each with its prompt's number as soon as it is scored."""
+    waiting: deque[tuple[int, Group]] = deque()
+
+    def hand_over(max_waiting: int) -> None:
+        while waiting and (len(waiting) > max_waiting or waiting[0][1].is_scored):
+            number, group = waiting.popleft()
+            meter.scored(group.rewards)
+            keep(number, group)
+
+    def drawn(number: int, group: Group) -> None:
+        meter.drawn(group.num_tokens)
+        waiting.append((number, group))
+        hand_over(MAX_WAITING)
+
+    draw_each(engine, verifier, prompts, sampling, drawn)
+    hand_over(0)
 
 
 class Engines:

@@ -11,7 +11,6 @@ and an average over sets, which is a table's business (report).
 
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,13 +25,11 @@ from stages.core.options import PLACE, at_least, checked
 from stages.core.outputs import read_json
 from stages.core.provenance import Identity
 from stages.core.records import Rollout
-from stages.core.rollouts import Group, Prompt, draw_each
+from stages.core.rollouts import Group, Prompt
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
 from stages.eval import partial, scoring
 from stages.eval.partial import Groups
-
-MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 
 GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
 
@@ -178,22 +175,12 @@ def _draw(
     plan: Plan, name: str, prompts: list[Prompt], kept: Groups, engine: Engine, verifier: Verifier, meter: Meter
 ) -> None:
     """Draw the groups that one policy lacks of a set; each is kept as soon as it is scored."""
-    waiting: deque[Group] = deque()
 
-    def keep(max_waiting: int) -> None:
-        while waiting and (len(waiting) > max_waiting or waiting[0].is_scored):
-            group = waiting.popleft()
-            meter.scored(group.rewards)
-            kept.add(group.rollouts(name))
-
-    def drawn(_: int, group: Group) -> None:
-        meter.drawn(group.num_tokens)
-        waiting.append(group)
-        keep(MAX_WAITING)
+    def keep(_: int, group: Group) -> None:
+        kept.add(group.rollouts(name))
 
     for part, how in plan.parts(prompts):
-        draw_each(engine, verifier, part, how, drawn)
-    keep(0)
+        sampling.draw_scored(engine, verifier, part, how, meter, keep)
 
 
 def _stored(plan: Plan, set_name: str, groups: dict[str, Groups]) -> Iterator[Rollout]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core import lineage, outputs
+from stages.core import lineage, outputs, tabular
 from stages.core.errors import InputError
 from stages.core.metrics import KS
 from stages.core.options import PLACE, WITHOUT_EFFECT, Options, at_least
@@ -162,8 +162,7 @@ def _possible(choices: Choices, found: Found) -> Choices:
 
 
 def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Sequence[tables.Row]) -> None:
-    from stages.core import figures  # matplotlib comes in here
-    from stages.report import browser, curves
+    from stages.report import browser, curves  # matplotlib comes in here
     from stages.report import page as pages
 
     pictures = Path(paths.figures or page.parent / "figures")
@@ -186,7 +185,7 @@ def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Seque
 
     _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section], files)
     with outputs.whole_file(curves_tsv) as beside:
-        figures.write_tsv(beside, tidy)
+        tabular.write_tsv(beside, tidy)
     notes = [*(f"Left out: {line}." for line in found.left_out), *_unequal(found)]
     markdown = tables.markdown(rows) if rows else "No results.\n"
     _write_text(results_md, markdown + "".join(f"\n{note}\n" for note in notes))

@@ -10,7 +10,8 @@ from typing import Any
 
 from stages.core import metrics
 from stages.core.figures import Figure, Series, file_name, lines
-from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, num_steps, read_log, way
+from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, num_steps, way
+from stages.core.tabular import read_tsv
 
 Row = dict[str, Any]  # {"set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"}, in percent
 
@@ -117,14 +118,14 @@ def logs(runs: Path, iterations: Sequence[int], counts: Callable[[Path], bool]) 
 
     `counts` says of an rl run whether it is asked for.
     """
-    alone = read_log(runs / "vanilla" / "rl" / "log.tsv") if counts(runs / "vanilla" / "rl") else []
+    alone = read_tsv(runs / "vanilla" / "rl" / "log.tsv") if counts(runs / "vanilla" / "rl") else []
     joined: list[dict[str, float]] = []
     offset = 0
     for iteration in iterations:
         run = runs / str(iteration) / "rl"
         if not counts(run):
             continue
-        joined += [row | {"step": row["step"] + offset} for row in read_log(run / "log.tsv") if "step" in row]
+        joined += [row | {"step": row["step"] + offset} for row in read_tsv(run / "log.tsv") if "step" in row]
         offset += num_steps(run)
     return {method: found for method, found in ((RL, alone), (RLOOP, joined)) if found}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.outputs import read_json
-from stages.core.runs import RL, RLOOP, read_log
+from stages.core.runs import RL, RLOOP
+from stages.core.tabular import read_tsv
 
 COUNTS = ("num_rollouts", "rollout_tokens", "update_tokens")
 SECONDS = ("seconds", "generate_s", "verify_s", "update_s", "handover_s")
@@ -35,7 +36,7 @@ def ledger(runs: Path, iterations: Sequence[int], counts: Callable[[Path], bool]
 
 
 def _rl_line(phase: str, run: Path) -> list[dict[str, Any]]:
-    log = read_log(run / "log.tsv")
+    log = read_tsv(run / "log.tsv")
     if not log:
         return []
     line: dict[str, Any] = {"phase": phase, "steps": len(log)}
@@ -52,7 +53,7 @@ def _rft_line(phase: str, policy: Path) -> list[dict[str, Any]]:
     line: dict[str, Any] = {"phase": phase}
     if "num_tokens" in (found := read_json(policy / "metrics.json")):
         line["update_tokens"] = found["num_tokens"]
-    seconds = [row["seconds"] for row in read_log(policy / "log.tsv") if "seconds" in row]
+    seconds = [row["seconds"] for row in read_tsv(policy / "log.tsv") if "seconds" in row]
     if seconds:
         line["seconds"] = line["update_s"] = round(math.fsum(seconds), 1)
     return [line]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import outputs, records
+from stages.core import outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.options import PLACE, Options, at_least, at_most, below, one_of
 from stages.core.progress import warn
@@ -87,7 +87,7 @@ def run(
         inputs = {"policy": digest(path), "examples": digest(examples)}
         seconds = time.perf_counter() - started
         figures = {"num_examples": len(rows), "num_left_out": len(left_out), **tuned.figures}
-        _write_log(beside / "log.tsv", tuned.log)
+        tabular.write_tsv(beside / "log.tsv", tuned.log)
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
         identity = identify(run, given, inputs, **tuned.settings)
@@ -97,10 +97,5 @@ def run(
 
 def _say_left_out(left_out: list[str], max_tokens: int) -> None:
     if left_out:
-        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({some})")
-
-
-def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
-    lines = ["\t".join(rows[0]), *("\t".join(f"{value:.6g}" for value in row.values()) for row in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        names = tabular.some(left_out)
+        warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({names})")

@@ -289,8 +289,9 @@ def _let_go(directory: "RunDir", knobs: Knobs) -> None:
 
 
 def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
-    some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+    from stages.core import tabular
+
     warn(
         f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
-        f"policy's context of {context} tokens ({some})"
+        f"policy's context of {context} tokens ({tabular.some(left_out)})"
     )

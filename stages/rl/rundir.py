@@ -19,7 +19,7 @@ from stages.core.errors import InputError
 from stages.core.outputs import read_json, whole_file, write_json
 from stages.core.provenance import Identity
 from stages.core.records import Rollout
-from stages.core.runs import read_log
+from stages.core.tabular import append_tsv, read_tsv
 
 OWN = {"rollouts", "checkpoints", "log.tsv", "metrics.json", "state", "tracker"}
 
@@ -140,15 +140,11 @@ class RunDir:
 
     def append_log(self, row: Mapping[str, Any]) -> None:
         """Add a line to log.tsv, with the header before the first."""
-        fresh = not self.log_path.exists()
-        with self.log_path.open("a") as file:
-            if fresh:
-                file.write("\t".join(row) + "\n")
-            file.write("\t".join(_cell(value) for value in row.values()) + "\n")
+        append_tsv(self.log_path, row)
 
     def log_rows(self) -> list[dict[str, float]]:
         """log.tsv as numbers; an empty cell is left out."""
-        return read_log(self.log_path)
+        return read_tsv(self.log_path)
 
     def finish(self, metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Write metrics and manifest, in this order."""
@@ -204,9 +200,3 @@ class RunDir:
             beside.write_text("".join([header, *kept]) if kept else "")
         if not kept:
             self.log_path.unlink()
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.6g}"
-    return str(value)
