@@ -122,11 +122,12 @@ def large_number(draw: random.Random, size: int) -> str:
 def hostile(draw: random.Random, answers: list[str], size: int = 100_000) -> str:
     """A completion that no honest policy writes."""
     kind = draw.random()
-    if kind < 0.7:
+    if kind < 0.6:
         inside = mutated(draw, draw.choice(answers))
     elif kind < 0.8:
-        inside = draw.choice(REPEATED) * (draw.choice((3, 30, 300, 1000)) if kind < 0.79 else size // 8)
-        inside = inside[: draw.choice((990, 1000, size))]
+        unit = "".join(draw.choice((" ", *REPEATED)) for _ in range(draw.choice((1, 2, 3))))
+        inside = unit * (draw.choice((3, 30, 300, 1000)) if kind < 0.79 else size // 8)
+        inside = draw.choice(PIECES) + inside[: draw.choice((900, 900, 995, size))] + draw.choice(PIECES)
     elif kind < 0.9:
         inside = nested(draw, draw.choice((900, 900, 900, size)))
     else:

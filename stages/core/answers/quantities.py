@@ -175,7 +175,7 @@ def is_terminating(value: Fraction) -> bool:
 _MONEY = re.compile(r"^([+-]?)\s*(\\\$|\$|€|£|¥|(?:US|HK|A|C)?\\\$|USD|EUR|Rs\.?)\s*(?=[\d.(\\+-])")
 _UNIT_TAIL = re.compile(
     r"(?P<value>.*?[\w)}\]!%])(?P<gap>\s*)(?P<unit>"
-    r"(?:(?:(?:/|\\cdot|\^\{\\circ\})\s*)?\\text\{[^{}]*\}\s*(?:\^\{\s*-?\d\s*\}\s*)?)+"  # \text{cm}^{2}, \text{m}/\text{s}
+    r"(?:(?:(?:/|\\cdot|\^\{\\circ\})\s*)?\\text\{[^{}]*\}\s*(?:\^\{\s*-?\d\s*\}\s*)?)+"  # \text{cm}^{2}
     r"|\^\{\\circ\}\s*[CF]?"
     r"|(?<=[\s\d})])(?:[a-zA-Z]{3,}|SHORT)(?:\.|\^\{[23]\})?(?:\s*/\s*[a-zA-Z]+|\s+(?:per\s+)?[a-zA-Z]{2,}){0,3}"
     r")".replace("SHORT", "|".join(map(re.escape, _SHORT_UNITS)))
