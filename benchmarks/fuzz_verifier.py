@@ -247,9 +247,9 @@ class Mutation(NamedTuple):
 
 
 def is_plain_number(text: str) -> bool:
-    """Whether a text is one number, and none of those that some operation leaves as they are (-1, 0, 1, 2 and 10)."""
+    """Whether a text is one number, and none of those that some operation leaves as they are (-2 to 2, and 10)."""
     value = quantities.number(text) if NUMBER.fullmatch(text) else None
-    return value is not None and value not in (-1, 0, 1, 2, 10)
+    return value is not None and value not in (-2, -1, 0, 1, 2, 10)
 
 
 def is_expression(text: str) -> bool:
