@@ -10,11 +10,13 @@ must never be rewarded; of those that keep it, the share that still is gets coun
 """
 
 import argparse
+import faulthandler
 import json
 import logging
 import random
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -62,6 +64,7 @@ _SHAPES = r"""
 \boxed{%s}¦%s¦\boxed{1}%s¦Answer: %s¦\boxed{%s¦%s}¦\boxed{2%s2}¦$%s$¦The answer is %s.
 """
 SHAPES = _rows(_SHAPES)
+HANG_S = 30
 
 
 def mutated(draw: random.Random, text: str) -> str:
@@ -119,11 +122,12 @@ def large_number(draw: random.Random, size: int) -> str:
 def hostile(draw: random.Random, answers: list[str], size: int = 100_000) -> str:
     """A completion that no honest policy writes."""
     kind = draw.random()
-    if kind < 0.7:
+    if kind < 0.6:
         inside = mutated(draw, draw.choice(answers))
     elif kind < 0.8:
-        inside = draw.choice(REPEATED) * (draw.choice((3, 30, 300, 1000)) if kind < 0.79 else size // 8)
-        inside = inside[: draw.choice((990, 1000, size))]
+        unit = "".join(draw.choice((" ", *REPEATED)) for _ in range(draw.choice((1, 2, 3))))
+        inside = unit * (draw.choice((3, 30, 300, 1000)) if kind < 0.79 else size // 8)
+        inside = draw.choice(PIECES) + inside[: draw.choice((900, 900, 995, size))] + draw.choice(PIECES)
     elif kind < 0.9:
         inside = nested(draw, draw.choice((900, 900, 900, size)))
     else:
@@ -168,15 +172,22 @@ def search_border(answers: list[str], seconds: float, seed: int) -> list[str]:
     slowest: list[tuple[float, str]] = []
     verdicts: Counter[Verdict | None] = Counter()
     end = time.monotonic() + seconds
-    with Unforeseen() as unforeseen:
+    with Unforeseen() as unforeseen, tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as last:
+        print(f"border: a text that takes over {HANG_S} s ends the search; it is in {last.name}", flush=True)
         while time.monotonic() < end:
             text, answer = hostile(draw, answers), draw.choice(answers)
+            last.seek(0)
+            last.truncate()
+            json.dump([text, answer], last)
+            last.flush()
+            faulthandler.dump_traceback_later(HANG_S, exit=True)
             start = time.process_time()
             try:
                 verdicts[read_here(text, answer)] += 1
             except Exception as error:
                 unforeseen.messages.append(f"{text[:200]!r} for {answer!r} raised {error!r}")
             slowest = sorted([*slowest, (time.process_time() - start, text)], reverse=True)[:5]
+    faulthandler.cancel_dump_traceback_later()
     print(f"border: {sum(verdicts.values())} texts, {dict(verdicts)}")
     for spent, text in slowest:
         print(f"  {1000 * spent:6.0f} ms for {len(text):,} characters: {text[:60]!r}")
@@ -236,9 +247,9 @@ class Mutation(NamedTuple):
 
 
 def is_plain_number(text: str) -> bool:
-    """Whether a text is one number, and none of those that some operation leaves as they are (-1, 0, 1, 2 and 10)."""
+    """Whether a text is one number, and none of those that some operation leaves as they are (-2 to 2, and 10)."""
     value = quantities.number(text) if NUMBER.fullmatch(text) else None
-    return value is not None and value not in (-1, 0, 1, 2, 10)
+    return value is not None and value not in (-2, -1, 0, 1, 2, 10)
 
 
 def is_expression(text: str) -> bool:

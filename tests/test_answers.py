@@ -266,6 +266,10 @@ def test_a_hundred_thousand_characters_in_a_box_are_rejected_unread(unit: str) -
         ("9" * 5000, "2"),
         ("x" + "\ud800", "x\udfff"),
         ("2", "½" * 900),
+        ("2", "3 \\text{is a p" + "o" * 80 + "wer of 2}"),
+        ("2", "\\bar{\\" + "a" * 80 + "1}=2"),
+        ("2", "(~\\text{a}" + "~\\text{a}" * 80),
+        ("2", "2" + " \\text{a}" * 80 + "@"),
     ],
 )
 def test_what_once_raised_or_could_has_a_verdict(answer: str, prediction: str) -> None:

@@ -216,7 +216,8 @@ def _equal_several(gold: Form, pred: Form, leaf: Leaf) -> bool:
         return _equal_tuple_and_list(gold, pred, leaf)
     if len(golds) != len(preds):
         return False
-    if _names(golds) != _names(preds) and max(len(_names(golds)), len(_names(preds))) > 1:
+    variables = [{name.partition("_")[0] for name in _names(items)} for items in (golds, preds)]  # x_1, x_2: one
+    if variables[0] != variables[1] and max(map(len, variables)) > 1:
         braces = any(isinstance(side, Several) and side.braces for side in (gold, pred))
         return not braces and _all(_in_order(golds), _in_order(preds), leaf)
     left = list(preds)

@@ -4,6 +4,7 @@ Left out on purpose: conversion between units (1 hour is not 60 minutes), and nu
 """
 
 import re
+import string
 from fractions import Fraction
 from functools import lru_cache
 
@@ -174,7 +175,7 @@ def is_terminating(value: Fraction) -> bool:
 _MONEY = re.compile(r"^([+-]?)\s*(\\\$|\$|€|£|¥|(?:US|HK|A|C)?\\\$|USD|EUR|Rs\.?)\s*(?=[\d.(\\+-])")
 _UNIT_TAIL = re.compile(
     r"(?P<value>.*?[\w)}\]!%])(?P<gap>\s*)(?P<unit>"
-    r"(?:(?:/|\\cdot|\^\{\\circ\})?\s*\\text\{[^{}]*\}\s*(?:\^\{\s*-?\d\s*\})?\s*)+"  # \text{cm}^{2}, \text{m}/\text{s}
+    r"(?:(?:(?:/|\\cdot|\^\{\\circ\})\s*)?\\text\{[^{}]*\}\s*(?:\^\{\s*-?\d\s*\}\s*)?)+"  # \text{cm}^{2}
     r"|\^\{\\circ\}\s*[CF]?"
     r"|(?<=[\s\d})])(?:[a-zA-Z]{3,}|SHORT)(?:\.|\^\{[23]\})?(?:\s*/\s*[a-zA-Z]+|\s+(?:per\s+)?[a-zA-Z]{2,}){0,3}"
     r")".replace("SHORT", "|".join(map(re.escape, _SHORT_UNITS)))
@@ -210,15 +211,18 @@ def _is_word(letters: str, apart: bool) -> bool:
     return apart and re.search(r"[aeiou]", letters) is not None and letters.lower() not in _RUNS
 
 
+_UNIT_TOKEN = re.compile(r"[a-zA-Z]+(?:['-][a-zA-Z]+)*|\^\{\s*-?\d\s*\}|.", re.ASCII)
+
+
 @lru_cache(2048)
 def _unit(text: str) -> tuple[str, int] | None:
     """The unit that words name, and a factor (dozen, million); None where they say something else than a unit."""
     text = text.replace("^{\\circ}", " degree ").replace("\\cdot", " ")
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"(?<=[a-zA-Z])[23](?![\da-zA-Z])", r"^{\g<0>}", text)  # cm2
-    if not re.fullmatch(r"(?:[a-zA-Z]+(?:['-][a-zA-Z]+)*|[\s./$€¢°]|\^\{\s*-?\d\s*\})*", text, re.ASCII):
+    words = [word for word in _UNIT_TOKEN.findall(text.replace(".", "")) if not word.isspace()]
+    if not all(word[0] in string.ascii_letters or word[0] in "^/$€¢°" for word in words) or not text.isprintable():
         return None
-    words = re.findall(r"[a-zA-Z'-]+|/|\^\{\s*-?\d\s*\}|[$€¢°]", text.replace(".", ""))
     factor = 1
     while words and (times := MULTIPLIERS.get(words[0].lower().removesuffix("s"))):
         factor *= times
@@ -229,7 +233,9 @@ def _unit(text: str) -> tuple[str, int] | None:
 
 
 def _may_measure(word: str) -> bool:
-    if word[0] == "^" or word == "/":
+    if word[0] == "^":
+        return len(word) > 1
+    if word == "/":
         return True
     return not any(map(changes, word.split("-"))) and (len(word) > 1 or word in _LETTER_UNITS or not word.isalpha())
 
