@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stages.core import records
+from stages.core import exploration, records
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import CollapseError, InputError
 from stages.core.exploration import Explorer
@@ -193,6 +193,12 @@ def test_sigterm_in_the_middle_of_drawing_leaves_the_step_before_and_the_rest_co
     rest = explore(broken, right, steps=4, done=done, save_every=save_every)
     assert rest.written == whole.written
     assert without_seconds(rest.rows) == without_seconds(whole.rows)
+
+
+def test_a_launcher_that_waits_for_less_than_an_update_is_named_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exploration, "granted_s", lambda: 1e-9)
+    explore(tmp_path, lambda number: 1, steps=3)
+    assert capsys.readouterr().err.count("set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=60") == 1
 
 
 def test_terminated_in_its_first_step_a_run_begins_anew(tmp_path):

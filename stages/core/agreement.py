@@ -19,7 +19,7 @@ from stages.core.trainer import TokenRollout, Trainer
 
 NUM_PROMPTS = 8
 MAX_TOKENS = 32
-UNIFORM = 1e-5  # nats; with all weights zero each log-probability is -log(vocabulary), to the last bit
+UNIFORM = 1e-6  # nats; with all weights zero each log-probability is -log(vocabulary), to the last bit
 DRIFT = 10.0
 
 
