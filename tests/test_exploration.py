@@ -73,7 +73,7 @@ class RecordingTrainer:
     save_state = load_state = lambda self, path: None
 
 
-def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, **knobs):
+def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, start_mismatch=0.0, **knobs):
     knobs = Knobs(**{"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0,
                      "max_rounds": 3, **knobs})  # fmt: skip
     prompts = [
@@ -84,6 +84,7 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
     assert directory.resume_step() == done
     with Verifier() as verifier:
         explorer = Explorer(knobs, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))
+        explorer.start_mismatch = start_mismatch
         explorer.run(directory, stop or StopSignal(), done, "start")
     written = [
         list(records.read(file, records.Rollout)) for file in sorted((directory.path / "rollouts").glob("*.jsonl"))
@@ -177,26 +178,32 @@ def test_sigterm_in_an_update_finishes_the_step_saves_and_exits_with_143(tmp_pat
 @pytest.mark.parametrize("save_every", [1, 10], ids=["its state is on disk", "its state is only in memory"])
 def test_sigterm_in_the_middle_of_drawing_leaves_the_step_before_and_the_rest_comes_out_the_same(tmp_path, save_every):
     def right(number):
-        return number % GROUP  # every fourth group is dropped, so a step draws several rounds
+        return number % 2  # half of the groups are dropped, so a step draws several rounds
 
     def terminate_in_step_3(number):
-        stop.received |= len(asked) > len(whole.engine.asked) * 2 // 3
         asked.append(number)
+        stop.received |= len(asked) > num_before
         return right(number)
 
     whole = explore(tmp_path / "whole", right, steps=4, save_every=save_every)
+    assert whole.rows[2]["num_rounds"] > 1
+    num_before = sum(int(row["num_groups"]) for row in whole.rows[:2]) + 4  # the first round of step 3 is on disk
     stop, asked = StopSignal(), []
     broken = tmp_path / "broken"
     with pytest.raises(SystemExit) as ended:
         explore(broken, terminate_in_step_3, stop=stop, steps=4, save_every=save_every)
     assert ended.value.code == 143
-    done = len(RunDir(broken / "rl").log_rows())
-    assert 0 < done < 4
-    assert [path.name for path in (broken / "rl/state").glob("step_*")] == [f"step_{done:06d}"]
-    assert len(list((broken / "rl/rollouts").iterdir())) == done
-    rest = explore(broken, right, steps=4, done=done, save_every=save_every)
+    assert len(RunDir(broken / "rl").log_rows()) == len(list((broken / "rl/rollouts").iterdir())) == 2
+    assert [path.name for path in (broken / "rl/state").glob("step_*")] == ["step_000002"]
+    rest = explore(broken, right, steps=4, done=2, save_every=save_every)
     assert rest.written == whole.written
     assert without_seconds(rest.rows) == without_seconds(whole.rows)
+
+
+def test_a_launcher_that_waits_for_less_than_an_update_is_named_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exploration, "granted_s", lambda: 1e-9)
+    explore(tmp_path, lambda number: 1, steps=3)
+    assert capsys.readouterr().err.count("set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=60") == 1
 
 
 def test_terminated_in_its_first_step_a_run_begins_anew(tmp_path):
@@ -225,6 +232,16 @@ def test_alarms_in_a_row_are_counted_on_by_a_resumed_run(tmp_path):
     with pytest.raises(CollapseError, match="start is the last policy saved before"):
         explore(tmp_path, lambda number: 1, trainer=trainer(), done=2, steps=9)
     assert len(RunDir(tmp_path / "rl").log_rows()) == 3
+
+
+def test_a_resumed_run_is_held_against_the_difference_that_it_began_with(tmp_path):
+    stop = StopSignal()
+    terminating = RecordingTrainer(mismatch=lambda number: setattr(stop, "received", True) or 0.005)
+    with pytest.raises(SystemExit):
+        explore(tmp_path, lambda number: 1, trainer=terminating, stop=stop, start_mismatch=0.001, steps=9)
+    steady = RecordingTrainer(mismatch=lambda number: 0.005)
+    rows = explore(tmp_path, lambda number: 1, trainer=steady, done=1, start_mismatch=0.0, steps=5).rows
+    assert [row["mismatch_alarms"] for row in rows] == [0] * 5
 
 
 class TakingEngine(ScriptedEngine):
