@@ -2,7 +2,7 @@
 # make test   the tests
 # make check  tests, lint, format and types: all that has to pass
 # make clean  remove the environment; runs/ stays
-# Each first makes .venv, which takes minutes once. A GPU machine needs no make: pip install -e '.[gpu]'.
+# Each first makes .venv, which takes minutes once. A GPU machine needs no make: pip install -c constraints-gpu.txt -e '.[gpu]'.
 
 PYTHON ?= python3
 BIN := .venv/bin
