@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from stages.core import policy as policies
 from stages.core.engine import VllmEngine
-from tests.architectures import ARCHITECTURES, Trial, outcome
+from tests.architectures import ARCHITECTURES, Trial, make, outcome
 
 AWKWARD = {
     "Llama, tied": "a head that is the embedding",
@@ -32,6 +34,17 @@ def test_where_weights_cannot_be_swapped_sample_starts_the_engine_anew_and_rl_sa
     refusal = outcome(trial.rl)
     assert refusal.endswith("vLLM cannot take new weights of its kind: they get lost on the way")
     assert not list(tmp_path.glob("rl/rollouts/*"))
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Mistral"])
+def test_without_dropout_a_policy_computes_in_training_what_it_samples_by(name, tmp_path):
+    config = make(name, tmp_path) / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.3'))
+    model, tokens = policies.load_model(tmp_path, torch.float32), torch.tensor([[5, 6, 7, 8]])
+    sampled_by = model.eval()(tokens).logits
+    assert not torch.allclose(model.train()(tokens).logits, sampled_by, atol=1e-3)
+    policies.without_dropout(model)
+    assert torch.allclose(model.train()(tokens).logits, sampled_by, atol=1e-5)
 
 
 def test_the_table_of_the_documentation_names_what_is_tried():

@@ -167,6 +167,17 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     return model
 
 
+def without_dropout(model: Any) -> None:
+    """Let `model` compute in training what it computes when it samples: a ratio of probabilities has no dropout."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
 def difference(first: Path, second: Path) -> str | None:
     """Why `second` cannot be asked in one call with `first`; None where it can."""
     before, after = (load_config(path).to_dict() for path in (first, second))

@@ -92,6 +92,7 @@ class Trainer:
         self.objective = objective
         self.tokenizer = policies.load_tokenizer(path)
         model = policies.load_model(path, torch.float32)
+        policies.without_dropout(model)
         self.tied = bool(model.config.tie_word_embeddings)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
