@@ -4,8 +4,8 @@
 # make check  tests, lint, format and types: all that has to pass
 # make gpu-check [POLICY=a hub id or directory] [PROBLEMS=a file]   on a GPU: its tests, a short rl, figures to keep
 # make clean  remove the environment; runs/ stays
-# The first three make .venv, which takes minutes once. A GPU machine has an environment of its own,
-# pip install -e '.[gpu,dev]': gpu-check uses the Python that is active, or PYTHON.
+# The first four make .venv, which takes minutes once. A GPU machine has an environment of its own,
+# pip install -c constraints-gpu.txt -e '.[gpu,dev]': gpu-check uses the Python that is active, or PYTHON.
 
 PYTHON ?= python3
 BIN := .venv/bin

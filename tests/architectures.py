@@ -1,9 +1,18 @@
-"""Tiny checkpoints of every architecture that README's table names."""
+"""Every stage on a tiny policy of every architecture that README's table names, held against transformers.
 
+python -m tests.architectures [NAME ...]    prints the table; without names, all of them (some minutes)
+"""
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from stages.core import policies
+from stages.core import jsonl, policies, records
+from stages.core.errors import InputError
 from stages.toy import arithmetic
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -55,3 +64,127 @@ def make(name: str, path: Path, seed: int = 0) -> Path:
                 parameter.normal_(std=0.15, generator=generator)
     policies.save(model, tokenizer, path)
     return path
+
+
+def examples(answers: str) -> list[records.Example]:
+    """Sums whose answer is one of `answers`, in turn."""
+    sums = [(a, b) for a in range(1, 9) for b in range(1, 9)]
+    said = [f"{a},{b}\\boxed{{{answers[a % 2]}}}" for a, b in sums]
+    return [
+        {"problem_id": f"{a}+{b}", "prompt": f"{a}+{b}=?", "completion": text, "pass_rate": 0.0}
+        for (a, b), text in zip(sums, said, strict=True)
+    ]
+
+
+def completions(policy: Path, prompts: list[str], max_tokens: int) -> list[str]:
+    """What transformers says, greedily."""
+    import torch
+
+    model, tokenizer = policies.load_model(policy, torch.float32), policies.load_tokenizer(policy)
+    said = []
+    for ids in policies.encode(tokenizer, prompts):
+        given = torch.tensor([ids])
+        out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=max_tokens, do_sample=False)
+        said.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+    return said
+
+
+class Trial:
+    """The stages on two policies of one architecture, in a directory of their own."""
+
+    def __init__(self, name: str, place: Path) -> None:
+        self.place = place
+        self.problems = place / "problems.jsonl"
+        self.starts = [make(name, place / f"start{seed}", seed) for seed in (0, 1)]
+        self.policies = [place / "policy0", place / "policy1"]
+        for answers in ("78", "87"):
+            jsonl.write(place / f"{answers}.jsonl", iter(examples(answers)))
+        for_rl = {"answer": "7", "source": "sums"}
+        asked = ({"id": e["problem_id"], "problem": e["prompt"], **for_rl} for e in examples("77"))
+        jsonl.write(self.problems, asked)
+
+    def rft(self) -> str:
+        """Fine-tuning lowers the loss, and what is saved has the weights' names and shapes of the start."""
+        from stages import rft
+
+        for start, policy, answers in zip(self.starts, self.policies, ("78", "87"), strict=True):
+            how = rft.Knobs(lr=3e-3, epochs=6, batch_size=16)
+            rft.run(str(start), self.place / f"{answers}.jsonl", policy, how)
+            rows = [line.split("\t") for line in (policy / "log.tsv").read_text().splitlines()]
+            losses = [float(row[rows[0].index("loss")]) for row in rows[1:]]
+            assert losses[-1] < losses[0] / 2, f"the loss went from {losses[0]} to {losses[-1]}"
+            before, after = (dict(policies.disk_weights(path)) for path in (start, policy))
+            assert {n: w.shape for n, w in before.items()} == {n: w.shape for n, w in after.items()}
+        return "agrees"
+
+    def sample(self) -> str:
+        """Greedy completions are those of transformers, of the first policy and of the one after it."""
+        from stages import sample
+        from stages.core.sampling import Knobs
+
+        how = Knobs(template="none", max_tokens=12, temperature=0.0, limit=8)
+        out = self.place / "sampled.jsonl"
+        sample.run(policy=list(map(str, self.policies)), problems=self.problems, out=out, num_samples=1, knobs=how)
+        return self._compare(list(records.read(out, records.Rollout)))
+
+    def eval(self) -> str:
+        """As `sample`."""
+        from stages import eval as stage
+        from stages.core.sampling import Knobs
+
+        how = Knobs(template="none", max_tokens=12, temperature=0.0, limit=8)
+        out = self.place / "eval"
+        stage.run(
+            policy=list(map(str, self.policies)), problems=[self.problems], out=out, num_samples=1, k=[1], knobs=how
+        )
+        return self._compare(list(records.read(out / "rollouts.jsonl", records.Rollout)))
+
+    def rl(self) -> str:
+        """Two steps are trained, and the engine's log-probabilities are the trainer's after each hand-over."""
+        from stages import rl
+        from stages.rl.rundir import RunDir
+
+        how = rl.Knobs(steps=2, problems_per_step=8, group_size=8, max_tokens=12, overlong_buffer=0, template="none",
+                       minibatches=2, lr=1e-3, warmup_steps=0, max_rounds=3)  # fmt: skip
+        out = self.place / "rl"
+        rl.run(str(self.policies[0]), self.problems, out, how)
+        for row in RunDir(out).log_rows():
+            assert row["update_tokens"], "nothing was trained on"
+            assert row["mismatch_max"] < 1e-3, f"the log-probabilities differ by {row['mismatch_max']}"
+        return "agrees"
+
+    def _compare(self, rollouts: list[records.Rollout]) -> str:
+        for policy in self.policies:
+            ours = [rollout for rollout in rollouts if rollout["policy"] == str(policy)]
+            theirs = completions(policy, [rollout["prompt"] for rollout in ours], 12)
+            same = sum(rollout["completion"] == text for rollout, text in zip(ours, theirs, strict=True))
+            assert len(ours) == 8 and same >= 7, f"{len(ours) - same} of {len(ours)} completions differ"
+        return "agrees"
+
+
+def outcome(stage: Callable[[], str]) -> str:
+    """What became of a stage: it agrees, or it is refused."""
+    try:
+        with redirect_stdout(sys.stderr):
+            return stage()
+    except InputError as error:
+        return f"refused: {error}"
+
+
+def main(names: list[str]) -> None:
+    """Print the table, a line an architecture."""
+    print("| architecture | rft | sample | eval | rl |\n|---|---|---|---|---|")
+    for name in names or ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as place:
+            trial, cells = Trial(name, Path(place)), []
+            for stage in (trial.rft, trial.sample, trial.eval, trial.rl):
+                try:
+                    cells.append(outcome(stage))
+                except Exception as error:
+                    traceback.print_exc()
+                    cells.append(f"WRONG: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -14,6 +14,7 @@ from stages.core.provenance import Identity
 from stages.core.rollouts import Prompt
 from stages.core.verifier import Verifier
 from stages.rl import Knobs
+from stages.rl import explorer as explorer_module
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import UpdateStats
@@ -201,7 +202,7 @@ def test_sigterm_in_the_middle_of_drawing_leaves_the_step_before_and_the_rest_co
 
 
 def test_a_launcher_that_waits_for_less_than_an_update_is_named_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exploration, "granted_s", lambda: 1e-9)
+    monkeypatch.setattr(explorer_module, "granted_s", lambda: 1e-9)
     explore(tmp_path, lambda number: 1, steps=3)
     assert capsys.readouterr().err.count("set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=60") == 1
 

@@ -56,7 +56,7 @@ class Trainer:
         pass
 
     def load_state(self, path):
-        pass
+        assert path.is_dir()
 
     def save_state(self, path, dtype=None):
         path.mkdir(parents=True, exist_ok=True)

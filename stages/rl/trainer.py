@@ -98,7 +98,6 @@ class Trainer:
         self.objective = objective
         self.tokenizer = policies.load_tokenizer(path)
         model = policies.load_model(path, torch.float32)
-        self.tied = bool(model.config.tie_word_embeddings)
         without_dropout(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
