@@ -32,7 +32,13 @@ class ScriptedEngine:
     def load(self, weights):
         pass
 
-    wake = sleep = lambda self: None
+    released = True  # whether the trainer has given its memory back since the engine last slept
+
+    def wake(self):
+        assert self.released, "the trainer still has the memory"
+
+    def sleep(self):
+        self.released = False
 
     def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
         for index, (number,) in enumerate(prompts):
@@ -59,7 +65,7 @@ class RecordingTrainer:
         return iter(())
 
     def release(self):
-        pass
+        self.engine.released = True
 
     def update(self, rollouts, lr):
         self.batches.append(rollouts)
@@ -83,6 +89,7 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
     engine, trainer, directory = ScriptedEngine(num_correct), trainer or RecordingTrainer(), RunDir(tmp_path / "rl")
     directory.begin(Identity("rl", {}, {}, {}), False)
     assert directory.resume_step() == done
+    trainer.engine = engine
     with Verifier() as verifier:
         explorer = Explorer(knobs, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))
         explorer.start_mismatch = start_mismatch

@@ -108,6 +108,14 @@ def test_a_non_finite_update_never_reaches_the_weights(tiny_policy):
     assert trainer.update(some_rollouts(4), lr=1e-3).num_skipped == 0
 
 
+def test_a_released_trainer_holds_no_gradients(tiny_policy):
+    trainer = Trainer(tiny_policy, Accelerator(), OBJECTIVE)
+    trainer.gradient(some_rollouts(4))
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    trainer.release()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["first update", "later update"])
 def test_loss_and_gradient_agree_with_trl(tiny_policy, tmp_path, old):
     from datasets import Dataset

@@ -25,7 +25,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from stages.core import policies
-from stages.core.acceleration import STEP_LIMIT, process_state, reduce_in_float32, save_policy, uses_bfloat16
+from stages.core.acceleration import process_state, reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.errors import CollapseError, InputError
 from stages.core.policies import IGNORED, PADDING
 from stages.core.progress import StepProgress
@@ -118,7 +118,6 @@ def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig
         bf16=uses_bfloat16(knobs.dtype),
         gradient_checkpointing=knobs.gradient_checkpointing,
         use_cpu=not on_gpu,
-        ddp_timeout=int(STEP_LIMIT.total_seconds()),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=on_gpu,
         seed=knobs.seed,
