@@ -23,7 +23,10 @@ from stages.core.errors import CollapseError, InputError
 
 RUN_ERROR = 1
 USER_ERROR = 2
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # by the machine, so no bug of ours
+REFUSED = (  # by the machine, so no bug of ours
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ENOMEM),
+)
 EXAMPLE_WIDTH = 72  # with its indent fits a terminal of 80 columns, so that nothing wraps it
 
 

@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
 
-    Example: rloop analyze --evals runs/eval --set valid --out runs/analysis
+    Example: rloop analyze --evals loop/eval --set valid --out loop/analysis
     """
     start = time.monotonic()
     if min_correct < 1:

@@ -80,7 +80,7 @@ def run(
 ) -> None:
     """Write the results table, the figures and a page that shows them, from a directory of runs.
 
-    Example: rloop report --runs runs --out runs/report.html
+    Example: rloop report --runs loop --out loop/report.html
     """
     if choices.max_problems < 0 or choices.max_samples < 0:
         raise InputError("--max-problems and --max-samples must not be negative; 0 shows no rollouts")

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rloop_cli import warm
 from rloop_cli.app import app
 from stages import STAGES, load
 from stages.core import jsonl, outputs
@@ -69,6 +70,21 @@ def test_the_help_begins_with_an_imperative_and_ends_with_an_example_that_parses
     assert max(map(len, shown.splitlines())) < 80
     words = subprocess.run(["bash", "-c", f"rloop() {{ echo rloop $*; }}\n{shown}"], capture_output=True, text=True)
     assert words.stdout.split() == last.split()[1:], "the shell reads something else than the docstring says"
+
+
+@pytest.mark.slow
+def test_the_examples_run_one_after_the_other_as_they_are_printed(tmp_path):
+    log = tmp_path / "log"
+    for stage in ("toy", "prepare", "rl", "sample", "filter", "rft", "eval", "analyze", "report"):
+        shown = CliRunner().invoke(app, [stage, "--help"]).output.partition("Example:\n")[2].partition("\n\n")[0]
+        program, *arguments = shlex.split(shown)
+        assert program == "rloop"
+        process = warm.start(arguments, tmp_path, log)
+        process.join()
+        assert process.exitcode == 0, f"{stage}: {log.read_text()[-3000:]}"
+    results = (tmp_path / "loop/results.md").read_text()
+    assert "Base" in results and "RLoop" in results
+    assert "similarity_RLoop" in " ".join(file.name for file in (tmp_path / "loop/analysis").iterdir())
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -70,7 +70,7 @@ def refuse_occupied(path: str | Path) -> None:
     """Raise InputError where `path` is a file or a directory with anything in it, or can't be written at all."""
     refuse_unwritable(path)
     path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} already holds something: name another --out, or remove it first")
 
 
