@@ -40,11 +40,11 @@ def run(
 ) -> None:
     """Make the toy: five sets of arithmetic problems and a small base policy.
 
-    Takes about two minutes on two cores; with the few steps of the example, half a minute.
+    Takes about two minutes on two cores; with the few steps of the example, some seconds.
 
     The examples in the help of toy, prepare, rl, sample, filter, rft, eval, analyze and report run one after the other.
 
-    Example: rloop toy --out loop/0 --pretrain-steps 250 --num-test 20
+    Example: rloop toy --out loop/0 --pretrain-steps 150 --pretrain-batch 32 --num-test 20
     """
     parameters = {name: value for name, value in locals().items() if name != "out"}
     _check(parameters)

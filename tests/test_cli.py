@@ -1,6 +1,7 @@
 import errno
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -201,6 +202,22 @@ def test_what_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkey
     run = CliRunner().invoke(app, [stage, *WITHOUT_ENGINE[stage].split(), "--out", "/proc/out"])
     assert run.exit_code == 2
     assert run.output.startswith("rloop: /proc/out cannot be written: ") and run.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["rl", "rft", "sample", "eval"])
+def test_a_policy_of_weights_that_are_not_finite_is_refused_by_all_that_load_one(ready, tiny_policy, stage):
+    from safetensors.torch import load_file, save_file
+
+    Path("policy").unlink()
+    shutil.copytree(tiny_policy, "policy")
+    weights = load_file("policy/model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, "policy/model.safetensors")
+    options = WITHOUT_ENGINE | {"rl": f"{WITHOUT_ENGINE['sample']} --overlong-buffer 0"}
+    run = CliRunner().invoke(app, [stage, *options[stage].split(), "--out", "out"])
+    assert run.exit_code == 2
+    assert "rloop: policy/model.safetensors: weight model.norm.weight is not finite" in run.output
+    assert not Path("out").exists()
 
 
 def test_debug_shows_where_a_mistake_was_found():
