@@ -78,7 +78,7 @@ def test_the_examples_run_one_after_the_other_as_they_are_printed(tmp_path):
     log = tmp_path / "log"
     for stage in ("toy", "prepare", "rl", "sample", "filter", "rft", "eval", "analyze", "report"):
         shown = CliRunner().invoke(app, [stage, "--help"]).output.partition("Example:\n")[2].partition("\n\n")[0]
-        program, *arguments = shlex.split(shown)
+        program, *arguments = shlex.split(shown.replace("\\\n", ""))
         assert program == "rloop"
         process = warm.start(arguments, tmp_path, log)
         process.join()
