@@ -28,7 +28,8 @@ def run(
     Several policies share one engine, so they need one architecture and one tokenizer. A problem whose prompt leaves
     no room for --max-tokens in the policy's context is left out, and named.
 
-    Example: rloop sample --policy toy/policy --problems toy/prec.jsonl --out prec.jsonl --template none --max-tokens 80
+    Example: rloop sample --policy loop/0/policy --problems loop/0/prec.jsonl --out loop/prec.jsonl --template none
+    --max-tokens 72 --num-samples 4
     """
     if str(out) != "-":
         outputs.refuse_no_file(out)

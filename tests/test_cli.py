@@ -3,6 +3,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rloop_cli import warm
 from rloop_cli.app import app
 from stages import STAGES, load
 from stages.core import jsonl, outputs
@@ -71,6 +73,21 @@ def test_the_help_begins_with_an_imperative_and_ends_with_an_example_that_parses
     assert max(map(len, shown.splitlines())) < 80
     words = subprocess.run(["bash", "-c", f"rloop() {{ echo rloop $*; }}\n{shown}"], capture_output=True, text=True)
     assert words.stdout.split() == last.split()[1:], "the shell reads something else than the docstring says"
+
+
+@pytest.mark.slow
+def test_the_examples_run_one_after_the_other_as_they_are_printed(tmp_path):
+    log = tmp_path / "log"
+    for stage in ("toy", "prepare", "rl", "sample", "filter", "rft", "eval", "analyze", "report"):
+        shown = CliRunner().invoke(app, [stage, "--help"]).output.partition("Example:\n")[2].partition("\n\n")[0]
+        program, *arguments = shlex.split(shown.replace("\\\n", ""))
+        assert program == "rloop"
+        process = warm.start(arguments, tmp_path, log)
+        process.join()
+        assert process.exitcode == 0, f"{stage}: {log.read_text()[-3000:]}"
+    results = (tmp_path / "loop/results.md").read_text()
+    assert "Base" in results and "RLoop" in results
+    assert "similarity_RLoop" in " ".join(file.name for file in (tmp_path / "loop/analysis").iterdir())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -187,6 +204,22 @@ def test_what_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkey
     run = CliRunner().invoke(app, [stage, *WITHOUT_ENGINE[stage].split(), "--out", "/proc/out"])
     assert run.exit_code == 2
     assert run.output.startswith("rloop: /proc/out cannot be written: ") and run.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["rl", "rft", "sample", "eval"])
+def test_a_policy_of_weights_that_are_not_finite_is_refused_by_all_that_load_one(ready, tiny_policy, stage):
+    from safetensors.torch import load_file, save_file
+
+    Path("policy").unlink()
+    shutil.copytree(tiny_policy, "policy")
+    weights = load_file("policy/model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, "policy/model.safetensors")
+    options = WITHOUT_ENGINE | {"rl": f"{WITHOUT_ENGINE['sample']} --overlong-buffer 0"}
+    run = CliRunner().invoke(app, [stage, *options[stage].split(), "--out", "out"])
+    assert run.exit_code == 2
+    assert "rloop: policy/model.safetensors: weight model.norm.weight is not finite" in run.output
+    assert not Path("out").exists()
 
 
 def test_debug_shows_where_a_mistake_was_found():

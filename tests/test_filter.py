@@ -307,6 +307,13 @@ def test_a_draw_without_a_cap_is_everything_once():
     assert draw.num_candidates() == {5: 2, 6: 1}
 
 
+def test_a_full_disk_under_the_temporary_table_is_one_line():
+    draw = Draw(seed=0, keep_duplicates=False)
+    draw._table.execute("PRAGMA max_page_count = 4")
+    with pytest.raises(InputError, match=r"temporary files: .* full: set TMPDIR"):
+        draw.add((0, number, number, "prompt", str(number)) for number in range(10_000))
+
+
 def test_the_yield_table_holds_the_users_own_threshold():
     tallies = [Tally(0, 100, 4, 3), Tally(1, 10, 10, 10), Tally(2, 10, 0, 0)]
     lines = yield_table(tallies, 0.07, {0: 2, 1: 1}).splitlines()

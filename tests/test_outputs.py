@@ -79,6 +79,11 @@ def test_a_directory_appears_only_when_its_writing_ended_well(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_device_is_no_place_for_a_directory():
+    with pytest.raises(InputError, match="/dev/null already holds something"), outputs.whole_dir("/dev/null"):
+        pass
+
+
 def test_an_empty_directory_may_be_written_and_a_full_one_may_not(tmp_path):
     path = tmp_path / "out"
     path.mkdir()

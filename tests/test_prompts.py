@@ -67,6 +67,49 @@ def test_chat_without_a_chat_template_is_refused(tokenizer):
         templates.load("chat", tokenizer)
 
 
+def chat_template(policy, text):
+    tokenizer = policies.load_tokenizer(policy)
+    tokenizer.chat_template = text
+    return templates.load("chat", tokenizer)
+
+
+def test_every_problem_gets_its_own_prompt_from_a_chat_template(tiny_policy):
+    template = chat_template(tiny_policy, "<{{ messages[0].content | trim }}>")
+    problems = [HOSTILE, "", "x" * 100_000, " é\n"]
+    assert template.render_all(problems) == [f"<{problem}\n{templates.INSTRUCTION}>".replace("< é", "<é") if problem
+                                             else f"<{templates.INSTRUCTION}>" for problem in problems]  # fmt: skip
+    assert template.render_all(["1"]) == [template.render("1")]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("{% for %}", "fails: TemplateSyntaxError"),
+        ("{{ raise_exception('one user turn only') }}", "fails: TemplateError: one user turn only"),
+        ("{{ messages[7].content }}", "fails: UndefinedError"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails: SecurityError"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "fails: RecursionError"),
+        ("{{ 'a' * 10 ** 11 }}", "fails: MemoryError"),
+        ("{{ 'a' * (2 * 10 ** 7) }}", "fails: ValueError: it makes a prompt of 20000000 characters"),
+        ("\ud800", "fails: UnicodeEncodeError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 1 s over"),
+        ("{{ 7 ** (10 ** 8) }}", "takes more than 1 s over one problem"),
+    ],
+)
+def test_a_chat_template_that_fails_or_does_not_end_is_one_line(tiny_policy, monkeypatch, text, fault):
+    monkeypatch.setattr(templates, "MAX_RENDER_S", 1)
+    with pytest.raises(InputError, match=f"template chat: the policy's chat template {fault}") as caught:
+        chat_template(tiny_policy, text).render_all(["1 + 1?"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [["a"], {"other": "a"}, 5])
+def test_a_chat_template_that_is_no_text_is_one_line(tiny_policy, template):
+    with pytest.raises(InputError, match=r"template chat: "):
+        chat_template(tiny_policy, template)
+
+
 def test_a_file_is_a_template_less_the_end_of_line_that_editors_add(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("Q: {problem}\nGive {it} in \\boxed{}.\nA:\n")

@@ -61,7 +61,7 @@ def run(
 
     What does not descend from the base and the runs as they are now is left out, and named.
 
-    Example: rloop analyze --evals runs/eval --set valid --out runs/analysis
+    Example: rloop analyze --evals loop/eval --set valid --out loop/analysis
     """
     given, start = locals(), time.monotonic()
     outputs.refuse_occupied(out)

@@ -64,27 +64,28 @@ def refuse_occupied(path: str | Path) -> None:
     """Raise InputError where `path` is a file or a directory with anything in it, or can't be written at all."""
     refuse_unwritable(path)
     path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} already holds something: name another --out, or remove it first")
 
 
 def refuse_unwritable(path: str | Path) -> None:
     """Raise InputError where nothing can be written at `path`, said before hours of work rather than after.
 
-    A file is really made beside it, or in the nearest directory above that is there, and removed: permission bits
-    mean nothing to root, nor to a read-only mount. What is there already may stay.
+    A file is really made beside it, or in the nearest directory above that is there, and in it where it is a directory
+    that grows, and removed: permission bits mean nothing to root, nor to a read-only mount. What is there may stay.
     """
     path = Path(path)
     _refuse_no_name(path)
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         raise InputError(f"{path} cannot be written: {above} is no directory that you may write to")
-    probe = above / _unfinished_name(path, "probing")
-    with _writing(path):
-        try:
-            probe.write_bytes(b"-")
-        finally:
-            probe.unlink(missing_ok=True)
+    for place in (above, path) if path.is_dir() else (above,):
+        probe = place / _unfinished_name(path, "probing")
+        with _writing(path):
+            try:
+                probe.write_bytes(b"-")
+            finally:
+                probe.unlink(missing_ok=True)
 
 
 def _refuse_no_name(path: Path) -> None:

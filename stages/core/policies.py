@@ -24,10 +24,10 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
     "bos_token_id",
     "eos_token_id",
 }
-_NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises of broken files
 IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
 PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
 _LAYER = re.compile(r".*?\.\d+\.")  # what the names of a layer's weights begin with
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families of models call their number
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -60,10 +60,36 @@ def _check(path: Path) -> None:
         raise InputError(f"policy {path}: config.json is missing: is this a checkpoint directory?")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"policy {path}: the tokenizer is missing (none of {', '.join(TOKENIZER_FILES)})")
-    read_json(path / "generation_config.json")
+    _check_end_tokens(path / "generation_config.json")
+    num_weights = 0
     for file in weight_files(path):
-        with _weights(file):
-            pass
+        with _weights(file) as weights:
+            num_weights += len(weights.keys())
+    _check_layers(path, num_weights)
+
+
+def _check_end_tokens(file: Path) -> None:
+    """Raise InputError where a generation_config.json names end tokens that are no token ids."""
+    named = read_json(file).get("eos_token_id")
+    for token in named if isinstance(named, list) else [named]:
+        if token is not None and (type(token) is not int or token < 0):
+            raise InputError(f"{file}: eos_token_id must be token ids, found {token!r}")
+
+
+def _check_layers(path: Path, num_weights: int) -> None:
+    """Raise InputError for more layers than weights: a layer has some, and to build 10^9 empty ones takes days."""
+    try:
+        config = read_json(path / "config.json")
+    except InputError as error:
+        raise InputError(f"policy {path}: config.json does not load: {error}") from None
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for name in LAYERS:
+            if isinstance(part.get(name), int) and part[name] > num_weights:
+                raise InputError(
+                    f"policy {path}: config.json asks for {part[name]} layers ({name}), and the files hold only "
+                    f"{num_weights} weights"
+                )
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -74,12 +100,12 @@ def weight_files(path: Path) -> list[Path]:
     if not index.is_file():
         raise InputError(f"policy {path}: the weights are missing (no {whole.name}, no {index.name})")
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index}: expected a weight_map that names the files of the weights")
-    files = [path / name for name in sorted(set(names.values()))]
-    if missing := next((file for file in files if not file.is_file()), None):
-        raise InputError(f"policy {path}: the weights are missing ({missing.name}, which {index.name} names)")
-    return files
+    there = {file.name for file in path.iterdir() if file.is_file()}
+    if missing := sorted(set(names.values()) - there):
+        raise InputError(f"policy {path}: the weights are missing ({missing[0]}, which {index.name} names)")
+    return [path / name for name in sorted(set(names.values()))]
 
 
 @contextmanager
@@ -96,24 +122,41 @@ def _weights(file: Path) -> Iterator[Any]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint, with a pad token; InputError where there is no end token."""
+    """The tokenizer of a checkpoint; InputError where there is no end token. Its pad token may be any, or none."""
     from transformers import AutoTokenizer
 
-    size = load_config(path).get_text_config().vocab_size
-    try:
+    size = _positive(path, load_config(path), "vocab_size")
+    with _reading(path, "the tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except _NOT_LOADABLE as error:
-        raise InputError(f"policy {path}: the tokenizer does not load: {_in_one_line(error)}") from error
-    if tokenizer.eos_token_id is None:
+        end = tokenizer.eos_token_id
+    if end is None:
         raise InputError(f"policy {path}: the tokenizer names no end token (eos_token), so completions would never end")
-    if tokenizer.eos_token_id >= size:  # where none is named, some classes of tokenizers make one up
+    if not 0 <= end < size:  # where none is named, some classes of tokenizers make one up
         raise InputError(
-            f"policy {path}: the end token {tokenizer.eos_token} has id {tokenizer.eos_token_id}, beyond the policy's "
+            f"policy {path}: the end token {tokenizer.eos_token} has id {end}, beyond the policy's "
             f"vocabulary of {size}: name the end token that it knows as eos_token in tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def _reading(path: Path, fault: str) -> Iterator[None]:
+    """Around what other libraries make of a policy's files: whatever they raise is a fault of those files.
+
+    They check little, so a wrong value ends in any exception there is: a division by zero, an assertion, a recursion.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"policy {path}: {fault}: {_in_one_line(error)}") from error
+
+
+def _positive(path: Path, config: Any, name: str) -> int:
+    """A size in the configuration; InputError where it is missing or none."""
+    value = getattr(config.get_text_config(), name, None)
+    if type(value) is not int or value < 1:
+        raise InputError(f"policy {path}: config.json names no {name} of a language model, found {value!r}")
+    return value
 
 
 def _in_one_line(error: Exception) -> str:
@@ -131,19 +174,21 @@ def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 def context_length(path: Path) -> int:
     """The most tokens, prompt and completion together, that the policy was built for."""
-    config = load_config(path).get_text_config()
-    return int(config.max_position_embeddings)
+    return _positive(path, load_config(path), "max_position_embeddings")
 
 
 def load_config(path: Path) -> Any:
-    """The transformers configuration of a checkpoint."""
-    from huggingface_hub.errors import StrictDataclassError
+    """The transformers configuration of a checkpoint, without a pad token that lies beyond the vocabulary."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (*_NOT_LOADABLE, StrictDataclassError) as error:
-        raise InputError(f"policy {path}: config.json does not load: {_in_one_line(error)}") from error
+    with _reading(path, "config.json does not load"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        inner = config.get_text_config()
+        for part in (config, inner):
+            pad, size = getattr(part, "pad_token_id", None), getattr(inner, "vocab_size", None)
+            if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+                part.pad_token_id = None
+    return config
 
 
 def load_model(path: Path, dtype: "torch.dtype") -> Any:
@@ -155,11 +200,15 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    caps = getattr(load_config(path).get_text_config(), "attn_logit_softcapping", None)
-    attention = {"attn_implementation": "eager"} if caps else {}  # torch's fused attention leaves the cap out
+    config = load_config(path)
+    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    options: dict[str, Any] = (
+        {"attn_implementation": "eager"} if caps else {}
+    )  # torch's fused attention leaves the cap out
+    options |= {"config": config, "dtype": dtype, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **attention)
-    except (RuntimeError, OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:  # as in _reading; what the files lack is said first
         check_shapes(path)
         raise InputError(f"policy {path}: the weights do not load: {_in_one_line(error)}") from error
     model, info = loaded
@@ -187,16 +236,13 @@ def end_token_ids(path: Path) -> list[int]:
 
 
 def check_shapes(path: Path) -> None:
-    """Raise InputError where a weight on disk is missing or has another shape than the configuration asks for."""
+    """Raise InputError where a weight on disk is missing, not finite, or not of the shape that config.json asks for."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except _NOT_LOADABLE as error:
-        raise InputError(f"policy {path}: config.json describes no language model: {_in_one_line(error)}") from error
+    with _reading(path, "config.json describes no language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, list[int]] = {}
     for file in weight_files(path):
@@ -210,6 +256,26 @@ def check_shapes(path: Path) -> None:
     missing = expected.keys() - found.keys() - set(model.all_tied_weights_keys)
     if missing and found.keys() <= expected.keys():  # other names mean that the loader renames weights
         raise InputError(f"policy {path}: {len(missing)} weights are missing, such as {min(missing)}")
+    _check_finite(path)
+
+
+def _check_finite(path: Path) -> None:
+    """Raise InputError where a weight is NaN or infinite: such a policy writes noise up to the token limit.
+
+    Streams over the files, a tensor at a time: least and greatest value show both, ten times as fast as isfinite.
+    """
+    import torch
+
+    for file in weight_files(path):
+        with _weights(file) as weights:
+            for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor = weights.get_tensor(name)
+                if not tensor.is_floating_point() or not tensor.numel():
+                    continue
+                if tensor.element_size() == 1:  # the float8 types have no arithmetic of their own
+                    tensor = tensor.float()
+                if not all(map(torch.isfinite, torch.aminmax(tensor))):
+                    raise InputError(f"{file}: weight {name} is not finite (NaN or infinite): take another checkpoint")
 
 
 def is_tied(path: Path) -> bool:
@@ -245,10 +311,14 @@ def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"
 
     config.json names the type of the weights in `state`, which may be another than the model's.
     """
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(path, state_dict=state, safe_serialization=True)
+    try:
+        model.save_pretrained(path, state_dict=state, safe_serialization=True)
+    except SafetensorError as error:  # its own kind, even for what the disk refuses
+        raise InputError(f"{path}: the weights cannot be written ({error})") from None
     if state is not None:
         model.config.dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         model.config.save_pretrained(path)

@@ -96,7 +96,7 @@ def make_prompts(
     """
     if max_tokens >= context:
         raise InputError(f"--max-tokens {max_tokens} does not fit the policy's context of {context} tokens: lower it")
-    texts = [template.render(problem["problem"]) for problem in problems]
+    texts = template.render_all([problem["problem"] for problem in problems])
     encoded = policies.encode(tokenizer, texts)
     prompts, left_out = [], []
     for problem, text, token_ids in zip(problems, texts, encoded, strict=True):

@@ -7,8 +7,13 @@ A rendered prompt may begin with the tokenizer's begin token, as chat templates 
 """
 
 import hashlib
-from collections.abc import Callable
+import multiprocessing
+import resource
+import signal
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,9 @@ R1_ZERO_BEFORE = (
     "automatically by the \\boxed{} tag.\nThis is the problem:\n"
 )
 PLACEHOLDER = "{problem}"
+MAX_RENDER_S = 10  # seconds of CPU time that a chat template may take over one problem; a usual one takes 0.1 ms
+MAX_RENDER_BYTES = 2**30  # of memory that it may take beside what the process holds already
+MAX_PROMPT_CHARS = 10**7
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,19 @@ class Template:
     """How a problem is put to a policy.
 
     `stop` holds texts that end a completion beside the tokenizer's own end tokens; `end_tokens` sorts them for an
-    engine. `digest` names the template by what it does, whatever its `name`.
+    engine. `digest` names the template by what it does, whatever its `name`. One that is a `program` came with a
+    policy: it may fail, or never end.
     """
 
     name: str
     render: Callable[[str], str]
     stop: tuple[str, ...]
     digest: str
+    program: bool = False
+
+    def render_all(self, problems: Sequence[str]) -> list[str]:
+        """Every problem's prompt; InputError where a program fails, or takes more than its share of time or memory."""
+        return list(_from_child(self.render, problems) if self.program else map(self.render, problems))
 
     def end_tokens(self, tokenizer: Any) -> tuple[list[int], list[str]]:
         """Split `stop` into token ids and texts: (ids of those that are one token of `tokenizer`, the other texts).
@@ -98,12 +112,79 @@ def _pasted(name: str, before: str, after: str, stop: tuple[str, ...]) -> Templa
 def _chat(tokenizer: Any) -> Template:
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"template chat: the policy's tokenizer has no chat template; choose another of {_choices()}")
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(f"template chat: {_in_one_line(error)}") from None
+    if not isinstance(source, str):
+        raise InputError(f"template chat: the policy's chat template is no text but {type(source).__name__}")
 
     def render(problem: str) -> str:
         turn = {"role": "user", "content": f"{problem}\n{INSTRUCTION}"}
         return str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
 
-    return Template("chat", render, (), _digest(tokenizer.get_chat_template(), INSTRUCTION))
+    return Template("chat", render, (), _digest(source, INSTRUCTION), program=True)
+
+
+def _from_child(render: Callable[[str], str], problems: Sequence[str]) -> Iterator[str]:
+    """Prompts from a forked child whose time and memory the kernel bounds.
+
+    A chat template is a program: `'a' * 10**10` and `10 ** 10**8` run in C, where no alarm in this process could end
+    them, and loops within loops go on for years. Time is the CPU's, so that a busy machine refuses no template.
+    """
+    context = multiprocessing.get_context("fork")  # the child holds the tokenizer as it is here
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_render_into, args=(sender, render, problems), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        for _ in problems:
+            try:
+                state, text = receiver.recv_bytes().decode().split(" ", 1)
+            except EOFError:
+                raise InputError(f"template chat: the policy's chat template {_cause_of_death(child)}") from None
+            if state == "failed":
+                raise InputError(f"template chat: the policy's chat template fails: {text}")
+            yield text
+    finally:
+        child.kill()
+        child.join()
+
+
+def _render_into(sender: Connection, render: Callable[[str], str], problems: Sequence[str]) -> None:
+    """The child: send each problem's prompt, or why there is none."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MAX_RENDER_BYTES)
+    for problem in problems:
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        _limit(resource.RLIMIT_CPU, int(used) + 1 + MAX_RENDER_S)
+        try:
+            text = render(problem)
+            if len(text) > MAX_PROMPT_CHARS:
+                raise ValueError(f"it makes a prompt of {len(text)} characters")
+            message = b"prompt " + text.encode()
+        except Exception as error:  # whatever the template raises is its fault
+            message = f"failed {_in_one_line(error)}".encode(errors="replace")
+        sender.send_bytes(message)
+
+
+def _limit(kind: int, value: int) -> None:
+    """Lower a limit of this process to `value`, if it is not lower already."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def _cause_of_death(child: Any) -> str:
+    child.join()
+    if child.exitcode == -signal.SIGXCPU:
+        return f"takes more than {MAX_RENDER_S} s over one problem: does it end?"
+    return f"ended the process that rendered it (exit code {child.exitcode})"
+
+
+def _in_one_line(error: Exception) -> str:
+    name = type(error).__name__
+    return textwrap.shorten(f"{name}: {error}" if str(error) else name, 240, placeholder=" ...")
 
 
 def _from_file(path: Path) -> tuple[str, str]:
@@ -122,7 +203,7 @@ def _from_file(path: Path) -> tuple[str, str]:
 
 def _digest(*parts: str) -> str:
     """SHA-256 over the parts, each with its length, so that no two templates share one."""
-    return hashlib.sha256(b"".join(f"{len(part)}:{part}".encode() for part in parts)).hexdigest()
+    return hashlib.sha256(b"".join(f"{len(part)}:{part}".encode(errors="surrogatepass") for part in parts)).hexdigest()
 
 
 def _choices() -> str:

@@ -55,7 +55,8 @@ def run(
     With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
     OUT is written from them, and what changed is shown. The stored rollouts stay as they are.
 
-    Example: rloop eval --policy toy/policy --problems toy/valid.jsonl --out evals/valid --template none --max-tokens 80
+    Example: rloop eval --policy loop/0/policy --policy loop/1/rl/checkpoints --policy loop/1/policy
+    --problems loop/0/valid.jsonl --out loop/eval/valid --template none --max-tokens 72 --num-samples 8 --k 8
     """
     given = locals()
     outputs.refuse_unwritable(out)

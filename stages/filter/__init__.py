@@ -58,7 +58,7 @@ def run(
     input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
     Beside FILE.jsonl FILE.manifest.json says how it came about.
 
-    Example: rloop filter --rollouts runs/1/rl --out runs/1/examples.jsonl
+    Example: rloop filter --rollouts loop/1/rl --out loop/1/examples.jsonl --max-pass-rate 0.5
     """
     given, start = locals(), time.monotonic()
     parameters = values(run, given)

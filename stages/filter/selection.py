@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from stages.core.errors import InputError
 from stages.core.tabular import aligned
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -101,8 +102,12 @@ class Draw:
 
     def add(self, candidates: Iterable[tuple[int, int, int, str, str]]) -> None:
         """Take in (source, offset, problem number, prompt, completion)."""
-        with self._table:
-            self._table.executemany("INSERT OR IGNORE INTO candidate VALUES (?,?,?,?,?)", map(self._row, candidates))
+        try:
+            with self._table:
+                rows = map(self._row, candidates)
+                self._table.executemany("INSERT OR IGNORE INTO candidate VALUES (?,?,?,?,?)", rows)
+        except sqlite3.OperationalError as error:
+            raise InputError(f"temporary files: {error}: set TMPDIR to a directory with more room") from None
 
     def num_candidates(self) -> dict[int, int]:
         """Problem number to the number of its candidates, duplicates left out."""

@@ -52,7 +52,7 @@ def run(
     Problems with an empty answer or with contradictory answers are dropped, DAPO's wrapper is stripped, and ids stay
     the same whatever the order of the rows and the limit. What happened is printed to stderr and in the manifest.
 
-    Example: rloop prepare --source toy/train.jsonl --limit 100 --out problems.jsonl
+    Example: rloop prepare --source loop/0/train.jsonl --limit 64 --out loop/problems.jsonl
     """
     given, start = locals(), time.monotonic()
     if out != "-":

@@ -101,7 +101,7 @@ def run(
 
     What does not descend from the base and the runs as they are now is left out, and named.
 
-    Example: rloop report --runs runs --out runs/report.html
+    Example: rloop report --runs loop --out loop/report.html
     """
     printing = table or tsv
     found = _find(runs, evals, choices, needed=printing)

@@ -58,7 +58,8 @@ def run(
 ) -> None:
     """Fine-tune the start policy on examples: the next start policy.
 
-    Example: rloop rft --policy toy/policy --examples runs/1/examples.jsonl --out runs/1/policy --lr 7e-4 --batch-size 8
+    Example: rloop rft --policy loop/0/policy --examples loop/1/examples.jsonl --out loop/1/policy --lr 7e-4
+    --batch-size 8
     """
     given, started = locals(), time.perf_counter()
     outputs.refuse_occupied(out)
@@ -70,6 +71,7 @@ def run(
 
     end_with_parent()
     path = policies.resolve(policy)
+    policies.check_shapes(path)
     tokenizer = policies.load_tokenizer(path)
     context = policies.context_length(path)
     if knobs.max_tokens > context:

@@ -125,7 +125,7 @@ def run(
 ) -> None:
     """Explore with DAPO from a start policy and keep every rollout.
 
-    Example: rloop rl --policy toy/policy --problems toy/train.jsonl --out runs/1/rl --template none --steps 2
+    Example: rloop rl --policy loop/0/policy --problems loop/problems.jsonl --out loop/1/rl --template none --steps 2
     --problems-per-step 8 --max-tokens 72 --overlong-buffer 0 --minibatches 1 --lr 3e-4
     """
     given = locals()
@@ -138,7 +138,7 @@ def run(
     if problems == Path("-"):
         raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
     directory = RunDir(out)
-    directory.refuse_unwritable()
+    outputs.refuse_unwritable(out)
     end_with_parent()
     path = policies.resolve(policy)
     tokenizer = policies.load_tokenizer(path)

@@ -7,9 +7,7 @@ state/step_000010/               weights, optimizer and position after that step
 A finished run keeps its state, so that it can be made longer: it has no end but the number of steps asked for.
 """
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,14 +34,6 @@ class RunDir:
         self.path = path
         self.state = path / "state"
         self.log_path = path / "log.tsv"
-
-    def refuse_unwritable(self) -> None:
-        """Raise InputError if nothing can be written here. Root may write past permission bits, so a file is made."""
-        above = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(path))
-        try:
-            tempfile.TemporaryFile(dir=above).close()
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror}: name another --out") from None
 
     def begin(self, identity: Identity, restart_if_changed: bool) -> bool:
         """Claim the directory for the run of this identity.

@@ -44,13 +44,15 @@ def run(
     ] = 0.2,
     pretrain_steps: Annotated[int, "steps of pre-training; 60 give a rough policy in seconds", at_least(1)] = 1300,
     pretrain_batch: Annotated[int, "solutions in a step of pre-training", at_least(1)] = 64,
-    pretrain_lr: Annotated[float, "peak learning rate of pre-training", above(0)] = 3e-3,
+    pretrain_lr: Annotated[float, "peak learning rate of pre-training", above(0), at_most(1)] = 3e-3,
 ) -> None:
     """Make the toy: five sets of arithmetic problems and a small base policy.
 
-    Takes about two minutes on two cores.
+    Takes about two minutes on two cores; with the few steps of the example, some seconds.
 
-    Example: rloop toy --out toy
+    The examples in the help of toy, prepare, rl, sample, filter, rft, eval, analyze and report run one after the other.
+
+    Example: rloop toy --out loop/0 --pretrain-steps 150 --pretrain-batch 32 --num-test 20
     """
     identity, start = identify(run, locals(), {}), time.monotonic()
     with outputs.claimed(out), outputs.whole_dir(out) as beside:

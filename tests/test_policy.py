@@ -1,0 +1,172 @@
+"""Policies as files: what is refused in one line when they are broken, and what does not matter."""
+
+import json
+import random
+import resource
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.core import policies
+from stages.core.errors import InputError
+
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+WILD = (
+    *(None, True, 0, -1, 1, 7, 10**9, 10**30, -(10**30), 0.5, 1e308, "", "x", "<eos>", "é\ud800", "../x", "x" * 300),
+    *([], {}, [[]], [None], [1, "a"], {"a": None}, {"content": 5}, {"rope_type": "x"}, "Qwen2ForCausalLM", "gpt2"),
+)
+
+
+@pytest.fixture
+def copied(tiny_policy, tmp_path):
+    """A copy of `tiny_policy` to break, its weights named by an index."""
+    policy = shutil.copytree(tiny_policy, tmp_path / "copied")
+    (policy / "model.safetensors").rename(policy / "model-1.safetensors")
+    names = load_file(policy / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    (policy / "model.safetensors.index.json").write_text(json.dumps(index))
+    return policy
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def check(policy):
+    """All that every stage asks of a policy before it loads the weights."""
+    path = policies.resolve(str(policy))
+    policies.load_tokenizer(path)
+    policies.context_length(path)
+    policies.end_token_ids(path)
+    policies.check_shapes(path)
+
+
+def places(value, path=()):
+    """Every place in a JSON value, as the keys that lead there."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from places(inner, (*path, key))
+    for key, inner in enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def mutated(text, rng):
+    """The JSON `text` with something else in one place, or something cut."""
+    kind = rng.randrange(10)
+    if kind == 0:
+        return text[: rng.randrange(len(text))]
+    if kind == 1:
+        at = rng.randrange(len(text))
+        return text[:at] + bytes([rng.randrange(256)]) + text[at + 1 :]
+    value = json.loads(text)
+    *outer, last = rng.choice([path for path in places(value) if path])
+    inner = value
+    for key in outer:
+        inner = inner[key]
+    if kind == 2:
+        del inner[last]
+    else:
+        inner[last] = rng.choice(WILD)
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_of_a_policy_whose_files_were_changed_at_random_nothing_but_one_line_comes_out(copied, name):
+    rng = random.Random(name)
+    before = (copied / name).read_bytes()
+    refused = 0
+    for _ in range(60):
+        (copied / name).write_bytes(mutated(before, rng))
+        try:
+            check(copied)
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 0 < refused < 60
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_that_is_not_finite_is_refused_with_its_file_and_name(copied, bad, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(copied / "model-1.safetensors").items()}
+    save_file(weights, copied / "model-1.safetensors")
+    check(copied)
+    weights["model.layers.1.mlp.up_proj.weight"][5, 3] = bad
+    save_file(weights, copied / "model-1.safetensors")
+    with pytest.raises(
+        InputError, match=r"model-1.safetensors: weight model.layers.1.mlp.up_proj.weight is not finite"
+    ):
+        check(copied)
+
+
+def test_the_largest_finite_weights_are_finite(copied):
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(copied / "model-1.safetensors").items()}
+    weights["model.norm.weight"].fill_(torch.finfo(torch.bfloat16).max)
+    save_file(weights, copied / "model-1.safetensors")
+    check(copied)
+
+
+def test_a_pad_token_beyond_the_vocabulary_does_not_matter(copied, tmp_path):
+    size = json.loads((copied / "config.json").read_text())["vocab_size"]
+    edit(copied / "config.json", pad_token_id=size)
+    edit(copied / "tokenizer_config.json", pad_token="<outside>")
+    check(copied)
+    tokenizer = policies.load_tokenizer(copied)
+    assert tokenizer.pad_token_id >= size
+    model = policies.load_model(copied, torch.float32)
+    assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+    policies.save(model, tokenizer, tmp_path / "saved")
+    check(tmp_path / "saved")
+    assert policies.load_tokenizer(tmp_path / "saved").pad_token == "<outside>"
+
+
+def test_weights_beyond_what_the_system_lets_a_file_grow_to_are_one_line(copied, tmp_path):
+    model, tokenizer = policies.load_model(copied, torch.float32), policies.load_tokenizer(copied)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(InputError, match="saved: the weights cannot be written"):
+            policies.save(model, tokenizer, tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_policy_without_a_pad_token_gets_none(copied):
+    edit(copied / "tokenizer_config.json", pad_token=None)
+    assert policies.load_tokenizer(copied).pad_token is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fault"),
+    [
+        ("generation_config.json", {"eos_token_id": "2"}, r"eos_token_id must be token ids, found '2'"),
+        ("generation_config.json", {"eos_token_id": [1, 2.0]}, r"eos_token_id must be token ids, found 2.0"),
+        ("generation_config.json", {"eos_token_id": -1}, r"eos_token_id must be token ids, found -1"),
+        ("config.json", {"num_attention_heads": 0}, "config.json describes no language model: .*zero"),
+        ("config.json", {"num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
+        ("config.json", {"vocab_size": "all"}, "config.json does not load"),
+        ("config.json", {"max_position_embeddings": 0}, "config.json names no max_position_embeddings"),
+        ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "expected a weight_map that names the files"),
+        ("model.safetensors.index.json", {"weight_map": {"a": []}}, "expected a weight_map that names the files"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "x" * 300}}, "the weights are missing"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../config.json"}}, "the weights are missing"),
+    ],
+)
+def test_a_value_that_no_policy_can_have_is_named(copied, name, changes, fault):
+    edit(copied / name, **changes)
+    with pytest.raises(InputError, match=fault):
+        check(copied)
+
+
+def test_end_tokens_beyond_the_vocabulary_do_not_matter(copied):
+    edit(copied / "generation_config.json", eos_token_id=[10**9, policies.load_tokenizer(copied).eos_token_id])
+    check(copied)
+
+
+def test_links_that_lead_in_a_circle_are_no_policy(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(InputError, match="no such directory"):
+        policies.resolve(str(tmp_path / "a"))
