@@ -31,17 +31,17 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from stages.core import arithmetic, pretrain
-from stages.core import policy as policies
+from stages.core import policies
 from stages.core.engine import Sampling, VllmEngine
-from stages.core.exploration import Explorer
 from stages.core.lifetime import StopSignal
-from stages.core.prompts import load
 from stages.core.rollouts import Prompt, make_prompts
-from stages.core.rundir import RunDir
-from stages.core.trainer import Objective, TokenRollout, Trainer, UpdateStats
+from stages.core.templates import load
 from stages.core.verifier import Batch, Score, Verifier
 from stages.rl import Knobs
+from stages.rl.explorer import Explorer
+from stages.rl.rundir import RunDir
+from stages.rl.trainer import Objective, TokenRollout, Trainer, UpdateStats
+from stages.toy import arithmetic, pretrain
 
 PHASES = ("generate", "verify", "update", "hand-over", "rest")
 NEVER = 10**9

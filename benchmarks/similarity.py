@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from stages.core import similarity
+from stages.analyze import similarity
 
 Completions = list[list[str]]
 

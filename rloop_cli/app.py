@@ -1,25 +1,26 @@
 """One Typer app: registers each stage's `run` as a command, and turns a user's mistake into one line.
 
-A stage's `run` holds plain annotations, `Annotated[int, "help text"] = 16`, so that no stage knows of the command
-line; a parameter typed as a dataclass is spread into its fields, each an option of its own.
+A stage's `run` declares its options in plain annotations (stages/core/options.py), so that no stage knows of the
+command line; a parameter typed as a dataclass is spread into its fields, each an option of its own.
 """
 
 import dataclasses
 import errno
 import inspect
-import math
 import os
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from stages import STAGES, load
+from stages.core import options
 from stages.core.errors import CollapseError, InputError
+from stages.core.options import Option
 
 RUN_ERROR = 1
 USER_ERROR = 2
@@ -47,7 +48,6 @@ app = typer.Typer(
     name="rloop",
     cls=OneLineGroup,
     help="RLoop: short RL runs in a loop, each from a policy fine-tuned on what the last one found.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={
@@ -58,22 +58,36 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        import importlib.metadata
+
+        typer.echo(f"rloop {importlib.metadata.version('rloop')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """RLoop: short RL runs in a loop, each from a policy fine-tuned on what the last one found."""
+
+
 def command(run: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
 
     Raises typer.Exit: 2 for an InputError, or for a right or room that the disk refuses; 1 for a CollapseError. Any
     other exception passes on as a traceback, since it is our mistake.
     """
-    hints = get_type_hints(run, include_extras=True)
-    parameters = inspect.signature(run).parameters
-    groups = {name: hints[name] for name in parameters if dataclasses.is_dataclass(hints[name])}
+    groups = options.groups(run)
 
-    def call(debug: bool, **options: Any) -> None:
+    def call(debug: bool, **given: Any) -> None:
         try:
-            _refuse_wild(options)
             for name, group in groups.items():
-                options[name] = group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
-            run(**options)
+                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            run(**given)
         except InputError as error:
             _fail(error, USER_ERROR, debug)
         except CollapseError as error:
@@ -84,18 +98,8 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
             _fail(f"{error.filename or 'writing'}: {error.strerror}", USER_ERROR, debug)
 
     call.__doc__ = _with_copyable_example(run.__doc__ or "")
-    call.__signature__ = inspect.Signature(_options(parameters, hints, groups))  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(_parameters(run))  # type: ignore[attr-defined]
     return call
-
-
-def _refuse_wild(options: dict[str, Any]) -> None:
-    """Raise InputError for a number that no option means, and that would end as a traceback somewhere below."""
-    for name, value in options.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(f"{_flag(name)} {number}: must be a finite number")
-            if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise InputError(f"{_flag(name)} {number}: must be a number of at most 64 bits")
 
 
 def _with_copyable_example(text: str) -> str:
@@ -105,40 +109,22 @@ def _with_copyable_example(text: str) -> str:
     return f"{before}\b\nExample:\n  " + " \\\n    ".join(lines)
 
 
-def _options(parameters: Any, hints: dict[str, Any], groups: dict[str, Any]) -> list[inspect.Parameter]:
-    options = []
-    for name, parameter in parameters.items():
-        if name in groups:
-            types = get_type_hints(groups[name], include_extras=True)
-            options += [_option(f.name, types[f.name], _default(f)) for f in dataclasses.fields(groups[name])]
-        else:
-            options.append(_option(name, hints[name], parameter.default))
+def _parameters(run: Callable[..., Any]) -> list[inspect.Parameter]:
     debug = typer.Option("--debug", help="show the whole traceback of an error")
-    return [*options, _keyword("debug", Annotated[bool, debug], False)]
+    return [*map(_parameter, options.declared(run).values()), _keyword("debug", Annotated[bool, debug], False)]
 
 
-def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
-    """One keyword parameter whose string annotation became Typer's help text; -/_ are the same in its flag."""
-    text = ""
-    if get_origin(hint) is Annotated:
-        hint, text = get_args(hint)[:2]
-    flag = _flag(name)
-    declarations = [f"{flag}/--no-{flag[2:]}"] if hint is bool else [flag]
-    return _keyword(name, Annotated[hint, typer.Option(*declarations, help=text)], default)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-").strip("-")
+def _parameter(option: Option) -> inspect.Parameter:
+    """The option as a keyword parameter that Typer reads; - and _ are the same in its flag."""
+    flags = [f"{option.flag}/--no-{option.flag[2:]}"] if option.type is bool else [option.flag]
+    choices = [choice for rule in option.rules for choice in rule.choices]
+    complete = (lambda: choices) if choices else None
+    declared = typer.Option(*flags, help=option.help_with_rules, autocompletion=complete)
+    return _keyword(option.name, Annotated[option.type, declared], option.default)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
 def _fail(error: Exception | str, code: int, debug: bool) -> None:
@@ -155,7 +141,7 @@ for _stage in STAGES:
 def main() -> None:
     """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
     prepare_libraries()
-    app(sys.argv[1:] or ["--help"])
+    app(sys.argv[1:] or ["--help"], prog_name="rloop")
 
 
 def prepare_libraries() -> None:

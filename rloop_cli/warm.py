@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rloop_cli import app
 
-IMPORTS = "stages.core.imports"
+IMPORTS = "rloop_cli.imports"
 
 
 def start(arguments: Sequence[str], directory: str | Path, log: str | Path) -> BaseProcess:

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 from stages.core import jsonl, outputs, sampling
+from stages.core.options import at_least, checked
 from stages.core.progress import warn
 from stages.core.verifier import Verifier
 
 
+@checked
 def run(
     *,
     policy: Annotated[list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable"],
     problems: Annotated[Path, "problems to ask (JSONL); - is stdin"],
     out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout"],
-    num_samples: Annotated[int, "rollouts for each problem"] = 16,
+    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16,
     knobs: sampling.Knobs,
 ) -> None:
     """Draw groups of rollouts from one policy or several, and score them.
@@ -27,10 +29,11 @@ def run(
     Example: rloop sample --policy toy/policy --problems toy/prec.jsonl --out prec.jsonl --template none --max-tokens 80
     """
     if str(out) != "-":
+        outputs.refuse_no_file(out)
         outputs.refuse_occupied(out)
     plan = sampling.plan(policy, [problems], num_samples, knobs)
     sampling.warn_of_templates(plan)
     if plan.left_out:
         warn(f"{len(plan.left_out)} problems are too long for the policy's context: {', '.join(plan.left_out)}")
-    with Verifier(bare=knobs.bare) as verifier:
+    with outputs.claimed(out), Verifier(bare=knobs.bare) as verifier:
         jsonl.write(out, sampling.rollouts(plan, plan.start_engine, verifier))

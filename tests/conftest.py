@@ -6,8 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny 
 
 import pytest
 
-from stages.core import arithmetic
-from stages.core import policy as policies
+from stages.core import policies
+from stages.toy import arithmetic
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def make_policy(tmp_path_factory):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from stages.core import pretrain
+    from stages.toy import pretrain
 
     def make(std=0.2, words=arithmetic.WORDS, seed=0, **config):
         tokenizer = pretrain.build_tokenizer(words)

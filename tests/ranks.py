@@ -1,67 +1,95 @@
-"""Run under a launcher: FSDP2 over gloo. accelerate offers it on GPUs only; the sharding itself runs on the CPU too.
+"""Run on two gloo ranks: accelerate launch --config_file configs/accelerate/gpu8-fsdp2.yaml --num_processes 2 ...
 
-torchrun --nproc_per_node 2 -m tests.ranks gradient POLICY OUT ddp|fsdp2     the gradient of one fixed batch, to a file
-torchrun --nproc_per_node 2 -m tests.ranks rl ...                            the stage, its policy sharded
+    -m tests.ranks numbers POLICY OUT     gradients and log-probabilities of one fixed batch, to a file
+    -m tests.ranks rl|rft ...             the stage, its policy sharded
+
+accelerate offers FSDP on GPUs only; the sharding itself runs on the CPU, too. So it is told that there are GPUs, and
+goes its usual way from what the launcher puts into the environment.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from rloop_cli.app import main as rloop
 from stages import rl
-from stages.core.trainer import Trainer
+from stages.core.acceleration import STEP_LIMIT
+from stages.rl.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
+    *("--config_file", str(ROOT / "configs/accelerate/gpu8-fsdp2.yaml"), "-m", "tests.ranks"),
+)
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-def shard(accelerator: Accelerator) -> Accelerator:
-    """What accelerate does with configs/accelerate/*-fsdp2.yaml where there are GPUs."""
-    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-    )
-    return accelerator
+def offer_fsdp() -> None:
+    """Let several gloo ranks pass for GPUs where the launcher asks for FSDP."""
+    begin = PartialState.__init__
+
+    def begin_as_gpus(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and os.environ["ACCELERATE_USE_FSDP"] == "true":
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin_as_gpus
 
 
-def gradient(policy: str, out: str, kind: str) -> None:
+def numbers(policy: str, out: str) -> None:
+    found = {}
+    for kind in ("ddp", "fsdp2"):
+        for dtype in ("float32", "bfloat16"):
+            os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp2").lower()
+            AcceleratorState._reset_state(reset_partial_state=True)
+            found[kind, dtype] = numbers_of(policy, Path(out).parent / f"{kind}-{dtype}", kind, dtype)
+    if PartialState().is_main_process:
+        torch.save(found, out)
+    PartialState().wait_for_everyone()
+
+
+def numbers_of(policy: str, state: Path, kind: str, dtype: str) -> dict:
     from tests.test_trainer import OBJECTIVE, some_rollouts
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = rl._accelerator(rl.Knobs(dtype=dtype), Path())
     assert accelerator.num_processes == 2
-    if kind == "fsdp2":
-        shard(accelerator)
-    trainer = Trainer(Path(policy), accelerator, OBJECTIVE)
+    trainer = Trainer(Path(policy), accelerator, OBJECTIVE, gradient_checkpointing=True)
     sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
     assert sharded == (kind == "fsdp2")
+    group = torch.distributed.group.WORLD._get_backend(accelerator.device)
+    assert group.options._timeout == STEP_LIMIT
+    log_probs = trainer.log_probs(some_rollouts(31))
     sums = trainer.gradient(some_rollouts(31))
     gradients = {}
     for name, parameter in accelerator.unwrap_model(trainer.model).named_parameters():
         gradient = parameter.grad
         gradients[name] = (gradient.full_tensor() if sharded else gradient).clone()
-    trainer.optimizer.zero_grad()
-    state = Path(out).parent / "state"
-    trainer.save_state(state)
+    trainer.release()
+    trainer.save_state(state / "first")  # before the first update: there are no moments yet
     norms = trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms
+    trainer.save_state(state / "second")
+    trainer.update(some_rollouts(31, seed=2), 1e-3)
     weights = {name: weight.clone() for name, weight in trainer.weights()}
-    trainer.load_state(state)
-    trainer.update(some_rollouts(31, seed=1), 1e-3)
-    again = {name: weight.clone() for name, weight in trainer.weights()}
-    if accelerator.is_main_process:
-        torch.save({"gradient": gradients, "sums": sums, "norms": norms, "weights": weights, "again": again}, out)
-    accelerator.wait_for_everyone()
-
-
-def stage() -> None:
-    """`rloop rl` as it is, but for the accelerator."""
-    make = rl._accelerator
-    rl._accelerator = lambda knobs, out: shard(make(knobs, out))
-    rloop()
+    again = {}
+    for place in ("first", "second"):
+        trainer.load_state(state / place)
+        if place == "first":
+            trainer.update(some_rollouts(31, seed=1), 1e-3)
+        trainer.update(some_rollouts(31, seed=2), 1e-3)
+        again[place] = {name: weight.clone() for name, weight in trainer.weights()}
+    return {
+        "gradient": gradients, "sums": sums, "log_probs": log_probs, "norms": norms, "weights": weights, "again": again
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "gradient":
-        gradient(*sys.argv[2:])
+    offer_fsdp()
+    if sys.argv[1] == "numbers":
+        numbers(*sys.argv[2:])
     else:
-        stage()
+        rloop()

@@ -3,7 +3,7 @@
 import random
 import re
 
-from stages.core import policy as policies
+from stages.core import policies
 from stages.core.engine import Completion
 
 
@@ -24,7 +24,7 @@ class ScriptedEngine:
         self.skill = 2 * float(dict(weights)["model.embed_tokens.weight"].abs().mean())
         self.num_loads += 1
 
-    def generate(self, prompts, sampling, on_group):
+    def generate(self, prompts, sampling, on_group, should_stop=None):
         groups = [[self._complete(prompt, seed + i) for i in range(sampling.num_samples)]
                   for prompt, seed in zip(prompts, sampling.seeds, strict=True)]  # fmt: skip
         for index in reversed(range(len(prompts))):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stages import analyze
-from stages.core import dynamics, jsonl, similarity
+from stages.analyze import dynamics, similarity
+from stages.core import jsonl
 from stages.core.errors import InputError
 
 BASE = "runs/0/policy"

@@ -6,10 +6,10 @@ from fractions import Fraction
 
 import pytest
 
-from stages.core.answers import extract, quantities
-from stages.core.answers.comparison import decide
-from stages.core.verifier import Verifier
-from tests.answer_pairs import PAIRS
+from stages.core.verifier import Verifier, quantities
+from stages.core.verifier.comparison import decide
+from stages.core.verifier.extraction import extract
+from tests.answer_pairs import DOUBTFUL, PAIRS
 
 BARE, BOX = True, "\\boxed{%s}"
 
@@ -32,6 +32,12 @@ def test_every_answer_of_the_table_equals_itself(verifier: Verifier) -> None:
     golds = sorted({answer for rows in PAIRS.values() for answer, _, _ in rows})
     found = verifier.parseable(golds)
     assert [gold for gold, ok in zip(golds, found, strict=True) if not ok] == []
+
+
+@pytest.mark.parametrize("answer", DOUBTFUL)
+def test_what_says_something_else_or_is_in_doubt_is_never_rewarded(answer: str, verifier: Verifier) -> None:
+    scores = verifier.verify([(BOX % text, answer) for text in DOUBTFUL[answer]])
+    assert [text for text, score in zip(DOUBTFUL[answer], scores, strict=True) if score.reward] == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The arrows of the house: rloop_cli -> a stage -> stages.core, and no other way."""
+"""The arrows of the house: rloop_cli -> a stage -> its own room and stages.core, and no other way."""
 
 import ast
 import subprocess
@@ -11,7 +11,9 @@ import stages
 
 ROOT = Path(stages.__file__).parents[1]
 DOOR = sorted((ROOT / "rloop_cli").glob("*.py"))
-STAGES = sorted(path for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
+STAGES = {name: sorted([*(ROOT / "stages" / name).rglob("*.py"), *(ROOT / "stages").glob(f"{name}.py")])
+          for name in stages.STAGES}  # fmt: skip
+ROOMS = [(stage, path) for stage, paths in STAGES.items() for path in paths]
 CORE = sorted((ROOT / "stages" / "core").rglob("*.py"))
 PURE = ("records", "jsonl", "metrics", "verifier")
 HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "numpy", "matplotlib", "pandas", "scipy", "accelerate")
@@ -19,6 +21,11 @@ HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "numpy", "matplotli
 
 def name(path):
     return str(path.relative_to(ROOT))
+
+
+def module_name(path):
+    """The dotted name by which the file is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(path):
@@ -53,16 +60,21 @@ def public(path):
 
 
 @pytest.mark.parametrize("path", DOOR, ids=name)
-def test_the_door_knows_the_map_of_the_stages_and_the_errors_alone(path):
+def test_the_door_knows_the_map_of_the_stages_the_errors_and_the_options_alone(path):
     ours = {module for module in imported(path) if within(module, "stages")}
-    assert ours <= {"stages", "stages.STAGES", "stages.load"} | {m for m in ours if within(m, "stages.core.errors")}
+    if path.stem == "imports":  # what a process imports ahead of many commands, and nothing else does
+        assert not [other for other in [*DOOR, *CORE, *(p for _, p in ROOMS)] if "rloop_cli.imports" in imported(other)]
+        return
+    assert ours <= {"stages", "stages.STAGES", "stages.load", "stages.core", "stages.core.options"} | {
+        m for m in ours if within(m, "stages.core.errors", "stages.core.options")
+    }
 
 
-@pytest.mark.parametrize("path", STAGES, ids=name)
-def test_a_stage_imports_the_core_but_no_stage_and_nothing_of_the_door(path):
+@pytest.mark.parametrize(("stage", "path"), ROOMS, ids=lambda value: value if isinstance(value, str) else value.stem)
+def test_a_stage_imports_its_own_room_and_the_core_but_no_stage_and_nothing_of_the_door(stage, path):
     modules = imported(path)
     ours = {module for module in modules if within(module, "stages", "rloop_cli")}
-    assert all(module == "stages.core" or within(module, "stages.core") for module in ours)
+    assert all(module == "stages.core" or within(module, "stages.core", f"stages.{stage}") for module in ours)
     assert not {module for module in modules if within(module, "typer", "click", "dvc")}
 
 
@@ -72,6 +84,24 @@ def test_the_core_knows_neither_a_stage_nor_the_command_line_nor_dvc(path):
     ours = {module for module in modules if within(module, "stages", "rloop_cli")}
     assert all(within(module, "stages.core") for module in ours)
     assert not {module for module in modules if within(module, "typer", "click", "dvc")}
+
+
+def test_what_stands_in_the_core_has_two_users():
+    """A module that one stage alone uses, itself or by way of the core, belongs in that stage's room."""
+    core = {module_name(path): {m for m in imported(path) if within(m, "stages.core")} for path in CORE}
+    used = {stage: set().union(*(imported(path) for path in paths)) for stage, paths in STAGES.items()}
+    for modules in used.values():
+        for _ in core:  # whatever is reached through other modules of the core is used, too
+            modules |= set().union(*(found for module, found in core.items() if module in modules))
+    door = set().union(*map(imported, DOOR))
+    alone = {
+        module: users
+        for module in core
+        if module != "stages.core"
+        and not within(module, "stages.core.verifier")
+        and len(users := [stage for stage in used if module in used[stage]]) + (module in door) < 2
+    }
+    assert not alone
 
 
 def loaded_by(statement):
@@ -92,14 +122,15 @@ def test_the_command_line_with_every_stage_loads_no_heavy_library():
     assert not loaded & set(HEAVY)
 
 
-def test_a_stage_is_a_file_a_line_of_the_map_and_a_test_file():
-    assert {path.stem for path in STAGES} == set(stages.STAGES)
+def test_a_stage_is_a_room_a_line_of_the_map_and_a_test_file():
+    rooms = {path.stem for path in (ROOT / "stages").iterdir() if not path.name.startswith(("_", "."))}
+    assert rooms - {"core"} == set(stages.STAGES)
     mapped = [line.split()[0] for line in stages.__doc__.splitlines() if "->" in line]
     assert mapped == list(stages.STAGES)
     assert not [stage for stage in stages.STAGES if not (ROOT / "tests" / f"test_{stage}.py").is_file()]
 
 
-@pytest.mark.parametrize("path", [*DOOR, *STAGES, *CORE], ids=name)
+@pytest.mark.parametrize("path", [*DOOR, *(path for _, path in ROOMS), *CORE], ids=name)
 def test_every_function_is_typed_and_every_public_one_says_what_it_does(path):
     for node in functions(path):
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from stages.core.batching import ProblemStream, microbatches, shares, split
+from stages.rl.batching import ProblemStream, microbatches, shares, split
 
 
 @pytest.mark.parametrize("budget", [1, 50, 300, 10_000])

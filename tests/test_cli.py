@@ -1,9 +1,12 @@
 import errno
+import importlib.metadata
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 
 from rloop_cli.app import app
 from stages import STAGES, load
+from stages.core import jsonl, outputs
 
 ROLLOUT = {
     "problem_id": "p/1",
@@ -89,7 +93,7 @@ def test_an_underscore_is_a_dash_in_an_option(rollouts):
         (["--rollouts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--rollouts", "empty.jsonl"], "empty.jsonl is empty"),
         (["--rollouts", "cut.jsonl"], "cut.jsonl:2: not valid JSON"),
-        (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "10"], "--max-pass-rate 10: must lie above 0"),
+        (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "10"], "--max-pass-rate 10.0: must be at most 1"),
         (["--rollouts", "rollouts.jsonl", "--max-pass-rate", "1", "--out", "empty.jsonl/new"], "empty.jsonl"),
     ],
 )
@@ -140,7 +144,49 @@ def test_rloop_alone_shows_the_commands():
 
 def test_a_knob_out_of_bounds_is_one_line_too():
     run = CliRunner().invoke(app, ["rft", "--policy", "p", "--examples", "e", "--out", "o", "--epochs", "0"])
-    assert (run.exit_code, run.output) == (2, "rloop: --epochs 0 must be at least 1\n")
+    assert (run.exit_code, run.output) == (2, "rloop: --epochs 0: must be at least 1\n")
+
+
+@pytest.fixture
+def ready(rollouts, tiny_policy, monkeypatch):
+    """A working directory with all that every stage but rl needs, and a link to a policy."""
+    monkeypatch.chdir(rollouts.parent)
+    Path("policy").symlink_to(tiny_policy)
+    problems = [{"id": "p/1", "problem": "1+1=", "answer": "2", "source": "p"}]
+    jsonl.write("problems.jsonl", problems)
+    jsonl.write("examples.jsonl", [{"problem_id": "p/1", "prompt": "1+1=", "completion": "2", "pass_rate": 0.1}])
+    results = {"problem_id": "p/1", "num_samples": 1, "num_correct": 1, "num_truncated": 0}
+    steps = [f"runs/vanilla/rl/checkpoints/step_00000{step}" for step in (1, 2)]
+    jsonl.write("runs/eval/valid/results.jsonl", [results | {"policy": step} for step in steps])
+
+
+WITHOUT_ENGINE = {
+    "prepare": "--source problems.jsonl",
+    "toy": "--pretrain-steps 1",
+    "sample": "--policy policy --problems problems.jsonl --template none --max-tokens 8",
+    "filter": "--rollouts rollouts.jsonl --max-pass-rate 1",
+    "rft": "--policy policy --examples examples.jsonl",
+    "eval": "--policy policy --problems problems.jsonl --template none --max-tokens 8",
+    "analyze": "--evals runs/eval",
+    "report": "--runs runs",
+}
+
+
+@pytest.mark.parametrize("stage", WITHOUT_ENGINE)
+def test_an_output_that_another_process_writes_is_refused(ready, stage):
+    with outputs.locked("out"):
+        run = CliRunner().invoke(app, [stage, *WITHOUT_ENGINE[stage].split(), "--out", "out"])
+        assert (run.exit_code, run.exception.__class__) == (2, SystemExit)
+        assert "rloop: out is being written by another process" in run.output
+    assert not Path("out").exists() and not list(Path().glob(".out*"))
+
+
+@pytest.mark.parametrize("stage", [name for name in WITHOUT_ENGINE if name != "report"])
+def test_what_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)  # nothing of what the options name is there
+    run = CliRunner().invoke(app, [stage, *WITHOUT_ENGINE[stage].split(), "--out", "/proc/out"])
+    assert run.exit_code == 2
+    assert run.output.startswith("rloop: /proc/out cannot be written: ") and run.output.count("\n") == 1
 
 
 def test_debug_shows_where_a_mistake_was_found():
@@ -202,3 +248,20 @@ def test_help_answers_within_three_times_a_bare_typer_app():
         return min(ours for ours, _ in pairs) / min(bare for _, bare in pairs)
 
     assert quotient() < 3 or quotient() < 3  # once more, for a machine that was busy
+
+
+@pytest.mark.parametrize(
+    ("words", "choices"),
+    [
+        ("rloop fil", ["filter"]),
+        ("rloop rl --dtype b", ["bfloat16"]),
+        ("rloop eval --tem", ["--temperature", "--template"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_choices(words, choices):
+    place = {"_RLOOP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    assert rloop(env={**os.environ, **place}).stdout.split() == choices
+
+
+def test_the_version_is_that_of_the_package():
+    assert CliRunner().invoke(app, ["--version"]).output == f"rloop {importlib.metadata.version('rloop')}\n"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.core import dapo
+from stages.rl import dapo
 
 
 def test_a_group_with_equal_raw_rewards_teaches_nothing():

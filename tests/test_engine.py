@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.core import policy as policies
+from stages.core import policies
 from stages.core.engine import MAX_BATCHED_TOKENS, Sampling
 
 pytestmark = pytest.mark.slow

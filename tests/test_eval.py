@@ -12,11 +12,12 @@ import orjson
 import pytest
 
 from stages import eval as evaluation_stage
-from stages.core import evaluation, jsonl, metrics, records, sampling
+from stages.core import jsonl, metrics, records, sampling, verifier
 from stages.core.errors import InputError
-from stages.core.partial import Groups
 from stages.core.records import Result, Rollout
 from stages.core.sampling import Knobs, Plan
+from stages.eval import scoring
+from stages.eval.partial import Groups
 from tests.scripted import ScriptedEngine
 
 KNOBS = Knobs(template="none", max_tokens=32)
@@ -198,6 +199,14 @@ def test_a_finished_call_is_not_repeated_and_another_is_refused(engines, tiny_po
     assert len(engines) == 1
 
 
+def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy, problems, tmp_path, monkeypatch):
+    run([tiny_policy], problems, tmp_path / "out")
+    monkeypatch.setitem(verifier.VERSION, "grader", "0.5")
+    with pytest.raises(InputError, match=r"graded by another verifier \(grader .*, not 0\.5\): .*--regrade"):
+        run([tiny_policy], problems, tmp_path / "out")
+    assert len(engines) == 1
+
+
 def test_two_names_of_one_checkpoint_are_asked_once(engines, tiny_policy, problems, tmp_path):
     shutil.copytree(tiny_policy, tmp_path / "again")
     run([tiny_policy, tmp_path / "again"], problems, tmp_path / "out")
@@ -237,8 +246,8 @@ def test_of_equals_by_the_metric_the_best_by_average_is_named_as_the_report_does
         return {"avg@4": {"value": average}, "pass@4": {"value": coverage}}
 
     summaries = {"a": summary(0.9, 0.1), "b": summary(0.9, 0.3), "c": summary(0.9, 0.3), "d": summary(0.8, 0.9)}
-    assert evaluation.selected(summaries, "pass@4") == {"policy": "b", "metric": "pass@4", "value": 0.9}
-    assert evaluation.selected(summaries, "avg@4")["policy"] == "d"
+    assert scoring.selected(summaries, "pass@4") == {"policy": "b", "metric": "pass@4", "value": 0.9}
+    assert scoring.selected(summaries, "avg@4")["policy"] == "d"
 
 
 def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_policy, problems, tmp_path, capsys):
@@ -253,7 +262,7 @@ def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_po
     [
         ({"k": (1, 8)}, r"--k 8 needs 1 to 4 \(--num-samples\)"),
         ({"k": (0,)}, "--k 0"),
-        ({"num_samples": 0}, "--num-samples 0 must be at least 1"),
+        ({"num_samples": 0}, "--num-samples 0: must be at least 1"),
         ({"select": "pass@2"}, "none of the metrics: avg@4, pass@1, pass@4"),
         ({"problems": []}, "--problems is missing"),
         ({"problems": [Path("-")]}, "--problems -: name a file"),

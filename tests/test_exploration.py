@@ -3,18 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from stages.core import records
 from stages.core.engine import Completion, Sampling
-from stages.core.errors import CollapseError
-from stages.core.exploration import Explorer
-from stages.core.lifetime import StopSignal
+from stages.core.errors import CollapseError, InputError
+from stages.core.lifetime import Stopped, StopSignal
 from stages.core.rollouts import Prompt
-from stages.core.rundir import RunDir
-from stages.core.trainer import UpdateStats
 from stages.core.verifier import Verifier
 from stages.rl import Knobs
+from stages.rl.explorer import Explorer
+from stages.rl.rundir import RunDir
+from stages.rl.trainer import UpdateStats
 
 GROUP = 4
 
@@ -31,8 +32,10 @@ class ScriptedEngine:
 
     wake = sleep = lambda self: None
 
-    def generate(self, prompts, sampling, on_group):
+    def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
         for index, (number,) in enumerate(prompts):
+            if should_stop():
+                raise Stopped
             self.asked.append(number)
             right = self.num_correct(number)
             texts = ["\\boxed{7}"] * right + ["\\boxed{8}"] * (sampling.num_samples - right)
@@ -40,19 +43,28 @@ class ScriptedEngine:
 
 
 class RecordingTrainer:
-    """Remembers what it was given; `norm` is what every update's gradient norm comes to."""
+    """Remembers what it was given; `norm` is what every update's gradient norm comes to.
 
-    def __init__(self, norm=1.0):
+    `mismatch(number)` is the mean difference to the engine in the update of that number.
+    """
+
+    def __init__(self, norm=1.0, mismatch=lambda number: 0.0):
         self.norm = norm
+        self.mismatch = mismatch
         self.batches = []
 
     def weights(self):
         return iter(())
 
+    def release(self):
+        pass
+
     def update(self, rollouts, lr):
         self.batches.append(rollouts)
         skipped = int(self.norm != self.norm)
-        return UpdateStats(num_tokens=3 * len(rollouts), grad_norms=[self.norm], num_skipped=skipped)
+        num_tokens = 3 * len(rollouts)
+        apart = self.mismatch(len(self.batches)) * num_tokens
+        return UpdateStats(num_tokens, grad_norms=[self.norm], num_skipped=skipped, mismatch=apart)
 
     def save_checkpoint(self, path, dtype):
         (path / "weights").write_text("")
@@ -60,7 +72,7 @@ class RecordingTrainer:
     save_state = load_state = lambda self, path: None
 
 
-def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, **knobs):
+def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, **knobs):
     knobs = Knobs(**{"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0,
                      "max_rounds": 3, **knobs})  # fmt: skip
     prompts = [
@@ -68,9 +80,10 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, **k
     ]
     engine, trainer, directory = ScriptedEngine(num_correct), trainer or RecordingTrainer(), RunDir(tmp_path / "rl")
     directory.begin({"parameters": {}, "inputs": {}}, False)
+    assert directory.resume_step() == done
     with Verifier() as verifier:
         explorer = Explorer(knobs, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))
-        explorer.run(directory, stop or StopSignal(), 0, "start")
+        explorer.run(directory, stop or StopSignal(), done, "start")
     written = [
         list(records.read(file, records.Rollout)) for file in sorted((directory.path / "rollouts").glob("*.jsonl"))
     ]
@@ -146,11 +159,124 @@ def test_a_collapse_ends_the_run_with_the_last_good_checkpoint_in_place(tmp_path
     assert not any(rollout["trained"] for rollout in rollouts)
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_with_143(tmp_path):
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if not name.endswith(("_s", "seconds"))} for row in rows]
+
+
+def test_sigterm_in_an_update_finishes_the_step_saves_and_exits_with_143(tmp_path):
     stop = StopSignal()
-    stop.received = True
+    trainer = RecordingTrainer(mismatch=lambda number: setattr(stop, "received", True) or 0.0)
     with pytest.raises(SystemExit) as ended:
-        explore(tmp_path, lambda number: 1, stop=stop, steps=9)
+        explore(tmp_path, lambda number: 1, trainer=trainer, stop=stop, steps=9)
     assert ended.value.code == 143
     assert RunDir(tmp_path / "rl").resume_step() == 1
     assert not (tmp_path / "rl/checkpoints").exists(), "an uninterrupted run would have none of this step"
+
+
+@pytest.mark.parametrize("save_every", [1, 10], ids=["its state is on disk", "its state is only in memory"])
+def test_sigterm_in_the_middle_of_drawing_leaves_the_step_before_and_the_rest_comes_out_the_same(tmp_path, save_every):
+    def right(number):
+        return number % GROUP  # every fourth group is dropped, so a step draws several rounds
+
+    def terminate_in_step_3(number):
+        stop.received |= len(asked) > len(whole.engine.asked) * 2 // 3
+        asked.append(number)
+        return right(number)
+
+    whole = explore(tmp_path / "whole", right, steps=4, save_every=save_every)
+    stop, asked = StopSignal(), []
+    broken = tmp_path / "broken"
+    with pytest.raises(SystemExit) as ended:
+        explore(broken, terminate_in_step_3, stop=stop, steps=4, save_every=save_every)
+    assert ended.value.code == 143
+    done = len(RunDir(broken / "rl").log_rows())
+    assert 0 < done < 4
+    assert [path.name for path in (broken / "rl/state").glob("step_*")] == [f"step_{done:06d}"]
+    assert len(list((broken / "rl/rollouts").iterdir())) == done
+    rest = explore(broken, right, steps=4, done=done, save_every=save_every)
+    assert rest.written == whole.written
+    assert without_seconds(rest.rows) == without_seconds(whole.rows)
+
+
+def test_terminated_in_its_first_step_a_run_begins_anew(tmp_path):
+    stop = StopSignal()
+    stop.received = True
+    with pytest.raises(SystemExit):
+        explore(tmp_path, lambda number: 1, stop=stop)
+    assert explore(tmp_path, lambda number: 1).rows[0]["num_kept"] == 4
+
+
+def test_steps_far_from_what_the_trainer_computes_are_counted_and_three_in_a_row_end_the_run(tmp_path):
+    trainer = RecordingTrainer(mismatch=lambda number: 0.5 if number in (2, 4, 5, 6) else 1e-5)
+    with pytest.raises(CollapseError, match=r"0\.0001 nats .*checkpoints/step_000003 is the last policy saved before"):
+        explore(tmp_path, lambda number: 1, trainer=trainer, steps=9, checkpoint_every=1)
+    assert [row["mismatch_alarms"] for row in RunDir(tmp_path / "rl").log_rows()] == [0, 1, 0, 1, 1, 1]
+
+
+def test_alarms_in_a_row_are_counted_on_by_a_resumed_run(tmp_path):
+    def trainer():
+        return RecordingTrainer(mismatch=lambda number: 0.5)
+
+    stop = StopSignal()
+    terminating = RecordingTrainer(mismatch=lambda number: setattr(stop, "received", number == 2) or 0.5)
+    with pytest.raises(SystemExit):
+        explore(tmp_path, lambda number: 1, trainer=terminating, stop=stop, steps=9)
+    with pytest.raises(CollapseError, match="start is the last policy saved before"):
+        explore(tmp_path, lambda number: 1, trainer=trainer(), done=2, steps=9)
+    assert len(RunDir(tmp_path / "rl").log_rows()) == 3
+
+
+class TakingEngine(ScriptedEngine):
+    """An engine whose log-probabilities are those of its weights, a row of logits; `takes` says which it accepts."""
+
+    def __init__(self, takes):
+        super().__init__(lambda number: 1)
+        self.takes, self.row = takes, torch.tensor([2.0, 0.0, 1.0])
+
+    def load(self, weights):
+        row = dict(weights)["row"]
+        self.row = row if self.takes(row) else self.row
+
+    def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
+        values = self.row.log_softmax(-1).tolist()
+        return [[Completion("", [0, 1, 2], values, "stop")] * sampling.num_samples for _ in prompts]
+
+
+class RowTrainer:
+    """Computes what `TakingEngine` does; `error` is added to the first token's log-probability."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def weights(self):
+        yield "row", torch.tensor([2.0, 0.0, 1.0])
+
+    def log_probs(self, rollouts):
+        off = torch.tensor([self.error, 0.0, 0.0])
+        return [torch.tensor([2.0, 0.0, 1.0]).log_softmax(-1) + off for _ in rollouts]
+
+
+def check(takes, error=0.0, precision="no", **knobs):
+    knobs = Knobs(group_size=GROUP, max_tokens=8, overlong_buffer=0, **knobs)
+    prompts = [Prompt({"id": "p", "problem": "", "answer": "7", "source": ""}, "", [0])]
+    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=True, num_processes=1)
+    sampling = Sampling(GROUP, 8)
+    return Explorer(knobs, ranks, TakingEngine(takes), None, RowTrainer(error), prompts, sampling).check_hand_over()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_engine_that_takes_no_weights_is_refused_though_it_began_with_the_right_ones(precision):
+    with pytest.raises(InputError, match="does not take the weights"):
+        check(lambda row: False, precision=precision)
+    assert check(lambda row: True, precision=precision).largest < 1e-6
+
+
+def test_the_hand_over_is_held_against_the_largest_difference_in_float32_and_the_mean_in_bfloat16():
+    with pytest.raises(InputError, match=r"by 0\.06 up to .*--mismatch-bound 0\.001"):
+        check(lambda row: True, error=0.06)
+    assert check(lambda row: True, error=0.06, precision="bf16").mean == pytest.approx(0.02)
+    with pytest.raises(InputError, match=r"by 0\.2 on average .*--mismatch-bound 0\.1"):
+        check(lambda row: True, error=0.6, precision="bf16")
+    assert check(lambda row: True, error=0.6, precision="bf16", mismatch_bound=0.5).largest == pytest.approx(0.6)
+    with pytest.raises(InputError, match="by inf"):
+        check(lambda row: True, error=float("nan"), precision="bf16")

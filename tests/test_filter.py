@@ -9,10 +9,10 @@ import orjson
 import pytest
 
 from stages import filter as stage
-from stages.core import jsonl
+from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.records import Example, read
-from stages.core.selection import Draw, Positions, Tally, yield_table
+from stages.filter.selection import Draw, Positions, Tally, yield_table
 
 
 def rollout(problem_id, reward, completion="a \\boxed{1}", finish_reason="stop", prompt=None, **more):
@@ -100,7 +100,7 @@ def test_duplicates_truncated_and_integer_rewards(tmp_path):
 
 
 def test_where_prompt_ends_and_completion_begins_tells_rollouts_apart(tmp_path):
-    rollouts = [rollout("a", 1, "bc", prompt="a"), rollout("a", 1, "c", prompt="ab")]
+    rollouts = [rollout("1", 1, "bc", prompt="a"), rollout("2", 1, "c", prompt="ab")]
     assert len(run(tmp_path, rollouts, max_pass_rate=1)) == 2
 
 
@@ -203,10 +203,59 @@ def test_a_selection_of_nothing_is_an_error_with_the_yield_table(tmp_path, rollo
     assert [file.name for file in tmp_path.iterdir()] == ["rollouts.jsonl"]
 
 
-@pytest.mark.parametrize("reward", [0.5, -1, 2.0])
-def test_a_shaped_reward_is_refused_with_its_line(tmp_path, reward):
-    with pytest.raises(InputError, match=rf"rollouts.jsonl:2: reward {reward:g} must be 0 or 1"):
-        run(tmp_path, [rollout("a", 1.0), rollout("a", reward)])
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ({"reward": 0.5}, "reward 0.5 must be 0 or 1"),
+        ({"reward": -1}, "reward -1 must be 0 or 1"),
+        ({"reward": 2.0, "verdict": "correct"}, "reward 2 must be 0 or 1"),
+        ({"reward": 1.0, "verdict": "wrong"}, "reward 1 and verdict wrong contradict each other"),
+        ({"reward": 0, "verdict": "correct"}, "reward 0 and verdict correct contradict each other"),
+        ({"prompt": "another"}, "problem a has another prompt or answer than before"),
+        ({"answer": "2"}, "problem a has another prompt or answer than before"),
+        ({"problem_id": "b", "prompt": ""}, "the prompt of problem b is empty"),
+        ({"num_tokens": -1}, "field 'num_tokens' of Rollout must be 0 or more, found int -1"),
+        ({"sample": -1}, "field 'sample' of Rollout must be 0 or more, found int -1"),
+        ({"policy": "q"}, "a rollout of policy q, after those of p: a pass rate is of one policy; .* --policy"),
+    ],
+)
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_a_rollout_that_contradicts_itself_or_others_is_refused_with_its_line(tmp_path, wrong, fault, reward):
+    with pytest.raises(InputError, match=f"rollouts.jsonl:2: {fault}"):
+        run(tmp_path, [rollout("a", 1.0), rollout("a", reward) | wrong])
+    assert not (tmp_path / "examples.jsonl").exists()
+
+
+def test_of_several_policies_one_is_taken_by_name_and_its_pass_rates_are_its_own(tmp_path):
+    rollouts = list(random_rollouts(seed=8))
+    others = [one | {"policy": "q/", "reward": 1.0, "verdict": "correct"} for one in rollouts]
+    mixed = [one for pair in zip(others, rollouts, strict=True) for one in pair]
+    assert run(tmp_path, mixed, policy="p", max_pass_rate=0.5) == expected(rollouts, 0.5)
+    assert run(tmp_path, mixed, policy="./q", max_pass_rate=1) == expected(others, 1)
+    with pytest.raises(InputError, match="--policy r: the rollouts are of q, p"):
+        run(tmp_path, mixed, policy="r")
+
+
+def test_an_rl_run_is_one_policy_however_it_was_named_when_it_went_on(tmp_path, capsys):
+    rollouts = list(random_rollouts(seed=9))
+    for step, name in enumerate(("base", "./base/", "/elsewhere/base")):
+        part = [one | {"policy": name} for one in rollouts[step * 500 : step * 500 + 500]]
+        jsonl.write(tmp_path / "rl" / "rollouts" / f"step_{step:06d}.jsonl", part)
+    out = tmp_path / "out.jsonl"
+    stage.run(rollouts=[str(tmp_path / "rl")], out=str(out), max_pass_rate=0.5)
+    assert list(read(out, Example)) == expected(rollouts, 0.5)
+    assert "rl is no finished rl run (no manifest.json)" in capsys.readouterr().err
+
+
+def test_an_rl_run_that_goes_on_is_warned_of_and_a_finished_one_is_not(tmp_path, capsys):
+    run_dir = tmp_path / "rl"
+    jsonl.write(run_dir / "rollouts" / "step_000001.jsonl", random_rollouts(seed=9))
+    (run_dir / "manifest.json").write_text("{}")
+    with outputs.locked(run_dir):
+        stage.run(rollouts=[str(run_dir)], dry_run=True)
+    assert "rl is still being written" in capsys.readouterr().err
+    stage.run(rollouts=[str(run_dir)], dry_run=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
@@ -220,9 +269,9 @@ def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"max_pass_rate": 10}, "10 % is 0.1"),
-        ({"max_pass_rate": 0}, "must lie above 0"),
-        ({"max_per_problem": -1}, "must be positive"),
+        ({"max_pass_rate": 10}, "--max-pass-rate 10: must be at most 1"),
+        ({"max_pass_rate": 0}, "--max-pass-rate 0: must be above 0"),
+        ({"max_per_problem": -1}, "--max-per-problem -1: must be at least 0"),
         ({"out": ""}, "--out is missing"),
         ({"out": "rollouts.jsonl"}, "already holds something"),
         ({"rollouts": ["missing.jsonl"]}, "missing.jsonl: no such file"),

@@ -92,12 +92,68 @@ def test_an_empty_directory_may_be_written_and_a_full_one_may_not(tmp_path):
 
 
 def test_what_a_killed_process_of_the_same_id_left_does_not_come_along(tmp_path):
-    left = tmp_path / f".out.{os.getpid()}.partial"
+    left = tmp_path / f".out.{outputs.HOST}-{os.getpid()}.partial"
     left.mkdir()
     (left / "old").touch()
     with outputs.whole_dir(tmp_path / "out") as beside:
         (beside / "new").touch()
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["new"]
+
+
+DIES = """
+import os, signal, sys
+from stages.core import outputs
+with outputs.claimed(sys.argv[1]), getattr(outputs, sys.argv[2])(sys.argv[1]) as beside:
+    (beside / "half" if beside.is_dir() else beside).write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("writing", ["whole_file", "whole_dir"])
+def test_what_a_killed_process_left_goes_when_the_same_output_is_written_again(tmp_path, writing):
+    path = tmp_path / "out"
+    for name in (".out.partial", ".out.2.partial", ".out.manifest.json.7.partial", "out.4.partial"):
+        (tmp_path / name).touch()  # another's, or an interrupted evaluation's
+    others = set(tmp_path.iterdir())
+    subprocess.run([sys.executable, "-c", DIES, str(path), writing], check=False)
+    left = set(tmp_path.iterdir()) - others
+    assert {file.suffix for file in left} == {".partial", ".lock"}
+    with outputs.claimed(path), getattr(outputs, writing)(path) as beside:
+        assert set(tmp_path.iterdir()) - others == {beside, tmp_path / ".out.lock"}
+    assert set(tmp_path.iterdir()) - others == {path}
+
+
+def test_what_another_machine_left_is_named_and_stays(tmp_path, capsys):
+    left = tmp_path / ".out.elsewhere-12.partial"
+    left.touch()
+    with outputs.claimed(tmp_path / "out"):
+        assert f"{left} was left unfinished on elsewhere: remove it if" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [left]
+
+
+def test_a_claim_that_comes_to_nothing_leaves_no_directories(tmp_path):
+    with pytest.raises(ZeroDivisionError), outputs.claimed(tmp_path / "new" / "deep" / "out"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_output_needs_no_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with outputs.claimed("-"):
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a" * 250, f"{'b' * 256}/c"])
+def test_a_name_too_long_is_refused_before_anything_is_made(tmp_path, name):
+    with pytest.raises(InputError, match=r"cannot be written: .*(name too long|is too long)"):
+        outputs.refuse_occupied(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "/sys/out", "/proc/self/new/out"])
+def test_a_place_that_takes_no_files_is_refused_even_to_root(place):
+    with pytest.raises(InputError, match=f"{place} cannot be written: "):
+        outputs.refuse_unwritable(place)
 
 
 HOLDER = """

@@ -8,10 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from stages import prepare
-from stages.core import curation, sources
 from stages.core.errors import InputError
-from stages.core.prompts import DAPO_AFTER, DAPO_BEFORE
 from stages.core.records import read_problems
+from stages.core.templates import DAPO_AFTER, DAPO_BEFORE
+from stages.prepare import curation, sources
 
 TEXTS = [f"Ann has {number} pens and buys 2. How many has she?" for number in range(3, 9)]
 ANSWERS = [str(number + 2) for number in range(3, 9)]
@@ -361,7 +361,7 @@ def test_a_fault_in_a_file_is_told_with_its_place_and_nothing_is_written(tmp_pat
         ({"source": "aime"}, "neither a preset .dapo-17k, .* nor a file nor a hub id"),
         ({"source": "math-500", "from_": "missing.csv"}, "missing.csv: no such file"),
         ({"split": "test"}, "has neither --config nor --split"),
-        ({"limit": -1}, "must be positive"),
+        ({"limit": -1}, "--limit -1: must be at least 0"),
         ({"out": "mine.jsonl"}, "already holds something"),
     ],
 )

@@ -54,6 +54,15 @@ def test_an_int_passes_as_a_float_and_a_float_not_as_an_int():
     assert check({**ROLLOUT, "step": 1.0}) == "field 'step' of Rollout must be int, found float 1.0"
 
 
+@pytest.mark.parametrize(("kind", "record"), [(Rollout, ROLLOUT), (Result, RESULT)])
+def test_a_count_is_never_negative(kind, record):
+    check = records.checker(kind)
+    counts = [name for name, value in record.items() if type(value) is int]
+    assert counts and all(check(record | {name: 0}) is None for name in counts)
+    for name in counts:
+        assert check(record | {name: -1}) == f"field {name!r} of {kind.__name__} must be 0 or more, found int -1"
+
+
 def test_a_verdict_beyond_the_known_ones_is_refused():
     fault = records.checker(Rollout)({**ROLLOUT, "verdict": "maybe"})
     assert fault == (

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from stages import report
-from stages.core import browser, curves, jsonl, ledger, page, runs, tables
+from stages.core import jsonl, runs
 from stages.core.errors import InputError
+from stages.report import browser, curves, ledger, page, tables
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> 1 + 1 = \\boxed{2}"
 VANILLA = [f"vanilla/rl/checkpoints/step_{step:06d}" for step in (2, 4)]

@@ -5,8 +5,8 @@ import pytest
 from stages.core import records
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import InputError
-from stages.core.prompts import Template
 from stages.core.rollouts import draw, draw_each, make_prompts
+from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
 ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest")
@@ -24,7 +24,7 @@ class Words:
 class BackwardsEngine:
     """Answers "7" and "8" in turn, the last prompt first."""
 
-    def generate(self, prompts, sampling, on_group):
+    def generate(self, prompts, sampling, on_group, should_stop=None):
         for index in reversed(range(len(prompts))):
             texts = [f"\\boxed{{{7 + i % 2}}}" for i in range(sampling.num_samples)]
             on_group(index, [Completion(text, [1] * (index + 1), [], "stop") for text in texts])

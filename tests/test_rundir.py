@@ -1,10 +1,12 @@
 """The rl output directory: claimed once, resumed at the last whole state, never mixed with another run."""
 
+from pathlib import Path
+
 import pytest
 
 from stages.core import jsonl
 from stages.core.errors import InputError
-from stages.core.rundir import RunDir
+from stages.rl.rundir import RunDir
 
 IDENTITY = {"parameters": {"lr": 0.1, "steps": 5}, "inputs": {"policy": "abc"}}
 
@@ -68,16 +70,77 @@ def test_a_directory_that_holds_something_else_is_refused(tmp_path):
     assert (tmp_path / "rl/thesis.tex").read_text() == "precious"
 
 
-def test_a_finished_run_is_known_as_such_and_its_state_is_gone(tmp_path):
+def finished(tmp_path, steps=2, **identity):
+    identity = {**IDENTITY, "parameters": {"lr": 0.1, "steps": steps}, **identity}
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(identity, False)
+    saved(directory, steps)
+    directory.checkpoint(steps).mkdir(parents=True)
+    directory.finish({"steps": steps}, {**identity, "stage": "rl"})
+    return directory, identity
+
+
+def with_steps(identity, steps):
+    return {**identity, "parameters": {**identity["parameters"], "steps": steps}}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_finished_run_is_known_as_such_and_goes_on_if_it_is_given_more_steps(tmp_path, restart):
+    directory, identity = finished(tmp_path)
+    assert directory.begin(identity, restart) is True
+    assert directory.begin(with_steps(identity, 4), restart) is False
+    assert directory.resume_step() == 2
+    assert (directory.path / "rollouts/step_000002.jsonl").exists() and directory.last_checkpoint(3).is_dir()
+    assert not (directory.path / "manifest.json").exists(), "it is no longer finished"
+    assert directory.begin(identity, restart) is False, "and may be ended where it was"
+
+
+def test_fewer_steps_than_are_done_are_refused_and_start_over_if_the_user_asked_for_that(tmp_path):
+    directory, identity = finished(tmp_path)
+    with pytest.raises(InputError, match="holds 2 steps, more than --steps 1: give --steps 2, or more, or name anoth"):
+        directory.begin(with_steps(identity, 1), False)
+    assert directory.begin(identity, False) is True, "nothing was changed"
+    assert directory.begin(with_steps(identity, 1), True) is False
+    assert directory.resume_step() == 0
+
+
+def test_a_run_that_is_going_on_may_be_given_any_number_of_steps_not_below_its_state(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
-    saved(directory, 1)
-    directory.checkpoint(1).mkdir(parents=True)
-    directory.finish({"steps": 1}, {**IDENTITY, "stage": "rl"})
-    assert not directory.state.exists()
-    assert directory.begin(IDENTITY, False) is True
-    with pytest.raises(InputError, match="steps was 5, is now 9"):
-        directory.begin({**IDENTITY, "parameters": {"lr": 0.1, "steps": 9}}, False)
+    saved(directory, 3)
+    for steps in (9, 3):
+        assert directory.begin(with_steps(IDENTITY, steps), False) is False
+    with pytest.raises(InputError, match="holds 3 steps, more than --steps 2"):
+        directory.begin(with_steps(IDENTITY, 2), False)
+
+
+def test_without_its_last_state_a_finished_run_can_not_be_made_longer(tmp_path):
+    directory, identity = finished(tmp_path)
+    directory.forget_state()
+    assert directory.begin(identity, False) is True
+    with pytest.raises(InputError, match="finished run of 2 steps without its last state"):
+        directory.begin(with_steps(identity, 3), False)
+    assert directory.begin(with_steps(identity, 3), True) is False
+    assert directory.resume_step() == 0
+
+
+def test_another_version_of_the_verifier_is_refused_by_name(tmp_path):
+    directory, identity = finished(tmp_path, verifier={"grader": "1", "sympy": "1.13"})
+    other = {**identity, "verifier": {"grader": "1", "sympy": "1.14"}}
+    for asked in (other, with_steps(other, 5)):
+        with pytest.raises(InputError, match=r"settings: the verifier's sympy was 1\.13, is now 1\.14\. Give"):
+            directory.begin(asked, False)
+    assert directory.begin(other, True) is False
+    assert directory.resume_step() == 0
+
+
+def test_a_place_that_can_not_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file/rl", tmp_path / "file", Path("/proc/rl"), Path("/proc/self/rl")):
+        with pytest.raises(InputError, match="cannot be written"):
+            RunDir(place).refuse_unwritable()
+    RunDir(tmp_path / "new/rl").refuse_unwritable()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_parts_of_a_run_alone_are_refused_and_replaced_where_the_user_asked_for_that(tmp_path):
@@ -93,8 +156,8 @@ def test_parts_of_a_run_alone_are_refused_and_replaced_where_the_user_asked_for_
 def test_a_finished_run_that_has_lost_its_rollouts_is_not_taken_for_done(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
-    saved(directory, 1)
-    directory.finish({"steps": 1}, {**IDENTITY, "stage": "rl"})
+    saved(directory, 5)
+    directory.finish({"steps": 5}, {**IDENTITY, "stage": "rl"})
     with pytest.raises(InputError, match="finished run without its checkpoints: restore that, or name another"):
         directory.begin(IDENTITY, False)
     assert directory.begin(IDENTITY, True) is False
@@ -105,11 +168,11 @@ def test_a_setting_without_effect_on_the_results_may_change_on_the_way(tmp_path)
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
-    other = {**IDENTITY, "parameters": {"lr": 0.1, "steps": 6}}
-    assert directory.begin(other, True, free=("steps",)) is False
+    other = {**IDENTITY, "parameters": {"lr": 0.2, "steps": 5}}
+    assert directory.begin(other, True, free=("lr",)) is False
     assert directory.resume_step() == 1
-    with pytest.raises(InputError, match="steps was 5, is now 6"):
-        directory.begin(other, False)
+    with pytest.raises(InputError, match=r"lr was 0\.2, is now 0\.1"):
+        directory.begin(IDENTITY, False)
 
 
 @pytest.mark.parametrize("manifest", ['{"stage": "rft"}', '{"name": "a web page"}', "{}"])

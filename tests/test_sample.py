@@ -110,19 +110,25 @@ def test_a_broken_policy_is_refused_in_one_line(copied, problems, damage, messag
     ("knobs", "num_samples", "message"),
     [
         ({"max_tokens": 128}, 2, "does not fit the policy's context of 128"),
-        ({"max_tokens": 0}, 2, "--max-tokens must be at least 1"),
-        ({}, 0, "--num-samples must be at least 1"),
+        ({"max_tokens": 0}, 2, "--max-tokens 0: must be at least 1"),
+        ({}, 0, "--num-samples 0: must be at least 1"),
         ({"limit": -1}, 2, "--limit"),
-        ({"temperature": -0.5}, 2, "--temperature must not be negative"),
+        ({"temperature": -0.5}, 2, "--temperature -0.5: must be at least 0"),
         ({"temperature": 0.0}, 2, "add --num-samples 1"),
-        ({"dtype": "int3"}, 2, "--dtype must be one of"),
+        ({"dtype": "int3"}, 2, "--dtype int3: must be one of"),
         ({"template": "nowhere"}, 2, "template nowhere"),
         ({"template": "chat"}, 2, "no chat template"),
     ],
 )
-def test_a_knob_that_cannot_be_is_refused(tiny_policy, problems, knobs, num_samples, message):
+def test_a_knob_that_cannot_be_is_refused(tiny_policy, problems, tmp_path, knobs, num_samples, message):
     with pytest.raises(InputError, match=message):
-        sampling.plan([str(tiny_policy)], [problems], num_samples, replace(KNOBS, **knobs))
+        sample.run(
+            policy=[str(tiny_policy)],
+            problems=problems,
+            out=tmp_path / "out.jsonl",
+            num_samples=num_samples,
+            knobs=replace(KNOBS, **knobs),
+        )
 
 
 @pytest.mark.parametrize(

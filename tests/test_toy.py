@@ -6,9 +6,10 @@ from itertools import islice, pairwise
 import pytest
 
 from stages import toy
-from stages.core import arithmetic, records
-from stages.core.arithmetic import Expression
+from stages.core import records
 from stages.core.errors import InputError
+from stages.toy import arithmetic
+from stages.toy.arithmetic import Expression
 
 SIZES = {"train": 40, "valid": 20, "prec": 20, "paren": 20, "long": 20}
 
@@ -127,10 +128,10 @@ def test_easy_and_hard_problems_are_mixed_in_order(sets):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"num_test": 0}, "--num-test must be at least 1"),
-        ({"hard_frac": 1.5}, "--hard-frac must be between 0 and 1"),
-        ({"pretrain_steps": 0}, "--pretrain-steps must be at least 1"),
-        ({"pretrain_lr": 0.0}, "--pretrain-lr must be above 0"),
+        ({"num_test": 0}, "--num-test 0: must be at least 1"),
+        ({"hard_frac": 1.5}, "--hard-frac 1.5: must be at most 1"),
+        ({"pretrain_steps": 0}, "--pretrain-steps 0: must be at least 1"),
+        ({"pretrain_lr": 0.0}, "--pretrain-lr 0.0: must be above 0"),
     ],
 )
 def test_a_wrong_knob_is_named_and_leaves_nothing(tmp_path, knobs, message):
@@ -209,7 +210,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_policy_on_t
 
 
 def test_pretraining_counts_completions_and_their_ends_only():
-    from stages.core import pretrain
+    from stages.toy import pretrain
 
     tokenizer = pretrain.build_tokenizer(arithmetic.WORDS)
     pairs = iter([("3+4=?", "[G]\\boxed{7}"), ("3+4*2=?", "[G]")])
@@ -226,7 +227,7 @@ def test_pretraining_counts_completions_and_their_ends_only():
 
 
 def test_every_pair_comes_once_and_a_batch_holds_texts_of_like_length():
-    from stages.core import pretrain
+    from stages.toy import pretrain
 
     tokenizer = pretrain.build_tokenizer(arithmetic.WORDS)
     pairs = list(islice(arithmetic.draw_lessons(random.Random(0), frozenset()), 1000))
@@ -241,7 +242,7 @@ def test_every_pair_comes_once_and_a_batch_holds_texts_of_like_length():
 
 
 def test_the_learning_rate_warms_up_peaks_once_and_falls_to_its_last_share():
-    from stages.core import pretrain
+    from stages.toy import pretrain
 
     shares = [pretrain.lr_share(step, 1300) for step in range(1300)]
     assert shares[0] == pytest.approx(1 / 60)

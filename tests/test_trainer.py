@@ -2,16 +2,19 @@
 
 import os
 import random
+import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from stages.core.trainer import Objective, TokenRollout, Trainer, UpdateStats
+from stages import rl
+from stages.rl.trainer import Objective, TokenRollout, Trainer, UpdateStats, without_dropout
+from tests import ranks
 
 OBJECTIVE = Objective(
     clip_low=0.2, clip_high=0.28, importance_cap=2.0, max_grad_norm=1.0, minibatches=1, tokens_per_microbatch=4096
@@ -161,22 +164,116 @@ def trl_inputs(rollouts, pad, tokens):
     return inputs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, tmp_path, kind):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def test_a_pad_token_outside_the_vocabulary_does_not_matter(tiny_policy, tmp_path):
+    from transformers import AutoTokenizer
+
+    policy = shutil.copytree(tiny_policy, tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<outside>"})
+    assert tokenizer.pad_token_id == size
+    tokenizer.save_pretrained(policy)
+    rollouts = some_rollouts(12)
+    assert torch.equal(gradient_and_sums(policy, rollouts)[0], gradient_and_sums(tiny_policy, rollouts)[0])
+
+
+def test_a_policy_with_dropout_is_trained_without(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+    for model in (
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=2, num_key_value_heads=2, attention_dropout=0.5)),
+    ):  # fmt: skip
+        without_dropout(model)
+        ids = torch.arange(20)[None]
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.fixture(scope="module")
+def both_ranks(tiny_policy, tmp_path_factory):
+    """What two ranks made of one batch, by (ddp or fsdp2, dtype); beside the file, the states that they saved."""
+    out = tmp_path_factory.mktemp("ranks") / "found.pt"
     done = subprocess.run(
-        [*torchrun, "-m", "tests.ranks", "gradient", tiny_policy, tmp_path / "found.pt", kind],
-        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False,
+        [*ranks.LAUNCH, "numbers", tiny_policy, out], cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "found.pt")
+    return torch.load(out), out.parent
+
+
+def flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def trainer_in(dtype, policy):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Trainer(policy, rl._accelerator(rl.Knobs(dtype=dtype), Path()), OBJECTIVE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, both_ranks, kind):
+    found = both_ranks[0][kind, "float32"]
     trainer = Trainer(tiny_policy, Accelerator(), OBJECTIVE)
     sums = trainer.gradient(some_rollouts(31))
-    assert close(torch.cat([gradient.flatten() for gradient in found["gradient"].values()]), gradient_of(trainer), 1e-5)
+    assert close(flat(found["gradient"]), gradient_of(trainer), 1e-5)
     assert torch.allclose(found["sums"], sums, rtol=1e-5)
     trainer.optimizer.zero_grad()
     assert found["norms"] == pytest.approx(trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms, rel=1e-5)
     assert set(found["weights"]) == set(dict(trainer.weights()))
-    assert all(torch.equal(weight, found["again"][name]) for name, weight in found["weights"].items()), "not resumed"
+
+
+@pytest.mark.slow
+def test_in_bfloat16_only_the_products_are_rounded(tiny_policy, both_ranks):
+    """Log-probabilities and sums over ranks are float32, and so differ from bfloat16's few values.
+
+    Bounds as measured: one rank and DDP (autocast) are 4.3 % from the exact gradient and 0.3 % from each other; FSDP2,
+    which keeps the residual stream in bfloat16 too, as vLLM does, is 5.3 % from the exact one and 5.5 % from theirs.
+    """
+    exact = gradient_and_sums(tiny_policy, some_rollouts(31))[0]
+    trainer = trainer_in("bfloat16", tiny_policy)
+    own = torch.cat(trainer.log_probs(some_rollouts(31)))
+    trainer.gradient(some_rollouts(31))
+    alone = gradient_of(trainer)
+    assert not close(alone, exact, 1e-2), "this was not bfloat16"
+    for kind, bound in (("ddp", 0.01), ("fsdp2", 0.08)):
+        found = both_ranks[0][kind, "bfloat16"]
+        log_probs, gradient = torch.cat(found["log_probs"]), flat(found["gradient"])
+        assert log_probs.dtype == gradient.dtype == torch.float32
+        for values in (log_probs, gradient[gradient != 0]):
+            assert (values != values.bfloat16()).float().mean() > 0.4
+        assert (log_probs - own).abs().mean() < 0.05
+        assert close(gradient, alone, bound)
+        assert close(gradient, exact, 0.08)
+        assert {weight.dtype for weight in found["weights"].values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_saved_state_is_taken_back_bit_for_bit_and_by_another_number_of_ranks_too(tiny_policy, both_ranks):
+    found, directory = both_ranks
+    for (kind, dtype), case in found.items():
+        files = sorted(path.name for path in (directory / f"{kind}-{dtype}" / "second").glob("*.distcp"))
+        assert files == ["__0_0.distcp", "__1_0.distcp"], "not every rank wrote its part"
+        for again in case["again"].values():
+            assert all(torch.equal(weight, again[name]) for name, weight in case["weights"].items())
+        if dtype == "float32":
+            alone = trainer_in(dtype, tiny_policy)
+            alone.load_state(directory / f"{kind}-{dtype}" / "second")
+            alone.update(some_rollouts(31, seed=2), 1e-3)
+            for name, weight in alone.weights():
+                assert (weight - case["weights"][name]).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_tied_policy_is_saved_and_taken_back(tied_policy, tmp_path):
+    trainer = trainer_in("float32", tied_policy)
+    trainer.update(some_rollouts(8), 1e-3)
+    trainer.save_state(tmp_path / "state")
+    saved = {name: weight.clone() for name, weight in trainer.weights()}
+    trainer.update(some_rollouts(8, seed=1), 1e-3)
+    after = {name: weight.clone() for name, weight in trainer.weights()}
+    trainer.load_state(tmp_path / "state")
+    assert all(torch.equal(weight, saved[name]) for name, weight in trainer.weights())
+    trainer.update(some_rollouts(8, seed=1), 1e-3)
+    assert all(torch.equal(weight, after[name]) for name, weight in trainer.weights())

@@ -111,7 +111,7 @@ def test_hanging_swelling_and_crashing_cost_one_verdict_each_and_no_other(monkey
 
 def test_recursion_without_end_is_an_error() -> None:
     code = """
-from stages.core.answers.algebra import _Bounds
+from stages.core.verifier.algebra import _Bounds
 def deeper(): return deeper()
 print(_Bounds()(deeper))
 """
@@ -121,7 +121,7 @@ print(_Bounds()(deeper))
 def test_neither_side_imports_torch_and_the_caller_no_sympy() -> None:
     code = "import sys, stages.core.{0}; print(*({1!r} & set(sys.modules)))"
     assert _python(code.format("verifier", {"torch", "sympy", "numpy", "math_verify", "transformers"})).split() == []
-    assert _python(code.format("answers.algebra", {"torch", "transformers", "vllm"})).split() == []
+    assert _python(code.format("verifier.algebra", {"torch", "transformers", "vllm"})).split() == []
 
 
 def test_workers_die_with_a_parent_that_is_killed_and_need_no_main_guard(tmp_path: Path) -> None:

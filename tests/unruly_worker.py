@@ -1,9 +1,9 @@
-"""A verifier worker that misbehaves on request: run in place of stages.core.answers.algebra by test_verifier."""
+"""A verifier worker that misbehaves on request: run in place of stages.core.verifier.algebra by test_verifier."""
 
 import os
 
-from stages.core.answers import algebra
 from stages.core.records import Verdict
+from stages.core.verifier import algebra
 
 honest = algebra.compare
 

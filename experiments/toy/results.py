@@ -21,8 +21,8 @@ from run import HERE, ITERATIONS, RUNS, SETS, STEPS
 from scipy.stats import t as student
 
 from stages.core import figures, metrics, records
-from stages.core.rundir import step_name
-from stages.core.runs import read_json
+from stages.core.outputs import read_json
+from stages.rl.rundir import step_name
 
 OUT = HERE / "results"
 MIN_SEEDS = 3  # fewer have no interval worth the name

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from rloop_cli import warm
-from stages.core import arithmetic, jsonl, records
-from stages.core.rundir import step_name
-from stages.core.runs import read_json
+from stages.core import jsonl, records
+from stages.core.outputs import read_json
+from stages.rl.rundir import step_name
+from stages.toy import arithmetic
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from stages.core import policy as policies
+from stages.core import policies
+from stages.core.lifetime import Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ class Sampling:
 
 
 OnGroup = Callable[[int, list[Completion]], None]
+ShouldStop = Callable[[], bool]
 
 
 class Engine(Protocol):
@@ -64,8 +66,17 @@ class Engine(Protocol):
     def load(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs."""
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, on_group: OnGroup) -> list[list[Completion]]:
-        """Sample; call `on_group(index, completions)` when all samples of a prompt are done, in any order."""
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        on_group: OnGroup,
+        should_stop: ShouldStop = lambda: False,
+    ) -> list[list[Completion]]:
+        """Sample; call `on_group(index, completions)` when all samples of a prompt are done, in any order.
+
+        Looks at `should_stop` often, and raises Stopped once it is true.
+        """
 
 
 class VllmEngine:
@@ -132,7 +143,11 @@ class VllmEngine:
             self._asleep = False
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, on_group: OnGroup | None = None
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        on_group: OnGroup | None = None,
+        should_stop: ShouldStop = lambda: False,
     ) -> list[list[Completion]]:
         """Sample `num_samples` completions for each tokenised prompt; the same call gives the same samples.
 
@@ -149,6 +164,8 @@ class VllmEngine:
         groups: list[list[Completion]] = [[] for _ in prompts]
         try:
             while core.has_unfinished_requests():
+                if should_stop():
+                    raise Stopped
                 for output in core.step():
                     if not output.finished:
                         continue

@@ -7,9 +7,3 @@ class InputError(ValueError):
 
 class CollapseError(RuntimeError):
     """A run that can't go on, such as weights that only give non-finite gradients; what it saved is in place."""
-
-
-def require(holds: bool, name: str, value: object, rule: str) -> None:
-    """Raise InputError "--name value rule" unless it `holds`; `name` is the option's with underscores."""
-    if not holds:
-        raise InputError(f"--{name.replace('_', '-')} {value} {rule}")

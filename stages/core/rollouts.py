@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from stages.core import policy as policies
-from stages.core.engine import Completion, Engine, Sampling
+from stages.core import policies
+from stages.core.engine import Completion, Engine, Sampling, ShouldStop
 from stages.core.errors import InputError
-from stages.core.prompts import Template
 from stages.core.records import Problem, Rollout
+from stages.core.templates import Template
 from stages.core.verifier import Batch, Score, Verifier
 
 
@@ -121,11 +121,12 @@ def draw(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     on_group: Callable[[int], None] | None = None,
+    should_stop: ShouldStop = lambda: False,
 ) -> list[Group]:
     """Sample a group for each prompt and hand it to the verifier as soon as it is done.
 
     `on_group` is called with the number of tokens of each finished group, for progress bars. The scores may still be
-    under way when this returns; the first look at `Group.scores` waits for them.
+    under way when this returns; the first look at `Group.scores` waits for them. Raises Stopped once `should_stop`.
     """
     groups: dict[int, Group] = {}
 
@@ -134,7 +135,7 @@ def draw(
         if on_group is not None:
             on_group(group.num_tokens)
 
-    draw_each(engine, verifier, prompts, sampling, finished)
+    draw_each(engine, verifier, prompts, sampling, finished, should_stop)
     return [groups[index] for index in range(len(prompts))]
 
 
@@ -144,6 +145,7 @@ def draw_each(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     on_group: Callable[[int, Group], None],
+    should_stop: ShouldStop = lambda: False,
 ) -> None:
     """As `draw`, for more groups than memory should hold: each goes to `on_group` with its prompt's index, then away.
 
@@ -155,4 +157,4 @@ def draw_each(
         batch = verifier.submit([(completion.text, answer) for completion in completions])
         on_group(index, Group(prompts[index], completions, batch))
 
-    engine.generate([prompt.token_ids for prompt in prompts], sampling, finished)
+    engine.generate([prompt.token_ids for prompt in prompts], sampling, finished, should_stop)

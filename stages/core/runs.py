@@ -13,13 +13,12 @@ Nothing here is needed to be whole: what is missing is simply not found.
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import orjson
+from typing import NamedTuple
 
 from stages.core import records
 from stages.core.errors import InputError
 from stages.core.metrics import by_policy, check_results
+from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.records import Result, Rollout
 
@@ -249,16 +248,3 @@ def _log_row(names: Sequence[str], line: str, where: str) -> dict[str, float]:
         return {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
     except ValueError as error:
         raise InputError(f"{where}: {error}: restore the line, or remove it") from None
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object of `path`; {} where there is no such file, an InputError where it is no JSON object."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        value = orjson.loads(Path(path).read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error}): was the file cut?") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

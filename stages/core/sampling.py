@@ -17,39 +17,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import policy as policies
-from stages.core import prompts as templates
-from stages.core import records
+from stages.core import policies, records, templates
 from stages.core.engine import Engine, Sampling, VllmEngine
 from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT, Options, above, at_least, at_most, one_of
+from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
-from stages.core.prompts import Template
 from stages.core.records import Problem, Rollout
 from stages.core.rollouts import Prompt, draw, make_prompts
-from stages.core.runs import read_json
+from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB where each has 2,048 tokens
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEED_BITS = 62  # sample i of a problem has the problem's seed + i, which must stay a signed 64-bit number
 
 StartEngine = Callable[[Path], Engine]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
+class Knobs(Options):
     """The knobs that sample and eval share."""
 
-    max_tokens: Annotated[int, "most tokens in a completion"] = 2048
-    temperature: Annotated[float, "sampling temperature"] = 1.0
+    max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
+    temperature: Annotated[float, "sampling temperature", at_least(0)] = 1.0
     template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
     seed: Annotated[int, "seed of sampling"] = 0
-    limit: Annotated[int, "ask only the first problems, so many; 0 asks all"] = 0
+    limit: Annotated[int, "ask only the first problems, so many; 0 asks all", at_least(0)] = 0
     bare: Annotated[bool, "a completion without box and 'Answer:' line counts by its bare final expression"] = False
     dtype: Annotated[
-        str, "compute type: float32, bfloat16, float16, or auto (bfloat16 on a GPU, float32 elsewhere)"
+        str,
+        "compute type: float32, bfloat16, float16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16", "float16"),
     ] = "auto"
-    memory_fraction: Annotated[float, "share of a GPU's memory for the engine"] = 0.9
+    memory_fraction: Annotated[
+        float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
+    ] = 0.9
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def problem_seed(seed: int, problem_id: str) -> int:
 
 def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, knobs: Knobs) -> Plan:
     """Read and check all that sample or eval was asked for; an InputError for the first thing that is wrong."""
-    _check_numbers(num_samples, knobs)
+    if knobs.temperature == 0 and num_samples > 1:
+        raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
     problems = _read_sets(problem_files, knobs.limit)
     paths = _resolve(names)
     tokenizers = {name: policies.load_tokenizer(path) for name, path in paths.items()}
@@ -154,22 +157,6 @@ def _read_sets(files: Sequence[Path], limit: int) -> dict[str, list[Problem]]:
             raise InputError(f"--problems {file}: there is already a set called {file.stem}: rename one of the files")
         sets[file.stem] = records.read_problems(file)[: limit or None]
     return sets
-
-
-def _check_numbers(num_samples: int, knobs: Knobs) -> None:
-    for name, value in (("--num-samples", num_samples), ("--max-tokens", knobs.max_tokens)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, found {value}")
-    if knobs.limit < 0:
-        raise InputError(f"--limit must be at least 1, or 0 for all problems, found {knobs.limit}")
-    if not 0 < knobs.memory_fraction <= 1:
-        raise InputError(f"--memory-fraction must be above 0 and at most 1, found {knobs.memory_fraction}")
-    if knobs.dtype not in DTYPES:
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, found {knobs.dtype}")
-    if knobs.temperature < 0:
-        raise InputError(f"--temperature must not be negative, found {knobs.temperature}")
-    if knobs.temperature == 0 and num_samples > 1:
-        raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
 
 
 def _resolve(given: Sequence[str]) -> dict[str, Path]:

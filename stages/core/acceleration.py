@@ -1,0 +1,63 @@
+"""What rl and rft both ask of accelerate: the time limit, the types under bfloat16, whole weights out of shards."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from stages.core import policies
+
+# How long a rank waits for the others: for the slowest share of a round of long completions, or for a checkpoint on a
+# slow disk. A round at the paper's scale takes minutes; one of 32,000 tokens at 20 a second, in two waves, about an
+# hour. Torch's own 10 minutes would end such runs. A rank that dies is noticed by the launcher at once, not by this.
+STEP_LIMIT = timedelta(hours=4)
+
+
+def process_state() -> PartialState:
+    """This process among all that were launched; the first call joins them, so it comes before any Accelerator."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=STEP_LIMIT)
+
+
+def uses_bfloat16(dtype: str) -> bool:
+    """Whether `--dtype` comes to bfloat16: asked for, or auto on a GPU."""
+    return dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
+
+
+def reduce_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 sum gradients over ranks in float32; under bfloat16 accelerate would sum and return bfloat16.
+
+    Call it before `prepare`. What a module returns keeps its type: log-probabilities are float32 already, and to cast
+    what a layer returns would double the memory of gradient checkpointing.
+    """
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def full_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole weights of an unwrapped model in `dtype`, one at a time and tied ones once; all ranks must iterate."""
+    for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)  # before it is gathered: half the traffic, half the memory
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_policy(accelerator: Accelerator, model: Any, tokenizer: Any, path: Path | None, dtype: torch.dtype) -> None:
+    """Write a checkpoint directory in `dtype`; called on every rank, written by the main one.
+
+    The weights are gathered one by one and kept, on the CPU, by the main rank only. `path` may be None on the others.
+    """
+    kept = {}
+    for name, tensor in full_weights(model, dtype):
+        if accelerator.is_main_process:
+            kept[name] = tensor.to("cpu")
+    if accelerator.is_main_process:
+        assert path is not None
+        policies.save(model, tokenizer, path, kept)

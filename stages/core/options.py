@@ -1,0 +1,181 @@
+"""An option is declared once: `steps: Annotated[int, "training steps", at_least(1)] = 200`.
+
+A stage's `run`, and the dataclasses it takes, declare each option with its type, its help, its bounds or choices, its
+default, and whether it can change a result. From that one declaration come the command line with its help
+(`rloop_cli.app`), the check (`checked`, `Options`), and what a manifest and an identity name (`values`, `effects`).
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+
+from stages.core.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MAX_INT = 2**63  # what does not fit 64 bits is meant by no option, and ends as a traceback somewhere below
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be: `text` completes "must be ..." and stands in the help; `choices` serve completion."""
+
+    text: str
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+class WithoutEffect:
+    """Marks an option that changes no result: how fast, how much memory, what is shown, where it is written."""
+
+
+WITHOUT_EFFECT = WithoutEffect()
+
+
+def at_least(low: float) -> Rule:
+    """`low` or more."""
+    return Rule(f"at least {low}", lambda value: value >= low)
+
+
+def above(low: float) -> Rule:
+    """More than `low`."""
+    return Rule(f"above {low}", lambda value: value > low)
+
+
+def at_most(high: float) -> Rule:
+    """`high` or less."""
+    return Rule(f"at most {high}", lambda value: value <= high)
+
+
+def below(high: float) -> Rule:
+    """Less than `high`."""
+    return Rule(f"below {high}", lambda value: value < high)
+
+
+def one_of(*choices: str) -> Rule:
+    """One of these texts."""
+    return Rule(f"one of {', '.join(choices)}", lambda value: value in choices, choices)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as it was declared; `default` is inspect.Parameter.empty where there is none."""
+
+    name: str
+    type: Any
+    help: str
+    default: Any
+    rules: tuple[Rule, ...] = ()
+    has_effect: bool = True
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return flag(self.name)
+
+    @property
+    def help_with_rules(self) -> str:
+        """The help and, in brackets, what the value must be."""
+        rules = ", ".join(rule.text for rule in self.rules)
+        return f"{self.help} ({rules})" if rules else self.help
+
+    def check(self, value: Any) -> None:
+        """Raise InputError "--steps 0: must be at least 1" for a value, or one of a list, that breaks a rule."""
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise InputError(f"{self.flag} {item}: must be a finite number")
+            if isinstance(item, int) and not -MAX_INT <= item < MAX_INT:
+                raise InputError(f"{self.flag} {item}: must be a number of at most 64 bits")
+            for rule in self.rules:
+                if not rule.holds(item):
+                    raise InputError(f"{self.flag} {item}: must be {rule.text}")
+
+
+def flag(name: str) -> str:
+    """ "--max-tokens" of "max_tokens", "--from" of "from_"."""
+    return "--" + name.replace("_", "-").strip("-")
+
+
+def declared(owner: Any) -> dict[str, Option]:
+    """The options of a dataclass or of a stage's `run`, whose dataclasses are spread into theirs, by name."""
+    hints = get_type_hints(owner, include_extras=True)
+    options: dict[str, Option] = {}
+    for name, default in _defaults(owner):
+        if dataclasses.is_dataclass(hints[name]):
+            options |= declared(hints[name])
+        else:
+            options[name] = _option(name, hints[name], default)
+    return options
+
+
+def groups(run: Callable[..., Any]) -> dict[str, Any]:
+    """The dataclasses that `run` takes, by the names of its parameters."""
+    hints = get_type_hints(run)
+    return {name: hints[name] for name, _ in _defaults(run) if dataclasses.is_dataclass(hints[name])}
+
+
+def values(run: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of `run` with its value; `given` are its arguments, such as its locals() at the start.
+
+    `run` stands for itself or for what `checked` made of it. An underscore that ends a name ("from_") is left out.
+    """
+    found: dict[str, Any] = {}
+    for name, _ in _defaults(inspect.unwrap(run)):
+        value = given[name]
+        found |= dataclasses.asdict(value) if isinstance(value, Options) else {name.rstrip("_"): value}
+    return found
+
+
+def effects(run: Callable[..., Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values `found` that can change a result."""
+    without = {name.rstrip("_") for name, option in declared(run).items() if not option.has_effect}
+    return {name: value for name, value in found.items() if name not in without}
+
+
+def checked(run: Callable[P, R]) -> Callable[P, R]:
+    """A stage's `run` that refuses what breaks a rule before it does anything."""
+
+    @functools.wraps(run)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = inspect.signature(run).bind(*args, **kwargs)
+        bound.apply_defaults()
+        options = declared(run)
+        for name, value in bound.arguments.items():
+            if name in options:
+                options[name].check(value)
+        return run(*args, **kwargs)
+
+    return call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A group of options that refuses what breaks a rule when it is made; stages derive theirs from it."""
+
+    def __post_init__(self) -> None:
+        """Check each option; a rule between two options is the derived class's, after this."""
+        for name, option in declared(type(self)).items():
+            option.check(getattr(self, name))
+
+
+def _defaults(owner: Any) -> Iterator[tuple[str, Any]]:
+    if not dataclasses.is_dataclass(owner):
+        yield from ((name, parameter.default) for name, parameter in inspect.signature(owner).parameters.items())
+        return
+    for field in dataclasses.fields(owner):
+        if field.default_factory is not dataclasses.MISSING:
+            yield field.name, field.default_factory()
+        else:
+            yield field.name, inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _option(name: str, hint: Any, default: Any) -> Option:
+    if get_origin(hint) is not Annotated:
+        return Option(name, hint, "", default)
+    kind, text, *extras = get_args(hint)
+    rules = tuple(extra for extra in extras if isinstance(extra, Rule))
+    return Option(name, kind, text, default, rules, has_effect=WITHOUT_EFFECT not in extras)

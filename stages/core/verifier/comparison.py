@@ -1,0 +1,356 @@
+"""Whether a prediction is the answer, as far as text decides; a `Leaf` (core.verifier.algebra) says the rest.
+
+Forms are compared part by part; only where two values are neither the same literal nor both numbers does a leaf have
+to say. Where math-verify alone errs, and what is done here instead:
+
+- It takes any number out of the text when a box does not parse: here the box or the "Answer:" line is all there is.
+- It cuts units off wrongly (6t is 6, "2 million" is 2, "2 is wrong" is 2): see quantities.split_unit.
+- It takes the last side of any equation (1=2 is 2): here only behind a name, and every other number must agree.
+- It compares numbers by six decimals (6.63e-34 is 1.05e-34): here literals are exact fractions; a decimal of six or
+  more digits also stands for the value that it rounds.
+- It ignores base subscripts, splits words into letters (east is seat), loses percentages under ANTLR before 4.13.
+
+Where convention decides: 50% equals 0.5 and, for want of a percent sign on the other side, 50; (1,2) equals "1, 2" in
+this order; an answer with a unit equals the same number without one, but not one with another unit.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Literal
+
+from stages.core.records import Verdict
+from stages.core.verifier import extraction, forms, notation, quantities
+from stages.core.verifier.forms import (
+    Approximation,
+    Form,
+    Matrix,
+    Ordered,
+    Relation,
+    Several,
+    Value,
+    Words,
+    is_name,
+    plain,
+    read,
+    read_canonical,
+)
+from stages.core.verifier.latex import MAX_LENGTH, Refused
+from stages.core.verifier.quantities import number
+
+Leaf = Callable[[Literal["value", "equation", "inequality", "decimal"], str, str], bool]
+
+
+class NeedsAlgebra(Exception):
+    """The text alone does not decide."""
+
+
+_log = logging.getLogger(__name__)
+_INTEGER = re.compile(r"[+-]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)", re.ASCII)
+
+
+def decide(answer: str, prediction: str) -> Verdict | None:
+    """The verdict where the text alone gives one, else None.
+
+    Never raises, and takes a bounded time: no text over MAX_LENGTH is looked at, so that no number has more digits
+    than int() takes, no regular expression more than some thousand characters, and no reading more than MAX_DEPTH
+    levels. What reading does not foresee is left, as all that text does not decide, to a worker under its own bounds.
+    """
+    if len(prediction) > MAX_LENGTH or len(answer) > MAX_LENGTH:
+        return "rejected"
+    try:
+        if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(prediction):  # the same as below, ten times as fast
+            return "correct" if int(answer.replace(",", "")) == int(prediction.replace(",", "")) else "wrong"
+        return "correct" if equal(answer, prediction, _ask) else "wrong"
+    except NeedsAlgebra:
+        return None
+    except Refused:
+        return "rejected"
+    except Exception:  # a fault of ours, which the worker meets again and calls `error`
+        _log.exception("an answer could not be read here: %r as %r", prediction[:200], answer[:200])
+        return None
+
+
+def _ask(*_: str) -> bool:
+    raise NeedsAlgebra
+
+
+def equal(answer: str, prediction: str, leaf: Leaf) -> bool:
+    """Whether a prediction is the answer. Raises Refused for a prediction or answer that is not looked into."""
+    if max(len(prediction), len(answer)) > MAX_LENGTH:
+        raise Refused(f"longer than {MAX_LENGTH} characters")
+    if "boxed" in answer:
+        answer = extraction.boxed(answer) or answer
+    if (letter := _choice(answer)) and (chosen := _choice(prediction, labelled=True)) is not None:
+        return chosen == letter
+    return _equal(read(answer), read(prediction), leaf)
+
+
+_SYMBOL = re.compile(r"-?(?:[a-zA-Z]|\\(?:pi|infty|theta|alpha|beta|lambda|omega))")
+_CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
+_LABELLED = re.compile(
+    r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.:)](?=\s|$)|([A-Z])$)(?P<rest>.*)",
+    re.I | re.S,
+)
+# What behind a label leaves in doubt whether it is chosen: a further label, a word of doubt, a comma.
+_UNDECIDED = re.compile(
+    r"^\s*(?:[,;/&|+?!'-]|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
+    r"|(?<![a-zA-Z])(?:(?i:or|not|no|nor|is|isn't|are|was|wrong|incorrect|false|but|if|unless|maybe|perhaps|possibly"
+    r"|neither|either|both|instead|rather|except|option|choice|answer|xor|vs|versus)|and\s+[A-Z])(?![a-zA-Z])"
+)
+
+
+@lru_cache(2048)
+def _choice(text: str, labelled: bool = False) -> str | None:
+    """The letter of a multiple choice: B, (B), \\text{(B)}; labelled: also "(B) 5", "B. 5", "Option B"."""
+    if len(text) > 200:
+        return None
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", notation.canonical(text)).strip().rstrip(".")
+    match = (_LABELLED if labelled else _CHOICE).fullmatch(text)
+    letter = next(filter(None, match.groups()), None) if match else None
+    if match and labelled and _UNDECIDED.search(match.group("rest")):
+        return None
+    return letter if letter and letter.isupper() else None
+
+
+def _equal(gold: Form, pred: Form, leaf: Leaf) -> bool:
+    if isinstance(pred, Approximation):
+        return _approximates(pred, leaf) and _equal(gold, pred.exact, leaf)
+    if isinstance(gold, Approximation):
+        return _equal(gold.exact, pred, leaf)
+    if isinstance(gold, Words) or isinstance(pred, Words):
+        return _words(gold) == _words(pred) != ""
+    if isinstance(gold, Value) and isinstance(pred, Value):
+        return _equal_values(gold, pred, leaf)
+    if isinstance(gold, Several) or isinstance(pred, Several):
+        return _equal_several(_unfolded(gold), _unfolded(pred), leaf)
+    if isinstance(gold, Relation) or isinstance(pred, Relation):
+        return _equal_relations(gold, pred, leaf)
+    if isinstance(gold, Ordered) and isinstance(pred, Ordered):
+        marks = (gold.opening, gold.closing) == (pred.opening, pred.closing)
+        return marks and _all(gold.items, pred.items, leaf)
+    if isinstance(gold, Matrix) and isinstance(pred, Matrix):
+        same = len(gold.rows) == len(pred.rows)
+        return same and _all([c for row in gold.rows for c in row], [c for row in pred.rows for c in row], leaf)
+    return False
+
+
+def _words(item: Form) -> str:
+    if isinstance(item, Words):
+        return item.plain
+    return plain(item.text) if isinstance(item, Value) and not re.search(r"\d", item.text) else ""
+
+
+def _approximates(item: Approximation, leaf: Leaf) -> bool:
+    """Whether the decimal is the exact value rounded; otherwise one cannot tell which of the two is meant."""
+    exact = item.exact
+    if isinstance(exact, Relation) and set(exact.signs) == {"="}:
+        exact = read_canonical(exact.members[-1])
+    decimal = item.decimal
+    if not isinstance(exact, Value) or not isinstance(decimal, Value) or exact.is_percent != decimal.is_percent:
+        return False
+    if decimal.number is None or (decimal.unit and decimal.unit != exact.unit):
+        return False
+    if exact.number is not None:
+        return exact.number == decimal.number or quantities.is_rounding_of(decimal.text, exact.number, 1)
+    return leaf("decimal", exact.text, decimal.text)
+
+
+def _all(golds: Iterable[Form], preds: Iterable[Form], leaf: Leaf) -> bool:
+    """Whether all are equal in order; one that is unequal by its text spares the algebra of the others."""
+    golds, preds = list(golds), list(preds)
+    if len(golds) != len(preds):
+        return False
+    asked = False
+    for gold, pred in zip(golds, preds, strict=True):
+        try:
+            if not _equal(gold, pred, leaf):
+                return False
+        except NeedsAlgebra:
+            asked = True
+    if asked:
+        raise NeedsAlgebra
+    return True
+
+
+def _equal_values(gold: Value, pred: Value, leaf: Leaf) -> bool:
+    if gold.unit and pred.unit and gold.unit != pred.unit:
+        return False
+    if gold.is_percent != pred.is_percent:  # 50% is 0.5, and 50 where the other side leaves the percent sign out
+        whole = gold._replace(is_percent=False), pred._replace(is_percent=False)
+        return _equal_values(*whole, leaf) or _equal_values(_hundredth(gold), _hundredth(pred), leaf)
+    if gold.number is not None and pred.number is not None:
+        return gold.number == pred.number or _is_rounded(gold, pred) or _is_rounded(pred, gold)
+    if (based := forms.BASED.fullmatch(gold.text)) and based.group("digits") == pred.text:
+        return True
+    if gold.text == pred.text and _SYMBOL.fullmatch(gold.text):
+        return True
+    if gold.unit and gold.number is not None and re.sub(r"[{}]", "", pred.text) == gold.text + gold.unit:  # 6 m^2
+        return True
+    if {gold.text, pred.text} & {r"\infty", r"-\infty"} and (gold.number is not None or pred.number is not None):
+        return False
+    return leaf("value", gold.text, pred.text)
+
+
+def _hundredth(value: Value) -> Value:
+    if not value.is_percent:
+        return value
+    number = None if value.number is None else value.number / 100
+    return Value(f"\\frac{{{value.text}}}{{100}}", value.unit, False, number)
+
+
+def _is_rounded(exact: Value, decimal: Value) -> bool:
+    known = exact.number
+    return known is not None and not quantities.is_terminating(known) and quantities.is_rounding_of(decimal.text, known)
+
+
+def _equal_several(gold: Form, pred: Form, leaf: Leaf) -> bool:
+    golds, preds = _items(gold), _items(pred)
+    if isinstance(gold, Ordered) or isinstance(pred, Ordered):
+        return _equal_tuple_and_list(gold, pred, leaf)
+    if len(golds) != len(preds):
+        return False
+    left = list(preds)
+    asked = False
+    for item in golds:
+        for index, other in enumerate(left):
+            try:
+                if _equal(item, other, leaf):
+                    del left[index]
+                    break
+            except NeedsAlgebra:
+                asked = True
+        else:
+            if not asked:
+                return False
+    if left:
+        raise NeedsAlgebra
+    return True
+
+
+def _unfolded(item: Form) -> Form:
+    """A relation that says several things at once, as (x,y)=(1,2) and x \\ne 1 do, as those; all else as it is."""
+    if not isinstance(item, Relation):
+        return item
+    if set(item.signs) == {"="}:
+        side = read_canonical(item.members[-1])
+        return side if isinstance(side, Ordered) and is_name(item.members[0]) else item
+    found = _interval(item)
+    return found[1] if found and isinstance(found[1], Several) else item
+
+
+def _items(item: Form) -> tuple[Form, ...]:
+    return item.items if isinstance(item, Several) else (item,)
+
+
+def _equal_tuple_and_list(gold: Form, pred: Form, leaf: Leaf) -> bool:
+    """(3,5) and "x=3, y=5" or "3, 5": the order counts; names go by the alphabet."""
+    tuple_, other = (gold, pred) if isinstance(gold, Ordered) else (pred, gold)
+    assert isinstance(tuple_, Ordered)
+    if not isinstance(other, Several) or other.braces or (tuple_.opening, tuple_.closing) != ("(", ")"):
+        return False
+    items = list(other.items)
+    if all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.members[0]) for item in items):
+        named = sorted((item for item in items if isinstance(item, Relation)), key=lambda item: item.members[0])
+        items = [read_canonical(item.members[1]) for item in named]
+    return _all(tuple_.items, items, leaf) if isinstance(gold, Ordered) else _all(items, tuple_.items, leaf)
+
+
+def _equal_relations(gold: Form, pred: Form, leaf: Leaf) -> bool:
+    if isinstance(gold, Relation) and isinstance(pred, Relation):
+        return _equal_two_relations(gold, pred, leaf)
+    if isinstance(gold, Relation):
+        side = _side(gold, leaf)
+        return side is not None and _equal(side, pred, leaf)
+    assert isinstance(pred, Relation)
+    if (side := _side(pred, leaf)) is not None:
+        return _equal(gold, side, leaf)
+    if set(pred.signs) == {"="} and isinstance(gold, Value):  # 2+3=5: every member has to be the answer
+        return _all([gold] * len(pred.members), map(read_canonical, pred.members), leaf)
+    return False
+
+
+def _equal_two_relations(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
+    if set(gold.signs) == set(pred.signs) == {"="}:
+        return _equal_equations(gold, pred, leaf)
+    left, right = _interval(gold), _interval(pred)
+    if left and right:
+        return left[0] == right[0] and _equal(left[1], right[1], leaf)
+    if len(gold.members) == len(pred.members) == 2:
+        if gold.signs[0] == _FLIPPED.get(pred.signs[0]):
+            pred = Relation(pred.members[::-1], gold.signs)
+        return gold.signs == pred.signs and leaf("inequality", _difference(gold), _difference(pred))
+    same_signs = gold.signs == pred.signs
+    return same_signs and _all(map(read_canonical, gold.members), map(read_canonical, pred.members), leaf)
+
+
+def _equal_equations(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
+    if is_name(gold.members[0]) and is_name(pred.members[0]):
+        if _name(gold.members[0]) == _name(pred.members[0]):
+            left, right = _side(gold, leaf), _side(pred, leaf)
+            return left is not None and right is not None and _equal(left, right, leaf)
+        if number(gold.members[-1]) is not None and number(pred.members[-1]) is not None:
+            return False
+    pairs = len(gold.members) == len(pred.members) == 2
+    return pairs and leaf("equation", _difference(gold), _difference(pred))
+
+
+def _difference(relation: Relation) -> str:
+    left, right = (_text(member) for member in relation.members)
+    return left if right == "0" else f"({left})-({right})"
+
+
+def _text(member: str) -> str:
+    return forms.expression(quantities.split_unit(member)[0])
+
+
+_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
+
+
+def _side(relation: Relation, leaf: Leaf) -> Form | None:
+    """What a relation says of its name: the value behind "x = ", or the interval of an inequality; else None.
+
+    In a chain behind a name every member that is a number must equal the last: x = 1 = 2 says nothing.
+    """
+    if set(relation.signs) != {"="}:
+        found = _interval(relation)
+        return found[1] if found else None
+    members = relation.members
+    if len(members) == 2 and not is_name(members[0]) and is_name(members[1]):
+        members = members[::-1]
+    if not is_name(members[0]):
+        return None
+    last = read_canonical(members[-1])
+    if any("\\text" in member for member in members[1:-1]):
+        return None
+    numbers = [member for member in members[1:-1] if not re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", member)]
+    return last if all(_equal(last, read_canonical(member), leaf) for member in numbers) else None
+
+
+def _interval(relation: Relation) -> tuple[str, Form] | None:
+    """(name, interval) of x < 3, 2 \\le x < 5, x \\ne 1."""
+    members, signs = relation.members, relation.signs
+    if not set(signs) <= set(_FLIPPED):
+        return None
+    if (len(members) == 2 and not is_name(members[0])) or (signs[0] in (">", r"\ge") and len(members) == 3):
+        members, signs = members[::-1], tuple(_FLIPPED[sign] for sign in signs[::-1])
+    if len(members) == 2 and is_name(members[0]):
+        return _name(members[0]), _half_line(signs[0], read_canonical(members[1]))
+    if len(members) == 3 and is_name(members[1]) and set(signs) <= {"<", r"\le"}:
+        ends = read_canonical(members[0]), read_canonical(members[2])
+        return _name(members[1]), Ordered("[" if signs[0] == r"\le" else "(", "]" if signs[1] == r"\le" else ")", ends)
+    return None
+
+
+def _half_line(sign: str, bound: Form) -> Form:
+    below, above = (forms.value(r"-\infty"), bound), (bound, forms.value(r"\infty"))
+    if sign == r"\ne":
+        return Several((Ordered("(", ")", below), Ordered("(", ")", above)), False)
+    if sign in ("<", r"\le"):
+        return Ordered("(", "]" if sign == r"\le" else ")", below)
+    return Ordered("[" if sign == r"\ge" else "(", ")", above)
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[\s{}]|\\text|\\left|\\right", "", text)

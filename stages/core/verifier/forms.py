@@ -1,0 +1,349 @@
+"""What an answer is: a value with its unit, words, a tuple, a list, a relation, a matrix; and reading one from text."""
+
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import lru_cache
+from itertools import repeat
+from typing import NamedTuple
+
+from stages.core.verifier import grammar, latex, notation, quantities
+from stages.core.verifier.latex import Refused
+from stages.core.verifier.quantities import number
+
+MAX_ITEMS = 64  # of a list
+MAX_SIGNS = 3  # plus-minus signs in one value: 8 values
+
+
+class Value(NamedTuple):
+    """An expression in canonical LaTeX; `number` where it is a literal (its factor and percent not yet applied)."""
+
+    text: str
+    unit: str
+    is_percent: bool
+    number: Fraction | None
+
+
+class Words(NamedTuple):
+    """Text that is no mathematics, without case, spaces and punctuation."""
+
+    plain: str
+
+
+class Ordered(NamedTuple):
+    """(1,2), [1,2): a tuple or an interval."""
+
+    opening: str
+    closing: str
+    items: tuple["Form", ...]
+
+
+class Several(NamedTuple):
+    """1, 2 or {1,2} or a union: the order does not count."""
+
+    items: tuple["Form", ...]
+    braces: bool
+
+
+class Relation(NamedTuple):
+    """x = 3, 2 < x < 5, y = 2x+1: members and the signs between them."""
+
+    members: tuple[str, ...]
+    signs: tuple[str, ...]
+
+
+class Approximation(NamedTuple):
+    """\\sqrt{2} \\approx 1.41: an exact value, or a relation that ends in one, and a decimal."""
+
+    exact: "Form"
+    decimal: "Form"
+
+
+class Matrix(NamedTuple):
+    """Rows of a matrix, whatever its brackets."""
+
+    rows: tuple[tuple["Form", ...], ...]
+
+
+Form = Value | Words | Ordered | Several | Relation | Approximation | Matrix
+_COMMA = frozenset([",", ";"])
+_UNION = frozenset([r"\cup"])
+_SIGNS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"])
+_COMMA_TWICE = re.compile(r"[+-]?(\d+),\1", re.ASCII)  # 5,5: twice the same, or five and a half?
+_MATRIX = re.compile(
+    r"\\begin\{((?:p|b|B|small)?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}(?:\^\{(T|\\top|\\text\{T\})\})?",
+    re.DOTALL,
+)
+_THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d )([1-9]\d{0,2}(?: \d{3})+)(?![\d /]|\s*\\frac)", re.ASCII)
+BASED = re.compile(
+    r"(?P<digits>\d[0-9A-Z]*|[A-Z]+\d[0-9A-Z]*)_\{\s*(?:\\text\{)?\s*(?:base)?\s*(?P<base>\w+?)\s*\}?\s*\}", re.ASCII
+)
+_RATIO = re.compile(r"(\d+(?:\.\d+)?)(?:\s*:\s*\d+(?:\.\d+)?)+", re.ASCII)
+_ELEMENT = re.compile(r"(?P<name>[a-zA-Z]|\\[a-z]+)\s*(?:\\in\s*\\mathbb\{R\})?")
+_POINTS = re.compile(r"(?:\([^()]*,[^()]*\)\s*){2,}")
+_ADJACENT = re.compile(r"\)\s*\(")
+_CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:[ap]m)?", re.ASCII)
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
+_WORD = re.compile(
+    r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|(?i:yes|no|odd|all|any|not|the|of|is|to)|[B-DF-HJ-NP-TV-Z]{2,})(?![a-zA-Z])"
+)
+
+
+@lru_cache(2048)
+def read(text: str) -> Form:
+    """Read an answer. Raises Refused for one that is not worth reading; never fails otherwise."""
+    return read_canonical(_join_thousands(notation.canonical(text)), 0)
+
+
+def read_canonical(text: str, depth: int = 1) -> Form:
+    """Read a part, `depth` levels inside, of what notation.canonical made of an answer."""
+    text = notation.strip_outer(text)
+    if depth > 6:
+        raise Refused("nested too deeply")
+    text = _ADJACENT.sub("),(", text) if _POINTS.fullmatch(text) else text
+    for reader in (_union, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
+        if (found := reader(text, depth)) is not None:
+            return found
+    return value(text, depth)
+
+
+def _several(items: Iterable[Form], braces: bool) -> Form:
+    flat: list[Form] = []
+    for item in items:
+        flat += item.items if isinstance(item, Several) and not item.braces else [item]
+    unique = tuple(dict.fromkeys(flat))
+    if len(unique) > MAX_ITEMS:
+        raise Refused(f"more than {MAX_ITEMS} items")
+    return unique[0] if len(unique) == 1 else Several(unique, braces)
+
+
+def _union(text: str, depth: int) -> Form | None:
+    pieces, signs = latex.split(text, _UNION)
+    return _several((read_canonical(piece, depth + 1) for piece in pieces), False) if signs else None
+
+
+def _list(text: str, depth: int) -> Form | None:
+    pieces, signs = latex.split(text, _COMMA)
+    if signs and (not all(pieces) or _COMMA_TWICE.fullmatch(text)):
+        return Words(plain(text))
+    return _several(map(read_canonical, _bounded(pieces), repeat(depth + 1)), False) if signs else None
+
+
+def _bounded(pieces: list[str]) -> list[str]:
+    if len(pieces) > MAX_ITEMS:
+        raise Refused(f"more than {MAX_ITEMS} items")
+    return pieces
+
+
+def _join_thousands(text: str) -> str:
+    """2,500 as 2500, outside of brackets."""
+    outside = {position for position, _, depth in latex.tokens(text) if depth == 0}
+    return _THOUSANDS.sub(lambda match: _join(match) if match.start() in outside else match.group(), text)
+
+
+def _braces(text: str, depth: int) -> Form | None:
+    if not (text.startswith("\\{") and text.endswith("\\}") and latex.closing(text, 0) == len(text) - 2):
+        return None
+    inside = text[2:-2].strip()
+    if not inside:
+        return Several((), True)
+    if (built := _builder(inside, depth)) is not None:
+        return built
+    pieces, _ = latex.split(_bracketed_thousands(inside), _COMMA)
+    return _several((read_canonical(piece, depth + 1) for piece in _bounded(pieces)), True)
+
+
+def _builder(inside: str, depth: int) -> Form | None:
+    """{x | 1<x<5} is what its condition says of x; any other set-builder is compared by its two sides as text."""
+    if inside.count("|") > 1 and "\\mid" not in inside:  # bars of absolute values
+        return None
+    split = re.split(r"\\mid(?![a-zA-Z])|\||:", inside, maxsplit=1)
+    if len(split) == 1:
+        return None
+    of, condition = (part.strip() for part in split)
+    if (named := _ELEMENT.fullmatch(of)) and (found := read_canonical(condition, depth + 1)):
+        name = re.sub(r"\s", "", named.group("name"))
+        if isinstance(found, Relation) and name in (re.sub(r"\s", "", member) for member in found.members):
+            return found
+    return Ordered("\\{", "\\}", (Words(plain(of)), Words(plain(condition))))
+
+
+def _bracketed_thousands(text: str) -> str:
+    """Thousands joined where the spaces after other commas, or a group 0xx, tell them from items."""
+    if re.search(r",\s", text) or re.search(r",0\d\d(?!\d)", text):
+        return _THOUSANDS.sub(_join, text)
+    return text
+
+
+def _plus_minus(text: str, depth: int) -> Form | None:
+    count = len(re.findall(r"\\[pm]m(?![a-zA-Z])", text))
+    if not count:
+        return None
+    if count > MAX_SIGNS:
+        raise Refused(f"more than {MAX_SIGNS} plus-minus signs")
+    if r"\mp" in text:
+        choices = [("+", "-"), ("-", "+")]
+        variants = [re.sub(r"\\pm(?![a-zA-Z])", a, re.sub(r"\\mp(?![a-zA-Z])", b, text)) for a, b in choices]
+    else:
+        variants = [text]
+        for _ in range(count):
+            variants = [re.sub(r"\\pm(?![a-zA-Z])", sign, item, count=1) for item in variants for sign in "+-"]
+    return _several(
+        (read_canonical(re.sub(r"(^|[=({\[,])\s*\+\s*", r"\1", item), depth + 1) for item in variants), False
+    )
+
+
+def _relation(text: str, depth: int) -> Form | None:
+    members, signs = latex.split(text, _SIGNS)
+    if not signs:
+        return None
+    if not members[-1] or not members[0]:
+        return Words(plain(text))
+    if signs == [r"\in"] and is_name(members[0]):
+        return read_canonical(members[1], depth + 1)
+    if signs[-1] == r"\approx" and set(signs[:-1]) <= {"="}:
+        if not is_name(members[-2]):
+            exact = read_canonical("=".join(members[:-1]), depth + 1)
+            return Approximation(exact, read_canonical(members[-1], depth + 1))
+        if number(quantities.split_unit(members[-1])[0]) is not None:
+            signs = [*signs[:-1], "="]
+    if r"\approx" in signs:
+        return Words(plain(text))
+    right = read_canonical(members[-1], depth + 1)
+    if isinstance(right, Several) and not right.braces and set(signs) == {"="} and len(members) == 2:
+        items = [f"{members[0]}={piece}" for piece in latex.split(members[1], _COMMA | _UNION)[0]]
+        return _several((read_canonical(item, depth + 1) for item in items), False) if len(items) > 1 else right
+    return Relation(tuple(members), tuple(signs))
+
+
+def _brackets(text: str, depth: int) -> Form | None:
+    opening = next((mark for mark in ("(", "[", r"\langle") if text.startswith(mark)), None)
+    closing = next((mark for mark in (")", "]", r"\rangle") if text.endswith(mark)), None)
+    if opening is None or closing is None or latex.closing(text, 0) != len(text) - len(closing):
+        return None
+    inside = text[len(opening) : len(text) - len(closing)].strip()
+    pieces, signs = latex.split(_bracketed_thousands(inside), _COMMA)
+    if signs:
+        marks = ("(", ")") if opening == r"\langle" else (opening, closing)
+        return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in _bounded(pieces) if piece))
+    return read_canonical(inside, depth + 1) if (opening, closing) in (("(", ")"), ("[", "]")) and inside else None
+
+
+def _matrix(text: str, depth: int) -> Form | None:
+    match = _MATRIX.fullmatch(text)
+    if match is None or "\\begin" in match.group(2):
+        return None
+    rows = [row.split("&") for row in re.split(r"\\\\", match.group(2)) if row.strip()]
+    if sum(map(len, rows)) > MAX_ITEMS or not rows or any(len(row) != len(rows[0]) for row in rows):
+        raise Refused("a matrix that is ragged or too large")
+    cells = tuple(tuple(read_canonical(cell, depth + 1) for cell in row) for row in rows)
+    return Matrix(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
+
+
+def _constant(text: str, depth: int) -> Form | None:
+    if text == r"\mathbb{R}":
+        return Ordered("(", ")", (value(r"-\infty"), value(r"\infty")))
+    return Several((), True) if text == r"\emptyset" else None
+
+
+def _ratio(text: str, depth: int) -> Form | None:
+    """3:4 is the number 3/4; 2:4:6 is 1:2:3; what may be a time of day is words."""
+    if _CLOCK.fullmatch(plain(text)):
+        return Words(plain(text))
+    if not _RATIO.fullmatch(text):
+        return None
+    parts = [Fraction(part) for part in text.split(":")]
+    if 0 in parts:
+        return Words(text)
+    if len(parts) == 2:
+        return Value(text, "", False, parts[0] / parts[1])
+    return Ordered(":", ":", tuple(Value(str(part / parts[0]), "", False, part / parts[0]) for part in parts))
+
+
+def value(text: str, depth: int = 1) -> Form:
+    """One expression with its unit; words, where it is none."""
+    bare, unit, factor = quantities.split_unit(text)
+    if unit or factor > 1:
+        inner = read_canonical(_join_thousands(bare), depth + 1)
+        if not isinstance(inner, Value) or inner.unit:
+            return Words(plain(text))
+        bare = inner.text + "%" * inner.is_percent
+    is_percent = bare.endswith("%")
+    bare = expression(bare.removesuffix("%").strip())
+    if based := BASED.fullmatch(bare):
+        return _in_base(based.group("digits"), quantities.spelled_number(based.group("base")))
+    if not bare or "%" in bare or _is_verbal(bare) or _WORD.search(bare):
+        return Words(plain(text))
+    if not latex.is_balanced(bare):
+        raise Refused("brackets that do not match")
+    known = number(bare)
+    if known is None and grammar.is_tower(bare):
+        raise Refused("a tower of powers or factorials")
+    kind = grammar.judge(bare) if known is None else grammar.Kind.EXPRESSION
+    if kind is grammar.Kind.BROKEN:
+        raise Refused("an operator, argument or bracket without its other side")
+    if kind is grammar.Kind.ODD:
+        return Words(plain(text))
+    if factor == 1:
+        return Value(bare, unit, is_percent, known)
+    return Words(plain(text)) if known is None else Value(str(known * factor), unit, is_percent, known * factor)
+
+
+def _in_base(digits: str, base: str) -> Form:
+    """1011_{2} is its value; digits that the base lacks, or a base that nobody uses, are words."""
+    text = f"{digits}_{{{base}}}"
+    if not re.fullmatch(r"[1-9]\d?", base, re.ASCII) or not 2 <= int(base) <= 36:
+        return Words(plain(text))
+    if any(int(digit, 36) >= int(base) for digit in digits):
+        return Words(plain(text))
+    return Value(text, "", False, Fraction(int(digits, int(base))))
+
+
+def _is_verbal(text: str) -> bool:
+    """Whether commands make a text one that no algebra reads. Raises Refused for a command that nobody can read."""
+    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", text)) - notation.READABLE - {""}
+    if unknown := commands - notation.VERBAL - {"text"}:
+        raise Refused(f"the command \\{min(unknown)}")
+    return bool(commands)
+
+
+def expression(text: str) -> str:
+    """What is left to algebra: thousands joined, angles in degrees as radians, no idle spaces."""
+    text = _SPACED_THOUSANDS.sub(_join, _THOUSANDS.sub(_join, text))
+    text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
+    text = re.sub(r"^\+\s*", "", text)
+    text = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", r"\1\0", text)
+    if not re.search(r"\d \d", text):
+        text = text.replace(" ", "")
+    return str(quantities.spelled_number(text.replace("\0", " ")))
+
+
+def _join(match: re.Match[str]) -> str:
+    return match.group().replace(",", "").replace(" ", "")
+
+
+def plain(text: str) -> str:
+    """Words without case, spaces and idle punctuation; what could change a number stays, two numbers stay two."""
+    text = re.sub(r"\"([^\"]*)\"", r"\1", re.sub(r"\\text(?![a-zA-Z])|\\[,; ]|\.(?!\d)", " ", text))
+    text = re.sub(r"[\s{}$,;\\]+", " ", text).strip()
+    return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
+
+
+_SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)|'|\^\{(?:\\prime|\*)+\}")
+_ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
+_CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
+_NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5
+_NAMING_COMMANDS = (notation.READABLE - {"to", "circ"}) | {"text", "angle", "triangle", "mathcal", "mathfrak", "tilde"}
+
+
+@lru_cache(2048)
+def is_name(text: str) -> bool:
+    """Whether the text names a quantity: x, f(2), S_{ABC}, \\angle ABC, (x,y), a+b, \\text{Area}; without digits."""
+    text = _ARGUMENT.sub("", _SUBSCRIPT.sub("", text))
+    words = re.findall(r"[a-zA-Z]+", " ".join(re.findall(r"\\text\{([^{}]*)\}", text)))
+    if len(words) > 3 or any(word.lower() in quantities.CHANGING_WORDS for word in words):
+        return False
+    if not _NAMING.fullmatch(text) or not set(re.findall(r"\\([a-zA-Z]+)", text)) <= _NAMING_COMMANDS:
+        return False
+    return re.search(r"[a-zA-Z]", _CONSTANTS.sub("", re.sub(r"\\text(?=\{)", "", text))) is not None

@@ -1,0 +1,317 @@
+"""One way of writing each thing: the many notations of an answer brought to plain LaTeX.
+
+Each rewriting rule stands for a habit of people, models or encoders. Nothing here knows algebra.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+
+from stages.core.verifier.latex import MAX_DEPTH, MAX_LENGTH, MAX_WRITTEN, TOKEN, Refused, closing, depth_of
+from stages.core.verifier.quantities import NUMBER_WORDS
+
+_FUNCTIONS = """
+    arcsin arccos arctan sinh cosh tanh coth sin cos tan cot sec csc log ln lg exp sqrt gcd lcm max min det
+    mod
+"""
+FUNCTIONS = _FUNCTIONS.split()
+_GREEK = """
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi
+    psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
+"""
+_SYMBOLS = {
+    **dict.fromkeys("−–—‐‑﹣", "-"),
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "∙": r"\cdot ",
+    "•": r"\cdot ",
+    "÷": r"\div ",
+    "π": r"\pi ",
+    "∞": r"\infty ",
+    "≤": r"\le ",
+    "⩽": r"\le ",
+    "≥": r"\ge ",
+    "⩾": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "√": r"\sqrt ",
+    "°": r"^\circ ",
+    "…": r"\ldots ",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "∠": r"\angle ",
+    "，": ",",
+    "。": ".",
+    "；": ";",
+    "、": ",",
+    "′": "'",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+    **{
+        letter: f"\\{name} "
+        for letter, name in zip(
+            "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
+            _GREEK.split(),
+            strict=True,
+        )
+    },
+}
+_SYMBOL_TABLE = str.maketrans(_SYMBOLS)
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_RAISED_AND_LOWERED = frozenset("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉")
+_INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f")  # no space, but no sign either
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+
+# The commands that the grammar of math-verify turns into objects of bounded size. One that is in neither list is
+# refused: some build huge objects (\\operatorname{zeros}), some hide text (\\phantom), the rest nobody can compare.
+_READABLE = """
+    Delta Gamma Lambda Omega Phi Pi Psi Sigma Theta Upsilon Xi alpha arccos arcsin arctan bar begin beta
+    binom cdot chi circ cos cosh cot coth csc ddot delta det div dot ell emptyset end epsilon eta exp frac
+    gamma gcd hat hbar infty int iota kappa lambda langle lceil lcm lfloor lim ln log lvert mathbb max min
+    mu nu omega overline partial phi pi prime prod psi rangle rceil rfloor rho rvert sec sigma sin sinh sqrt
+    sum tan tanh tau theta times to upsilon varepsilon varphi varrho vartheta vec vert widehat xi zeta
+"""
+READABLE = frozenset(_READABLE.split())
+
+# Commands of honest answers that say something which only words can be compared on.
+_VERBAL = """
+    ldots vdots ddots equiv bmod pmod pod mod mid nmid forall exists odot oplus otimes triangle parallel
+    perp sim cong to rightarrow leftarrow Rightarrow Leftarrow implies iff Leftrightarrow Longleftrightarrow
+    land lor neg subset subseteq supset supseteq not notin ni sup inf deg dim ker star ast underbrace
+    overbrace bigcup bigcap mathcal mathfrak top bot square cap setminus le ge ne in approx cup pm mp lcm
+    widetilde tilde imath jmath wedge vee propto hline
+"""
+VERBAL = frozenset(_VERBAL.split())
+
+# Applied in this order; each brings many spellings to one.
+_RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\x0c(?=rac)", r"\\f"),  # a backslash lost to a string escape: form feed, tab and backspace are no answer's
+    (r"\t(?=ext\{|imes|frac|heta)", r"\\t"),
+    (r"\x08(?=inom|egin|oxed|eta|ar\{)", r"\\b"),
+    (r"[\x00-\x20\x7f\u00a0]+", " "),
+    (r"^\s*~", r"\\sim "),  # about, or not
+    (r"\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
+    (r"\\[([\])]", " "),  # \( \) \[ \]
+    (r"\\[lr]?vert(?![a-zA-Z])", "|"),
+    (r"\\not\s*=", r"\\ne "),
+    (r"\\(?:left|right|middle)(?![a-zA-Z])\s*\.?", ""),
+    (r"\\[bB]igg?[lrm]?(?![a-zA-Z])", ""),
+    (
+        r"(?<![\d.,}])[1-9]\d{0,2}(?:(\\[,;:! ]|\{,\}|~|\{ \})\d{3}(?!\d))(?:\1\d{3}(?!\d))*",
+        lambda m: m.group().replace(m.group(1), ""),  # thousands
+    ),
+    (r",\s*\\!\s*(?=\d)", ","),
+    (r"(?<=\d)\{,\}(?=\d)", "."),
+    (r"\{,\}", ","),
+    (r"(?<!\\)\\!", ""),
+    (
+        r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace|hfill|displaystyle|textstyle|limits|nolimits)"
+        r"(?![a-zA-Z])|\\[hv]space\*?\{[^{}]*\}|~",
+        " ",
+    ),
+    (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
+    (r"\\textcolor\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}", ""),
+    (
+        r"\\(?:underline|boxed|fbox|mathop|ensuremath|mathbf|mathit|mathnormal|boldsymbol|bm|bf|it|rm|bold|mathrm"
+        r"(?=\s*\{\s*~?\s*[ied]\s*\}))(?![a-zA-Z])",
+        "",
+    ),
+    (r"\\(?:mathrm|text(?:bf|it|rm|tt|sf|normal|up|md)?|mbox|hbox|mathsf|mathtt|emph)\s*\{", r"\\text{"),
+    (r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}", lambda m: _operator(m.group(1))),
+    (r"\\text\{\s*(?:%s)\s*\}" % "|".join(FUNCTIONS), lambda m: "\\" + m.group()[6:-1].strip() + " "),  # noqa: UP031
+    (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|<=", r"\\le "),
+    (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|>=", r"\\ge "),
+    (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+    (r"\\lt(?![a-zA-Z])", "<"),
+    (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\(?:varnothing|emptyset)(?![a-zA-Z])", r"\\emptyset "),
+    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    (r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])|\.\.\.+", r"\\ldots "),
+    (r"\\(?:colon|mathrel\{:\})(?![a-zA-Z])", ":"),
+    (r"\\(?:simeq|thickapprox|doteq)(?![a-zA-Z])", r"\\approx "),
+    (r"\\degree(?![a-zA-Z])", r"^\\circ "),
+    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+    (r"\\(?:R|Z|Q|N|C)(?![a-zA-Z])", lambda m: "\\mathbb{%s}" % m.group()[1]),  # noqa: UP031
+    (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (r"(?<![a-zA-Z\\])(?:np|numpy|math|sympy|sp)\.(?=[a-z])", ""),
+    (
+        r"(?<![a-zA-Z\\])(%s)(?=[^a-zA-Z]|[a-zA-Z](?![a-zA-Z])|$)" % "|".join(FUNCTIONS),  # noqa: UP031
+        r"\\\1 ",
+    ),
+    (r"(?<![a-zA-Z\\])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
+    (r"\+\s*\\infty", r"\\infty"),
+    (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+    (r"(?<=[\w)\]}])\s*\*\*\s*(?=[\w({+-])", "^"),
+    (r"\*\*|__", ""),
+    (r"(?<=[\w)\]}])\s*\*\s*(?=[\w(\\{+-])", r"\\cdot "),
+    (r"(?i:\\text\{\s*(?:percent|per cent|pct)\s*\})|\\%|(?<=[\d\s}])(?i:percent|per cent|pct)(?![a-zA-Z])", "%"),
+    (r"(?<=\d)\s*[eE]([+-]?\d{1,3})(?![\d.a-zA-Z])", r"\\cdot 10^{\1}"),
+    (r"(?<=\d)\.(?![\d\\])", ""),
+    (r"(?<![\d.])\.(?=\d)", "0."),
+]
+_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
+_OUTER = re.compile(r"^[\s:=]+(?=\S)|^[.,;]+(?![.,;\d])(?=.)|^\*+|[\s.,;:*]+$|\\+\s*$|^(?:\\displaystyle)", re.DOTALL)
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_JOINER = re.compile(
+    r"(?<!^)(?:,?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|(?<!\{),?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z]))(?=[^}])"
+)
+_LISTED = re.compile(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+")
+_UNIT_BEFORE = re.compile(r"[\d})\]/]\s*$")
+
+
+def _operator(name: str) -> str:
+    return f"\\{name} " if name in FUNCTIONS else f"\\operatorname{{{name}}}"
+
+
+@lru_cache(2048)
+def canonical(text: str) -> str:
+    """The text of an answer in one spelling; words stand in \\text{...}, choices between values become commas."""
+    text = _unicode(text)
+    if len(text) > MAX_LENGTH:
+        raise Refused(f"longer than {MAX_LENGTH} characters")
+    if depth_of(text) > MAX_DEPTH:
+        raise Refused(f"brackets deeper than {MAX_DEPTH}")
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    if len(text) > MAX_WRITTEN:
+        raise Refused(f"longer than {MAX_WRITTEN} characters in plain notation")
+    text = _JOINER.sub(", ", _dollars(text.strip()))
+    if match := _TEXT.fullmatch(strip_outer(text)):
+        text = ", ".join(f"\\text{{{word}}}" for word in _LISTED.split(match.group(1)))
+    text = _TEXT.sub(_unwrap, text)
+    text = _complete_arguments(_powers_and_roots(text))
+    text = strip_outer(re.sub(r" +", " ", text))
+    if len(text) > MAX_WRITTEN:
+        raise Refused(f"longer than {MAX_WRITTEN} characters in plain notation")
+    return text
+
+
+def strip_outer(text: str) -> str:
+    """Without the punctuation, and the braces around everything, that carry no meaning."""
+    while True:
+        stripped = _OUTER.sub("", text.strip()).strip()
+        if stripped[:1] == "{" and closing(stripped, 0) == len(stripped) - 1:
+            stripped = stripped[1:-1].strip()
+        if stripped == text:
+            return text
+        text = stripped
+
+
+def _unicode(text: str) -> str:
+    """ASCII where a character has a plain meaning there. Raises Refused for digits and marks that have none."""
+    if text.isascii():
+        return text
+    if any(map(_is_doubtful, text)):
+        raise Refused("a character that may be read as a digit, or is not to be seen")
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m.group().translate(_RAISED) + "}", text)
+    text = re.sub("[₀-₉]+", lambda m: "_{" + m.group().translate(_LOWERED) + "}", text)
+    text = re.sub(
+        "[¼-¾⅐-⅞]",
+        lambda m: " \\frac{{{}}}{{{}}}".format(*tuple(unicodedata.normalize("NFKC", m.group()).split("⁄"))),
+        text,
+    )
+    text = unicodedata.normalize("NFKC", text.translate(_SYMBOL_TABLE)).replace("⁄", "/").translate(_SYMBOL_TABLE)
+    return "".join(" " if c in _INVISIBLE else c for c in text)
+
+
+@lru_cache(2048)
+def _is_doubtful(character: str) -> bool:
+    """Digits of other scripts, circled and Roman ones, surrogates, and what can't be seen but is no idle space."""
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return not unicodedata.normalize("NFKC", character).isascii()
+    if category in ("No", "Nl"):
+        return character not in _RAISED_AND_LOWERED and not re.fullmatch("[¼-¾⅐-⅞]", character)
+    return category in ("Cf", "Cs", "Co", "Cn", "Cc") and character not in _INVISIBLE and not character.isspace()
+
+
+def _dollars(text: str) -> str:
+    """Without the $ signs that only mark mathematics; a lone one before a number is money, and becomes \\$."""
+    marks = re.findall(r"(?<!\\)\$", text)
+    if len(marks) % 2 == 0:
+        return re.sub(r"(?<!\\)\$", " ", text).strip()
+    return (
+        re.sub(r"(?<!\\)\$(?=\s*[\d.])", r"\\$", text, count=1)
+        .replace("\\$", "\0")
+        .replace("$", "")
+        .replace("\0", "\\$")
+    )
+
+
+def _unwrap(match: re.Match[str]) -> str:
+    """What \\text{...} holds, where that is mathematics; words, and a letter after a number (a unit), stay."""
+    inside = match.group(1)
+    letters = re.findall(r"[^\W\d_]+", inside)
+    lone = len(letters) == 1 and len(letters[0]) == 1 and inside.strip() == letters[0]
+    if not letters:
+        return inside
+    if (spelled := inside.strip().lower()) in NUMBER_WORDS:
+        return f" {NUMBER_WORDS[spelled]} "
+    if lone and (letters[0] in "ied" or not _UNIT_BEFORE.search(match.string, 0, match.start())):
+        return letters[0]
+    return "\\text{" + inside.strip() + "}"
+
+
+def _powers_and_roots(text: str) -> str:
+    """x^(a+b) and sqrt(a+b) with braces: plain-text habits that LaTeX reads otherwise."""
+    out: list[str] = []
+    position = 0
+    for match in re.finditer(r"(?:\^|\\sqrt|\\exp)\s*\(", text):
+        end = closing(text, match.end() - 1)
+        if match.start() < position or end is None:
+            continue
+        command = match.group()[:-1].strip()
+        command = "e^" if command == "\\exp" else command
+        out += [text[position : match.start()], command, "{", text[match.end() : end], "}"]
+        position = end + 1
+    return "".join([*out, text[position:]])
+
+
+_ARGUMENTS = {"\\frac": 2, "\\binom": 2, "\\sqrt": 1, "^": 1, "_": 1}
+
+
+def _complete_arguments(text: str) -> str:
+    """\\frac12, \\frac1{2}, \\sqrt2, x^\\pi, 2^10: every argument in braces."""
+    text = re.sub(r"([\^_])\s*(-?\d+)(?![\d}])", r"\1{\2}", text)
+    out: list[str] = []
+    open_groups: list[int] = []
+    wanted = position = 0
+    while match := TOKEN.match(text, position):
+        token, position = match.group(), match.end()
+        if token == "{":
+            open_groups.append(max(0, wanted - 1))
+            wanted = 0
+        elif token == "}":
+            wanted = open_groups.pop() if open_groups else 0
+        elif wanted and token == " ":
+            continue
+        elif wanted and token == "[" and out[-1] == "\\sqrt" and "]" in text[position:]:
+            position = text.index("]", position) + 1
+            token = text[match.start() : position]
+        elif wanted and token not in _ARGUMENTS:
+            token = "{" + token + "}"
+            wanted -= 1
+        else:
+            wanted = _ARGUMENTS.get(token, 0)
+        out.append(token)
+    return "".join(out)

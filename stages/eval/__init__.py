@@ -1,0 +1,271 @@
+"""avg@k and pass@k of policies on sets of problems, by the paper's protocol.
+
+For one set, OUT holds
+
+    rollouts.jsonl   every completion         metrics.json    see core/evaluation.py
+    results.jsonl    counts by problem        manifest.json   how it came about
+
+For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. Left out on purpose: majority voting,
+and an average over sets, which is a table's business (report).
+"""
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from stages.core import jsonl, lineage, outputs, sampling, verifier
+from stages.core.engine import Engine
+from stages.core.errors import InputError
+from stages.core.metrics import KS
+from stages.core.options import at_least, checked
+from stages.core.outputs import read_json
+from stages.core.records import Rollout
+from stages.core.rollouts import Group, Prompt, draw_each
+from stages.core.sampling import Meter, Plan, StartEngine
+from stages.core.verifier import Verifier
+from stages.eval import partial, scoring
+from stages.eval.partial import Groups
+
+MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
+
+GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
+
+
+@checked
+def run(
+    *,
+    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable"] = [],  # noqa: B006
+    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable"] = [],  # noqa: B006
+    out: Annotated[Path, "directory to write"],
+    regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more"] = None,
+    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
+    k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
+    select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
+    knobs: sampling.Knobs,
+) -> None:
+    """Evaluate policies: avg@k and pass@k with their intervals, and which differences between policies are real.
+
+    Several policies share one engine, so they need one architecture and one tokenizer. A call that was interrupted
+    goes on where it stopped when it is repeated. The same call gives the same samples, whatever the order of the
+    problems and the other policies, up to the rounding of floats in the engine's batches.
+
+    With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
+    OUT is written from them, and what changed is shown. The stored rollouts stay as they are.
+
+    Example: rloop eval --policy toy/policy --problems toy/valid.jsonl --out evals/valid --template none --max-tokens 80
+    """
+    outputs.refuse_unwritable(out)
+    if regrade is not None:
+        if policy or problems or knobs.limit:
+            raise InputError("--regrade draws nothing: leave out --policy, --problems and --limit")
+        regrade_rollouts(regrade, out, k, select, knobs.bare)
+        return
+    if not problems:
+        raise InputError("--problems is missing: name at least one file of problems")
+    if Path("-") in problems:
+        raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
+    scoring.check_metrics(num_samples, k, select)
+    plan = sampling.plan(policy, problems, num_samples, knobs)
+    _refuse_left_out(plan)
+    sampling.warn_of_templates(plan)
+    parameters = {"num_samples": num_samples, "k": k, "select": select, **asdict(knobs)}
+    evaluate(plan, problems, out, parameters, plan.start_engine)
+
+
+def evaluate(
+    plan: Plan, problem_files: list[Path], out: Path, parameters: dict[str, Any], start_engine: StartEngine
+) -> None:
+    """Draw what is not there yet and write `out`; an engine is started only where something is left to draw."""
+    start = time.monotonic()
+    recorded = lineage.recorded([*problem_files, *plan.policies.values()])
+    digests = recorded["inputs"]
+    elsewhere = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # such as from the hub
+    manifest = outputs.manifest("eval", parameters, digests, {}, 0) | recorded | {"paths": elsewhere}
+    manifest |= {"policies": list(plan.policies), "template_digest": plan.template.digest}
+    manifest |= {"verifier": verifier.VERSION}
+    with outputs.locked(out):
+        if _is_done(out, manifest):
+            print(f"{out} is already done: the same policies, problems and parameters")
+            return
+        outputs.refuse_occupied(out)
+        place = partial.directory(out, _settings(plan))
+        with ExitStack() as stack:
+            groups = _open(plan, problem_files, digests, place, stack)
+            _draw_missing(plan, groups, start_engine)
+            stored = {name: _stored(plan, name, groups[name]) for name in plan.sets}
+            found = _write(out, stored, manifest, start)
+        shutil.rmtree(place)
+    _print(found)
+
+
+def _refuse_left_out(plan: Plan) -> None:
+    """An average over fewer problems would not be the one that was asked for."""
+    if plan.left_out:
+        raise InputError(
+            f"{len(plan.left_out)} problems, such as {plan.left_out[0]}, leave no room for --max-tokens "
+            f"{plan.sampling.max_tokens} in the policy's context of {plan.context} tokens: lower it, or remove them"
+        )
+
+
+def _is_done(out: Path, manifest: dict[str, Any]) -> bool:
+    """Whether `out` is what this call would write; how much memory the engine may take changes no figure.
+
+    Raises InputError if only the verifier that graded it was another one: nothing need be drawn again.
+    """
+    found = read_json(out / "manifest.json")
+    names = ("stage", "inputs", "policies", "template_digest")
+    if any(found.get(name) != manifest[name] for name in names):
+        return False
+    if {**found["parameters"], "memory_fraction": 0} != {**manifest["parameters"], "memory_fraction": 0}:
+        return False
+    before, now = found.get("verifier") or {}, manifest["verifier"]
+    changed = [f"{name} {before.get(name)}, not {now.get(name)}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise InputError(
+            f"{out} was graded by another verifier ({', '.join(changed)}): grade it anew with --regrade {out} and "
+            "another --out, or remove it"
+        )
+    return True
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """All that a group of rollouts depends on, but for its policy and its problem."""
+    knobs = {name: value for name, value in asdict(plan.knobs).items() if name not in ("memory_fraction", "limit")}
+    return {
+        **knobs,
+        "num_samples": plan.sampling.num_samples,
+        "template_digest": plan.template.digest,
+        "verifier": verifier.VERSION,
+    }
+
+
+def _open(
+    plan: Plan, problem_files: list[Path], digests: Mapping[str, str], place: Path, stack: ExitStack
+) -> GroupsBySet:
+    """What there is of each set and policy; two names of one checkpoint share their groups."""
+    opened: dict[Path, Groups] = {}
+    groups: GroupsBySet = {name: {} for name in plan.sets}
+    for file in problem_files:
+        for name, policy in plan.policies.items():
+            path = place / f"{digests[str(file)][:16]}-{digests[str(policy)][:16]}.jsonl"
+            if path not in opened:
+                opened[path] = stack.enter_context(Groups(path))
+            groups[file.stem][name] = opened[path]
+    return groups
+
+
+def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) -> None:
+    """Fill `groups`, policy by policy, with one engine."""
+    engine: Engine | None = None
+    with Verifier(bare=plan.knobs.bare) as verifier, Meter(plan.num_groups) as meter:
+        for name, path in plan.policies.items():
+            missing = {
+                set_name: [prompt for prompt in prompts if prompt.problem["id"] not in groups[set_name][name]]
+                for set_name, prompts in plan.sets.items()
+            }
+            num_missing = sum(map(len, missing.values()))
+            if num_missing:
+                engine = sampling.engine_for(path, engine, start_engine)
+            meter.start(name, plan.num_groups // len(plan.policies) - num_missing)
+            for set_name, prompts in missing.items():
+                if engine is not None:
+                    _draw(plan, name, prompts, groups[set_name][name], engine, verifier, meter)
+
+
+def _draw(
+    plan: Plan, name: str, prompts: list[Prompt], kept: Groups, engine: Engine, verifier: Verifier, meter: Meter
+) -> None:
+    """Draw the groups that one policy lacks of a set; each is kept as soon as it is scored."""
+    waiting: deque[Group] = deque()
+
+    def keep(max_waiting: int) -> None:
+        while waiting and (len(waiting) > max_waiting or waiting[0].is_scored):
+            group = waiting.popleft()
+            meter.scored(group.rewards)
+            kept.add(group.rollouts(name))
+
+    def drawn(_: int, group: Group) -> None:
+        meter.drawn(group.num_tokens)
+        waiting.append(group)
+        keep(MAX_WAITING)
+
+    for part, how in plan.parts(prompts):
+        draw_each(engine, verifier, part, how, drawn)
+    keep(0)
+
+
+def _stored(plan: Plan, set_name: str, groups: dict[str, Groups]) -> Iterator[Rollout]:
+    """A set's rollouts by policy, problem and sample, in the order of the plan."""
+    for name, kept in groups.items():
+        for prompt in plan.sets[set_name]:
+            for rollout in kept.get(prompt.problem["id"]):
+                yield {**rollout, "policy": name}  # it may have been drawn under another name
+
+
+def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, Any], start: float) -> dict[str, Any]:
+    """Write `out` whole; return what each set's metrics.json holds."""
+    parameters, found = manifest["parameters"], {}
+    with outputs.whole_dir(out) as beside:
+        for name, rollouts in sets.items():
+            place = beside if len(sets) == 1 else beside / name
+            tally = scoring.Tally()
+            num_rollouts = jsonl.write(place / "rollouts.jsonl", map(tally.add, rollouts))
+            jsonl.write(place / "results.jsonl", tally.results)
+            found[name] = scoring.measure(tally.results, parameters["k"], parameters["select"])
+            outputs.write_json(place / "metrics.json", found[name])
+            counts = {"rollouts": num_rollouts, "tokens": sum(result["num_tokens"] for result in tally.results)}
+            end = {"set": name, "counts": counts, "seconds": round(time.monotonic() - start, 3)}
+            outputs.write_json(place / "manifest.json", manifest | end)
+        if len(sets) > 1:
+            outputs.write_json(beside / "metrics.json", scoring.overview(found))
+            outputs.write_json(beside / "manifest.json", manifest | {"seconds": round(time.monotonic() - start, 3)})
+    return found
+
+
+def _print(found: dict[str, Any]) -> None:
+    for name, measured in found.items():
+        print(f"{name}\n{scoring.summary_table(measured)}\n")
+        if measured["differences"]:
+            print(f"{scoring.difference_table(measured)}\n")
+    if chosen := next(iter(found.values())).get("selected"):
+        print(f"best on {next(iter(found))} by {chosen['metric']}: {chosen['policy']}")
+
+
+def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: bool) -> None:
+    """Grade stored rollouts with today's verifier into `out`, and show what changed."""
+    start = time.monotonic()
+    files = _stored_files(source)
+    former = read_json(source / "manifest.json")
+    parameters = {**former.get("parameters", {}), "k": k, "select": select, "bare": bare}
+    digests = {str(file): outputs.digest(file) for file in files.values()}
+    manifest = outputs.manifest("eval", parameters, {**former.get("inputs", {}), **digests}, {}, 0)
+    manifest |= {name: former[name] for name in ("stamps", "paths") if name in former}
+    manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
+    manifest |= {"verifier": verifier.VERSION}
+    changes = {name: scoring.Changes() for name in files}
+    with outputs.locked(out):
+        outputs.refuse_occupied(out)
+        with Verifier(bare=bare) as graders:
+            sets = {name: scoring.regrade(file, graders, changes[name]) for name, file in files.items()}
+            found = _write(out, sets, manifest | {"regraded": str(source)}, start)
+    _print(found)
+    for name, change in changes.items():
+        print(f"{name}: {scoring.change_table(change, found[name], k)}")
+
+
+def _stored_files(source: Path) -> dict[str, Path]:
+    """The rollouts files of an eval output by their sets, in its order; `source` may be such a file itself."""
+    if not source.is_dir():
+        return {source.stem: source}
+    first = [f"{name}/rollouts.jsonl" for name in read_json(source / "metrics.json").get("sets", ())]
+    others = sorted(source.glob("*/rollouts.jsonl"))
+    paths = dict.fromkeys([source / "rollouts.jsonl", *(source / name for name in first), *others])
+    files = [path for path in paths if path.exists()]
+    if not files:
+        raise InputError(f"--regrade {source} holds no rollouts.jsonl: name an eval output, or a file of rollouts")
+    return {read_json(file.parent / "manifest.json").get("set", file.parent.name): file for file in files}

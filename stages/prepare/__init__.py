@@ -1,0 +1,131 @@
+"""Any source of problems in, problems.jsonl out: each problem once, with an answer that can be trusted and verified.
+
+Left out on purpose: any choice by difficulty or language, and any rewriting of problems beyond what a loader broke.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from stages.core import jsonl, outputs
+from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT, at_least, checked, effects, values
+from stages.core.progress import StepProgress
+from stages.core.verifier import Verifier
+from stages.prepare import curation, sources
+from stages.prepare.sources import Source
+
+CHECKED_AT_ONCE = 128  # answers between two moves of the bar
+
+
+@checked
+def run(
+    *,
+    source: Annotated[
+        str,
+        "a preset (dapo-17k, aime-2024, minerva-math, omni-math, math-500, gsm8k-train, gsm8k-test), a hub id, or a "
+        "local .jsonl, .json, .csv or .parquet",
+    ],
+    out: Annotated[
+        str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", WITHOUT_EFFECT
+    ],
+    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns"] = "",
+    problem_column: Annotated[str, "column of the problem; a.b is field b of column a"] = "",
+    answer_column: Annotated[str, "column of the answer, or of a solution with the answer in its last \\boxed{}"] = "",
+    config: Annotated[str, "configuration of a hub id"] = "",
+    split: Annotated[str, "split of a hub id, train[:100] included"] = "",
+    limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all", at_least(0)] = 0,
+    seed: Annotated[int, "decides the draw of --limit"] = 0,
+    decontaminate: Annotated[list[str], "drop the problems that this file of problems holds too; repeatable"] = [],  # noqa: B006
+    drop_unparseable: Annotated[bool, "drop the problems whose answer the verifier cannot read; they never reward"] = (
+        False
+    ),
+) -> None:
+    """Make a file of problems from a data set: each problem once, answers exact.
+
+    Problems with an empty answer or with contradictory answers are dropped, DAPO's wrapper is stripped, and ids stay
+    the same whatever the order of the rows and the limit. What happened is printed to stderr and in the manifest.
+
+    Example: rloop prepare --source toy/train.jsonl --limit 100 --out problems.jsonl
+    """
+    parameters, start = effects(run, values(run, locals())), time.monotonic()
+    if out != "-":
+        outputs.refuse_no_file(out)
+        outputs.refuse_occupied(out)
+    origin = sources.find(source, from_, config, split)
+    others = [sources.find(file, option="--decontaminate") for file in decontaminate]
+    manifest_file = Path(out).with_suffix(".manifest.json")
+    with outputs.claimed(out, manifest_file):
+        curated = _curate(origin, others, parameters)
+        jsonl.write(out, curated.problems)
+        print(curated.table(), file=sys.stderr)
+        if out != "-":
+            parameters |= {"config": origin.config, "split": origin.split}
+            inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
+            manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
+            outputs.write_json(manifest_file, manifest | {"ids": curated.ids})
+
+
+def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:
+    """The problems to write; InputError where none is left."""
+    limit, seed, drop_unparseable = (parameters[name] for name in ("limit", "seed", "drop_unparseable"))
+    rows = _rows(origin, parameters["problem_column"], parameters["answer_column"])
+    with Verifier() as verifier:
+        curated = curation.collect(rows, origin.name, partial(_same_answer, verifier))
+        curation.decontaminate(curated, _problem_texts(others))
+        if not drop_unparseable:
+            curation.draw(curated, limit, seed)
+        curation.find_wordy(curated)
+        curation.find_unparseable(curated, partial(_parseable, verifier), drop_unparseable)
+        if drop_unparseable:  # before the draw, so that the limit is reached
+            curation.draw(curated, limit, seed)
+    if not curated.problems:
+        raise InputError(f"{parameters['source']}: no problem is left of its rows\n{curated.table()}")
+    return curated
+
+
+def _rows(source: Source, problem_column: str, answer_column: str) -> Iterator[tuple[str, str, str]]:
+    """(problem, answer, the row's own id or "") of every row; the first row decides which columns these are."""
+    id_column = None
+    for where, row in _shown(sources.rows(source)):
+        if id_column is None:
+            problem_column = sources.problem_column(row, problem_column, where)
+            answer_column = sources.answer_column(row, answer_column, where)
+            id_column = sources.id_column(row)
+        yield (
+            curation.problem_text(sources.value(row, problem_column, where), where),
+            curation.answer_text(sources.value(row, answer_column, where), source.is_integers, where),
+            str(row[id_column]) if row.get(id_column) is not None else "",
+        )
+
+
+def _same_answer(verifier: Verifier, first: str, second: str) -> bool:
+    return verifier.verify([(f"\\boxed{{{second}}}", first)])[0].reward == 1
+
+
+def _shown(rows: Iterable[tuple[str, sources.Row]]) -> Iterable[tuple[str, sources.Row]]:
+    """The same rows, counted on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(rows, "reading rows", console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def _parseable(verifier: Verifier, answers: list[str]) -> list[bool]:
+    flags: list[bool] = []
+    with StepProgress("checking answers", len(answers)) as progress:
+        while len(flags) < len(answers):
+            flags += verifier.parseable(answers[len(flags) : len(flags) + CHECKED_AT_ONCE])
+            progress.step(len(flags), "")
+    return flags
+
+
+def _problem_texts(others: Iterable[Source]) -> Iterator[str]:
+    for source in others:
+        column = ""
+        for where, row in sources.rows(source):
+            column = column or sources.problem_column(row, "", where, "--decontaminate reads one so called: rename it")
+            yield curation.problem_text(sources.value(row, column, where), where)

@@ -1,0 +1,231 @@
+"""From rows to problems that can be trusted: texts cleaned, answers exact, each problem once, none leaked.
+
+Pure: what a row's values mean, which problems are the same, and which to keep.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import compress
+from typing import Any
+
+from stages.core.errors import InputError
+from stages.core.records import Problem
+from stages.core.templates import DAPO_AFTER, DAPO_BEFORE
+from stages.core.verifier.extraction import extract
+
+LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
+SPACE = " \t\r\n"  # not the form feed: it may be what is left of \frac
+MAX_EXACT_FLOAT = 2**53
+MAX_WORDS = 12  # an answer of more is named as one that may be a worked solution
+MAX_SHOWN = 5  # ids of a kind in the printed table; the manifest has them all
+TITLES = {
+    "rows": "rows read",
+    "empty_problem": "dropped: no problem",
+    "empty_answer": "dropped: no answer",
+    "duplicate": "dropped: copies of another row",
+    "contradictory": "dropped: contradictory answers",
+    "contaminated": "dropped: in --decontaminate",
+    "unparseable": "answers that the verifier cannot read",
+    "wordy": "answers of many words: solutions?",
+    "beyond_limit": "dropped: beyond --limit",
+    "problems": "problems",
+    "mended": "of all, with a lost \\frac mended",
+}
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_INTEGER_WITH_POINT = re.compile(r"([+-]?[0-9]+)\.0*")
+_LAYOUT = re.compile(r"\\left|\\right|[^\w+\-*/()=<>^]|_")
+
+
+def problem_text(value: Any, where: str) -> str:
+    """The problem in a cell: a text, or the user's turn of a chat; less DAPO's wrapper; "" where there is none."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = _user_turn(value, where)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: a problem must be a text or a list of messages, found {type(value).__name__}")
+    text = value.strip(SPACE).removeprefix(DAPO_BEFORE.strip()).removesuffix(DAPO_AFTER.strip())
+    return text.strip(SPACE)
+
+
+def _user_turn(messages: Sequence[Any], where: str) -> Any:
+    turns = [turn.get("content") for turn in messages if isinstance(turn, Mapping) and turn.get("role") == "user"]
+    if len(turns) != 1:
+        raise InputError(f"{where}: expected messages with one user turn, found {len(turns)}")
+    return turns[0]
+
+
+def answer_text(value: Any, is_integers: bool, where: str) -> str:
+    """The answer in a cell as text, its digits exact; "" where there is none.
+
+    A worked solution stands for what is after its last "####" (GSM8K, thousands separators dropped) or in its last
+    \\boxed{}. Integers lose leading zeros and a plus sign: AIME's "025" is 25. With `is_integers`, "70.0" is 70.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or (isinstance(value, float | Decimal) and value != value):
+        return ""
+    if isinstance(value, float | Decimal):
+        value = _decimal_text(value, where)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InputError(f"{where}: an answer must be a text or a number, found {type(value).__name__}")
+    text = str(value).strip()
+    if "####" in text:
+        text = text.rpartition("####")[2].strip().replace(",", "")
+    elif "\\boxed" in text:
+        text = extract(text) or ""
+    if is_integers and (match := _INTEGER_WITH_POINT.fullmatch(text)):
+        text = match[1]
+    return _plain_integer(text) if _INTEGER.fullmatch(text) else text
+
+
+def _plain_integer(text: str) -> str:
+    digits = text.lstrip("+-").lstrip("0") or "0"
+    return f"-{digits}" if text.startswith("-") and digits != "0" else digits
+
+
+def _decimal_text(value: float | Decimal, where: str) -> str:
+    """A number that is whole as an integer, another with the digits that it was written with."""
+    is_exact = -MAX_EXACT_FLOAT < value < MAX_EXACT_FLOAT
+    if isinstance(value, float) and not is_exact:
+        raise InputError(f"{where}: the answer {value!r} is a float beyond 2**53: store such answers as text")
+    return str(int(value)) if is_exact and value == int(value) else str(value)
+
+
+def same_text(text: str) -> str:
+    """What two problems share if one is a copy of the other: everything but white space."""
+    return " ".join(text.split())
+
+
+def normalized(text: str) -> str:
+    """What two problems share if one leaks the other: letters, digits and operators, whatever case and layout.
+
+    Operators and parentheses stay, so that 3 + 4 and 3 * 4 are two problems; braces, punctuation and spaces go, which
+    differ between copies of a problem in public sets.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    return _LAYOUT.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+
+
+@dataclass
+class Curated:
+    """Problems kept, and what became of the others: counts, and ids where a user may want to look."""
+
+    problems: list[Problem] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # of rows or problems, by what became of them
+    ids: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, kind: str, problems: Iterable[Problem]) -> None:
+        """Count these problems as `kind` and remember their ids."""
+        self.ids[kind] = [problem["id"] for problem in problems]
+        self.counts[kind] = len(self.ids[kind])
+
+    def table(self) -> str:
+        """What happened, a line a count, with the first ids of a kind."""
+        lines = []
+        for name, title in TITLES.items():
+            ids = self.ids.get(name, [])
+            shown = "  " + ", ".join(ids[:MAX_SHOWN]) + (", ..." if len(ids) > MAX_SHOWN else "")
+            lines.append(f"{title:<40}{self.counts[name]:>12,}{shown}".rstrip())
+        return "\n".join(lines)
+
+
+def collect(rows: Iterable[tuple[str, str, str]], source: str, same_answer: Callable[[str, str], bool]) -> Curated:
+    """Every problem once, from rows of (problem, answer, the row's own id or "").
+
+    A text that comes with answers that are not the same is dropped altogether: none of them can be trusted. Ids are
+    `source`/own id where every problem has one of its own, else `source`/hash of the text: they don't depend on the
+    order of the rows.
+    """
+    counts: Counter[str] = Counter()
+    found: dict[bytes, tuple[str, str, str]] = {}
+    contradictory: set[bytes] = set()
+    for raw, answer, own_id in rows:
+        counts["rows"] += 1
+        problem = raw.replace(LOST_FRAC, "\\frac{")
+        key = _hash(same_text(problem))
+        if not problem or not answer:
+            counts["empty_answer" if problem else "empty_problem"] += 1
+        elif key not in found:
+            found[key] = (problem, answer, own_id)
+            counts["mended"] += problem != raw
+        else:
+            counts["duplicate"] += 1
+            if found[key][1] != answer and not same_answer(found[key][1], answer):
+                contradictory.add(key)
+            found[key] = min(found[key], (problem, answer, own_id), key=_rank)
+    curated = Curated(_problems(found, source), counts)
+    keys = dict(zip((problem["id"] for problem in curated.problems), found, strict=True))
+    _drop(curated, "contradictory", lambda problem: keys[problem["id"]] in contradictory)
+    return curated
+
+
+def _rank(copy: tuple[str, str, str]) -> tuple[bool, str, str, str]:
+    """Which of equal problems is kept, whatever the order of the rows: the one with the first id of its own."""
+    problem, answer, own_id = copy
+    return not own_id, own_id, answer, problem
+
+
+def _problems(found: Mapping[bytes, tuple[str, str, str]], source: str) -> list[Problem]:
+    own = {own_id for _, _, own_id in found.values()}
+    has_own = "" not in own and len(own) == len(found)
+    return [
+        Problem(
+            id=f"{source}/{own_id.removeprefix(source + '/') if has_own else key.hex()}",
+            problem=problem,
+            answer=answer,
+            source=source,
+        )
+        for key, (problem, answer, own_id) in found.items()
+    ]
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def _drop(curated: Curated, kind: str, is_out: Callable[[Problem], bool]) -> None:
+    flags = [is_out(problem) for problem in curated.problems]
+    curated.note(kind, compress(curated.problems, flags))
+    curated.problems = [problem for problem, out in zip(curated.problems, flags, strict=True) if not out]
+
+
+def decontaminate(curated: Curated, others: Iterable[str]) -> None:
+    """Drop the problems whose normalised text is among `others`, and remember their ids."""
+    leaked = {normalized(text) for text in others}
+    _drop(curated, "contaminated", lambda problem: normalized(problem["problem"]) in leaked)
+
+
+def find_unparseable(curated: Curated, parseable: Callable[[list[str]], list[bool]], drop: bool) -> None:
+    """Remember the ids of problems whose answer the verifier cannot read, and drop them if asked."""
+    problems = curated.problems
+    flags = parseable([problem["answer"] for problem in problems])
+    readable = {problem["id"] for problem, flag in zip(problems, flags, strict=True) if flag}
+    _drop(curated, "unparseable", lambda problem: problem["id"] not in readable)
+    if not drop:
+        curated.problems = problems
+
+
+def find_wordy(curated: Curated) -> None:
+    """Remember the ids of problems whose answer is so long that it may be a solution without a box."""
+    problems = curated.problems
+    _drop(curated, "wordy", lambda problem: len(problem["answer"].split()) > MAX_WORDS)
+    curated.problems = problems
+
+
+def draw(curated: Curated, limit: int, seed: int) -> None:
+    """Keep at most `limit` problems (0 for all), drawn by `seed` and id, in their order.
+
+    A problem's luck hangs on nothing but its id, so a smaller limit keeps a part of what a greater one keeps.
+    """
+    if 0 < limit < len(curated.problems):
+        by_luck = sorted(curated.problems, key=lambda problem: _hash(f"{seed}/{problem['id']}"))
+        kept = {problem["id"] for problem in by_luck[:limit]}
+        curated.counts["beyond_limit"] = len(curated.problems) - limit
+        curated.problems = [problem for problem in curated.problems if problem["id"] in kept]
+    curated.counts["problems"] = len(curated.problems)

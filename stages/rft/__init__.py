@@ -1,0 +1,104 @@
+"""Fine-tune the start policy on the examples: the next start policy.
+
+Writes OUT as a checkpoint directory that transformers and vLLM load as it is, with log.tsv, metrics.json and
+manifest.json beside the weights. The loss is on the completion alone, its end token included. OUT appears whole or
+not at all.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from stages.core import outputs, records
+from stages.core.errors import InputError
+from stages.core.options import Options, at_least, at_most, below, one_of
+from stages.core.progress import warn
+from stages.core.records import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(Options):
+    """Every knob of the stage with its default; the paper's one epoch, the rest usual for small sets of examples."""
+
+    epochs: Annotated[int, "times that every example is seen", at_least(1)] = 1
+    lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
+    batch_size: Annotated[int, "examples in an optimizer step, all processes together", at_least(1)] = 32
+    tokens_per_microbatch: Annotated[
+        int, "most tokens, padding included, in one forward and backward pass", at_least(1)
+    ] = 16384
+    warmup_share: Annotated[float, "share of the steps over which the learning rate grows", at_least(0), at_most(1)] = (
+        0.1
+    )
+    min_lr_share: Annotated[
+        float, "share of the peak learning rate that the last step runs at", at_least(0), at_most(1)
+    ] = 0.1
+    weight_decay: Annotated[float, "weight decay of AdamW", at_least(0)] = 0.0
+    beta1: Annotated[float, "first moment's decay of AdamW", at_least(0), below(1)] = 0.9
+    beta2: Annotated[float, "second moment's decay of AdamW", at_least(0), below(1)] = 0.95
+    max_grad_norm: Annotated[float, "the gradient is scaled down to this norm; 0 is off", at_least(0)] = 1.0
+    max_tokens: Annotated[
+        int, "longer examples, prompt included, are left out; 0 is the policy's context", at_least(0)
+    ] = 0
+    dtype: Annotated[
+        str,
+        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16"),
+    ] = "auto"
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory"] = False
+    seed: Annotated[int, "seed of the order of the examples", at_least(0), below(2**32)] = 0
+
+
+def run(
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id"],
+    examples: Annotated[Path, "examples to learn from (JSONL)"],
+    out: Annotated[Path, "directory to write"],
+    knobs: Knobs,
+) -> None:
+    """Fine-tune the start policy on examples: the next start policy.
+
+    Example: rloop rft --policy toy/policy --examples runs/1/examples.jsonl --out runs/1/policy --lr 7e-4 --batch-size 8
+    """
+    started = time.perf_counter()
+    outputs.refuse_occupied(out)
+    chosen = list(records.read(examples, Example))
+
+    from stages.core import policies
+    from stages.core.lifetime import end_with_parent
+    from stages.rft.examples import tokenize_fitting
+
+    end_with_parent()
+    path = policies.resolve(policy)
+    tokenizer = policies.load_tokenizer(path)
+    context = policies.context_length(path)
+    if knobs.max_tokens > context:
+        raise InputError(f"--max-tokens {knobs.max_tokens} is beyond the policy's context of {context}: lower it")
+    rows, left_out = tokenize_fitting(tokenizer, chosen, knobs.max_tokens or context)
+
+    from stages.rft.finetuning import fine_tune, is_main  # torch and TRL: only once the input is known to be good
+
+    if not is_main():
+        fine_tune(path, tokenizer, rows, knobs, out=None)
+        return
+    _say_left_out(left_out, knobs.max_tokens or context)
+    with outputs.claimed(out), outputs.whole_dir(out) as beside:
+        tuned = fine_tune(path, tokenizer, rows, knobs, beside)
+        parameters = {"policy": policy, "examples": str(examples), **asdict(knobs), **tuned.settings}
+        inputs = {"policy": outputs.digest(path), "examples": outputs.digest(examples)}
+        seconds = time.perf_counter() - started
+        figures = {"num_examples": len(rows), "num_left_out": len(left_out), **tuned.figures}
+        _write_log(beside / "log.tsv", tuned.log)
+        outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
+        counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
+        outputs.write_json(beside / "manifest.json", outputs.manifest("rft", parameters, inputs, counts, seconds))
+
+
+def _say_left_out(left_out: list[str], max_tokens: int) -> None:
+    if left_out:
+        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({some})")
+
+
+def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
+    lines = ["\t".join(rows[0]), *("\t".join(f"{value:.6g}" for value in row.values()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,202 @@
+"""Supervised fine-tuning of a policy on tokenised examples with TRL's SFTTrainer, one process or many.
+
+The gradient of an optimizer step is that of one sum over all its completion tokens divided by their number, however
+the examples are spread over processes and micro-batches. Weights, optimizer and the sums of gradients are float32
+whatever the compute type; the policy is saved in the compute type.
+Left out on purpose: packing. It counts a batch in blocks, not in examples, needs a FlashAttention to keep examples
+apart, and saves little where neighbours have the same length. Checkpoints on the way, too: an epoch of RFT is short.
+"""
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
+
+from stages.core import policies
+from stages.core.acceleration import STEP_LIMIT, process_state, reduce_in_float32, save_policy, uses_bfloat16
+from stages.core.errors import CollapseError, InputError
+from stages.core.policies import IGNORED, PADDING
+from stages.core.progress import StepProgress
+from stages.rft.examples import Row, lr_share, microbatch_size, order
+
+
+@dataclass
+class Tuned:
+    """What came of a fine-tuning: the log's rows, one an optimizer step, and what sums it up."""
+
+    log: list[dict[str, float]] = field(default_factory=list)
+    num_tokens: int = 0
+    padding_share: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)  # what the knobs came to: dtype, microbatch_size, ...
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The whole in a few numbers: steps, tokens, the loss at both ends, the share of padding."""
+        return {
+            "num_steps": len(self.log),
+            "num_tokens": self.num_tokens,
+            "loss_first": self.log[0]["loss"],
+            "loss_last": self.log[-1]["loss"],
+            "padding_share": self.padding_share,
+        }
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: the first of all that were launched."""
+    return bool(process_state().is_main_process)
+
+
+def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: Path | None) -> Tuned:
+    """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
+
+    `knobs` is stages.rft.Knobs everywhere here. Every launched process must call this. Raises InputError where the
+    batch does not divide among the processes, CollapseError where loss or gradient stop being finite numbers.
+    """
+    num_processes = process_state().num_processes
+    if knobs.batch_size % num_processes:
+        raise InputError(f"--batch-size {knobs.batch_size} does not divide among {num_processes} processes: change it")
+    share = knobs.batch_size // num_processes
+    size = microbatch_size(share, max(map(len, rows)), knobs.tokens_per_microbatch)
+    steps = order([len(row) for row in rows], knobs.batch_size, knobs.epochs, knobs.seed)
+    counts = [sum(rows[number].num_labels for number in step) for step in steps]
+    watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
+    logging.disable_progress_bar()  # ours is the only one
+    logging.set_verbosity_error()  # the trainer warns of changes to the configuration, which are undone below
+    model = policies.load_model(path, torch.float32)
+    configs = copy.deepcopy((model.config, model.generation_config))
+    with tempfile.TemporaryDirectory() as scratch, watch.progress:
+        trainer = _Trainer(
+            model=model,
+            args=_config(knobs, size, share // size, scratch),
+            train_dataset=_dataset(rows, steps, knobs.batch_size),
+            processing_class=tokenizer,
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=PADDING),
+            callbacks=[watch],
+        )
+        trainer.schedule = (knobs.warmup_share, knobs.min_lr_share)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    assert len(watch.log) == len(steps), f"{len(watch.log)} steps were done, {len(steps)} planned"
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model.config, model.generation_config = configs  # the trainer writes its own pad token and tags into them
+    dtype = "bfloat16" if trainer.args.bf16 else "float32"
+    save_policy(trainer.accelerator, model, tokenizer, out, getattr(torch, dtype))
+    return Tuned(
+        log=watch.log,
+        num_tokens=sum(counts),
+        padding_share=_padding_share([[len(rows[number]) for number in step] for step in steps], size),
+        settings={"dtype": dtype, "microbatch_size": size, "num_processes": num_processes},
+    )
+
+
+def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig:
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=scratch,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,  # the data set holds the epochs one after another
+        train_sampling_strategy="sequential",
+        max_length=None,
+        learning_rate=knobs.lr,
+        weight_decay=knobs.weight_decay,
+        adam_beta1=knobs.beta1,
+        adam_beta2=knobs.beta2,
+        max_grad_norm=knobs.max_grad_norm,
+        bf16=uses_bfloat16(knobs.dtype),
+        gradient_checkpointing=knobs.gradient_checkpointing,
+        use_cpu=not on_gpu,
+        ddp_timeout=int(STEP_LIMIT.total_seconds()),
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=on_gpu,
+        seed=knobs.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _dataset(rows: Sequence[Row], steps: Sequence[Sequence[int]], batch_size: int) -> Dataset:
+    """The rows in the order they are trained on, each step filled up to `batch_size` with rows that teach nothing.
+
+    Without these, a launcher with several processes would repeat examples to make the last step even.
+    """
+    blank = Row([PADDING] * 2, [IGNORED] * 2)
+    ordered = [row for step in steps for row in [*(rows[n] for n in step), *[blank] * (batch_size - len(step))]]
+    return Dataset.from_dict(
+        {"input_ids": [row.input_ids for row in ordered], "labels": [row.labels for row in ordered]}
+    )
+
+
+def _padding_share(steps: Sequence[Sequence[int]], size: int) -> float:
+    """The share of padding among the tokens that go through the model, by the lengths of each step's examples."""
+    padded = used = 0
+    for lengths in steps:
+        for start in range(0, len(lengths), size):
+            used += sum(lengths[start : start + size])
+            padded += size * max(lengths[start : start + size])
+    return 1.0 - used / padded
+
+
+class _Trainer(SFTTrainer):
+    """TRL's trainer with our schedule: transformers' own have no linear fall to a share of the peak."""
+
+    schedule: tuple[float, float]  # share of steps that warm up, share of the peak that the last step runs at
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        reduce_in_float32(self.accelerator)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        def share(step: int) -> float:
+            return lr_share(min(step, num_training_steps - 1), num_training_steps, *self.schedule)
+
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, share)
+        return self.lr_scheduler
+
+
+class _Watch(TrainerCallback):
+    """Keeps a row for each optimizer step, moves the progress bar, and stops what has stopped making sense."""
+
+    def __init__(self, counts: Sequence[int], progress: StepProgress):
+        self.counts, self.progress = counts, progress
+        self.log: list[dict[str, float]] = []
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs:  # the summary that the trainer logs at its end
+            return
+        step, loss, grad_norm = state.global_step, logs["loss"], logs["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise CollapseError(f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: lower --lr")
+        self.log.append(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": logs["learning_rate"],
+                "grad_norm": grad_norm,
+                "tokens": self.counts[step - 1],
+                "seconds": time.perf_counter() - self.started,
+            }
+        )
+        self.progress.step(step, f"loss {loss:.4f}")

@@ -1,0 +1,292 @@
+"""Explore: DAPO from a start policy for a fixed number of steps, every rollout kept.
+
+Writes OUT/rollouts/step_*.jsonl, OUT/checkpoints/step_*/, OUT/log.tsv, OUT/metrics.json and OUT/manifest.json.
+Killed at any moment, the same command goes on where it stopped; so does a finished run that is given more --steps. For
+that OUT/state/, 12 bytes a parameter, is kept. Left out: a KL term, an entropy bonus and a reward model; DAPO has none.
+"""
+
+import importlib.util
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT, Options, above, at_least, at_most, below, declared, one_of
+from stages.core.progress import warn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from stages.core.rollouts import Prompt
+    from stages.rl.rundir import RunDir
+
+TOTALS = (
+    *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
+    *("grad_alarms", "mismatch_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
+)  # the columns of log.tsv whose sums metrics.json holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs(Options):
+    """Every knob of the stage with its default: the paper's, or DAPO's own where the paper is silent."""
+
+    steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
+    problems_per_step: Annotated[
+        int, "groups in a full batch (dynamic sampling refills up to this number)", at_least(1)
+    ] = 512
+    group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
+    max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
+    temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
+    template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
+    max_rounds: Annotated[
+        int, "rounds of drawing in a step before a batch that is not full is taken as it is", at_least(1)
+    ] = 10
+    minibatches: Annotated[int, "optimizer updates on each step's rollouts", at_least(1)] = 16
+    clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low", above(0), below(1)] = 0.2
+    clip_high: Annotated[float, "the ratio is clipped above 1 + clip_high", above(0)] = 0.28
+    reward_correct: Annotated[float, "reward of a correct completion in the advantage"] = 1.0
+    reward_wrong: Annotated[float, "reward of any other completion in the advantage"] = -1.0
+    overlong_buffer: Annotated[
+        int, "tokens before max_tokens over which the overlong penalty grows; 0 is off", at_least(0)
+    ] = 512
+    overlong_penalty: Annotated[float, "overlong penalty at max_tokens", at_least(0)] = 1.0
+    advantage_eps: Annotated[float, "added to the group's standard deviation", at_least(0)] = 1e-6
+    importance_cap: Annotated[
+        float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off", at_least(0)
+    ] = 2.0
+    lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0)] = 1e-6
+    warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value", at_least(0)] = (
+        10
+    )
+    weight_decay: Annotated[float, "weight decay of AdamW", at_least(0)] = 0.1
+    beta1: Annotated[float, "decay of AdamW's first moment", at_least(0), below(1)] = 0.9
+    beta2: Annotated[float, "decay of AdamW's second moment", at_least(0), below(1)] = 0.999
+    max_grad_norm: Annotated[float, "the gradient is scaled down to this norm", above(0)] = 1.0
+    alarm_grad_norm: Annotated[
+        float, "a gradient norm above this is counted as an alarm in the log", WITHOUT_EFFECT
+    ] = 50.0
+    tokens_per_microbatch: Annotated[
+        int, "most tokens, padding included, in one forward and backward pass", at_least(1)
+    ] = 16384
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory"] = False
+    dtype: Annotated[
+        str,
+        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16"),
+    ] = "auto"
+    memory_fraction: Annotated[
+        float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
+    ] = 0.5
+    mismatch_bound: Annotated[
+        float,
+        "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
+        "0 is 1e-3 in float32, 0.1 in bfloat16",
+        at_least(0),
+        WITHOUT_EFFECT,
+    ] = 0.0
+    checkpoint_every: Annotated[
+        int, "training steps between checkpoints; the last step always has one", at_least(1)
+    ] = 50
+    save_every: Annotated[
+        int, "training steps between the states that a killed run resumes from", at_least(1), WITHOUT_EFFECT
+    ] = 10
+    keep_state: Annotated[
+        bool, "keep the last state of a finished run, so that more --steps can go on from it", WITHOUT_EFFECT
+    ] = True
+    tracker: Annotated[
+        str,
+        "also log to an accelerate tracker: tensorboard, wandb, or none",
+        one_of("none", "tensorboard", "wandb"),
+        WITHOUT_EFFECT,
+    ] = "none"
+    seed: Annotated[int, "seed of data order and sampling"] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what can't work, in the flag's own name."""
+        super().__post_init__()
+        if self.overlong_buffer > self.max_tokens:
+            raise InputError(
+                f"--overlong-buffer {self.overlong_buffer}: must be at most --max-tokens {self.max_tokens}"
+            )
+
+
+def run(
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id"],
+    problems: Annotated[Path, "problems to train on (JSONL)"],
+    out: Annotated[Path, "directory to write"],
+    knobs: Knobs,
+    restart_if_changed: Annotated[
+        bool, "if OUT holds a run with other settings, remove that and start over; more --steps alone go on"
+    ] = False,
+) -> None:
+    """Explore with DAPO from a start policy and keep every rollout.
+
+    Example: rloop rl --policy toy/policy --problems toy/train.jsonl --out runs/1/rl --template none --steps 2
+    --problems-per-step 8 --max-tokens 72 --overlong-buffer 0 --minibatches 1 --lr 3e-4
+    """
+    from stages.core import outputs, policies, records, templates, verifier
+    from stages.core.lifetime import end_with_parent
+    from stages.core.rollouts import make_prompts
+    from stages.rl.rundir import RunDir
+
+    if problems == Path("-"):
+        raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
+    directory = RunDir(out)
+    directory.refuse_unwritable()
+    end_with_parent()
+    path = policies.resolve(policy)
+    tokenizer = policies.load_tokenizer(path)
+    template = templates.load(knobs.template, tokenizer)
+    policies.check_shapes(path)
+    context = policies.context_length(path)
+    ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, knobs.max_tokens, context)
+    accelerator = _accelerator(knobs, out)
+    if left_out and accelerator.is_main_process:
+        _say_left_out(left_out, knobs.max_tokens, context)
+    identity = {
+        "parameters": {**asdict(knobs), "processes": accelerator.num_processes, "template_digest": template.digest},
+        "inputs": {"policy": outputs.digest(path), "problems": outputs.digest(problems)},
+        "verifier": verifier.VERSION,
+    }
+    with outputs.locked(out) if accelerator.is_main_process else nullcontext():
+        finished, done = _begin(accelerator, directory, identity, restart_if_changed)
+        if finished:
+            if accelerator.is_main_process:
+                warn(f"{out} already holds this run, finished: nothing to do")
+                _let_go(directory, knobs)
+            return
+        if knobs.tracker != "none":
+            accelerator.init_trackers("rloop-rl", config=asdict(knobs))
+        _explore(accelerator, directory, done, policy, path, ready, template.end_tokens(tokenizer), knobs)
+        if accelerator.is_main_process:
+            paths = {"policy": policy, "problems": str(problems)}
+            _finish(directory, identity, paths, knobs, left_out)
+            _let_go(directory, knobs)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _explore(
+    accelerator: "Accelerator",
+    directory: "RunDir",
+    done: int,
+    policy: str,
+    path: Path,
+    ready: "list[Prompt]",
+    ends: tuple[list[int], list[str]],
+    knobs: Knobs,
+) -> None:
+    """Put the parts together and do the steps that are left."""
+    from stages.core.engine import Sampling, VllmEngine
+    from stages.core.lifetime import stop_signal
+    from stages.core.verifier import Verifier
+    from stages.rl.explorer import Explorer
+    from stages.rl.trainer import Objective, Trainer
+
+    engine = VllmEngine(
+        path,
+        max_model_len=max(len(prompt.token_ids) for prompt in ready) + knobs.max_tokens,
+        dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
+        memory_fraction=knobs.memory_fraction,
+        sleeps=True,
+        distributed=accelerator.num_processes > 1,
+        empty=True,
+    )
+    trainer = Trainer(
+        path,
+        accelerator,
+        Objective(**{field.name: getattr(knobs, field.name) for field in fields(Objective)}),
+        temperature=knobs.temperature,
+        betas=(knobs.beta1, knobs.beta2),
+        weight_decay=knobs.weight_decay,
+        gradient_checkpointing=knobs.gradient_checkpointing,
+    )
+    stop_ids, stop = ends
+    sampling = Sampling(
+        knobs.group_size, knobs.max_tokens, knobs.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
+    )
+    with Verifier() as verifier, stop_signal() as stop_flag:
+        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling)
+        apart = explorer.check_hand_over()
+        if accelerator.is_main_process:
+            warn(
+                f"engine and trainer agree to {apart.mean:.1e} in log-probability on average, {apart.largest:.1e} at "
+                f"most ({accelerator.mixed_precision} autocast)"
+            )
+        explorer.run(directory, stop_flag, done, policy)
+
+
+def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
+    import torch
+    from accelerate import Accelerator
+
+    from stages.core.acceleration import process_state, uses_bfloat16
+
+    tracker = None if knobs.tracker == "none" else knobs.tracker
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise InputError(f"--tracker {tracker}: that package is not installed: pip install {tracker}")
+    process_state()
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
+        mixed_precision="bf16" if uses_bfloat16(knobs.dtype) else "no",
+        log_with=tracker,
+        project_dir=str(out / "tracker") if tracker else None,
+    )
+
+
+def _begin(
+    accelerator: "Accelerator", directory: "RunDir", identity: dict[str, Any], restart_if_changed: bool
+) -> tuple[bool, int]:
+    """Whether the run is finished, and after which step to go on; the main rank looks, the others are told."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        free = {name for name, option in declared(Knobs).items() if not option.has_effect}
+        finished = directory.begin(identity, restart_if_changed, free)
+        found = [finished, 0 if finished else directory.resume_step()]
+        if found[1]:
+            warn(f"going on after step {found[1]}")
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0], found[1]
+
+
+def _finish(
+    directory: "RunDir", identity: dict[str, Any], paths: dict[str, str], knobs: Knobs, left_out: list[str]
+) -> None:
+    """Check that all was done that was planned, and write what the run comes to."""
+    from stages.core import outputs
+    from stages.rl.rundir import step_name
+
+    rows = directory.log_rows()
+    assert [row["step"] for row in rows] == list(range(1, knobs.steps + 1)), "log.tsv does not hold each planned step"
+    files = sorted(file.stem for file in directory.path.glob("rollouts/*.jsonl"))
+    assert files == [step_name(step) for step in range(1, knobs.steps + 1)], "a step's rollouts are missing"
+    totals = {name: sum(row[name] for row in rows) for name in TOTALS}
+    metrics = {
+        "steps": len(rows),
+        **totals,
+        "pass_rate_first": rows[0]["pass_rate"],
+        "pass_rate_last": rows[-1]["pass_rate"],
+        "entropy_last": rows[-1].get("entropy"),
+        "grad_norm_max": max((row["grad_norm_max"] for row in rows if "grad_norm_max" in row), default=None),
+    }
+    counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
+    manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, totals["seconds"])
+    extra = {"template_digest": identity["parameters"]["template_digest"], "verifier": identity["verifier"]}
+    directory.finish(metrics, {**manifest, **paths, **extra})
+
+
+def _let_go(directory: "RunDir", knobs: Knobs) -> None:
+    if not knobs.keep_state:
+        directory.forget_state()
+
+
+def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
+    some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+    warn(
+        f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
+        f"policy's context of {context} tokens ({some})"
+    )

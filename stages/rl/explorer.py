@@ -1,0 +1,483 @@
+"""The rl stage at work: one step after another of draw, verify, update, hand over; resumable after every kill.
+
+A step is a function of the weights, the optimizer, the position in the stream of problems and the seed. So the state
+on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them goes the
+difference between engine and trainer that the run began with, which later steps are held against.
+
+`knobs` is stages.rl.Knobs everywhere here: the stage defines each knob, this module only reads them.
+"""
+
+import hashlib
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+import orjson
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from stages.core.engine import Engine, Sampling
+from stages.core.errors import CollapseError, InputError
+from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
+from stages.core.outputs import whole_dir
+from stages.core.progress import StepProgress, warn
+from stages.core.records import Rollout
+from stages.core.rollouts import Group, Prompt, draw
+from stages.core.verifier import Verifier
+from stages.rl import dapo
+from stages.rl.batching import ProblemStream
+from stages.rl.rundir import RunDir
+from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
+
+MAX_COLLAPSED_STEPS = 3  # steps in a row of which every update was non-finite, or that drew from other weights
+CHECK_PROMPTS = 8
+CHECK_TOKENS = 32
+FLOAT32_BOUND = 1e-3  # nats; the largest difference measured on the CPU is 1e-5
+BFLOAT16_BOUND = 0.1  # nats a token, on average; measured: 0.002 to 0.03, and from wrong weights on above 1
+UNIFORM = 1e-5  # nats; with all weights zero the engine's log-probabilities are -log(vocabulary) to the last bit
+DRIFT = 10.0  # a step's mean difference is far above the start's from so many times that on, and a tenth of the bound
+PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, difference at the start
+
+
+class Difference(NamedTuple):
+    """How far the engine's log-probabilities are from the trainer's, over the tokens looked at, in nats."""
+
+    mean: float
+    largest: float
+
+
+@dataclass
+class Batch:
+    """What one step drew: all groups, the informative ones among them, and how long that took."""
+
+    drawn: list[Group] = field(default_factory=list)
+    kept: list[Group] = field(default_factory=list)
+    num_rounds: int = 0
+    generate_s: float = 0.0
+    verify_s: float = 0.0
+
+
+@dataclass
+class Clock:
+    """Seconds since it was last read."""
+
+    since: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        return seconds
+
+
+class Explorer:
+    """One rank of a DAPO run: an engine that draws, a verifier, a trainer, and the stream of problems."""
+
+    def __init__(
+        self,
+        knobs: Any,
+        accelerator: Accelerator,
+        engine: Engine,
+        verifier: Verifier,
+        trainer: Trainer,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+    ):
+        self.knobs = knobs
+        self.accelerator = accelerator
+        self.engine = engine
+        self.verifier = verifier
+        self.trainer = trainer
+        self.prompts = prompts
+        self.sampling = sampling
+        self.stream = ProblemStream(len(prompts), knobs.seed)
+        self.stop = StopSignal()
+        self.saved = 0  # the step whose state is on disk
+        self.start_mismatch = 0.0  # nats a token between engine and trainer, on average, when the run began
+        self.warned_of_grace = False
+        self.num_short = 0  # steps of this process whose batch was not full; the first is said aloud
+
+    def run(self, directory: RunDir, stop: StopSignal, done: int, policy: str) -> None:
+        """Do the steps from `done` + 1 on, writing everything below `directory`.
+
+        Raises CollapseError when several steps in a row gave only non-finite updates, or drew far from what the
+        trainer computes, and SystemExit(143) after SIGTERM.
+        """
+        self.stop = stop
+        if done:
+            self._restore(directory, done)
+        recent = self._recent_rows(directory)
+        with StepProgress("rl", self.knobs.steps, done, quiet=not self.accelerator.is_main_process) as progress:
+            for step in range(done + 1, self.knobs.steps + 1):
+                try:
+                    row = self._step(step, directory, progress, policy)
+                except Stopped:
+                    self._abandon(directory, step)
+                recent.append(row)
+                self._report(row, directory, progress)
+                has_collapsed = _all_of(recent, _is_collapsed)
+                ending = has_collapsed or self._any(self.stop.received)
+                self._save(directory, step, with_checkpoint=has_collapsed, with_state=ending)
+                if has_collapsed or _all_of(recent, _has_drifted):
+                    raise CollapseError(self._why(directory, step, policy, has_collapsed))
+                if ending and step < self.knobs.steps:
+                    self._end_terminated(f"after step {step}")
+        if done == self.knobs.steps:  # it was asked for no more than its state covers, which lies between checkpoints
+            self._keep_checkpoint(directory, done)
+
+    def check_hand_over(self) -> Difference:
+        """Show that the engine takes the weights it is given, and computes with them what the trainer does.
+
+        First it is handed zeros, with which each token is as likely as any other; then the trainer's weights. Every
+        rank looks at its own engine, and the worst of all is returned. Raises InputError on the main rank, and
+        SystemExit(2) on the others, where that is above the bound of the compute type.
+        """
+        self.engine.load((name, torch.zeros_like(weight)) for name, weight in self.trainer.weights())
+        spread = max(self._gather(_spread([rollout.engine_log_probs for rollout in self._samples()])))
+        self.hand_over()
+        rollouts = self._samples()
+        own = torch.cat(self.trainer.log_probs(rollouts))
+        engine = torch.tensor([value for rollout in rollouts for value in rollout.engine_log_probs])
+        apart = torch.nan_to_num((own - engine).abs(), nan=math.inf).double()
+        worst = Difference(*map(max, zip(*self._gather((float(apart.mean()), float(apart.max()))), strict=True)))
+        self.start_mismatch = worst.mean
+        if spread > UNIFORM:
+            self._refuse(
+                f"the engine does not take the weights it is handed: with zeros all its log-probabilities should be "
+                f"equal, and they differ by {spread:.2g}, so it would go on drawing from an old policy"
+            )
+        compared, name = (worst.largest, "up to") if self._is_float32 else (worst.mean, "on average")
+        if compared > self.bound:
+            self._refuse(
+                f"the engine's log-probabilities differ from the trainer's by {compared:.2g} {name} after the weights "
+                f"were handed over (--mismatch-bound {self.bound:g}): vLLM does not compute this policy as "
+                "transformers does, so training on its samples would go wrong"
+            )
+        return worst
+
+    def hand_over(self) -> None:
+        """Give the trainer's weights to the engine."""
+        self.engine.load(self.trainer.weights())
+
+    @property
+    def bound(self) -> float:
+        """The difference allowed at the start: the largest of all tokens in float32, the mean in bfloat16."""
+        return float(self.knobs.mismatch_bound) or (FLOAT32_BOUND if self._is_float32 else BFLOAT16_BOUND)
+
+    @property
+    def _far(self) -> float:
+        """The mean difference from which on a step is an alarm; training that sharpens the policy lowers the mean."""
+        return max(DRIFT * self.start_mismatch, self.bound / 10)
+
+    @property
+    def _is_float32(self) -> bool:
+        return bool(self.accelerator.mixed_precision == "no")
+
+    def _samples(self) -> list[TokenRollout]:
+        """A few completions by the engine as it is."""
+        few = self.prompts[:CHECK_PROMPTS]
+        seeds = [self.knobs.seed + 2 * number for number in range(len(few))]
+        tokens = min(CHECK_TOKENS, self.knobs.max_tokens)
+        sampling = Sampling(2, tokens, self.knobs.temperature, seeds=seeds)
+        groups = self.engine.generate([prompt.token_ids for prompt in few], sampling, lambda *_: None)
+        return [
+            TokenRollout(prompt.token_ids, completion.token_ids, completion.log_probs, 0.0)
+            for prompt, group in zip(few, groups, strict=True)
+            for completion in group
+        ]
+
+    def _refuse(self, message: str) -> NoReturn:
+        """End on all ranks at once, with one line."""
+        if self.accelerator.is_main_process:
+            raise InputError(message)
+        raise SystemExit(2)
+
+    def _step(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> dict[str, Any]:
+        clock = Clock()
+        self._position_before = self.stream.position
+        self.trainer.release()
+        self.engine.wake()
+        self.hand_over()
+        seconds = {"handover_s": clock.lap()}
+        batch = self._collect(step, directory, progress, policy)
+        self.engine.sleep()
+        clock.lap()
+        rollouts = [rollout for group in batch.kept for rollout in self._trainable(group)]
+        progress.note("update")
+        stats = self.trainer.update(rollouts, self._lr(step)) if rollouts else UpdateStats()
+        seconds |= {"update_s": clock.lap(), "generate_s": batch.generate_s, "verify_s": batch.verify_s}
+        trained = batch.kept if stats.num_skipped < len(stats.grad_norms) else []
+        self._write(step, directory, batch.drawn, trained, policy)
+        return self._row(step, batch, stats, trained, seconds)
+
+    def _report(self, row: dict[str, Any], directory: RunDir, progress: StepProgress) -> None:
+        """Write a step's row to the log, to trackers and to the screen."""
+        step = row["step"]
+        if self.accelerator.is_main_process:
+            directory.append_log(row)
+            self._warn_of_short_grace(row)
+        self.accelerator.log({name: value for name, value in row.items() if value == value}, step=step)
+        progress.step(step, f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s")
+
+    def _collect(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> Batch:
+        """Dynamic sampling: draw, drop the groups that teach nothing, draw fresh problems in their place.
+
+        All ranks decide on the same gathered groups. Every rollout is on disk before the decision.
+        """
+        batch = Batch()
+        while len(batch.kept) < self.knobs.problems_per_step and batch.num_rounds < self.knobs.max_rounds:
+            batch.num_rounds += 1
+            progress.note(f"generate {len(batch.kept)}/{self.knobs.problems_per_step} groups")
+            wanted = self.stream.take(self.knobs.problems_per_step - len(batch.kept))
+            groups = self._draw(wanted, step, batch)
+            batch.drawn += groups
+            self._write(step, directory, batch.drawn, [], policy)
+            batch.kept += [group for group in groups if dapo.is_informative(group.rewards)]
+        if len(batch.kept) < self.knobs.problems_per_step and not self.num_short and self.accelerator.is_main_process:
+            warn(
+                f"step {step}: {len(batch.kept)} of {self.knobs.problems_per_step} groups after --max-rounds "
+                f"{batch.num_rounds}; a batch not full is trained on as it is (log.tsv counts them: short_batch)"
+            )
+        self.num_short += len(batch.kept) < self.knobs.problems_per_step
+        return batch
+
+    def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
+        """Draw a group for each problem number, every rank its share; all ranks get all groups, in order."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        clock = Clock()
+        seed = draw_seed(self.knobs.seed, step, batch.num_rounds, rank)
+        sampling = Sampling(**{**vars(self.sampling), "seed": seed})
+        try:
+            share = [self.prompts[i] for i in wanted[rank::ranks]]
+            mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
+        except Stopped:
+            mine = []
+        batch.generate_s += clock.lap()
+        if self._any(self.stop.received):
+            raise Stopped
+        settled = [group.settled() for group in mine]
+        batch.verify_s += clock.lap()
+        if ranks == 1:
+            return settled
+        places = list(range(len(wanted)))[rank::ranks]
+        gathered: dict[int, Group] = dict(gather_object(list(zip(places, settled, strict=True))))
+        return [gathered[place] for place in range(len(wanted))]
+
+    def _trainable(self, group: Group) -> list[TokenRollout]:
+        values = dapo.advantages(self._shaped(group), self.knobs.advantage_eps)
+        return [
+            TokenRollout(group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage)
+            for completion, advantage in zip(group.completions, values, strict=True)
+        ]
+
+    def _shaped(self, group: Group) -> list[float]:
+        knobs = self.knobs
+        return [
+            (knobs.reward_correct if reward else knobs.reward_wrong)
+            + dapo.overlong_penalty(
+                len(completion.token_ids), knobs.max_tokens, knobs.overlong_buffer, knobs.overlong_penalty
+            )
+            for completion, reward in zip(group.completions, group.rewards, strict=True)
+        ]
+
+    def _write(
+        self, step: int, directory: RunDir, drawn: Sequence[Group], trained: Sequence[Group], policy: str
+    ) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        in_update = {id(group) for group in trained}
+        first_sample: Counter[str] = Counter()  # a problem may come twice in a step, at the seam of two epochs
+        records: list[Rollout] = []
+        for group in drawn:
+            problem_id = group.prompt.problem["id"]
+            rollouts = group.rollouts(policy, step, first_sample[problem_id])
+            first_sample[problem_id] += len(rollouts)
+            for rollout, shaped in zip(rollouts, self._shaped(group), strict=True):
+                extra = {"trained": id(group) in in_update, "shaped_reward": shaped}
+                records.append({**rollout, **extra})  # type: ignore[typeddict-item]
+        directory.write_rollouts(step, records)
+
+    def _row(
+        self, step: int, batch: Batch, stats: UpdateStats, trained: Sequence[Group], seconds: dict[str, float]
+    ) -> dict[str, Any]:
+        """The step's line of log.tsv; means are over all rollouts drawn, or over the tokens trained on."""
+        rollouts = [rollout for group in batch.drawn for rollout in group.rollouts("", step)]
+        lengths = [rollout["num_tokens"] for rollout in rollouts]
+        shaped = [reward for group in batch.drawn for reward in self._shaped(group)]
+        norms = [norm for norm in stats.grad_norms if math.isfinite(norm)]
+        total_s = sum(seconds.values())
+        return {
+            "step": step,
+            "reward": _mean(shaped),
+            "pass_rate": _mean([rollout["reward"] for rollout in rollouts]),
+            "num_groups": len(batch.drawn),
+            "num_kept": len(batch.kept),
+            "num_dropped": len(batch.drawn) - len(batch.kept),
+            "num_rounds": batch.num_rounds,
+            "short_batch": int(len(batch.kept) < self.knobs.problems_per_step),
+            "num_rollouts": len(rollouts),
+            "num_trained": sum(len(group.completions) for group in trained),
+            "loss": stats.mean("loss"),
+            "entropy": stats.mean("entropy"),
+            "grad_norm": _mean(norms),
+            "grad_norm_max": max(norms, default=math.nan),
+            "grad_alarms": sum(norm > self.knobs.alarm_grad_norm for norm in norms),
+            "skipped_updates": stats.num_skipped,
+            "clip_low_frac": stats.mean("clipped_low"),
+            "clip_high_frac": stats.mean("clipped_high"),
+            "mismatch": stats.mean("mismatch"),
+            "mismatch_max": stats.mismatch_max if stats.num_tokens else math.nan,
+            "mismatch_alarms": int(stats.mean("mismatch") > self._far),
+            "lr": self._lr(step),
+            "mean_tokens": _mean(lengths),
+            "max_tokens": max(lengths),
+            "truncated": _mean([rollout["finish_reason"] == "length" for rollout in rollouts]),
+            "no_answer": _mean([rollout["verdict"] == "no_answer" for rollout in rollouts]),
+            "timeouts": sum(rollout["verdict"] == "timeout" for rollout in rollouts),
+            "rollout_tokens": sum(lengths),
+            "update_tokens": stats.num_tokens,
+            "tokens_per_s": sum(lengths) / total_s,
+            "seconds": total_s,
+            **seconds,
+        }
+
+    def _lr(self, step: int) -> float:
+        """Linear warm-up over training steps, then constant."""
+        return float(self.knobs.lr * min(1.0, step / max(1, self.knobs.warmup_steps)))
+
+    def _save(self, directory: RunDir, step: int, with_checkpoint: bool, with_state: bool) -> None:
+        """A checkpoint and the state to resume from, where their turn has come or the run ends here.
+
+        A run that was asked to stop has its state, and no checkpoint that an uninterrupted run would not have.
+        """
+        last = step == self.knobs.steps
+        if last or with_checkpoint or step % self.knobs.checkpoint_every == 0:
+            self._keep_checkpoint(directory, step)
+        if last or with_state or step % self.knobs.save_every == 0:
+            self._keep_state(directory, step)
+        self.accelerator.wait_for_everyone()
+
+    def _keep_checkpoint(self, directory: RunDir, step: int) -> None:
+        path = directory.checkpoint(step)
+        if any(self._gather(path.is_dir())):
+            return
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+        self._write_whole(path, lambda beside: self.trainer.save_checkpoint(beside, dtype))
+
+    def _keep_state(self, directory: RunDir, step: int) -> None:
+        self._write_whole(directory.state_dir(step), self._save_state)
+        if self.accelerator.is_main_process:
+            directory.forget_states_before(step)
+        self.saved = step
+
+    def _save_state(self, path: Any) -> None:
+        self.trainer.save_state(path)
+        if self.accelerator.is_main_process:
+            place = {"position": self.stream.position, "start_mismatch": self.start_mismatch}
+            (path / PLACE).write_bytes(orjson.dumps(place))
+
+    def _write_whole(self, path: Any, write: Callable[[Any], None]) -> None:
+        """All ranks write into one directory beside `path`, which the main one then renames."""
+        if self.accelerator.num_processes == 1:
+            with whole_dir(path) as beside:
+                write(beside)
+            return
+        beside = path.with_name(f".{path.name}.partial")
+        write(beside)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            beside.rename(path)
+
+    def _restore(self, directory: RunDir, step: int) -> None:
+        path = directory.state_dir(step)
+        self.trainer.load_state(path)
+        place = orjson.loads((path / PLACE).read_bytes())
+        self.stream.position, self.start_mismatch = place["position"], place["start_mismatch"]
+        self.saved = step
+
+    def _recent_rows(self, directory: RunDir) -> deque[dict[str, Any]]:
+        """The last rows of the log, which a resumed run goes on counting from; the main rank reads, all are told."""
+        rows = directory.log_rows()[-MAX_COLLAPSED_STEPS:] if self.accelerator.is_main_process else []
+        return deque(self._gather(rows)[0], maxlen=MAX_COLLAPSED_STEPS)
+
+    def _warn_of_short_grace(self, row: Mapping[str, Any]) -> None:
+        """Say once that an update takes longer than the launcher waits, for then no state can be saved at the end."""
+        granted = granted_s()
+        if granted and not self.warned_of_grace and row["update_s"] > granted / 2:
+            self.warned_of_grace = True
+            enough = 60 * math.ceil(row["update_s"] / 20)
+            warn(
+                f"an update takes {row['update_s']:.0f} s, and the launcher kills its processes {granted} s after "
+                f"SIGTERM: a terminated run would lose steps; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={enough} before it"
+            )
+
+    def _abandon(self, directory: RunDir, step: int) -> NoReturn:
+        """Leave a step in which nothing was updated yet, with the state of the one before on disk."""
+        self.engine.sleep()
+        self.stream.position = self._position_before
+        if self.accelerator.is_main_process:
+            directory.forget_rollouts(step)
+        if self.saved < step - 1:
+            self._keep_state(directory, step - 1)
+        self._end_terminated(f"while step {step} was drawn; the state is that after step {step - 1}")
+
+    def _end_terminated(self, when: str) -> NoReturn:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            warn(f"terminated {when}; the same command goes on from there")
+        raise SystemExit(TERMINATED)
+
+    def _why(self, directory: RunDir, step: int, policy: str, has_collapsed: bool) -> str:
+        """What made the last steps bad, and the last good policy."""
+        if has_collapsed:
+            return (
+                f"the last {MAX_COLLAPSED_STEPS} steps gave only non-finite losses or gradients, none of which reached "
+                f"the weights: lower --lr; {directory.checkpoint(step)} holds the last good policy"
+            )
+        good = directory.last_checkpoint(step - MAX_COLLAPSED_STEPS) or policy
+        return (
+            f"in the last {MAX_COLLAPSED_STEPS} steps engine and trainer were more than {self._far:.2g} nats a token "
+            f"apart (mismatch in log.tsv; {self.start_mismatch:.2g} at the start), so the engine no longer draws from "
+            f"the policy that is trained; {good} is the last policy saved before"
+        )
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """What each rank has, on every rank."""
+        return list(gather_object([mine])) if self.accelerator.num_processes > 1 else [mine]
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is true on any rank, so that all leave together."""
+        return any(self._gather(here))
+
+
+def draw_seed(seed: int, step: int, round_: int, rank: int) -> int:
+    """The engine's seed for one round of one step on one rank: 31 bits, unrelated between neighbours."""
+    text = f"{seed}/{step}/{round_}/{rank}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
+
+
+def _all_of(recent: Sequence[Mapping[str, Any]], is_bad: Callable[[Mapping[str, Any]], bool]) -> bool:
+    return len(recent) == MAX_COLLAPSED_STEPS and all(map(is_bad, recent))
+
+
+def _is_collapsed(row: Mapping[str, Any]) -> bool:
+    """Whether every update of a step was skipped."""
+    return row["skipped_updates"] > 0 and row["num_trained"] == 0
+
+
+def _has_drifted(row: Mapping[str, Any]) -> bool:
+    return row["mismatch_alarms"] > 0
+
+
+def _spread(log_probs: Sequence[Sequence[float]]) -> float:
+    """The largest difference among all values."""
+    values = [value for row in log_probs for value in row]
+    return max(values) - min(values)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

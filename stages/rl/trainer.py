@@ -1,0 +1,286 @@
+"""The policy as the trainer sees it: DAPO updates on accelerate, one process or many, weights in float32.
+
+The gradient of an update is that of one sum over all its tokens divided by their number, however the sequences are
+spread over ranks and micro-batches.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from stages.core import acceleration, policies
+from stages.core.policies import IGNORED, PADDING
+from stages.rl import dapo
+from stages.rl.batching import microbatches, shares, split
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process that saves its state
+
+
+@dataclass(eq=False)
+class TokenRollout:
+    """A rollout as the trainer needs it; `engine_log_probs` has one entry for each completion token, in nats.
+
+    `old_log_probs` are the trainer's own before the step's first update; None where they are computed on the fly.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    engine_log_probs: list[float]
+    advantage: float
+    old_log_probs: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The knobs of the loss and of the optimizer's step; see stages/rl.py for what each means."""
+
+    clip_low: float
+    clip_high: float
+    importance_cap: float
+    max_grad_norm: float
+    minibatches: int
+    tokens_per_microbatch: int
+
+
+@dataclass
+class UpdateStats:
+    """A step's updates: sums over its completion tokens, and what became of each optimizer update."""
+
+    num_tokens: int = 0
+    loss: float = 0.0
+    entropy: float = 0.0
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
+    mismatch: float = 0.0
+    mismatch_max: float = 0.0
+    grad_norms: list[float] = field(default_factory=list)
+    num_skipped: int = 0
+
+    SUMS = ("loss", "entropy", "clipped_low", "clipped_high", "mismatch")
+
+    def mean(self, name: str) -> float:
+        """A sum divided by the number of tokens; NaN where nothing was trained on."""
+        return float(getattr(self, name)) / self.num_tokens if self.num_tokens else float("nan")
+
+
+class Trainer:
+    """A policy under training; every rank holds one and calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        objective: Objective,
+        *,
+        temperature: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ):
+        self.accelerator = accelerator
+        self.objective = objective
+        self.tokenizer = policies.load_tokenizer(path)
+        model = policies.load_model(path, torch.float32)
+        self.tied = bool(model.config.tie_word_embeddings)
+        without_dropout(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        acceleration.reduce_in_float32(accelerator)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model.train()
+
+    def update(self, rollouts: Sequence[TokenRollout], lr: float) -> UpdateStats:
+        """The step's optimizer updates, one a mini-batch. `rollouts` is the whole batch, the same on every rank.
+
+        An update with a non-finite loss or gradient norm is skipped and counted; the weights never see it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        parts = [[rollouts[i] for i in part] for part in split(range(len(rollouts)), self.objective.minibatches)]
+        for part in parts[1:]:  # the first update sees the weights that sampled, so its ratio needs no second forward
+            self._remember_log_probs(part)
+        stats = UpdateStats()
+        for part in parts:
+            self._update(part, stats)
+        for rollout in rollouts:
+            rollout.old_log_probs = None
+        return stats
+
+    def gradient(self, rollouts: Sequence[TokenRollout]) -> torch.Tensor:
+        """Accumulate the gradient of one update on `rollouts`; return the reduced sums that `UpdateStats` names."""
+        num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+        passes = self._passes(rollouts)
+        sums = torch.zeros(len(UpdateStats.SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
+        for number, (batch, counts) in enumerate(passes, 1):
+            with self._hold_sync(number < len(passes)):
+                loss, values = self._loss(batch, counts)
+                # DDP and FSDP average over ranks; the sum over ranks is what the formula asks for
+                self.accelerator.backward(loss * self.accelerator.num_processes / num_tokens)
+            sums[:-1] += values[:-1]
+            sums[-1] = torch.maximum(sums[-1], values[-1])
+        return self._reduce(sums)
+
+    @torch.no_grad()
+    def log_probs(self, rollouts: Sequence[TokenRollout]) -> list[torch.Tensor]:
+        """Log-probabilities of the completion tokens of each rollout under the current weights, computed here."""
+        found: dict[int, torch.Tensor] = {}
+        for batch in microbatches([rollout.length for rollout in rollouts], self.objective.tokens_per_microbatch):
+            picked = [rollouts[index] for index in batch]
+            scored = self._forward(picked).log_probs
+            for row, index in enumerate(batch):
+                start = len(rollouts[index].prompt_ids) - 1
+                found[index] = scored[row, start : start + len(rollouts[index].completion_ids)].float().cpu()
+        return [found[index] for index in range(len(rollouts))]
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The full weights by their checkpoint names, for the engine; on many ranks all must iterate together.
+
+        They are in the type that the engine computes in, as a saved checkpoint's are.
+        """
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        model = self.accelerator.unwrap_model(self.model)
+        return policies.with_head(acceleration.full_weights(model, dtype), self.tied)
+
+    def release(self) -> None:
+        """Give back the memory that only an update needs, so that the engine may have it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def save_checkpoint(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint directory; called on every rank, written by the main one."""
+        model = self.accelerator.unwrap_model(self.model)
+        acceleration.save_policy(self.accelerator, model, self.tokenizer, path, dtype or torch.float32)
+
+    def save_state(self, path: Path) -> None:
+        """Write weights and optimizer as `load_state` takes them back, bit for bit; each rank writes its own part."""
+        save_parts(self._state(), checkpoint_id=path)
+
+    def load_state(self, path: Path) -> None:
+        """Take back what `save_state` wrote, under this number of ranks or another."""
+        state = self._state()
+        load_parts(state, checkpoint_id=path)
+        weights, moments = state["model"], state["optimizer"]
+        set_state_dict(self.model, self.optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments)
+
+    def _state(self) -> dict[str, Any]:
+        """Weights and moments, sharded as they are here."""
+        optimizer = self.optimizer.optimizer
+        begins = not optimizer.state
+        model_state, optimizer_state = get_state_dict(self.model, optimizer)
+        if begins:  # torch has made the moments by a step on nothing, which must not count
+            for state in optimizer.state.values():
+                state["step"].zero_()
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> None:
+        sums = self.gradient(rollouts)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.objective.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if torch.isfinite(torch.tensor(norm)) and torch.isfinite(sums).all():
+            self.optimizer.step()
+        else:
+            stats.num_skipped += 1
+        self.optimizer.zero_grad()
+        stats.num_tokens += sum(len(rollout.completion_ids) for rollout in rollouts)
+        stats.grad_norms.append(norm)
+        for name, value in zip(UpdateStats.SUMS, sums.tolist(), strict=False):
+            setattr(stats, name, getattr(stats, name) + value)
+        stats.mismatch_max = max(stats.mismatch_max, float(sums[-1]))
+
+    def _loss(self, batch: Sequence[TokenRollout], counts: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss summed over a micro-batch's tokens, and the values for UpdateStats, the last one a maximum."""
+        output = self._forward(batch)
+        mask = output.label_mask & counts
+        log_probs = torch.where(mask, output.log_probs.float(), 0.0)
+        engine = self._aligned([torch.tensor(r.engine_log_probs) for r in batch], batch, mask)
+        old = log_probs.detach()
+        if batch[0].old_log_probs is not None:
+            old = self._aligned([r.old_log_probs for r in batch if r.old_log_probs is not None], batch, mask)
+        cap = self.objective.importance_cap
+        importance = dapo.importance_weights(old, engine, cap) if cap else None
+        advantages = torch.tensor([[r.advantage] for r in batch], device=mask.device)
+        clip_low, clip_high = self.objective.clip_low, self.objective.clip_high
+        loss = dapo.token_loss(log_probs, old, advantages, mask, clip_low, clip_high, importance)
+        difference = (old - engine).abs() * mask
+        entropy = (output.entropy.detach() * mask).sum()
+        sums = [loss.loss.detach(), entropy, loss.clipped_low, loss.clipped_high, difference.sum(), difference.max()]
+        return loss.loss, torch.stack([value.double() for value in sums])
+
+    def _forward(self, batch: Sequence[TokenRollout]) -> Any:
+        """Score the completion tokens of `batch`. Padding stands at the right, where causal attention never looks."""
+        rows = [torch.tensor(r.prompt_ids + r.completion_ids) for r in batch]
+        labels = [row.clone() for row in rows]
+        for row, rollout in zip(labels, batch, strict=True):
+            row[: len(rollout.prompt_ids)] = IGNORED
+        device = self.accelerator.device
+        input_ids = pad_sequence(rows, True, PADDING).to(device)
+        return self.model(
+            input_ids=input_ids, labels=pad_sequence(labels, True, IGNORED).to(device), fused_lm_head=True
+        )
+
+    def _aligned(
+        self, values: Sequence[torch.Tensor], batch: Sequence[TokenRollout], like: torch.Tensor
+    ) -> torch.Tensor:
+        """Per-token values of the completions, laid out as the shifted labels are: (sequences, tokens - 1)."""
+        laid = torch.zeros(like.shape)
+        for row, value, rollout in zip(laid, values, batch, strict=True):
+            start = len(rollout.prompt_ids) - 1
+            row[start : start + len(value)] = value
+        return laid.to(like.device)
+
+    def _remember_log_probs(self, rollouts: Sequence[TokenRollout]) -> None:
+        with torch.no_grad():
+            for batch, counts in self._passes(rollouts):
+                scored = self._forward(batch).log_probs
+                for row, rollout in zip(scored, batch if counts else [], strict=False):
+                    start = len(rollout.prompt_ids) - 1
+                    rollout.old_log_probs = row[start : start + len(rollout.completion_ids)].float().cpu()
+
+    def _passes(self, rollouts: Sequence[TokenRollout]) -> list[tuple[list[TokenRollout], bool]]:
+        """This rank's micro-batches, and whether they count: all ranks make equally many passes, some on nothing."""
+        lengths = [rollout.length for rollout in rollouts]
+        plans = []
+        for share in shares(lengths, self.accelerator.num_processes):
+            packed = microbatches([lengths[i] for i in share], self.objective.tokens_per_microbatch)
+            plans.append([[rollouts[share[i]] for i in batch] for batch in packed])
+        mine = plans[self.accelerator.process_index]
+        idle = max(len(plan) for plan in plans) - len(mine)
+        shortest = min(rollouts, key=lambda rollout: rollout.length)
+        return [(batch, True) for batch in mine] + [([shortest], False)] * idle
+
+    def _hold_sync(self, hold: bool) -> AbstractContextManager[Any]:
+        """Under DDP, reduce gradients once an update rather than once a micro-batch."""
+        many = self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        return self.accelerator.no_sync(self.model) if hold and many else nullcontext()
+
+    def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        gathered = self.accelerator.gather(sums[None])
+        return torch.cat([gathered[:, :-1].sum(0), gathered[:, -1].max()[None]])
+
+
+def without_dropout(model: Any) -> None:
+    """Turn dropout off, also in training: log-probabilities are to be those of the policy that sampled."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):  # a number in most decoders, not a module
+            module.attention_dropout = 0.0

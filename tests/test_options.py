@@ -1,0 +1,81 @@
+"""One declaration an option: what is read from it, and what is refused."""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+
+from stages import STAGES, load
+from stages.core.errors import InputError
+from stages.core.options import (
+    WITHOUT_EFFECT,
+    Options,
+    above,
+    at_least,
+    at_most,
+    below,
+    checked,
+    declared,
+    effects,
+    one_of,
+    values,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Some(Options):
+    share: Annotated[float, "a share", above(0), at_most(1)] = 0.5
+    kind: Annotated[str, "a kind", one_of("big", "small")] = "big"
+    threads: Annotated[int, "how many at once", at_least(1), WITHOUT_EFFECT] = 1
+
+
+@checked
+def run(some: Some, out: Annotated[str, "where to", WITHOUT_EFFECT], k: Annotated[list[int], "ks", below(9)] = [1]):  # noqa: B006
+    return values(run, locals())
+
+
+def test_options_of_dataclasses_stand_among_the_others_with_help_bounds_and_defaults():
+    found = declared(run)
+    assert list(found) == ["share", "kind", "threads", "out", "k"]
+    assert found["share"].help_with_rules == "a share (above 0, at most 1)"
+    assert found["kind"].rules[0].choices == ("big", "small")
+    assert found["k"].default == [1]
+    assert [name for name, option in found.items() if not option.has_effect] == ["threads", "out"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"share": 0.0}, "--share 0.0: must be above 0"),
+        ({"share": 1.5}, "--share 1.5: must be at most 1"),
+        ({"share": math.nan}, "--share nan: must be a finite number"),
+        ({"share": math.inf}, "--share inf: must be a finite number"),
+        ({"kind": "wide"}, "--kind wide: must be one of big, small"),
+        ({"threads": 0}, "--threads 0: must be at least 1"),
+        ({"threads": 2**63}, "--threads 9223372036854775808: must be a number of at most 64 bits"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_in_the_flags_own_name(option, message):
+    with pytest.raises(InputError) as refused:
+        Some(**option)
+    assert str(refused.value) == message
+
+
+def test_each_item_of_a_list_is_checked_before_the_stage_does_anything():
+    with pytest.raises(InputError, match=r"^--k 9: must be below 9$"):
+        run(Some(), "o", k=[1, 9])
+
+
+def test_values_are_what_was_given_and_effects_what_can_change_a_result():
+    found = run(Some(threads=3), "o", k=[2])
+    assert found == {"share": 0.5, "kind": "big", "threads": 3, "out": "o", "k": [2]}
+    assert effects(run, found) == {"share": 0.5, "kind": "big", "k": [2]}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_default_of_every_stage_keeps_its_own_rules(stage):
+    for option in declared(load(stage).run).values():
+        if option.default is not inspect.Parameter.empty:
+            option.check(option.default)
