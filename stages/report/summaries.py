@@ -62,7 +62,7 @@ def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def _measured(scores: pd.DataFrame) -> pd.DataFrame:
     """The columns of `scores` that are metrics and were measured."""
-    return scores.drop(columns=KEYS).dropna(axis="columns")
+    return scores.drop(columns=KEYS, errors="ignore").dropna(axis="columns")
 
 
 def results(summary: pd.DataFrame, chosen: Mapping[str, str]) -> pd.DataFrame:
@@ -123,15 +123,15 @@ def differences(
     A row a set, pair and metric: set, first, second, metric, value, low, high, real; the average comes last.
     """
     rows = []
-    by_policy = {key: _measured(group.set_index("problem_id").assign(problem_id="")).sort_index()
-                 for key, group in scores.groupby(["set", "policy"], sort=False)}  # fmt: skip
+    groups = scores.groupby(["set", "policy"], sort=False)
+    by_policy = {key: _measured(group.set_index("problem_id")).sort_index() for key, group in groups}
     sets = list(scores["set"].unique())
     for first, second in pairs:
         both = [(name, *(by_policy.get((name, chosen.get(method))) for method in (first, second))) for name in sets]
         apart = {n: b - a for n, a, b in both if a is not None and b is not None and a.index.equals(b.index)}
-        groups = [(name, [values]) for name, values in apart.items()]
-        groups += [(AVERAGE, list(apart.values()))] if len(apart) == len(sets) > 1 else []
-        for name, values in groups:
+        parts = [(name, [values]) for name, values in apart.items()]
+        parts += [(AVERAGE, list(apart.values()))] if len(apart) == len(sets) > 1 else []
+        for name, values in parts:
             for metric in (metric for metric in values[0] if "@" in metric):
                 found = metrics.judged(metrics.average_interval([each[metric] for each in values], seed))
                 rows.append({"set": name, "first": first, "second": second, "metric": metric} | found)
