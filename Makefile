@@ -2,8 +2,10 @@
 # make plan   what make demo would do now, without doing it
 # make test   the tests
 # make check  tests, lint, format and types: all that has to pass
+# make gpu-check [POLICY=a hub id or directory] [PROBLEMS=a file]   on a GPU: its tests, a short rl, figures to keep
 # make clean  remove the environment; runs/ stays
-# Each first makes .venv, which takes minutes once. A GPU machine needs no make: pip install -e '.[gpu]'.
+# The first three make .venv, which takes minutes once. A GPU machine has an environment of its own,
+# pip install -e '.[gpu,dev]': gpu-check uses the Python that is active, or PYTHON.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,9 +15,10 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 UNWANTED := torchvision torchaudio torchcodec
 SOURCES := stages rloop_cli experiments tests benchmarks
 
+ACTIVE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo plan test check clean
+.PHONY: demo plan test check gpu-check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed
@@ -35,6 +38,9 @@ check: test
 	ruff check $(SOURCES)
 	ruff format --check $(SOURCES)
 	mypy stages rloop_cli
+
+gpu-check:
+	@PATH='$(ACTIVE_PATH)' $(PYTHON) benchmarks/gpu_check.py --policy '$(POLICY)' --problems '$(PROBLEMS)'
 
 clean:
 	rm -rf .venv

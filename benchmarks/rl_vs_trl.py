@@ -315,7 +315,7 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
     objective = Objective(0.2, 0.28, knobs.importance_cap, knobs.max_grad_norm, 1, knobs.tokens_per_microbatch)
     prompts = ready_prompts(path, options.problems * (options.steps + 1), options.max_tokens)
     accelerator = Accelerator(cpu=True)
-    engine = VllmEngine(path, max_model_len=options.max_tokens + 64, dtype="float32", empty=True)
+    engine = VllmEngine(path, max_model_len=options.max_tokens + 64, dtype="float32")
     trainer = CountingTrainer(path, accelerator, objective)
     sampling = Sampling(options.group_size, options.max_tokens)
     found: dict[str, Totals] = {name: Counter() for name in ("rloop", "bare", "TRL generate", "TRL continuous")}

@@ -6,8 +6,8 @@ Writes one Rollout a line: policies in the order of the options, problems in the
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import jsonl, outputs, sampling
-from stages.core.options import at_least, checked
+from stages.core import jsonl, outputs, sampling, tabular
+from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.verifier import Verifier
 
@@ -15,9 +15,11 @@ from stages.core.verifier import Verifier
 @checked
 def run(
     *,
-    policy: Annotated[list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable"],
-    problems: Annotated[Path, "problems to ask (JSONL); - is stdin"],
-    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout"],
+    policy: Annotated[
+        list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable", PLACE
+    ],
+    problems: Annotated[Path, "problems to ask (JSONL); - is stdin", PLACE],
+    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PLACE],
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16,
     knobs: sampling.Knobs,
 ) -> None:
@@ -34,6 +36,6 @@ def run(
     plan = sampling.plan(policy, [problems], num_samples, knobs)
     sampling.warn_of_templates(plan)
     if plan.left_out:
-        warn(f"{len(plan.left_out)} problems are too long for the policy's context: {', '.join(plan.left_out)}")
+        warn(f"{len(plan.left_out)} problems are too long for the policy's context: {tabular.some(plan.left_out)}")
     with outputs.claimed(out), Verifier(bare=knobs.bare) as verifier:
         jsonl.write(out, sampling.rollouts(plan, plan.start_engine, verifier))

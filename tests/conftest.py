@@ -52,6 +52,12 @@ def tiny_policy(make_policy):
 
 
 @pytest.fixture(scope="session")
+def other_policy(make_policy):
+    """A policy of the same shape as `tiny_policy`, with other weights."""
+    return make_policy(std=0.3, seed=1)
+
+
+@pytest.fixture(scope="session")
 def tied_policy(make_policy):
     """A policy of the same shape as `tiny_policy`, with other weights and tied embeddings."""
     return make_policy(std=0.3, seed=1, tie_word_embeddings=True)

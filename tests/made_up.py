@@ -6,7 +6,8 @@ from pathlib import Path
 
 from stages import eval as evaluation
 from stages import filter as filtering
-from stages.core import jsonl, outputs
+from stages.core import jsonl, outputs, provenance
+from stages.core.provenance import Identity
 from stages.core.sampling import Knobs
 
 STEPS = 2
@@ -58,9 +59,10 @@ class Runs:
             self.rollouts(key, step)
         rows = "".join(f"{step}\t0.5\n" for step in range(1, steps + 1))
         (out / "log.tsv").write_text(f"step\tpass_rate\n{rows}")
-        inputs = {"policy": outputs.digest(start), "problems": outputs.digest(problems)}
-        manifest = outputs.manifest("rl", {"steps": steps}, inputs, {"steps": steps}, 1.0)
-        outputs.write_json(out / "manifest.json", manifest | {"policy": start, "problems": problems})
+        inputs = {"policy": provenance.digest(start), "problems": provenance.digest(problems)}
+        identity = Identity("rl", {"steps": steps}, inputs, {})
+        manifest = provenance.manifest(identity, {"steps": steps}, 1.0, policy=start, problems=problems)
+        outputs.write_json(out / "manifest.json", manifest)
 
     def rollouts(self, key: str, step: int) -> None:
         """Rollouts of one problem, one right of four, unlike those of any other call."""
@@ -84,8 +86,8 @@ class Runs:
         """A policy with the manifest of one that was fine-tuned."""
         out, examples = f"runs/{key}/policy", f"runs/{key}/examples.jsonl"
         self.checkpoint(out)
-        inputs = {"policy": outputs.digest(start), "examples": outputs.digest(examples)}
-        manifest = outputs.manifest("rft", {"policy": start, "examples": examples}, inputs, {}, 1.0)
+        inputs = {"policy": provenance.digest(start), "examples": provenance.digest(examples)}
+        manifest = provenance.manifest(Identity("rft", {}, inputs, {}), {}, 1.0, policy=start, examples=examples)
         outputs.write_json(Path(out, "manifest.json"), manifest)
 
     def evaluate(self, name: str, *policies: str, problems: str = "runs/0/valid.jsonl") -> None:

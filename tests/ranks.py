@@ -64,6 +64,7 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str) -> dict:
     group = torch.distributed.group.WORLD._get_backend(accelerator.device)
     assert group.options._timeout == STEP_LIMIT
     log_probs = trainer.log_probs(some_rollouts(31))
+    assert all(weight.numel() for _, weight in trainer.weights())  # as at the start of rl: scored, then handed over
     sums = trainer.gradient(some_rollouts(31))
     gradients = {}
     for name, parameter in accelerator.unwrap_model(trainer.model).named_parameters():

@@ -10,19 +10,30 @@ from stages.core.engine import Completion
 class ScriptedEngine:
     """Adds up the numbers of a prompt, right or wrong by luck: the better, the larger the policy's embedding.
 
-    A sample depends on its seed and the policy only. After `dies_after` groups the machine goes down.
+    A sample depends on its seed and the policy only. After `dies_after` groups the machine goes down. `fault` is what
+    it says of swapping weights.
     """
 
-    def __init__(self, policy, dies_after=None):
+    def __init__(self, policy, dies_after=None, fault=None):
         self.tokenizer = policies.load_tokenizer(policy)
         self.dies_after = dies_after
+        self.fault = fault
         self.asked = []
-        self.num_loads = 0
+        self.num_loads = self.num_checks = 0
+        self.is_closed = False
         self.load(policies.disk_weights(policy))
 
     def load(self, weights):
         self.skill = 2 * float(dict(weights)["model.embed_tokens.weight"].abs().mean())
         self.num_loads += 1
+
+    def swap_fault(self, weights):
+        assert dict(weights())
+        self.num_checks += 1
+        return self.fault
+
+    def close(self):
+        self.is_closed = True
 
     def generate(self, prompts, sampling, on_group, should_stop=None):
         groups = [[self._complete(prompt, seed + i) for i in range(sampling.num_samples)]

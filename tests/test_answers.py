@@ -1,12 +1,14 @@
 """Finding an answer in a completion, and comparing it: a table of pairs, and what the table cannot show."""
 
+import random
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 
-from stages.core.verifier import Verifier, quantities
+from benchmarks import fuzz_verifier as fuzz
+from stages.core.verifier import Verifier, grammar, quantities
 from stages.core.verifier.comparison import decide
 from stages.core.verifier.extraction import extract
 from tests.answer_pairs import DOUBTFUL, PAIRS
@@ -54,6 +56,9 @@ def test_what_says_something_else_or_is_in_doubt_is_never_rewarded(answer: str, 
         ("\\boxed{x = \\boxed{4}}", "4"),
         ("$\\boxed{1}$ and $\\boxed{2}$", "1, 2"),
         ("\\boxed{1}, \\boxed{2}, and \\boxed{3}", "1, 2, 3"),
+        ("$\\boxed{1}$ or maybe $\\boxed{2}$", "1, 2"),
+        ("\\boxed{1}\\quad\\text{or}\\quad\\boxed{2}", "1, 2"),
+        ("\\boxed{1} / \\boxed{2}", "1, 2"),
         ("Case 1: \\boxed{1}. Case 2: \\boxed{2}.", "2"),
         ("\\boxed{1} \\boxed{2}", "2"),
         ("We add.\nAnswer: 42", "42"),
@@ -224,6 +229,92 @@ def test_literals_have_exact_values(text: str, value: Fraction | None) -> None:
 )
 def test_units_are_cut_off_and_spelled_one_way(text: str, value: str, unit: str, factor: int) -> None:
     assert quantities.split_unit(text) == (value, unit, factor)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_text_raises_or_meets_code_that_did_not_foresee_it(seed: int) -> None:
+    """Mutated answers, repetitions, other scripts, surrogates, deep nesting, numbers of 10^5 digits."""
+    draw = random.Random(seed)
+    with fuzz.Unforeseen() as unforeseen:
+        for _ in range(400):
+            fuzz.read_here(fuzz.hostile(draw, fuzz.ANSWERS), draw.choice(fuzz.ANSWERS))
+    assert unforeseen.messages == []
+
+
+@pytest.mark.parametrize(
+    "unit", ["1,", "(A) ", "½", "\\text{a} ", "\\frac{1}{", "\\{1\\}", " million", "\\$", "x=", "\\1,000"]
+)
+def test_a_hundred_thousand_characters_in_a_box_are_rejected_unread(unit: str) -> None:
+    for shape in fuzz.SHAPES:
+        found = extract(shape % (unit * (100_000 // len(unit))))
+        assert found is None or decide("2", found) in ("wrong", "rejected", "no_answer")
+        assert found is None or decide(found, "2") in ("wrong", "rejected", "no_answer")
+
+
+@pytest.mark.parametrize(
+    ("answer", "prediction"),
+    [
+        ("2", "1," + ",".join(["234"] * 30_000)),
+        ("2", "9" * 100_000),
+        ("2", "9" * 1000),
+        ("2", "\\1,000"),
+        ("2", "2" + " million" * 100),
+        ("2", "\\$" * 400 + "5"),
+        ("2", "(" + ":".join(["9" * 300] * 3) + ")"),
+        ("2", "1" * 900 + "/" + "7" * 90),
+        ("2", "10_{99999999}"),
+        ("9" * 5000, "2"),
+        ("x" + "\ud800", "x\udfff"),
+        ("2", "½" * 900),
+    ],
+)
+def test_what_once_raised_or_could_has_a_verdict(answer: str, prediction: str) -> None:
+    with fuzz.Unforeseen() as unforeseen:
+        assert decide(answer, prediction) in ("wrong", "rejected")
+    assert unforeseen.messages == []
+
+
+def test_every_mutation_that_changes_an_answer_costs_the_reward(verifier: Verifier) -> None:
+    made = fuzz.mutants(random.Random(11), fuzz.ANSWERS)
+    batch = [next(made) for _ in range(1500)]
+    scores = verifier.verify([(BOX % mutant, answer) for _, answer, mutant in batch])
+    rewarded = {
+        (m.name, answer, mutant): score.reward for (m, answer, mutant), score in zip(batch, scores, strict=True)
+    }
+    changing = {mutation.name for mutation in fuzz.MUTATIONS if not mutation.keeps}
+    assert [key for key, reward in rewarded.items() if reward and key[0] in changing] == []
+    assert [key for key, reward in rewarded.items() if not reward and key[0] not in changing] == []
+    assert {name for name, _, _ in rewarded} == {mutation.name for mutation in fuzz.MUTATIONS}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("2\\sqrt{3}-\\frac{x_{1}}{y}", "EXPRESSION"),
+        ("\\sum_{n=1}^{\\infty}\\frac{1}{n^{2}}", "EXPRESSION"),
+        ("|x-|y||", "EXPRESSION"),
+        ("\\gcd(12,18)", "EXPRESSION"),
+        ("3 4", "ODD"),
+        ("3{4}", "ODD"),
+        ("x'", "ODD"),
+        ("5_{2}", "ODD"),
+        ("x^{T}", "ODD"),
+        ("x:y", "ODD"),
+        ("x\\to 3", "ODD"),
+        ("\\gcd(12x,18)", "ODD"),
+        ("2\\frac{1}{2}\\pi", "ODD"),
+        ("5..6", "ODD"),
+        ("5+", "BROKEN"),
+        ("\\frac{1}", "BROKEN"),
+        ("|5", "BROKEN"),
+        ("(5", "BROKEN"),
+        ("", "BROKEN"),
+        ("{" * 500, "BROKEN"),
+        ("\\sqrt{" * 500 + "}" * 500, "ODD"),
+    ],
+)
+def test_only_texts_of_one_meaning_are_expressions(text: str, kind: str) -> None:
+    assert grammar.judge(text).name == kind
 
 
 def test_long_integers_are_compared_digit_by_digit() -> None:

@@ -1,12 +1,16 @@
 """The real engine against transformers: the same log-probabilities, whatever weights were handed over."""
 
+import json
+import shutil
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from stages.core import policies
-from stages.core.engine import MAX_BATCHED_TOKENS, Sampling
-
-pytestmark = pytest.mark.slow
+from stages.core.engine import MAX_BATCHED_TOKENS, Sampling, VllmEngine, seed_of
+from stages.core.errors import InputError
 
 QUESTIONS = [f"{a}+{b}*{c}=?" for a in range(1, 5) for b in range(1, 4) for c in range(2, 4)]
 
@@ -23,6 +27,11 @@ def restored(engine, tiny_policy):
     engine.load(policies.disk_weights(tiny_policy))
 
 
+def seeded(num_samples, max_tokens, prompts, seed=0, **how):
+    """How to sample `prompts`, each with a seed of its own."""
+    return Sampling(num_samples, max_tokens, seeds=[seed_of(seed, place) for place in range(len(prompts))], **how)
+
+
 def log_probs(path, prompt, completion):
     """transformers' log-probabilities of the tokens of a completion."""
     model = policies.load_model(path, torch.float32)
@@ -32,7 +41,7 @@ def log_probs(path, prompt, completion):
 
 
 def worst_difference(engine, path, prompts):
-    groups = engine.generate(prompts[:4], Sampling(2, 24, seed=3))
+    groups = engine.generate(prompts[:4], seeded(2, 24, prompts[:4], seed=3))
     return max(
         float((log_probs(path, prompt, completion.token_ids) - torch.tensor(completion.log_probs)).abs().max())
         for prompt, group in zip(prompts, groups, strict=False)
@@ -40,23 +49,106 @@ def worst_difference(engine, path, prompts):
     )
 
 
+@pytest.mark.slow
 def test_log_probabilities_agree_with_transformers_after_the_start(engine, tiny_policy, prompts):
     assert worst_difference(engine, tiny_policy, prompts) < 1e-4
 
 
-def test_log_probabilities_agree_after_swaps_of_tied_and_untied_weights(restored, tiny_policy, tied_policy, prompts):
-    before = worst_difference(restored, tied_policy, prompts)
-    restored.load(policies.disk_weights(tied_policy))
-    assert worst_difference(restored, tied_policy, prompts) < 1e-4 < 0.1 < before
+@pytest.mark.slow
+def test_log_probabilities_agree_after_swaps_on_an_engine_that_can(restored, tiny_policy, other_policy, prompts):
+    assert restored.swap_fault(lambda: policies.disk_weights(tiny_policy)) is None
+    before = worst_difference(restored, other_policy, prompts)
+    restored.load(policies.disk_weights(other_policy))
+    assert worst_difference(restored, other_policy, prompts) < 1e-4 < 0.1 < before
     restored.load(policies.disk_weights(tiny_policy))
     assert worst_difference(restored, tiny_policy, prompts) < 1e-4
 
 
-def test_the_same_call_gives_the_same_samples_and_another_seed_others(engine, prompts):
-    first, again, other = (engine.generate(prompts, Sampling(4, 16, seed=seed)) for seed in (1, 1, 2))
+def swap_nothing(load, weights):
+    dict(weights)
+
+
+def swap_half(load, weights):
+    """The head is left behind."""
+    load((name, tensor) for name, tensor in weights if not name.startswith("lm_head"))
+
+
+def swap_wrong(load, weights):
+    load((name, tensor.flip(0) if "down_proj" in name else tensor) for name, tensor in weights)
+
+
+def swap_unknown(load, weights):
+    load((f"no.{name}", tensor) for name, tensor in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("swap", "fault"),
+    [(swap_nothing, "nats a token"), (swap_half, "nats a token"), (swap_wrong, "nats a token"),
+     (swap_unknown, "vLLM says: There is no module or parameter named 'no'")],
+)  # fmt: skip
+def test_an_engine_that_takes_weights_wrongly_says_so(restored, tiny_policy, monkeypatch, swap, fault):
+    load = restored.load
+    monkeypatch.setattr(restored, "load", lambda weights: swap(load, weights))
+    found = restored.swap_fault(lambda: policies.disk_weights(tiny_policy))
+    assert fault in found
+    assert "\n" not in found
+
+
+@pytest.mark.slow
+def test_a_policy_that_vllm_does_not_know_or_cannot_hold_is_refused_in_one_line(tiny_policy, tmp_path):
+    strange = shutil.copytree(tiny_policy, tmp_path / "strange")
+    config = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForNothing"]}))
+    for policy, length, reason in ((strange, 96, "Qwen9ForNothing"), (tiny_policy, 10**9, "max_model_len")):
+        with pytest.raises(InputError, match=f"vLLM .* does not start with it .*{reason}") as refused:
+            VllmEngine(policy, max_model_len=length)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_same_seeds_give_the_same_samples_and_others_others(engine, prompts):
+    first, again, other = (engine.generate(prompts, seeded(4, 16, prompts, seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
+def test_a_call_without_a_seed_for_each_prompt_is_refused():
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._llm = SimpleNamespace(reset_prefix_cache=lambda: True, llm_engine=None)
+    with pytest.raises(ValueError, match="shorter"):
+        engine.generate([[1, 2]], Sampling(1, 1))
+
+
+def test_every_request_of_the_engine_has_a_seed_of_its_own():
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    asked = {}
+    core = SimpleNamespace(
+        add_request=lambda name, prompt, params: asked.update({name: params}),
+        has_unfinished_requests=lambda: False,
+        abort_request=lambda names: None,
+    )
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._llm = SimpleNamespace(reset_prefix_cache=lambda: True, llm_engine=core)
+    with pytest.raises(AssertionError, match="lost completions"):
+        engine.generate([[1, 2], [1, 2]], seeded(4, 8, [0, 1]))
+    children = [
+        ParentRequest(SimpleNamespace(external_req_id=name, request_id=name, params=params)).get_child_info(sample)[1]
+        for name, params in asked.items()
+        for sample in range(4)
+    ]
+    assert [child.seed for child in children] == [seed_of(0, place) + sample for place in (0, 1) for sample in range(4)]
+
+
+def test_seeds_keep_apart_and_leave_room_for_the_samples():
+    seeds = [seed_of(seed, f"p{number}") for seed in (0, 1) for number in range(2000)]
+    assert min(seeds) >= 0 and max(seeds) + 10_000 < 2**63
+    assert min(b - a for a, b in pairwise(sorted(seeds))) > 10_000
+    on_the_cpu = sorted(seed % 2**32 for seed in seeds)  # its generator knows 32 bits
+    assert sum(b - a < 32 for a, b in pairwise(on_the_cpu)) < 3
+
+
+@pytest.mark.slow
 def test_with_a_seed_for_each_prompt_their_order_does_not_matter(engine, prompts):
     seeds = list(range(1000, 1000 + 100 * len(prompts), 100))
     forth = engine.generate(prompts, Sampling(4, 16, seeds=seeds, log_probs=False))
@@ -66,9 +158,10 @@ def test_with_a_seed_for_each_prompt_their_order_does_not_matter(engine, prompts
     assert len({completion.text for group in forth for completion in group}) > 80
 
 
+@pytest.mark.slow
 def test_completions_end_at_the_end_token_or_at_the_bound(engine, prompts):
     end = engine.tokenizer.eos_token_id
-    completions = [c for group in engine.generate(prompts, Sampling(8, 32, log_probs=False)) for c in group]
+    completions = [c for group in engine.generate(prompts, seeded(8, 32, prompts, log_probs=False)) for c in group]
     stopped = [completion for completion in completions if completion.finish_reason == "stop"]
     assert 0 < len(stopped) < len(completions)
     assert all(completion.token_ids.index(end) == len(completion.token_ids) - 1 for completion in stopped)
@@ -77,28 +170,31 @@ def test_completions_end_at_the_end_token_or_at_the_bound(engine, prompts):
     assert all(len(completion.token_ids) == 32 and end not in completion.token_ids for completion in cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_token", [True, False])
 def test_a_template_can_end_completions_by_a_token_or_by_a_text(engine, prompts, as_token):
     token = engine.tokenizer.convert_tokens_to_ids("}")
     how = {"stop_token_ids": (token,)} if as_token else {"stop": ("}",)}
-    completions = [c for group in engine.generate(prompts, Sampling(8, 64, **how)) for c in group]
+    completions = [c for group in engine.generate(prompts, seeded(8, 64, prompts, **how)) for c in group]
     held = [completion for completion in completions if token in completion.token_ids]
     assert len(held) > 20
     assert all(completion.token_ids.index(token) == len(completion.token_ids) - 1 for completion in held)
     assert all(completion.text.endswith("}") and completion.finish_reason == "stop" for completion in held)
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_leaves_nothing_behind(engine, prompts):
-    calm = engine.generate(prompts, Sampling(4, 16, seed=5))
+    calm = engine.generate(prompts, seeded(4, 16, prompts, 5))
 
     def interrupt(index, completions):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(prompts, Sampling(1, 80), interrupt)  # the first to end has many others beside it
-    assert engine.generate(prompts, Sampling(4, 16, seed=5)) == calm
+        engine.generate(prompts, seeded(1, 80, prompts), interrupt)  # the first to end has many others beside it
+    assert engine.generate(prompts, seeded(4, 16, prompts, 5)) == calm
 
 
+@pytest.mark.slow
 def test_seeded_prompts_beyond_one_pass_of_the_engine_are_all_answered(engine, prompts):
     many = [prompts[i % len(prompts)] for i in range(MAX_BATCHED_TOKENS // min(map(len, prompts)) + 50)]
     sampling = Sampling(1, 2, seeds=list(range(len(many))), log_probs=False)

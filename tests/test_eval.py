@@ -74,8 +74,8 @@ def samples(rollouts):
     return {(r["policy"], r["problem_id"], r["sample"]): r["completion"] for r in rollouts}
 
 
-def test_results_and_metrics_follow_from_the_rollouts(engines, tiny_policy, tied_policy, problems, tmp_path):
-    run([tiny_policy, tied_policy], problems, tmp_path / "out")
+def test_results_and_metrics_follow_from_the_rollouts(engines, tiny_policy, other_policy, problems, tmp_path):
+    run([tiny_policy, other_policy], problems, tmp_path / "out")
     rollouts, results = read(tmp_path / "out"), read(tmp_path / "out", Result)
     assert len(rollouts) == 2 * NUM_PROBLEMS * 4 and len(results) == 2 * NUM_PROBLEMS
     for result in results:
@@ -85,13 +85,13 @@ def test_results_and_metrics_follow_from_the_rollouts(engines, tiny_policy, tied
         assert result["num_no_answer"] == sum(r["verdict"] == "no_answer" for r in own)
         assert result["num_tokens"] == sum(r["num_tokens"] for r in own)
     found = load(tmp_path / "out/metrics.json")
-    mine = [result for result in results if result["policy"] == str(tied_policy)]
-    summary = found["policies"][str(tied_policy)]
+    mine = [result for result in results if result["policy"] == str(other_policy)]
+    summary = found["policies"][str(other_policy)]
     assert summary["avg@4"]["value"] == sum(result["num_correct"] for result in mine) / (4 * NUM_PROBLEMS)
     assert summary["pass@4"]["value"] == sum(result["num_correct"] > 0 for result in mine) / NUM_PROBLEMS
     assert summary["verdicts"]["no_answer"] == sum(result["num_no_answer"] for result in mine) > 0
     theirs = [result for result in results if result["policy"] == str(tiny_policy)]
-    difference = found["differences"][f"{tied_policy} - {tiny_policy}"]
+    difference = found["differences"][f"{other_policy} - {tiny_policy}"]
     assert difference == metrics.compare(theirs, mine, (1, 4))
     assert difference["avg@4"]["value"] == pytest.approx(
         summary["avg@4"]["value"] - found["policies"][str(tiny_policy)]["avg@4"]["value"]
@@ -100,12 +100,12 @@ def test_results_and_metrics_follow_from_the_rollouts(engines, tiny_policy, tied
 
 
 def test_the_samples_of_a_problem_do_not_depend_on_its_place_or_company(
-    engines, tiny_policy, tied_policy, problems, tmp_path
+    engines, tiny_policy, other_policy, problems, tmp_path
 ):
-    run([tiny_policy, tied_policy], problems, tmp_path / "all")
+    run([tiny_policy, other_policy], problems, tmp_path / "all")
     few = tmp_path / "few.jsonl"
     jsonl.write(few, (problem(number) for number in reversed(range(3, NUM_PROBLEMS))))
-    run([tied_policy], few, tmp_path / "few")
+    run([other_policy], few, tmp_path / "few")
     everything, some = samples(read(tmp_path / "all")), samples(read(tmp_path / "few"))
     assert len(some) == 4 * (NUM_PROBLEMS - 3)
     assert some == {key: everything[key] for key in some}
@@ -117,8 +117,8 @@ def test_another_seed_draws_other_samples(engines, tiny_policy, problems, tmp_pa
     assert samples(read(tmp_path / "zero")) != samples(read(tmp_path / "one"))
 
 
-def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, tied_policy, problems, tmp_path):
-    both = [tiny_policy, tied_policy]
+def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, other_policy, problems, tmp_path):
+    both = [tiny_policy, other_policy]
     run(both, problems, tmp_path / "whole")
     engines.dies_after = NUM_PROBLEMS + 5
     with pytest.raises(KeyboardInterrupt):
@@ -170,14 +170,16 @@ def interrupted(engines, tiny_policy, problems, tmp_path):
 
 
 def test_an_interrupted_call_is_not_mixed_with_another(interrupted, tiny_policy, problems, tmp_path):
-    with pytest.raises(InputError, match=r"max_tokens 32, not 16: repeat it as it was begun, or remove .*\.partial"):
+    with pytest.raises(
+        InputError, match=r"max_tokens was 32, is now 16. Repeat it as it was begun, or remove .*\.partial"
+    ):
         run([tiny_policy], problems, tmp_path / "out", knobs=Knobs(template="none", max_tokens=16))
-    with pytest.raises(InputError, match="num_samples 4, not 5"):
+    with pytest.raises(InputError, match="num_samples was 4, is now 5"):
         run([tiny_policy], problems, tmp_path / "out", num_samples=5)
 
 
-def test_more_policies_can_be_named_when_a_call_is_repeated(interrupted, tiny_policy, tied_policy, problems, tmp_path):
-    run([tied_policy, tiny_policy], problems, tmp_path / "out")
+def test_more_policies_can_be_named_when_a_call_is_repeated(interrupted, tiny_policy, other_policy, problems, tmp_path):
+    run([other_policy, tiny_policy], problems, tmp_path / "out")
     assert len(interrupted[-1].asked) == 2 * NUM_PROBLEMS - 5
 
 
@@ -202,7 +204,7 @@ def test_a_finished_call_is_not_repeated_and_another_is_refused(engines, tiny_po
 def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy, problems, tmp_path, monkeypatch):
     run([tiny_policy], problems, tmp_path / "out")
     monkeypatch.setitem(verifier.VERSION, "grader", "0.5")
-    with pytest.raises(InputError, match=r"graded by another verifier \(grader .*, not 0\.5\): .*--regrade"):
+    with pytest.raises(InputError, match=r"graded by another verifier \(grader was .*, is now 0\.5\): .*--regrade"):
         run([tiny_policy], problems, tmp_path / "out")
     assert len(engines) == 1
 
@@ -217,28 +219,28 @@ def test_two_names_of_one_checkpoint_are_asked_once(engines, tiny_policy, proble
     ]  # fmt: skip
 
 
-def test_several_sets_share_one_engine_and_lie_side_by_side(engines, tiny_policy, tied_policy, problems, tmp_path):
+def test_several_sets_share_one_engine_and_lie_side_by_side(engines, tiny_policy, other_policy, problems, tmp_path):
     jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
-    run([tiny_policy, tied_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="avg@4")
-    assert engines[0].num_loads == 2
+    run([tiny_policy, other_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="avg@4")
+    assert [engine.num_loads for engine in engines] == [2]
     assert [len(read(tmp_path / "out" / name)) for name in ("sums", "more")] == [2 * 4 * NUM_PROBLEMS, 2 * 4 * 4]
     overview = load(tmp_path / "out/metrics.json")
     for name in ("sums", "more"):
         policies = load(tmp_path / "out" / name / "metrics.json")["policies"]
         assert load(tmp_path / "out" / name / "manifest.json")["set"] == name
-        assert overview["sets"][name][str(tied_policy)]["pass@4"] == policies[str(tied_policy)]["pass@4"]["value"]
+        assert overview["sets"][name][str(other_policy)]["pass@4"] == policies[str(other_policy)]["pass@4"]["value"]
     assert overview["selected"] == load(tmp_path / "out/sums/metrics.json")["selected"]
 
 
-def test_the_best_policy_by_a_metric_is_named(engines, tiny_policy, tied_policy, problems, tmp_path, capsys):
-    run([tiny_policy, tied_policy], problems, tmp_path / "out", select="avg@4")
+def test_the_best_policy_by_a_metric_is_named(engines, tiny_policy, other_policy, problems, tmp_path, capsys):
+    run([tiny_policy, other_policy], problems, tmp_path / "out", select="avg@4")
     found = load(tmp_path / "out/metrics.json")
     averages = {name: summary["avg@4"]["value"] for name, summary in found["policies"].items()}
-    assert averages[str(tied_policy)] > averages[str(tiny_policy)]
+    assert averages[str(other_policy)] > averages[str(tiny_policy)]
     assert found["selected"] == {
-        "policy": str(tied_policy), "metric": "avg@4", "value": averages[str(tied_policy)]
+        "policy": str(other_policy), "metric": "avg@4", "value": averages[str(other_policy)]
     }  # fmt: skip
-    assert f"best on sums by avg@4: {tied_policy}" in capsys.readouterr().out
+    assert f"best on sums by avg@4: {other_policy}" in capsys.readouterr().out
 
 
 def test_of_equals_by_the_metric_the_best_by_average_is_named_as_the_report_does_then_the_first():

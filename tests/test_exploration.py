@@ -10,6 +10,7 @@ from stages.core import records
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import Stopped, StopSignal
+from stages.core.provenance import Identity
 from stages.core.rollouts import Prompt
 from stages.core.verifier import Verifier
 from stages.rl import Knobs
@@ -79,7 +80,7 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
         Prompt({"id": f"p{i}", "problem": "", "answer": "7", "source": ""}, "", [i]) for i in range(num_problems)
     ]
     engine, trainer, directory = ScriptedEngine(num_correct), trainer or RecordingTrainer(), RunDir(tmp_path / "rl")
-    directory.begin({"parameters": {}, "inputs": {}}, False)
+    directory.begin(Identity("rl", {}, {}, {}), False)
     assert directory.resume_step() == done
     with Verifier() as verifier:
         explorer = Explorer(knobs, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))
@@ -237,6 +238,11 @@ class TakingEngine(ScriptedEngine):
         row = dict(weights)["row"]
         self.row = row if self.takes(row) else self.row
 
+    def swap_fault(self, weights):
+        before = self.row
+        self.load((name, -weight) for name, weight in weights())
+        return "they change nothing" if torch.equal(self.row, before) else None
+
     def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
         values = self.row.log_softmax(-1).tolist()
         return [[Completion("", [0, 1, 2], values, "stop")] * sampling.num_samples for _ in prompts]
@@ -256,23 +262,27 @@ class RowTrainer:
         return [torch.tensor([2.0, 0.0, 1.0]).log_softmax(-1) + off for _ in rollouts]
 
 
-def check(takes, error=0.0, precision="no", **knobs):
+def check(takes, error=0.0, precision="no", is_main=True, **knobs):
     knobs = Knobs(group_size=GROUP, max_tokens=8, overlong_buffer=0, **knobs)
     prompts = [Prompt({"id": "p", "problem": "", "answer": "7", "source": ""}, "", [0])]
-    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=True, num_processes=1)
+    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=is_main, num_processes=1)
     sampling = Sampling(GROUP, 8)
     return Explorer(knobs, ranks, TakingEngine(takes), None, RowTrainer(error), prompts, sampling).check_hand_over()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_engine_that_takes_no_weights_is_refused_though_it_began_with_the_right_ones(precision):
-    with pytest.raises(InputError, match="does not take the weights"):
-        check(lambda row: False, precision=precision)
+    for is_main, error, message in (
+        (True, InputError, "can't take new weights.*: they change nothing"),
+        (False, SystemExit, "2"),
+    ):
+        with pytest.raises(error, match=message):
+            check(lambda row: False, precision=precision, is_main=is_main)
     assert check(lambda row: True, precision=precision).largest < 1e-6
 
 
 def test_the_hand_over_is_held_against_the_largest_difference_in_float32_and_the_mean_in_bfloat16():
-    with pytest.raises(InputError, match=r"by 0\.06 up to .*--mismatch-bound 0\.001"):
+    with pytest.raises(InputError, match=r"by 0\.06 at most .*--mismatch-bound 0\.001"):
         check(lambda row: True, error=0.06)
     assert check(lambda row: True, error=0.06, precision="bf16").mean == pytest.approx(0.02)
     with pytest.raises(InputError, match=r"by 0\.2 on average .*--mismatch-bound 0\.1"):

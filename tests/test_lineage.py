@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages import analyze, report
-from stages.core import jsonl, lineage, outputs, runs
+from stages.core import jsonl, lineage, outputs, provenance, runs
 from stages.core.errors import InputError
 from stages.core.sampling import Plan
 from tests.made_up import Runs
@@ -148,7 +148,7 @@ def test_a_policy_from_examples_or_rollouts_of_before_is_left_out(graph, capsys)
 
 
 def test_a_run_that_is_still_going_on_is_known_by_what_it_began_with(graph, capsys):
-    inputs = {"policy": outputs.digest("runs/1/rl/checkpoints/step_000002"), "problems": ""}
+    inputs = {"policy": provenance.digest("runs/1/rl/checkpoints/step_000002"), "problems": ""}
     outputs.write_json(Path("runs/2/rl/state/run.json"), {"parameters": {}, "inputs": inputs})
     Path("runs/2/rl/manifest.json").unlink()
     assert f"runs/2/rl: made from another runs/1/policy {OTHER}" in table(capsys)[1]

@@ -10,6 +10,7 @@ import pytest
 from stages import STAGES, load
 from stages.core.errors import InputError
 from stages.core.options import (
+    PLACE,
     WITHOUT_EFFECT,
     Options,
     above,
@@ -18,7 +19,6 @@ from stages.core.options import (
     below,
     checked,
     declared,
-    effects,
     one_of,
     values,
 )
@@ -32,7 +32,7 @@ class Some(Options):
 
 
 @checked
-def run(some: Some, out: Annotated[str, "where to", WITHOUT_EFFECT], k: Annotated[list[int], "ks", below(9)] = [1]):  # noqa: B006
+def run(some: Some, out: Annotated[str, "where to", PLACE], k: Annotated[list[int], "ks", below(9)] = [1]):  # noqa: B006
     return values(run, locals())
 
 
@@ -43,6 +43,7 @@ def test_options_of_dataclasses_stand_among_the_others_with_help_bounds_and_defa
     assert found["kind"].rules[0].choices == ("big", "small")
     assert found["k"].default == [1]
     assert [name for name, option in found.items() if not option.has_effect] == ["threads", "out"]
+    assert [name for name, option in found.items() if option.is_place] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -68,10 +69,8 @@ def test_each_item_of_a_list_is_checked_before_the_stage_does_anything():
         run(Some(), "o", k=[1, 9])
 
 
-def test_values_are_what_was_given_and_effects_what_can_change_a_result():
-    found = run(Some(threads=3), "o", k=[2])
-    assert found == {"share": 0.5, "kind": "big", "threads": 3, "out": "o", "k": [2]}
-    assert effects(run, found) == {"share": 0.5, "kind": "big", "k": [2]}
+def test_values_are_all_options_as_they_were_given():
+    assert run(Some(threads=3), "o", k=[2]) == {"share": 0.5, "kind": "big", "threads": 3, "out": "o", "k": [2]}
 
 
 @pytest.mark.parametrize("stage", STAGES)

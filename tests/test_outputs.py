@@ -2,9 +2,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
-import orjson
 import pytest
 
 from stages.core import outputs
@@ -176,25 +174,3 @@ def test_a_lock_keeps_a_second_process_out_until_the_first_dies(tmp_path):
     with outputs.locked(path):
         pass
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_digest_of_a_directory_follows_names_and_contents(tmp_path):
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "b").write_text("2")
-    first = outputs.digest(tmp_path)
-    assert outputs.digest(tmp_path) == first
-    (tmp_path / "b").rename(tmp_path / "c")
-    second = outputs.digest(tmp_path)
-    (tmp_path / "c").write_text("3")
-    assert len({first, second, outputs.digest(tmp_path)}) == 3
-    assert outputs.digest(tmp_path / "missing") == ""
-
-
-def test_a_manifest_says_what_ran_on_what(tmp_path):
-    started = time.monotonic()
-    made = outputs.manifest("filter", {"seed": 0}, {"a": "12"}, {"examples": 3}, time.monotonic() - started)
-    outputs.write_json(tmp_path / "manifest.json", made)
-    back = orjson.loads((tmp_path / "manifest.json").read_bytes())
-    assert (back["stage"], back["parameters"], back["inputs"]) == ("filter", {"seed": 0}, {"a": "12"})
-    assert back["counts"] == {"examples": 3}
-    assert back["versions"]["python"] == sys.version.split()[0]

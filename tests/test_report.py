@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from stages import report
-from stages.core import jsonl, runs
+from stages.core import jsonl, runs, tabular
 from stages.core.errors import InputError
 from stages.report import browser, curves, page, study, summaries
 
@@ -330,14 +330,14 @@ def test_parameters_are_named_once_and_runs_only_where_they_differ(made):
 )
 def test_a_log_is_read_up_to_the_line_that_is_being_written(tmp_path, text, rows):
     (tmp_path / "log.tsv").write_text(text)
-    assert runs.read_log(tmp_path / "log.tsv") == rows
+    assert tabular.read_tsv(tmp_path / "log.tsv") == rows
 
 
 @pytest.mark.parametrize("line", [b'1\t"0.5', b"1", b"1\t2\t3", b"1\t\0", b"1\t\xff"])
 def test_a_broken_line_of_a_log_is_named(tmp_path, line):
     (tmp_path / "log.tsv").write_bytes(b"step\tloss\n" + line + b"\n2\t0.5\n")
     with pytest.raises(InputError, match=r"log\.tsv(:2:| is no text)"):
-        runs.read_log(tmp_path / "log.tsv")
+        tabular.read_tsv(tmp_path / "log.tsv")
 
 
 def test_a_directory_in_the_place_of_the_page_is_refused_before_anything_is_written(made, tmp_path):

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from rloop_cli import warm
 from stages import rft
-from stages.core import jsonl, outputs, policies
+from stages.core import jsonl, policies, provenance
 from stages.core.errors import CollapseError, InputError
 from stages.rft import examples as ready
 from tests import ranks
@@ -246,7 +247,10 @@ def test_the_output_is_a_checkpoint_and_its_account_and_nothing_else(files, tune
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     manifest = json.loads((tuned / "manifest.json").read_text())
     assert manifest["parameters"]["lr"] == 3e-3
-    assert manifest["inputs"] == {"policy": outputs.digest(files.policy), "examples": outputs.digest(files.examples)}
+    assert manifest["inputs"] == {
+        "policy": provenance.digest(files.policy),
+        "examples": provenance.digest(files.examples),
+    }
     assert not list(tuned.parent.glob(".*"))
 
 
@@ -294,20 +298,26 @@ def half(files):
 @pytest.mark.slow
 def test_a_policy_trained_in_bfloat16_is_saved_in_bfloat16_and_loads_everywhere(files, half):
     import torch
-    from transformers import AutoModelForCausalLM
-
-    from stages.core.engine import Sampling, VllmEngine
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert {tensor.dtype for tensor in weights(half).values()} == {torch.bfloat16}
     config, before = (json.loads((Path(path) / "config.json").read_text()) for path in (half, files.policy))
     assert config == before | {"dtype": "bfloat16"}
     model = AutoModelForCausalLM.from_pretrained(half)
     assert model.dtype == torch.bfloat16
-    prompt = [5, 6, 7]
-    [[completion]] = VllmEngine(half, max_model_len=16, dtype="float32").generate([prompt], Sampling(1, 8, 1.0))
-    scores = model.float()(torch.tensor([prompt + completion.token_ids])).logits[0].log_softmax(-1)
-    own = [scores[place, token].item() for place, token in enumerate(completion.token_ids, len(prompt) - 1)]
-    assert completion.log_probs == pytest.approx(own, abs=1e-4)
+    jsonl.write(files.root / "one.jsonl", [{"id": "1", "problem": "1+2", "answer": "3", "source": "sums"}])
+    command = (
+        f"sample --policy {half} --problems {files.root / 'one.jsonl'} --out {files.root / 'drawn.jsonl'} --dtype "
+    )
+    options = ["float32", "--template", "none", "--num-samples", "1", "--max-tokens", "8", "--temperature", "0"]
+    process = warm.start([*command.split(), *options], files.root, files.root / "sample.log")
+    process.join()
+    assert process.exitcode == 0, (files.root / "sample.log").read_text()
+    ((_, drawn),) = jsonl.read(files.root / "drawn.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(half)
+    prompt = tokenizer("1+2", return_tensors="pt")["input_ids"]
+    greedy = model.float().generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+    assert drawn["completion"] == tokenizer.decode(greedy, skip_special_tokens=True)
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """The rl output directory: claimed once, resumed at the last whole state, never mixed with another run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from stages.core import jsonl
 from stages.core.errors import InputError
+from stages.core.provenance import Identity
 from stages.rl.rundir import RunDir
 
-IDENTITY = {"parameters": {"lr": 0.1, "steps": 5}, "inputs": {"policy": "abc"}}
+IDENTITY = Identity("rl", {"lr": 0.1, "steps": 5}, {"policy": "abc"}, {"sympy": "1.13"})
 
 
 def saved(directory, step):
@@ -46,7 +48,7 @@ def test_other_parameters_or_inputs_are_refused_by_name_and_nothing_is_lost(tmp_
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
-    other = {"parameters": {"lr": 0.2, "steps": 5}, "inputs": {"policy": "abd"}}
+    other = replace(IDENTITY, parameters={"lr": 0.2, "steps": 5}, inputs={"policy": "abd"})
     with pytest.raises(InputError, match=r"lr was 0.1, is now 0.2; the content of policy has changed.*or name another"):
         directory.begin(other, False)
     assert [record for _, record in jsonl.read(directory.path / "rollouts/step_000001.jsonl")] == [{"step": 1}]
@@ -56,7 +58,7 @@ def test_another_run_is_removed_where_the_user_asked_for_that(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
-    assert directory.begin({**IDENTITY, "inputs": {"policy": "x"}}, True) is False
+    assert directory.begin(replace(IDENTITY, inputs={"policy": "x"}), True) is False
     assert directory.resume_step() == 0
     assert not (directory.path / "rollouts").exists()
 
@@ -70,18 +72,18 @@ def test_a_directory_that_holds_something_else_is_refused(tmp_path):
     assert (tmp_path / "rl/thesis.tex").read_text() == "precious"
 
 
-def finished(tmp_path, steps=2, **identity):
-    identity = {**IDENTITY, "parameters": {"lr": 0.1, "steps": steps}, **identity}
+def finished(tmp_path, steps=2):
+    identity = with_steps(IDENTITY, steps)
     directory = RunDir(tmp_path / "rl")
     directory.begin(identity, False)
     saved(directory, steps)
     directory.checkpoint(steps).mkdir(parents=True)
-    directory.finish({"steps": steps}, {**identity, "stage": "rl"})
+    directory.finish({"steps": steps}, identity.record)
     return directory, identity
 
 
 def with_steps(identity, steps):
-    return {**identity, "parameters": {**identity["parameters"], "steps": steps}}
+    return replace(identity, parameters={**identity.parameters, "steps": steps})
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -125,10 +127,10 @@ def test_without_its_last_state_a_finished_run_can_not_be_made_longer(tmp_path):
 
 
 def test_another_version_of_the_verifier_is_refused_by_name(tmp_path):
-    directory, identity = finished(tmp_path, verifier={"grader": "1", "sympy": "1.13"})
-    other = {**identity, "verifier": {"grader": "1", "sympy": "1.14"}}
+    directory, identity = finished(tmp_path)
+    other = replace(identity, versions={"sympy": "1.14"})
     for asked in (other, with_steps(other, 5)):
-        with pytest.raises(InputError, match=r"settings: the verifier's sympy was 1\.13, is now 1\.14\. Give"):
+        with pytest.raises(InputError, match=r"settings: sympy was 1\.13, is now 1\.14\. Give"):
             directory.begin(asked, False)
     assert directory.begin(other, True) is False
     assert directory.resume_step() == 0
@@ -157,7 +159,7 @@ def test_a_finished_run_that_has_lost_its_rollouts_is_not_taken_for_done(tmp_pat
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 5)
-    directory.finish({"steps": 5}, {**IDENTITY, "stage": "rl"})
+    directory.finish({"steps": 5}, IDENTITY.record)
     with pytest.raises(InputError, match="finished run without its checkpoints: restore that, or name another"):
         directory.begin(IDENTITY, False)
     assert directory.begin(IDENTITY, True) is False
@@ -168,8 +170,8 @@ def test_a_setting_without_effect_on_the_results_may_change_on_the_way(tmp_path)
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
-    other = {**IDENTITY, "parameters": {"lr": 0.2, "steps": 5}}
-    assert directory.begin(other, True, free=("lr",)) is False
+    other = replace(IDENTITY, parameters={"lr": 0.2, "steps": 5})
+    assert directory.begin(replace(other, free=frozenset({"lr"})), True) is False
     assert directory.resume_step() == 1
     with pytest.raises(InputError, match=r"lr was 0\.2, is now 0\.1"):
         directory.begin(IDENTITY, False)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 
@@ -195,19 +194,12 @@ def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, p
     assert "was trained with template boxed, and is asked with none" in capsys.readouterr().err
 
 
-def test_seeds_of_problems_keep_apart_and_leave_room_for_the_samples():
-    seeds = [sampling.problem_seed(seed, f"p{number}") for seed in (0, 1) for number in range(2000)]
-    assert min(seeds) >= 0 and max(seeds) + 10_000 < 2**63
-    on_the_cpu = sorted(seed % 2**32 for seed in seeds)  # its generator knows 32 bits
-    assert sum(b - a < 32 for a, b in pairwise(on_the_cpu)) < 3
-
-
-def test_every_policy_is_asked_every_problem_in_order(tiny_policy, tied_policy, problems):
-    plan = sampling.plan([str(tiny_policy), str(tied_policy)], [problems], 3, KNOBS)
+def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy, problems):
+    plan = sampling.plan([str(tiny_policy), str(other_policy)], [problems], 3, KNOBS)
     starts = []
     with Verifier() as verifier:
         rollouts = list(sampling.rollouts(plan, lambda path: starts.append(path) or ScriptedEngine(path), verifier))
-    expected = [(str(p), f"p{n}", s) for p in (tiny_policy, tied_policy) for n in range(6) for s in range(3)]
+    expected = [(str(p), f"p{n}", s) for p in (tiny_policy, other_policy) for n in range(6) for s in range(3)]
     assert [(r["policy"], r["problem_id"], r["sample"]) for r in rollouts] == expected
     assert starts == [tiny_policy]
     halves = rollouts[:18], rollouts[18:]
@@ -234,17 +226,52 @@ def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, 
         sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", knobs=KNOBS)
 
 
+@pytest.mark.parametrize(("fault", "num_starts"), [(None, 1), ("that is too much", 3)])
+def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_starts_anew(
+    tiny_policy, make_policy, problems, capsys, fault, num_starts
+):
+    policies = [tiny_policy, make_policy(seed=3), make_policy(seed=4)]
+    plan = sampling.plan(list(map(str, policies)), [problems], 2, KNOBS)
+    engines = []
+
+    def start(path):
+        engines.append(ScriptedEngine(path, fault=fault))
+        return engines[-1]
+
+    with Verifier() as verifier:
+        drawn = list(sampling.rollouts(plan, start, verifier))
+        expected = []
+        for policy in policies:
+            alone = sampling.plan([str(policy)], [problems], 2, KNOBS)
+            expected += sampling.rollouts(alone, ScriptedEngine, verifier)
+    assert drawn == expected
+    assert len(engines) == num_starts
+    assert sum(engine.num_checks for engine in engines) == 1
+    assert [engine.is_closed for engine in engines] == [True] * (num_starts - 1) + [False]
+    assert capsys.readouterr().err.count("cannot swap weights of this kind: that is too much") == num_starts // 3
+
+
+def test_tied_and_untied_policies_have_an_engine_each(tiny_policy, tied_policy):
+    started = []
+    engines = sampling.Engines(lambda path: started.append(path) or ScriptedEngine(path))
+    first = engines.holding(tiny_policy)
+    assert engines.holding(tied_policy) is not first
+    assert first.is_closed
+    assert started == [tiny_policy, tied_policy]
+
+
 @pytest.mark.slow
 def test_the_real_engine_gives_a_policy_the_same_samples_alone_and_after_another(
-    engine, tiny_policy, tied_policy, problems
+    engine, tiny_policy, other_policy, problems
 ):
     def start(path):
         engine.load(sampling.policies.disk_weights(path))
         return engine
 
-    both = sampling.plan([str(tiny_policy), str(tied_policy)], [problems], 8, KNOBS)
-    alone = sampling.plan([str(tied_policy)], [problems], 8, KNOBS)
+    other = str(other_policy)
+    both = sampling.plan([str(tiny_policy), other], [problems], 8, KNOBS)
+    alone = sampling.plan([other], [problems], 8, KNOBS)
     with Verifier() as verifier:
-        second = [r for r in sampling.rollouts(both, start, verifier) if r["policy"] == str(tied_policy)]
+        second = [r for r in sampling.rollouts(both, start, verifier) if r["policy"] == other]
         assert list(sampling.rollouts(alone, start, verifier)) == second
     engine.load(sampling.policies.disk_weights(tiny_policy))

@@ -1,6 +1,7 @@
 """The verifier as its callers see it: scores in order, workers that come, fail and go."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stages.core import verifier as module
-from stages.core.verifier import Score, Verifier
+from stages.core.verifier import Score, Verifier, comparison
 
 ROOT = Path(__file__).parents[1]
 HARD = ("So it is \\boxed{\\sqrt{7+4\\sqrt{3}}}.", "2+\\sqrt{3}")
@@ -107,6 +108,71 @@ def test_hanging_swelling_and_crashing_cost_one_verdict_each_and_no_other(monkey
     with Verifier(workers=1) as verifier:
         verdicts = [score.verdict for score in verifier.verify([(f"\\boxed{{{text}}}", "x+2") for text in predictions])]
     assert verdicts == ["wrong", "timeout", "correct", "error", "error", "correct"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"),
+    [(16, None, 8), (4, None, 3), (1, None, 1), (16, "4", 3), (64, "2", 8), (8, "8", 1), (2, "4", 1), (96, "8", 8)],
+)
+def test_the_ranks_of_a_node_share_its_cores(
+    cores: int, ranks: str | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    with Verifier() as verifier:
+        assert verifier.workers == workers
+    with Verifier(workers=5) as verifier:
+        assert verifier.workers == 5
+
+
+def test_what_the_caller_cannot_read_is_left_to_the_worker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, verifier: Verifier
+) -> None:
+    def fail(*_: object) -> bool:
+        raise KeyError(1)
+
+    monkeypatch.setattr(comparison, "equal", fail)
+    verdicts = [score.verdict for score in verifier.verify([("\\boxed{7.25}", "7.25"), ("\\boxed{7.5}", "7.25")])]
+    assert verdicts == ["correct", "wrong"]
+    assert "could not be read" in caplog.text
+
+
+def test_the_memo_is_bounded_by_bytes_and_holds_no_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_MEMO_BYTES", 100_000)
+    with Verifier(workers=1) as verifier:
+        for start in range(0, 4000, 100):
+            verifier.verify([(f"\\boxed{{{n}}}", "7") for n in range(start, start + 100)])
+            assert sum(sys.getsizeof(text) for _, text in verifier._memo) < 100_000
+        verifier.verify([("\\boxed{" + "1" * 70_000 + str(n) + "}", "7") for n in range(20)])
+        assert max(len(text) for _, text in verifier._memo) < 1000
+        assert verifier.verify([("\\boxed{7}", "7")])[0].verdict == "correct"
+
+
+@pytest.mark.parametrize(
+    ("limit", "cause"),
+    [("RLIMIT_AS, (48 << 20,) * 2", "MemoryError|new thread|memory|signal"), ("RLIMIT_NOFILE, (6, 6)", "open files")],
+)
+def test_a_worker_that_cannot_start_is_one_line_with_the_remedy(limit: str, cause: str) -> None:
+    code = f"""
+import resource
+from stages.core.errors import InputError
+from stages.core.verifier import Verifier
+import tempfile, subprocess, encodings.idna
+resource.setrlimit(resource.{limit})
+with Verifier(workers=1) as verifier:
+    try:
+        verifier.verify([{HARD!r}])
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    [line] = done.stdout.splitlines()
+    assert re.match(
+        f"a worker of the verifier could not start: .*(?:{cause}).*; free memory, or raise the limits", line
+    )
+    assert done.stderr == ""
 
 
 def test_recursion_without_end_is_an_error() -> None:

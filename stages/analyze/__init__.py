@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from stages.analyze import dynamics, similarity
 from stages.core import lineage, outputs
 from stages.core.errors import InputError
-from stages.core.options import at_least, checked
+from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
+from stages.core.provenance import digest, identify, manifest
 from stages.core.records import Result
 from stages.core.runs import (
     BASE,
@@ -44,9 +45,9 @@ NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differenti
 
 @checked
 def run(
-    evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)"],
-    out: Annotated[str, "directory to write"],
-    runs: Annotated[str, "directory of runs; default: the one that the evals lie in"] = "",
+    evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)", PLACE],
+    out: Annotated[str, "directory to write", PLACE],
+    runs: Annotated[str, "directory of runs; default: the one that the evals lie in", PLACE] = "",
     iterations: Annotated[str, "the iterations that count, as in '1 2 3'; the rest is left out"] = lineage.ALL,
     set_: Annotated[str, "problem set to analyze, where the evals hold several"] = "",
     min_correct: Annotated[
@@ -62,7 +63,7 @@ def run(
 
     Example: rloop analyze --evals runs/eval --set valid --out runs/analysis
     """
-    start = time.monotonic()
+    given, start = locals(), time.monotonic()
     outputs.refuse_occupied(out)
     directories = find_evals(evals)
     root = root_of(directories, runs)
@@ -80,12 +81,11 @@ def run(
         _write(directory, matrices, steps)
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)
-        inputs = {str(path / "results.jsonl"): outputs.digest(path / "results.jsonl") for path in directories}
-        parameters = {"evals": evals, "set": evaluation.problem_set, "min_correct": min_correct}
-        parameters |= {"compare": list(pair or ()), "iterations": iterations, "left_out": line.left_out}
+        inputs = {str(path / "results.jsonl"): digest(path / "results.jsonl") for path in directories}
+        identity = identify(run, given, inputs, set=evaluation.problem_set, compare=list(pair or ()))
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
-        manifest = outputs.manifest("analyze", parameters, inputs, counts, time.monotonic() - start)
-        outputs.write_json(directory / "manifest.json", manifest)
+        found = manifest(identity, counts, time.monotonic() - start, evals=evals, left_out=line.left_out)
+        outputs.write_json(directory / "manifest.json", found)
 
 
 def _one_set(found: Mapping[str, Evaluation], wanted: str) -> Evaluation:

@@ -1,5 +1,6 @@
 """What rl and rft both ask of accelerate: the time limit, the types under bfloat16, whole weights out of shards."""
 
+import logging
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from stages.core import policies
+
+# Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
+logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
 
 # How long a rank waits for the others: for the slowest share of a round of long completions, or for a checkpoint on a
 # slow disk. A round at the paper's scale takes minutes; one of 32,000 tokens at 20 a second, in two waves, about an
@@ -31,8 +35,9 @@ def uses_bfloat16(dtype: str) -> bool:
 def reduce_in_float32(accelerator: Accelerator) -> None:
     """Let FSDP2 sum gradients over ranks in float32; under bfloat16 accelerate would sum and return bfloat16.
 
-    Call it before `prepare`. What a module returns keeps its type: log-probabilities are float32 already, and to cast
-    what a layer returns would double the memory of gradient checkpointing.
+    Call it before `prepare`. What a module returns keeps its type: log-probabilities are float32 already. An output
+    type of float32 would hold for each layer, not for the whole: gradient checkpointing would keep twice as much, and
+    the head would multiply in float32.
     """
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

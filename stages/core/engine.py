@@ -3,21 +3,31 @@
 What was left out on purpose: top-p and top-k (they bias the importance ratio), tensor parallelism, a server.
 """
 
+import gc
+import hashlib
 import logging
 import os
+import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from stages.core import policies
+from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
 
 if TYPE_CHECKING:
     import torch
 
 MAX_BATCHED_TOKENS = 4096  # tokens in one pass of the engine on the CPU
+SEED_BITS = 62  # sample i of a prompt has the prompt's seed + i, which must stay a signed 64-bit number
+PROBE_TOKENS = 24
+PROBE_BOUNDS = {"float32": 1e-3}  # mean difference in nats a token between two ways to the same weights
+PROBE_BOUND_HALF = 0.05  # in bfloat16 and float16; wrong weights are tenths of a nat away, or more
+
+Weights = Iterable[tuple[str, "torch.Tensor"]]
 
 
 class Completion(NamedTuple):
@@ -34,10 +44,10 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `seed` for the whole call, or `seeds`, one a prompt (slower, but free of batch order).
+    """How to sample. `generate` needs `seeds`, one a prompt; sample i of a prompt draws from the prompt's seed + i.
 
-    Sample i of a prompt draws from a generator seeded with the prompt's seed + i. `stop_token_ids` end a completion
-    beside the policy's own end tokens; `stop` does so as text, which stays in the completion.
+    `stop_token_ids` end a completion beside the policy's own end tokens; `stop` does so as text, which stays in the
+    completion.
     """
 
     num_samples: int
@@ -45,9 +55,14 @@ class Sampling:
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    seed: int = 0
-    seeds: Sequence[int] | None = None
+    seeds: Sequence[int] = ()
     log_probs: bool = True
+
+
+def seed_of(*parts: object) -> int:
+    """A seed for what `parts` name, spread so widely that the samples of two prompts hardly ever meet."""
+    hashed = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(hashed[:8], "little") >> (64 - SEED_BITS)
 
 
 OnGroup = Callable[[int, list[Completion]], None]
@@ -63,8 +78,17 @@ class Engine(Protocol):
     def wake(self) -> None:
         """Take it back; `load` follows."""
 
-    def load(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs."""
+
+    def swap_fault(self, weights: Callable[[], Weights]) -> str | None:
+        """What goes wrong when `weights`, those the engine started with, are swapped in; None where all goes well.
+
+        The engine is left with other weights: `load` or `close` follows.
+        """
+
+    def close(self) -> None:
+        """Free all memory; the engine is of no more use."""
 
     def generate(
         self,
@@ -91,12 +115,10 @@ class VllmEngine:
         memory_fraction: float = 0.9,
         sleeps: bool = False,
         distributed: bool = False,
-        empty: bool = False,
     ):
-        """Start from the checkpoint `policy`; its weights are read in too, unless `empty`: then `load` must follow."""
+        """Start with the checkpoint `policy`, read by vLLM's own loader; InputError where vLLM cannot."""
         configure()
         import torch
-        from vllm import LLM
 
         self.on_gpu = torch.cuda.is_available()
         if not self.on_gpu:  # one small function of vLLM's is compiled on its first call: seconds, and a C++ compiler
@@ -105,15 +127,16 @@ class VllmEngine:
             dtype = "bfloat16" if self.on_gpu else "float32"
         self.sleeps = sleeps and self.on_gpu
         self._asleep = False
+        self._probe_bound = PROBE_BOUNDS.get(dtype, PROBE_BOUND_HALF)
+        self._num_probe_tokens = min(PROBE_TOKENS, max_model_len - 1)
+        self._vocabulary = policies.load_config(policy).get_text_config().vocab_size
         self.tokenizer = policies.load_tokenizer(policy)
         extra: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if distributed else {}
         if not self.on_gpu:  # a prompt cut in two can't take back its seeded draw: "CPU Generator does not use offset"
             extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
-        self._llm = LLM(
-            model=str(policy),
-            load_format="dummy",
-            hf_overrides={"tie_word_embeddings": False},
-            dtype=dtype,  # type: ignore[arg-type]
+        self._llm = _start(
+            policy,
+            dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=512,
             enforce_eager=not self.on_gpu,
@@ -122,13 +145,70 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             **extra,
         )
-        if not empty:
-            self.load(policies.disk_weights(policy))
 
-    def load(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs and forget every cached prefix."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if not self.on_gpu:
+            self._llm.apply_model(_repack)
         assert self._llm.reset_prefix_cache(), "the prefix cache is busy: a request is still running"
+
+    def swap_fault(self, weights: Callable[[], Weights]) -> str | None:
+        """What goes wrong when `weights`, those the engine started with, are swapped in; None where all goes well.
+
+        Three swaps show it, on a probe of some tokens: with the vocabulary moved on by one, the moved tokens must have
+        the log-probabilities that the tokens had as loaded (a head that is left behind shows); the weights as they
+        are must give these again; and with all but the vocabulary enlarged, they must not (weights that never arrive
+        show). The engine is left with the enlarged weights. Many ranks call this together.
+        """
+        tokens = [7919 * place % (self._vocabulary - 1) for place in range(self._num_probe_tokens)]
+        loaded = self._log_probs(tokens)
+        try:
+            self.load(self._moved(weights()))
+            moved = self._distance(loaded, [token + 1 for token in tokens])
+            self.load(weights())
+            same = self._distance(loaded, tokens)
+            self.load(self._enlarged(weights()))
+            enlarged = self._distance(loaded, tokens)
+        except (ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:  # of vLLM's loaders
+            return f"vLLM says: {_first_line(error)}"
+        worst = max(moved, same, key=lambda distance: (distance != distance, distance))
+        if not worst <= self._probe_bound:
+            return f"log-probabilities are then {worst:.2g} nats a token from those of the same weights as loaded"
+        return "they change nothing" if enlarged <= self._probe_bound else None
+
+    def close(self) -> None:
+        """Free all memory; the engine is of no more use."""
+        import torch
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _moved(self, weights: Weights) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """`weights` in which each token has taken the place of the next one."""
+        for name, tensor in weights:
+            yield name, tensor.roll(1, 0) if tensor.shape[:1] == (self._vocabulary,) else tensor
+
+    def _enlarged(self, weights: Weights) -> Iterator[tuple[str, "torch.Tensor"]]:
+        for name, tensor in weights:
+            yield name, tensor if tensor.shape[:1] == (self._vocabulary,) else 4 * tensor
+
+    def _log_probs(self, tokens: list[int]) -> "torch.Tensor":
+        """Log-probabilities of `tokens`, from the second on, in nats."""
+        import torch
+        from vllm import SamplingParams
+
+        self._llm.reset_prefix_cache()
+        how = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, seed=0)
+        (output,) = self._llm.generate([{"prompt_token_ids": tokens}], how, use_tqdm=False)
+        scored = zip(output.prompt_logprobs[1:], tokens[1:], strict=True)
+        return torch.tensor([log_probs[token].logprob for log_probs, token in scored])
+
+    def _distance(self, loaded: "torch.Tensor", tokens: list[int]) -> float:
+        return float((self._log_probs(tokens) - loaded).abs().mean())
 
     def sleep(self) -> None:
         """Free the GPU's memory for the trainer; weights and cache are gone until `wake` and `load`."""
@@ -149,18 +229,15 @@ class VllmEngine:
         on_group: OnGroup | None = None,
         should_stop: ShouldStop = lambda: False,
     ) -> list[list[Completion]]:
-        """Sample `num_samples` completions for each tokenised prompt; the same call gives the same samples.
+        """Sample `num_samples` completions for each tokenised prompt.
 
-        The engine draws from torch's global generator, seeded here. With `seeds`, each prompt has a generator of
-        its own, and the samples don't depend on which prompts share the batch, up to float rounding of the batch.
+        A sample depends on the weights, its prompt and its seed; up to float rounding of the batch, not on which
+        prompts share it.
         """
-        import torch
-
         self._llm.reset_prefix_cache()
-        torch.manual_seed(sampling.seed)
         core: Any = self._llm.llm_engine
-        for index, prompt in enumerate(prompts):
-            core.add_request(str(index), {"prompt_token_ids": prompt}, self._params(sampling, index))
+        for index, (prompt, seed) in enumerate(zip(prompts, sampling.seeds, strict=True)):
+            core.add_request(str(index), {"prompt_token_ids": prompt}, self._params(sampling, seed))
         groups: list[list[Completion]] = [[] for _ in prompts]
         try:
             while core.has_unfinished_requests():
@@ -178,7 +255,7 @@ class VllmEngine:
         assert all(len(group) == sampling.num_samples for group in groups), "the engine lost completions"
         return groups
 
-    def _params(self, sampling: Sampling, index: int) -> Any:
+    def _params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -186,7 +263,7 @@ class VllmEngine:
             n=sampling.num_samples,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
-            seed=None if sampling.seeds is None else sampling.seeds[index],
+            seed=seed,
             stop=list(sampling.stop) or None,
             stop_token_ids=list(sampling.stop_token_ids) or None,
             include_stop_str_in_output=True,
@@ -204,6 +281,38 @@ class VllmEngine:
             Completion(text, ids, list(output.logprobs.logprobs) if output.logprobs else [], str(output.finish_reason))
             for text, ids, output in zip(texts, token_ids, outputs, strict=True)
         ]
+
+
+def _start(policy: Path, **options: Any) -> Any:
+    import vllm
+
+    try:
+        return vllm.LLM(model=str(policy), **options)
+    except Exception as error:  # vLLM, torch and pydantic raise a dozen kinds, all of them "it does not start"
+        kinds = ", ".join(policies.load_config(policy).architectures or ["no architecture"])
+        raise InputError(
+            f"policy {policy}: vLLM {vllm.__version__} does not start with it ({kinds}): {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first; of pydantic's several lines the one with the reason."""
+    from pydantic import ValidationError
+
+    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    return textwrap.shorten(text.strip().split("\n")[0] or type(error).__name__, 240, placeholder=" ...")
+
+
+def _repack(model: Any) -> None:
+    """Lay out anew what vLLM's CPU build packs when it loads and forgets when it reloads: tied heads, experts."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(module, VocabParallelEmbedding):
+            method.process_weights_after_loading(module)
+        elif (kernel := getattr(method, "moe_kernel", None)) is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 def configure() -> None:

@@ -4,7 +4,6 @@ No pyplot and so no global state; the same data gives the same bytes. A figure i
 on a phone; the report sets them side by side. This module imports matplotlib: only what draws imports it.
 """
 
-import csv
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+from stages.core import tabular
 
 INK = "#20242a"  # text and axes; inside a page it becomes the colour of the page's text, so that dark pages work
 COLOURS = {"Base": "#7d838c", "RL": "#d9483b", "RLoop": "#2f74d8"}
@@ -252,17 +253,4 @@ def save(figure: Figure, directory: Path) -> None:
     """Write `name`.png, `name`.svg and `name`.tsv into `directory`."""
     (directory / f"{figure.name}.png").write_bytes(figure.png)
     (directory / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
-    write_tsv(directory / f"{figure.name}.tsv", figure.data)
-
-
-def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as tab-separated values, the columns in order of first appearance; numbers with six digits."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _short(value) for name, value in row.items()} for row in rows)
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    tabular.write_tsv(directory / f"{figure.name}.tsv", figure.data)

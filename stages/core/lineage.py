@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stages.core import outputs
+from stages.core import provenance
 from stages.core.errors import InputError
 from stages.core.outputs import read_json
 from stages.core.runs import iteration_of, num_steps, place_below
@@ -34,7 +34,7 @@ def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
     A stamp is taken before its digest, so what changes in between does not match it.
     """
     stamps = {str(path): stamp(path) for path in paths}
-    return {"inputs": {path: outputs.digest(path) for path in stamps}, "stamps": stamps}
+    return {"inputs": {path: provenance.digest(path) for path in stamps}, "stamps": stamps}
 
 
 def stamp(path: str | Path) -> str:
@@ -194,7 +194,7 @@ class Line:
         if not iteration_of(str(place)):
             return []
         if manifest.get("stage") == "rft":
-            return self._sources_of_rft(place, manifest.get("parameters") or {}, _inputs(manifest))
+            return self._sources_of_rft(place, str(manifest.get("policy", "")), _inputs(manifest))
         before = [self._start(place)] if place.name == "rl" else [self._start(place), place.with_name("rl")]
         return [(source, "") for source in before]  # no manifest, or gone: it stands and falls with what is before it
 
@@ -208,11 +208,9 @@ class Line:
         problems = self._find(str(manifest.get("problems", "")))
         return [(start, inputs.get("policy", ""))] + ([(problems, inputs.get("problems", ""))] if problems else [])
 
-    def _sources_of_rft(
-        self, policy: Path, parameters: Mapping[str, Any], inputs: Mapping[str, str]
-    ) -> list[tuple[Path, str]]:
+    def _sources_of_rft(self, policy: Path, started_from: str, inputs: Mapping[str, str]) -> list[tuple[Path, str]]:
         start, examples = self._start(policy), policy.with_name("examples.jsonl")
-        own = place_below(str(parameters.get("policy", "")))
+        own = place_below(started_from)
         if own is not None and own.parent.name == "checkpoints":  # fine-tuned from where its exploration ended
             start = self._at(*own.parts)
         return [(start, inputs.get("policy", "")), (examples, inputs.get("examples", ""))]
@@ -279,7 +277,7 @@ class Line:
             return (self.base if place == self._at("0", "policy") else "") or self._when_evaluated(place)
         mark = stamp(place)
         if mark not in self._known:
-            self._known[mark] = outputs.digest(place)
+            self._known[mark] = provenance.digest(place)
         return self._known[mark]
 
     def _when_evaluated(self, place: Path) -> str:

@@ -2,7 +2,7 @@
 
 A stage's `run`, and the dataclasses it takes, declare each option with its type, its help, its bounds or choices, its
 default, and whether it can change a result. From that one declaration come the command line with its help
-(`rloop_cli.app`), the check (`checked`, `Options`), and what a manifest and an identity name (`values`, `effects`).
+(`rloop_cli.app`), the check (`checked`, `Options`), and what identities and manifests name (`core.provenance`).
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from stages.core.errors import InputError
@@ -29,11 +30,14 @@ class Rule:
     choices: tuple[str, ...] = ()
 
 
-class WithoutEffect:
-    """Marks an option that changes no result: how fast, how much memory, what is shown, where it is written."""
+class Effect(Enum):
+    """Marks of options whose value changes no result."""
+
+    WITHOUT_EFFECT = auto()  # how fast, how much memory, what is shown
+    PLACE = auto()  # where something is read or written: what lies there counts, by its digest
 
 
-WITHOUT_EFFECT = WithoutEffect()
+WITHOUT_EFFECT, PLACE = Effect
 
 
 def at_least(low: float) -> Rule:
@@ -71,6 +75,7 @@ class Option:
     default: Any
     rules: tuple[Rule, ...] = ()
     has_effect: bool = True
+    is_place: bool = False
 
     @property
     def flag(self) -> str:
@@ -130,12 +135,6 @@ def values(run: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def effects(run: Callable[..., Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values `found` that can change a result."""
-    without = {name.rstrip("_") for name, option in declared(run).items() if not option.has_effect}
-    return {name: value for name, value in found.items() if name not in without}
-
-
 def checked(run: Callable[P, R]) -> Callable[P, R]:
     """A stage's `run` that refuses what breaks a rule before it does anything."""
 
@@ -178,4 +177,5 @@ def _option(name: str, hint: Any, default: Any) -> Option:
         return Option(name, hint, "", default)
     kind, text, *extras = get_args(hint)
     rules = tuple(extra for extra in extras if isinstance(extra, Rule))
-    return Option(name, kind, text, default, rules, has_effect=WITHOUT_EFFECT not in extras)
+    has_effect = not any(isinstance(extra, Effect) for extra in extras)
+    return Option(name, kind, text, default, rules, has_effect, is_place=PLACE in extras)

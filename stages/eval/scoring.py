@@ -18,6 +18,7 @@ from typing import Any
 from stages.core import metrics, records
 from stages.core.errors import InputError
 from stages.core.records import Result, Rollout
+from stages.core.tabular import aligned
 from stages.core.verifier import Verifier
 
 BATCH = 4096  # rollouts handed to the verifier at once when they are graded again
@@ -180,13 +181,3 @@ def _percent(cell: dict[str, Any], sign: str = "") -> str:
     """31.2 [27.0, 35.4]: the figure and its interval in per cent."""
     value, low, high = (format(100 * cell[key], f"{sign}.1f") for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text in columns; the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = (
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in rows
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)

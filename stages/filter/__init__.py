@@ -20,8 +20,9 @@ import orjson
 
 from stages.core import jsonl, lineage, outputs, records
 from stages.core.errors import InputError
-from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, checked, effects, values
+from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, checked, values
 from stages.core.progress import warn
+from stages.core.provenance import identify, manifest
 from stages.core.records import Example, Rollout
 from stages.filter.selection import Draw, Positions, Tally, can_select, yield_table
 
@@ -31,10 +32,8 @@ FLUSH_LINES = 4096  # lines between two moves of the bar
 @checked
 def run(
     *,
-    rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable"],
-    out: Annotated[
-        str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", WITHOUT_EFFECT
-    ] = "",
+    rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable", PLACE],
+    out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", PLACE] = "",
     policy: Annotated[str, "take only the rollouts of this policy; needed where there are several"] = "",
     max_pass_rate: Annotated[
         float,
@@ -61,7 +60,8 @@ def run(
 
     Example: rloop filter --rollouts runs/1/rl --out runs/1/examples.jsonl
     """
-    parameters, start = effects(run, values(run, locals())), time.monotonic()
+    given, start = locals(), time.monotonic()
+    parameters = values(run, given)
     if not dry_run:
         _check_out(out)
     sources = _sources(rollouts)
@@ -73,8 +73,10 @@ def run(
     with outputs.claimed(out, manifest_file):
         counts = _choose(sources, out, parameters)
         if out != "-":
-            manifest = outputs.manifest("filter", parameters, {}, counts, time.monotonic() - start)
-            outputs.write_json(manifest_file, manifest | lineage.recorded(_inputs(rollouts)))
+            read = lineage.recorded(_inputs(rollouts))
+            identity = identify(run, given, read["inputs"])
+            found = manifest(identity, counts, time.monotonic() - start, rollouts=rollouts, stamps=read["stamps"])
+            outputs.write_json(manifest_file, found)
 
 
 def _yield(sources: list["_Source"], parameters: dict[str, Any]) -> str:

@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from stages.core.tabular import aligned
+
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 
@@ -55,7 +57,7 @@ def yield_table(tallies: Collection[Tally], max_pass_rate: float, examples: Mapp
         if examples is not None:
             counts.append(sum(examples.get(tally.number, 0) for tally in below))
         rows.append([f"below {threshold:g}" if threshold < 1 else "any", *(f"{count:,}" for count in counts)])
-    return "\n".join(f"{row[0]:<12}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+    return aligned(rows)
 
 
 class Positions:

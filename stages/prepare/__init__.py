@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import jsonl, outputs
+from stages.core import jsonl, outputs, verifier
 from stages.core.errors import InputError
-from stages.core.options import WITHOUT_EFFECT, at_least, checked, effects, values
+from stages.core.options import PLACE, at_least, checked, values
 from stages.core.progress import StepProgress
+from stages.core.provenance import identify, manifest
 from stages.core.verifier import Verifier
 from stages.prepare import curation, sources
 from stages.prepare.sources import Source
@@ -30,16 +31,18 @@ def run(
         "local .jsonl, .json, .csv or .parquet",
     ],
     out: Annotated[
-        str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", WITHOUT_EFFECT
+        str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PLACE
     ],
-    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns"] = "",
+    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PLACE] = "",
     problem_column: Annotated[str, "column of the problem; a.b is field b of column a"] = "",
     answer_column: Annotated[str, "column of the answer, or of a solution with the answer in its last \\boxed{}"] = "",
     config: Annotated[str, "configuration of a hub id"] = "",
     split: Annotated[str, "split of a hub id, train[:100] included"] = "",
     limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all", at_least(0)] = 0,
     seed: Annotated[int, "decides the draw of --limit"] = 0,
-    decontaminate: Annotated[list[str], "drop the problems that this file of problems holds too; repeatable"] = [],  # noqa: B006
+    decontaminate: Annotated[
+        list[str], "drop the problems that this file of problems holds too; repeatable", PLACE
+    ] = [],  # noqa: B006
     drop_unparseable: Annotated[bool, "drop the problems whose answer the verifier cannot read; they never reward"] = (
         False
     ),
@@ -51,7 +54,7 @@ def run(
 
     Example: rloop prepare --source toy/train.jsonl --limit 100 --out problems.jsonl
     """
-    parameters, start = effects(run, values(run, locals())), time.monotonic()
+    given, start = locals(), time.monotonic()
     if out != "-":
         outputs.refuse_no_file(out)
         outputs.refuse_occupied(out)
@@ -59,27 +62,27 @@ def run(
     others = [sources.find(file, option="--decontaminate") for file in decontaminate]
     manifest_file = Path(out).with_suffix(".manifest.json")
     with outputs.claimed(out, manifest_file):
-        curated = _curate(origin, others, parameters)
+        curated = _curate(origin, others, values(run, given))
         jsonl.write(out, curated.problems)
         print(curated.table(), file=sys.stderr)
         if out != "-":
-            parameters |= {"config": origin.config, "split": origin.split}
             inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
-            manifest = outputs.manifest("prepare", parameters, inputs, curated.counts, time.monotonic() - start)
-            outputs.write_json(manifest_file, manifest | {"ids": curated.ids})
+            identity = identify(run, given, inputs, verifier.VERSION, config=origin.config, split=origin.split)
+            found = manifest(identity, curated.counts, time.monotonic() - start, ids=curated.ids)
+            outputs.write_json(manifest_file, found)
 
 
 def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:
     """The problems to write; InputError where none is left."""
     limit, seed, drop_unparseable = (parameters[name] for name in ("limit", "seed", "drop_unparseable"))
     rows = _rows(origin, parameters["problem_column"], parameters["answer_column"])
-    with Verifier() as verifier:
-        curated = curation.collect(rows, origin.name, partial(_same_answer, verifier))
+    with Verifier() as grader:
+        curated = curation.collect(rows, origin.name, partial(_same_answer, grader))
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
             curation.draw(curated, limit, seed)
         curation.find_wordy(curated)
-        curation.find_unparseable(curated, partial(_parseable, verifier), drop_unparseable)
+        curation.find_unparseable(curated, partial(_parseable, grader), drop_unparseable)
         if drop_unparseable:  # before the draw, so that the limit is reached
             curation.draw(curated, limit, seed)
     if not curated.problems:

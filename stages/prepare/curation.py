@@ -15,6 +15,7 @@ from typing import Any
 
 from stages.core.errors import InputError
 from stages.core.records import Problem
+from stages.core.tabular import aligned, some
 from stages.core.templates import DAPO_AFTER, DAPO_BEFORE
 from stages.core.verifier.extraction import extract
 
@@ -127,12 +128,8 @@ class Curated:
 
     def table(self) -> str:
         """What happened, a line a count, with the first ids of a kind."""
-        lines = []
-        for name, title in TITLES.items():
-            ids = self.ids.get(name, [])
-            shown = "  " + ", ".join(ids[:MAX_SHOWN]) + (", ..." if len(ids) > MAX_SHOWN else "")
-            lines.append(f"{title:<40}{self.counts[name]:>12,}{shown}".rstrip())
-        return "\n".join(lines)
+        shown = {name: some(self.ids.get(name, []), MAX_SHOWN) for name in TITLES}
+        return aligned([(title, f"{self.counts[name]:,}", shown[name]) for name, title in TITLES.items()], "lrl")
 
 
 def collect(rows: Iterable[tuple[str, str, str]], source: str, same_answer: Callable[[str, str], bool]) -> Curated:

@@ -15,8 +15,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from stages.core import jsonl, outputs
+from stages.core import jsonl
 from stages.core.errors import InputError
+from stages.core.provenance import digest as digest_of
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -107,7 +108,7 @@ def rows(source: Source) -> Iterator[tuple[str, Row]]:
 def digest(source: Source) -> str:
     """What says which version was read: SHA-256 of a local file, the revision of a hub id ("" where unknown)."""
     if source.path is not None:
-        return outputs.digest(source.path)
+        return digest_of(source.path)
     files = " ".join(_load(source).info.download_checksums or {})
     return match[1] if (match := re.search(r"@([0-9a-f]{40})/", files)) else ""
 

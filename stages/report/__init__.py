@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 
-from stages.core import lineage, outputs
+from stages.core import lineage, outputs, tabular
 from stages.core.errors import InputError
 from stages.core.metrics import KS
-from stages.core.options import Options, at_least
+from stages.core.options import PLACE, WITHOUT_EFFECT, Options, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.runs import RL, RLOOP
@@ -38,11 +38,11 @@ MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
 class Paths(Options):
     """What is written beside the page; each defaults to a name next to it."""
 
-    results_md: Annotated[str, "results table as Markdown; default: results.md beside --out"] = ""
-    results_tsv: Annotated[str, "results table with intervals; default: results.tsv beside --out"] = ""
-    results_json: Annotated[str, "results table for `dvc metrics`; default: results.json beside --out"] = ""
-    curves: Annotated[str, "metrics over steps, a tidy table; default: curves.tsv beside --out"] = ""
-    figures: Annotated[str, "directory of figures; default: figures beside --out"] = ""
+    results_md: Annotated[str, "results table as Markdown; default: results.md beside --out", PLACE] = ""
+    results_tsv: Annotated[str, "results table with intervals; default: results.tsv beside --out", PLACE] = ""
+    results_json: Annotated[str, "results table for `dvc metrics`; default: results.json beside --out", PLACE] = ""
+    curves: Annotated[str, "metrics over steps, a tidy table; default: curves.tsv beside --out", PLACE] = ""
+    figures: Annotated[str, "directory of figures; default: figures beside --out", PLACE] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +60,11 @@ class Choices(Options):
 def run(
     paths: Paths,
     choices: Choices,
-    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs"] = "",
-    out: Annotated[str, "page to write; default: report.html in --runs"] = "",
-    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)"] = [],  # noqa: B006
-    table: Annotated[bool, "print the results table as Markdown and write nothing"] = False,
-    tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing"] = False,
+    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs", PLACE] = "",
+    out: Annotated[str, "page to write; default: report.html in --runs", PLACE] = "",
+    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)", PLACE] = [],  # noqa: B006
+    table: Annotated[bool, "print the results table as Markdown and write nothing", WITHOUT_EFFECT] = False,
+    tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing", WITHOUT_EFFECT] = False,
 ) -> None:
     """Write the results table, the figures and a page that shows them, from a directory of runs.
 
@@ -108,6 +108,8 @@ def _write(page: Path, paths: Paths, choices: Choices, found: "Study") -> None:
     content, texts = _content(found, choices)
     figures = [figure for section in SECTIONS for figure in content[section]]
     _write_figures(pictures, figures, [page, *files.values()])
+    with outputs.whole_file(files["curves"]) as beside:
+        tabular.write_tsv(beside, content.pop("curves"))
     for name, text in texts.items():
         _write_text(files[name], text)
     _write_text(page, pages.render(name=str(found.runs), unequal=found.unequal(), left_out=found.left_out, **content))
@@ -140,6 +142,7 @@ def _content(found: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
         "order": order,
         "differences": summaries.nested(compared.assign(pair=compared["second"] + " − " + compared["first"]), "pair"),
         "over_steps": over_steps,
+        "curves": on_sets.to_dict("records"),
         "iterations": curves.of_iterations(on_sets),
         "analysis": _analysis(found),
         "training": curves.overfitting(on_sets, logs, choices.valid, wanted) + curves.of_logs(logs, resets),
@@ -148,10 +151,10 @@ def _content(found: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
         "settings": summaries.settings(found.settings()),
     }
     found.left_out += _missing(found, choices, content, logs.empty, summaries.incomparable(scores, chosen))
-    return content, _texts(found, rows, on_sets)
+    return content, _texts(found, rows)
 
 
-def _texts(found: "Study", rows: "pd.DataFrame", on_sets: "pd.DataFrame") -> dict[str, str]:
+def _texts(found: "Study", rows: "pd.DataFrame") -> dict[str, str]:
     from stages.report import summaries
 
     notes = [*(f"Left out: {line}." for line in found.left_out), *found.unequal()]
@@ -162,7 +165,6 @@ def _texts(found: "Study", rows: "pd.DataFrame", on_sets: "pd.DataFrame") -> dic
         "results_json": orjson.dumps(
             summaries.for_dvc(rows), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
         ).decode(),
-        "curves": on_sets.to_csv(sep="\t", index=False, float_format="%.6g"),
     }
 
 

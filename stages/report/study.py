@@ -28,9 +28,9 @@ from stages.core.runs import (
     num_steps,
     places,
     read_evals,
-    read_log,
     root_of,
 )
+from stages.core.tabular import read_tsv
 
 KEYS = ["set", "policy", "problem_id", "num_samples"]
 
@@ -73,7 +73,7 @@ class Study:
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["phase", "method", "step"])
 
     def _log(self, run: Path, phase: str, method: str, offset: int) -> list[pd.DataFrame]:
-        rows = read_log(run / "log.tsv") if self.line.stands(run) else []
+        rows = read_tsv(run / "log.tsv") if self.line.stands(run) else []
         frame = pd.DataFrame(rows).assign(phase=phase, method=method)
         if not rows or "step" not in frame:
             return []

@@ -1,19 +1,20 @@
 """Fine-tune the start policy on the examples: the next start policy.
 
 Writes OUT as a checkpoint directory that transformers and vLLM load as it is, with log.tsv, metrics.json and
-manifest.json beside the weights. The loss is on the completion alone, its end token included. OUT appears whole or
-not at all.
+manifest.json beside the weights. The loss is on the completion alone, its end token included. Weights and optimizer are
+float32 while it trains; what is written is in the compute type. OUT appears whole or not at all.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import outputs, records
+from stages.core import outputs, records, tabular
 from stages.core.errors import InputError
-from stages.core.options import Options, at_least, at_most, below, one_of
+from stages.core.options import PLACE, Options, at_least, at_most, below, one_of
 from stages.core.progress import warn
+from stages.core.provenance import digest, identify, manifest
 from stages.core.records import Example
 
 
@@ -50,16 +51,16 @@ class Knobs(Options):
 
 
 def run(
-    policy: Annotated[str, "start policy: a checkpoint directory or a hub id"],
-    examples: Annotated[Path, "examples to learn from (JSONL)"],
-    out: Annotated[Path, "directory to write"],
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PLACE],
+    examples: Annotated[Path, "examples to learn from (JSONL)", PLACE],
+    out: Annotated[Path, "directory to write", PLACE],
     knobs: Knobs,
 ) -> None:
     """Fine-tune the start policy on examples: the next start policy.
 
     Example: rloop rft --policy toy/policy --examples runs/1/examples.jsonl --out runs/1/policy --lr 7e-4 --batch-size 8
     """
-    started = time.perf_counter()
+    given, started = locals(), time.perf_counter()
     outputs.refuse_occupied(out)
     chosen = list(records.read(examples, Example))
 
@@ -83,22 +84,18 @@ def run(
     _say_left_out(left_out, knobs.max_tokens or context)
     with outputs.claimed(out), outputs.whole_dir(out) as beside:
         tuned = fine_tune(path, tokenizer, rows, knobs, beside)
-        parameters = {"policy": policy, "examples": str(examples), **asdict(knobs), **tuned.settings}
-        inputs = {"policy": outputs.digest(path), "examples": outputs.digest(examples)}
+        inputs = {"policy": digest(path), "examples": digest(examples)}
         seconds = time.perf_counter() - started
         figures = {"num_examples": len(rows), "num_left_out": len(left_out), **tuned.figures}
-        _write_log(beside / "log.tsv", tuned.log)
+        tabular.write_tsv(beside / "log.tsv", tuned.log)
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
-        outputs.write_json(beside / "manifest.json", outputs.manifest("rft", parameters, inputs, counts, seconds))
+        identity = identify(run, given, inputs, **tuned.settings)
+        found = manifest(identity, counts, seconds, policy=policy, examples=str(examples))
+        outputs.write_json(beside / "manifest.json", found)
 
 
 def _say_left_out(left_out: list[str], max_tokens: int) -> None:
     if left_out:
-        some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({some})")
-
-
-def _write_log(path: Path, rows: list[dict[str, float]]) -> None:
-    lines = ["\t".join(rows[0]), *("\t".join(f"{value:.6g}" for value in row.values()) for row in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        names = tabular.some(left_out)
+        warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({names})")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.core.errors import InputError
-from stages.core.options import WITHOUT_EFFECT, Options, above, at_least, at_most, below, declared, one_of
+from stages.core.options import PLACE, WITHOUT_EFFECT, Options, above, at_least, at_most, below, one_of
 from stages.core.progress import warn
+from stages.core.provenance import Identity, digest, identify, manifest, versions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,12 +113,14 @@ class Knobs(Options):
 
 
 def run(
-    policy: Annotated[str, "start policy: a checkpoint directory or a hub id"],
-    problems: Annotated[Path, "problems to train on (JSONL)"],
-    out: Annotated[Path, "directory to write"],
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PLACE],
+    problems: Annotated[Path, "problems to train on (JSONL)", PLACE],
+    out: Annotated[Path, "directory to write", PLACE],
     knobs: Knobs,
     restart_if_changed: Annotated[
-        bool, "if OUT holds a run with other settings, remove that and start over; more --steps alone go on"
+        bool,
+        "if OUT holds a run with other settings, remove that and start over; more --steps alone go on",
+        WITHOUT_EFFECT,
     ] = False,
 ) -> None:
     """Explore with DAPO from a start policy and keep every rollout.
@@ -125,6 +128,8 @@ def run(
     Example: rloop rl --policy toy/policy --problems toy/train.jsonl --out runs/1/rl --template none --steps 2
     --problems-per-step 8 --max-tokens 72 --overlong-buffer 0 --minibatches 1 --lr 3e-4
     """
+    given = locals()
+
     from stages.core import outputs, policies, records, templates, verifier
     from stages.core.lifetime import end_with_parent
     from stages.core.rollouts import make_prompts
@@ -144,11 +149,14 @@ def run(
     accelerator = _accelerator(knobs, out)
     if left_out and accelerator.is_main_process:
         _say_left_out(left_out, knobs.max_tokens, context)
-    identity = {
-        "parameters": {**asdict(knobs), "processes": accelerator.num_processes, "template_digest": template.digest},
-        "inputs": {"policy": outputs.digest(path), "problems": outputs.digest(problems)},
-        "verifier": verifier.VERSION,
-    }
+    identity = identify(
+        run,
+        given,
+        {"policy": digest(path), "problems": digest(problems)},
+        versions() | verifier.VERSION,
+        processes=accelerator.num_processes,
+        template_digest=template.digest,
+    )
     with outputs.locked(out) if accelerator.is_main_process else nullcontext():
         finished, done = _begin(accelerator, directory, identity, restart_if_changed)
         if finished:
@@ -158,7 +166,8 @@ def run(
             return
         if knobs.tracker != "none":
             accelerator.init_trackers("rloop-rl", config=asdict(knobs))
-        _explore(accelerator, directory, done, policy, path, ready, template.end_tokens(tokenizer), knobs)
+        origin = identity.inputs["policy"]
+        _explore(accelerator, directory, done, policy, path, origin, ready, template.end_tokens(tokenizer), knobs)
         if accelerator.is_main_process:
             paths = {"policy": policy, "problems": str(problems)}
             _finish(directory, identity, paths, knobs, left_out)
@@ -173,6 +182,7 @@ def _explore(
     done: int,
     policy: str,
     path: Path,
+    origin: str,
     ready: "list[Prompt]",
     ends: tuple[list[int], list[str]],
     knobs: Knobs,
@@ -191,7 +201,6 @@ def _explore(
         memory_fraction=knobs.memory_fraction,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
-        empty=True,
     )
     trainer = Trainer(
         path,
@@ -207,7 +216,7 @@ def _explore(
         knobs.group_size, knobs.max_tokens, knobs.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
-        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling)
+        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling, origin)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:
             warn(
@@ -236,15 +245,14 @@ def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
 
 
 def _begin(
-    accelerator: "Accelerator", directory: "RunDir", identity: dict[str, Any], restart_if_changed: bool
+    accelerator: "Accelerator", directory: "RunDir", identity: Identity, restart_if_changed: bool
 ) -> tuple[bool, int]:
     """Whether the run is finished, and after which step to go on; the main rank looks, the others are told."""
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
-        free = {name for name, option in declared(Knobs).items() if not option.has_effect}
-        finished = directory.begin(identity, restart_if_changed, free)
+        finished = directory.begin(identity, restart_if_changed)
         found = [finished, 0 if finished else directory.resume_step()]
         if found[1]:
             warn(f"going on after step {found[1]}")
@@ -253,11 +261,8 @@ def _begin(
     return found[0], found[1]
 
 
-def _finish(
-    directory: "RunDir", identity: dict[str, Any], paths: dict[str, str], knobs: Knobs, left_out: list[str]
-) -> None:
+def _finish(directory: "RunDir", identity: Identity, paths: dict[str, str], knobs: Knobs, left_out: list[str]) -> None:
     """Check that all was done that was planned, and write what the run comes to."""
-    from stages.core import outputs
     from stages.rl.rundir import step_name
 
     rows = directory.log_rows()
@@ -274,9 +279,8 @@ def _finish(
         "grad_norm_max": max((row["grad_norm_max"] for row in rows if "grad_norm_max" in row), default=None),
     }
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
-    manifest = outputs.manifest("rl", identity["parameters"], identity["inputs"], counts, totals["seconds"])
-    extra = {"template_digest": identity["parameters"]["template_digest"], "verifier": identity["verifier"]}
-    directory.finish(metrics, {**manifest, **paths, **extra})
+    paths |= {"template_digest": identity.parameters["template_digest"]}
+    directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
 
 
 def _let_go(directory: "RunDir", knobs: Knobs) -> None:
@@ -285,8 +289,9 @@ def _let_go(directory: "RunDir", knobs: Knobs) -> None:
 
 
 def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
-    some = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+    from stages.core import tabular
+
     warn(
         f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
-        f"policy's context of {context} tokens ({some})"
+        f"policy's context of {context} tokens ({tabular.some(left_out)})"
     )

@@ -7,20 +7,19 @@ difference between engine and trainer that the run began with, which later steps
 `knobs` is stages.rl.Knobs everywhere here: the stage defines each knob, this module only reads them.
 """
 
-import hashlib
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import orjson
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from stages.core.engine import Engine, Sampling
+from stages.core.engine import Engine, Sampling, seed_of
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
 from stages.core.outputs import whole_dir
@@ -28,26 +27,14 @@ from stages.core.progress import StepProgress, warn
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw
 from stages.core.verifier import Verifier
-from stages.rl import dapo
+from stages.rl import agreement, dapo
+from stages.rl.agreement import Bound, Difference
 from stages.rl.batching import ProblemStream
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
 
-MAX_COLLAPSED_STEPS = 3  # steps in a row of which every update was non-finite, or that drew from other weights
-CHECK_PROMPTS = 8
-CHECK_TOKENS = 32
-FLOAT32_BOUND = 1e-3  # nats; the largest difference measured on the CPU is 1e-5
-BFLOAT16_BOUND = 0.1  # nats a token, on average; measured: 0.002 to 0.03, and from wrong weights on above 1
-UNIFORM = 1e-5  # nats; with all weights zero the engine's log-probabilities are -log(vocabulary) to the last bit
-DRIFT = 10.0  # a step's mean difference is far above the start's from so many times that on, and a tenth of the bound
+MAX_COLLAPSED_STEPS = 3  # in a row: every update was non-finite, or the engine was far from the trainer
 PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, difference at the start
-
-
-class Difference(NamedTuple):
-    """How far the engine's log-probabilities are from the trainer's, over the tokens looked at, in nats."""
-
-    mean: float
-    largest: float
 
 
 @dataclass
@@ -86,7 +73,9 @@ class Explorer:
         trainer: Trainer,
         prompts: Sequence[Prompt],
         sampling: Sampling,
+        origin: str = "",
     ):
+        """`origin` is the digest of the start policy: it keeps the noise of two iterations apart."""
         self.knobs = knobs
         self.accelerator = accelerator
         self.engine = engine
@@ -94,8 +83,10 @@ class Explorer:
         self.trainer = trainer
         self.prompts = prompts
         self.sampling = sampling
+        self.origin = origin
         self.stream = ProblemStream(len(prompts), knobs.seed)
         self.stop = StopSignal()
+        self.bound = Bound(accelerator.mixed_precision == "no", knobs.mismatch_bound)
         self.saved = 0  # the step whose state is on disk
         self.start_mismatch = 0.0  # nats a token between engine and trainer, on average, when the run began
         self.warned_of_grace = False
@@ -123,7 +114,7 @@ class Explorer:
                 ending = has_collapsed or self._any(self.stop.received)
                 self._save(directory, step, with_checkpoint=has_collapsed, with_state=ending)
                 if has_collapsed or _all_of(recent, _has_drifted):
-                    raise CollapseError(self._why(directory, step, policy, has_collapsed))
+                    self._end(CollapseError(self._why(directory, step, policy, has_collapsed)))
                 if ending and step < self.knobs.steps:
                     self._end_terminated(f"after step {step}")
         if done == self.knobs.steps:  # it was asked for no more than its state covers, which lies between checkpoints
@@ -132,69 +123,39 @@ class Explorer:
     def check_hand_over(self) -> Difference:
         """Show that the engine takes the weights it is given, and computes with them what the trainer does.
 
-        First it is handed zeros, with which each token is as likely as any other; then the trainer's weights. Every
-        rank looks at its own engine, and the worst of all is returned. Raises InputError on the main rank, and
-        SystemExit(2) on the others, where that is above the bound of the compute type.
+        Every rank looks at its own engine, and the worst of all counts. Raises InputError on the main rank, and
+        SystemExit(2) on the others, if the difference is above the bound of the compute type.
         """
-        self.engine.load((name, torch.zeros_like(weight)) for name, weight in self.trainer.weights())
-        spread = max(self._gather(_spread([rollout.engine_log_probs for rollout in self._samples()])))
-        self.hand_over()
-        rollouts = self._samples()
-        own = torch.cat(self.trainer.log_probs(rollouts))
-        engine = torch.tensor([value for rollout in rollouts for value in rollout.engine_log_probs])
-        apart = torch.nan_to_num((own - engine).abs(), nan=math.inf).double()
-        worst = Difference(*map(max, zip(*self._gather((float(apart.mean()), float(apart.max()))), strict=True)))
-        self.start_mismatch = worst.mean
-        if spread > UNIFORM:
-            self._refuse(
-                f"the engine does not take the weights it is handed: with zeros all its log-probabilities should be "
-                f"equal, and they differ by {spread:.2g}, so it would go on drawing from an old policy"
+        parts = self.engine, self.trainer, self.prompts, self.sampling
+        faults = [fault for fault in self._gather(self.engine.swap_fault(self.trainer.weights)) if fault]
+        if faults:
+            self._end(
+                InputError(
+                    "this policy can't be trained: its engine can't take new weights, and would go on drawing from the "
+                    f"start policy: {faults[0]}"
+                )
             )
-        compared, name = (worst.largest, "up to") if self._is_float32 else (worst.mean, "on average")
-        if compared > self.bound:
-            self._refuse(
-                f"the engine's log-probabilities differ from the trainer's by {compared:.2g} {name} after the weights "
-                f"were handed over (--mismatch-bound {self.bound:g}): vLLM does not compute this policy as "
-                "transformers does, so training on its samples would go wrong"
+        self.hand_over()
+        found = self._gather(agreement.difference(*parts))
+        worst = Difference(max(each.mean for each in found), max(each.largest for each in found))
+        self.start_mismatch = worst.mean
+        if breach := self.bound.breach(worst):
+            self._end(
+                InputError(
+                    f"the engine's log-probabilities differ from the trainer's by {breach} after the weights were "
+                    f"handed over (--mismatch-bound {self.bound.value:g}): vLLM does not compute this policy as "
+                    "transformers does, so training on its samples would go wrong"
+                )
             )
         return worst
+
+    def draw_seed(self, step: int, place: int) -> int:
+        """The seed of the first sample of the problem at `place` in the stream, whichever rank and round draw it."""
+        return seed_of(self.knobs.seed, self.origin, step, place)
 
     def hand_over(self) -> None:
         """Give the trainer's weights to the engine."""
         self.engine.load(self.trainer.weights())
-
-    @property
-    def bound(self) -> float:
-        """The difference allowed at the start: the largest of all tokens in float32, the mean in bfloat16."""
-        return float(self.knobs.mismatch_bound) or (FLOAT32_BOUND if self._is_float32 else BFLOAT16_BOUND)
-
-    @property
-    def _far(self) -> float:
-        """The mean difference from which on a step is an alarm; training that sharpens the policy lowers the mean."""
-        return max(DRIFT * self.start_mismatch, self.bound / 10)
-
-    @property
-    def _is_float32(self) -> bool:
-        return bool(self.accelerator.mixed_precision == "no")
-
-    def _samples(self) -> list[TokenRollout]:
-        """A few completions by the engine as it is."""
-        few = self.prompts[:CHECK_PROMPTS]
-        seeds = [self.knobs.seed + 2 * number for number in range(len(few))]
-        tokens = min(CHECK_TOKENS, self.knobs.max_tokens)
-        sampling = Sampling(2, tokens, self.knobs.temperature, seeds=seeds)
-        groups = self.engine.generate([prompt.token_ids for prompt in few], sampling, lambda *_: None)
-        return [
-            TokenRollout(prompt.token_ids, completion.token_ids, completion.log_probs, 0.0)
-            for prompt, group in zip(few, groups, strict=True)
-            for completion in group
-        ]
-
-    def _refuse(self, message: str) -> NoReturn:
-        """End on all ranks at once, with one line."""
-        if self.accelerator.is_main_process:
-            raise InputError(message)
-        raise SystemExit(2)
 
     def _step(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> dict[str, Any]:
         clock = Clock()
@@ -249,8 +210,9 @@ class Explorer:
         """Draw a group for each problem number, every rank its share; all ranks get all groups, in order."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         clock = Clock()
-        seed = draw_seed(self.knobs.seed, step, batch.num_rounds, rank)
-        sampling = Sampling(**{**vars(self.sampling), "seed": seed})
+        first = self.stream.position - len(wanted)  # where in the stream they were taken
+        seeds = [self.draw_seed(step, first + place) for place in range(len(wanted))]
+        sampling = replace(self.sampling, seeds=seeds[rank::ranks])
         try:
             share = [self.prompts[i] for i in wanted[rank::ranks]]
             mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
@@ -331,7 +293,7 @@ class Explorer:
             "clip_high_frac": stats.mean("clipped_high"),
             "mismatch": stats.mean("mismatch"),
             "mismatch_max": stats.mismatch_max if stats.num_tokens else math.nan,
-            "mismatch_alarms": int(stats.mean("mismatch") > self._far),
+            "mismatch_alarms": int(stats.mean("mismatch") > self.bound.far(self.start_mismatch)),
             "lr": self._lr(step),
             "mean_tokens": _mean(lengths),
             "max_tokens": max(lengths),
@@ -423,7 +385,13 @@ class Explorer:
             directory.forget_rollouts(step)
         if self.saved < step - 1:
             self._keep_state(directory, step - 1)
-        self._end_terminated(f"while step {step} was drawn; the state is that after step {step - 1}")
+        self._end_terminated(f"while step {step} was drawn, with {step - 1} steps done")
+
+    def _end(self, error: InputError | CollapseError) -> NoReturn:
+        """End on all ranks at once, and say why on one."""
+        if self.accelerator.is_main_process:
+            raise error
+        raise SystemExit(2 if isinstance(error, InputError) else 1)
 
     def _end_terminated(self, when: str) -> NoReturn:
         self.accelerator.wait_for_everyone()
@@ -438,9 +406,10 @@ class Explorer:
                 f"the last {MAX_COLLAPSED_STEPS} steps gave only non-finite losses or gradients, none of which reached "
                 f"the weights: lower --lr; {directory.checkpoint(step)} holds the last good policy"
             )
+        far = self.bound.far(self.start_mismatch)
         good = directory.last_checkpoint(step - MAX_COLLAPSED_STEPS) or policy
         return (
-            f"in the last {MAX_COLLAPSED_STEPS} steps engine and trainer were more than {self._far:.2g} nats a token "
+            f"in the last {MAX_COLLAPSED_STEPS} steps engine and trainer were more than {far:.2g} nats a token "
             f"apart (mismatch in log.tsv; {self.start_mismatch:.2g} at the start), so the engine no longer draws from "
             f"the policy that is trained; {good} is the last policy saved before"
         )
@@ -454,12 +423,6 @@ class Explorer:
         return any(self._gather(here))
 
 
-def draw_seed(seed: int, step: int, round_: int, rank: int) -> int:
-    """The engine's seed for one round of one step on one rank: 31 bits, unrelated between neighbours."""
-    text = f"{seed}/{step}/{round_}/{rank}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
-
-
 def _all_of(recent: Sequence[Mapping[str, Any]], is_bad: Callable[[Mapping[str, Any]], bool]) -> bool:
     return len(recent) == MAX_COLLAPSED_STEPS and all(map(is_bad, recent))
 
@@ -471,12 +434,6 @@ def _is_collapsed(row: Mapping[str, Any]) -> bool:
 
 def _has_drifted(row: Mapping[str, Any]) -> bool:
     return row["mismatch_alarms"] > 0
-
-
-def _spread(log_probs: Sequence[Sequence[float]]) -> float:
-    """The largest difference among all values."""
-    values = [value for row in log_probs for value in row]
-    return max(values) - min(values)
 
 
 def _mean(values: Sequence[float]) -> float:

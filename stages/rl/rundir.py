@@ -1,7 +1,7 @@
 """The growing directory of an rl run: what is in it at any moment is whole, and tells where to go on.
 
 rollouts/step_000001.jsonl ...   checkpoints/step_000050/ ...   log.tsv   metrics.json   manifest.json
-state/run.json                   parameters, digests of the inputs and the verifier that the run was begun with
+state/run.json                   the identity that the run was begun with
 state/step_000010/               weights, optimizer and position after that step; the newest one only
 
 A finished run keeps its state, so that it can be made longer: it has no end but the number of steps asked for.
@@ -10,19 +10,17 @@ A finished run keeps its state, so that it can be made longer: it has no end but
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.outputs import read_json, whole_file, write_json
+from stages.core.provenance import Identity
 from stages.core.records import Rollout
-from stages.core.runs import read_log
+from stages.core.tabular import append_tsv, read_tsv
 
-IDENTITY = ("parameters", "inputs", "verifier")
 OWN = {"rollouts", "checkpoints", "log.tsv", "metrics.json", "state", "tracker"}
 
 
@@ -47,18 +45,16 @@ class RunDir:
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}: name another --out") from None
 
-    def begin(self, identity: Mapping[str, Any], restart_if_changed: bool, free: Collection[str] = ()) -> bool:
-        """Claim the directory for a run of this `identity` (parameters, input digests, the verifier's version).
+    def begin(self, identity: Identity, restart_if_changed: bool) -> bool:
+        """Claim the directory for the run of this identity.
 
-        Returns whether the run is already finished. Parameters named in `free` may differ from those it was begun with,
-        and it may be given more steps, if its last state is there. Raises InputError if the directory holds another
-        run, naming the difference, or only parts of one, or something that is no run; with `restart_if_changed`
-        another run and parts of one are removed instead.
+        Returns whether the run is already finished. It may be given more steps, if its last state is there. Raises
+        InputError if the directory holds another run, naming the difference, or only parts of one, or something that
+        is no run; with `restart_if_changed` another run and parts of one are removed instead.
         """
-        identity = orjson.loads(orjson.dumps(identity, default=str))
-        known = self._identity()
+        known = self._known()
         if known is not None:
-            fault = self._fault(known, identity, free)
+            fault = self._fault(known, identity)
             if not fault:
                 return self._go_on(identity)
         else:
@@ -72,36 +68,36 @@ class RunDir:
         self._start_over(identity)
         return False
 
-    def _fault(self, known: Mapping[str, Any], identity: Mapping[str, Any], free: Collection[str]) -> str:
+    def _fault(self, known: Mapping[str, Any], identity: Identity) -> str:
         """Why the run that is `known` can't go on as one of this `identity`; "" if it can."""
-        if changes := differences(known, identity, {*free, "steps"}):
+        if changes := identity.differences(known, free={"steps"}):
             return f"was begun with other settings: {'; '.join(changes)}. Give those again to go on"
         if self._is_finished and (lost := {"rollouts", "checkpoints", "log.tsv", "metrics.json"} - self._parts()):
             return f"holds a finished run without its {', '.join(sorted(lost))}: restore that"
         done = self._num_done()
-        steps = identity["parameters"].get("steps", done)
+        steps = identity.parameters.get("steps", done)
         if steps < done:
             return f"holds {done} steps, more than --steps {steps}: give --steps {done}, or more"
         if steps > done and self._is_finished and done not in self._saved_steps():
             return f"holds a finished run of {done} steps without its last state, so it can't be made longer"
         return ""
 
-    def _go_on(self, identity: Mapping[str, Any]) -> bool:
+    def _go_on(self, identity: Identity) -> bool:
         """Take the run up again; whether there is nothing left to do. A longer one is no longer finished."""
         if self._is_finished:
-            if identity["parameters"].get("steps") == self._num_done():
+            if identity.parameters.get("steps") == self._num_done():
                 return True
             (self.path / "manifest.json").unlink()
             (self.path / "metrics.json").unlink()
-        write_json(self.state / "run.json", identity)
+        write_json(self.state / "run.json", identity.record)
         return False
 
-    def _start_over(self, identity: Mapping[str, Any]) -> None:
+    def _start_over(self, identity: Identity) -> None:
         for part in (*sorted(self._parts()), "manifest.json"):  # the identity last, should this be interrupted
             path = self.path / part
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.state.mkdir(parents=True, exist_ok=True)
-        write_json(self.state / "run.json", identity)
+        write_json(self.state / "run.json", identity.record)
 
     def resume_step(self) -> int:
         """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away."""
@@ -144,15 +140,11 @@ class RunDir:
 
     def append_log(self, row: Mapping[str, Any]) -> None:
         """Add a line to log.tsv, with the header before the first."""
-        fresh = not self.log_path.exists()
-        with self.log_path.open("a") as file:
-            if fresh:
-                file.write("\t".join(row) + "\n")
-            file.write("\t".join(_cell(value) for value in row.values()) + "\n")
+        append_tsv(self.log_path, row)
 
     def log_rows(self) -> list[dict[str, float]]:
         """log.tsv as numbers; an empty cell is left out."""
-        return read_log(self.log_path)
+        return read_tsv(self.log_path)
 
     def finish(self, metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         """Write metrics and manifest, in this order."""
@@ -166,13 +158,13 @@ class RunDir:
     def _rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"{step_name(step)}.jsonl"
 
-    def _identity(self) -> dict[str, Any] | None:
+    def _known(self) -> dict[str, Any] | None:
         for path in (self.state / "run.json", self.path / "manifest.json"):
             if path.is_file():
                 found = read_json(path)
                 if path.parent == self.path and found.get("stage") != "rl":  # other software writes manifests, too
                     return None
-                return {part: found.get(part) for part in IDENTITY}
+                return found
         return None
 
     def _num_done(self) -> int:
@@ -208,25 +200,3 @@ class RunDir:
             beside.write_text("".join([header, *kept]) if kept else "")
         if not kept:
             self.log_path.unlink()
-
-
-def differences(known: Mapping[str, Any], asked: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-    """Each difference of two identities, such as "lr was 0.001, is now 0.002"; parameters of `free` may differ."""
-    found = []
-    for part in IDENTITY:
-        before, now = known.get(part) or {}, asked.get(part) or {}
-        for name in sorted({*before, *now}):
-            if before.get(name) == now.get(name) or (part == "parameters" and name in free):
-                continue
-            if part == "inputs":
-                found.append(f"the content of {name} has changed")
-            else:
-                of = "the verifier's " if part == "verifier" else ""
-                found.append(f"{of}{name} was {before.get(name)}, is now {now.get(name)}")
-    return found
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.6g}"
-    return str(value)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
@@ -139,17 +139,34 @@ class Trainer:
             sums[-1] = torch.maximum(sums[-1], values[-1])
         return self._reduce(sums)
 
-    @torch.no_grad()
     def log_probs(self, rollouts: Sequence[TokenRollout]) -> list[torch.Tensor]:
-        """Log-probabilities of the completion tokens of each rollout under the current weights, computed here."""
+        """Log-probabilities of the completion tokens of each rollout under the current weights, computed here.
+
+        Every rank must call it, on rollouts of its own; all make as many passes as the one that needs most.
+        """
         found: dict[int, torch.Tensor] = {}
-        for batch in microbatches([rollout.length for rollout in rollouts], self.objective.tokens_per_microbatch):
+        batches = microbatches([rollout.length for rollout in rollouts], self.objective.tokens_per_microbatch)
+        for number in range(max(gather_object([len(batches)]))):
+            batch = batches[min(number, len(batches) - 1)]
             picked = [rollouts[index] for index in batch]
-            scored = self._forward(picked).log_probs
+            scored = self._scored_alone(picked)
             for row, index in enumerate(batch):
                 start = len(rollouts[index].prompt_ids) - 1
                 found[index] = scored[row, start : start + len(rollouts[index].completion_ids)].float().cpu()
         return [found[index] for index in range(len(rollouts))]
+
+    def _scored_alone(self, batch: Sequence[TokenRollout]) -> torch.Tensor:
+        """Log-probabilities of a pass that no update follows.
+
+        Until a backward pass ends it, FSDP2 of torch 2.11 takes the next one for a part of it, since the fused head
+        passes by the module of the output head; so here one follows that changes nothing.
+        """
+        with torch.set_grad_enabled(self.accelerator.is_fsdp2):
+            scored = self._forward(batch).log_probs
+        if self.accelerator.is_fsdp2:
+            self.accelerator.backward(0.0 * scored.sum())
+            self.optimizer.zero_grad()
+        return scored.detach()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The full weights by their checkpoint names, for the engine; on many ranks all must iterate together.
@@ -158,7 +175,7 @@ class Trainer:
         """
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         model = self.accelerator.unwrap_model(self.model)
-        return policies.with_head(acceleration.full_weights(model, dtype), self.tied)
+        return policies.as_saved(acceleration.full_weights(model, dtype), model)
 
     def release(self) -> None:
         """Give back the memory that only an update needs, so that the engine may have it."""

@@ -23,7 +23,8 @@ from typing import Annotated
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
-from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, checked, effects, values
+from stages.core.options import PLACE, above, at_least, at_most, checked
+from stages.core.provenance import identify, manifest
 from stages.core.records import Problem
 from stages.toy import arithmetic
 
@@ -32,7 +33,7 @@ from stages.toy import arithmetic
 def run(
     *,
     out: Annotated[
-        str, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl", WITHOUT_EFFECT
+        str, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl", PLACE
     ],
     seed: Annotated[int, "seed of the policy: its first weights and what it is pre-trained on", at_least(0)] = 0,
     problems_seed: Annotated[int, "seed of the problem sets", at_least(0)] = 0,
@@ -51,7 +52,7 @@ def run(
 
     Example: rloop toy --out toy
     """
-    given, start = values(run, locals()), time.monotonic()
+    identity, start = identify(run, locals(), {}), time.monotonic()
     with outputs.claimed(out), outputs.whole_dir(out) as beside:
         sets = draw_sets(problems_seed, num_train, num_test, hard_frac)
         for name, expressions in sets.items():
@@ -59,8 +60,7 @@ def run(
         exclude = frozenset(str(expression) for expressions in sets.values() for expression in expressions)
         counts = _make_policy(beside / "policy", exclude, seed, pretrain_steps, pretrain_batch, pretrain_lr)
         counts |= {name: len(expressions) for name, expressions in sets.items()}
-        manifest = outputs.manifest("toy", effects(run, given), {}, counts, time.monotonic() - start)
-        outputs.write_json(beside / "manifest.json", manifest)
+        outputs.write_json(beside / "manifest.json", manifest(identity, counts, time.monotonic() - start))
 
 
 def draw_sets(seed: int, num_train: int, num_test: int, hard_frac: float) -> dict[str, list[arithmetic.Expression]]:

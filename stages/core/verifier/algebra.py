@@ -203,12 +203,14 @@ def _same_value(left: Any, right: Any, gold: str, pred: str) -> bool:
             return (not point and _is_rounded(one, two, gold, pred)) or _both_zero(one, two, left, right)
         agreed += 1
         if agreed == (_NEEDED_POINTS if len(points) == len(_POINTS) else len(points)):
-            return points[0] != {} or _agree_exactly(left, right)
+            if point and (left.has(sympy.Function) or right.has(sympy.Function)):
+                return True
+            return _agree_exactly(left.subs(point), right.subs(point))
     return bool(verify(left, right, timeout_seconds=None))
 
 
 def _agree_exactly(left: Any, right: Any) -> bool:
-    """For two constants that agree to many digits: whether no difference remains that has a digit of its own."""
+    """For two numbers that agree to many digits: whether no difference remains that has a digit of its own."""
     difference = (left.doit() - right.doit()).expand()
     if difference.is_Rational:
         return bool(difference == 0)

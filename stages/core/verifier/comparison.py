@@ -16,12 +16,12 @@ this order; an answer with a unit equals the same number without one, but not on
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
 from stages.core.records import Verdict
-from stages.core.verifier import extraction, forms, notation, quantities
+from stages.core.verifier import extraction, forms, grammar, notation, quantities
 from stages.core.verifier.forms import (
     Approximation,
     Form,
@@ -95,7 +95,7 @@ _LABELLED = re.compile(
 )
 # What behind a label leaves in doubt whether it is chosen: a further label, a word of doubt, a comma.
 _UNDECIDED = re.compile(
-    r"^\s*(?:[,;/&|+?!'-]|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
+    r"^\s*(?:[,;/&|+?!'_^=<>-]|\\(?:approx|ne|sim|to|mid|pm|cup|cap)(?![a-zA-Z])|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
     r"|(?<![a-zA-Z])(?:(?i:or|not|no|nor|is|isn't|are|was|wrong|incorrect|false|but|if|unless|maybe|perhaps|possibly"
     r"|neither|either|both|instead|rather|except|option|choice|answer|xor|vs|versus)|and\s+[A-Z])(?![a-zA-Z])"
 )
@@ -190,7 +190,12 @@ def _equal_values(gold: Value, pred: Value, leaf: Leaf) -> bool:
         return True
     if {gold.text, pred.text} & {r"\infty", r"-\infty"} and (gold.number is not None or pred.number is not None):
         return False
-    return leaf("value", gold.text, pred.text)
+    return leaf("value", _algebraic(gold), _algebraic(pred))
+
+
+def _algebraic(value: Value) -> str:
+    """The text of a value for algebra, which knows no base but ten."""
+    return str(value.number) if value.number is not None and forms.BASED.fullmatch(value.text) else value.text
 
 
 def _hundredth(value: Value) -> Value:
@@ -211,6 +216,9 @@ def _equal_several(gold: Form, pred: Form, leaf: Leaf) -> bool:
         return _equal_tuple_and_list(gold, pred, leaf)
     if len(golds) != len(preds):
         return False
+    if _names(golds) != _names(preds) and max(len(_names(golds)), len(_names(preds))) > 1:
+        braces = any(isinstance(side, Several) and side.braces for side in (gold, pred))
+        return not braces and _all(_in_order(golds), _in_order(preds), leaf)
     left = list(preds)
     asked = False
     for item in golds:
@@ -250,11 +258,25 @@ def _equal_tuple_and_list(gold: Form, pred: Form, leaf: Leaf) -> bool:
     assert isinstance(tuple_, Ordered)
     if not isinstance(other, Several) or other.braces or (tuple_.opening, tuple_.closing) != ("(", ")"):
         return False
-    items = list(other.items)
-    if all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.members[0]) for item in items):
-        named = sorted((item for item in items if isinstance(item, Relation)), key=lambda item: item.members[0])
-        items = [read_canonical(item.members[1]) for item in named]
+    names = _names(other.items)
+    if names and len(names) < len(other.items):
+        return False
+    items = _in_order(other.items)
     return _all(tuple_.items, items, leaf) if isinstance(gold, Ordered) else _all(items, tuple_.items, leaf)
+
+
+def _names(items: Iterable[Form]) -> set[str]:
+    """The names to which items give values: x and y of x=2, y=7."""
+    named = [item.members[0] for item in items if isinstance(item, Relation) and item.signs == ("=",)]
+    return {_name(name) for name in named if is_name(name)}
+
+
+def _in_order(items: Sequence[Form]) -> list[Form]:
+    """The values of named items by the alphabet of their names; other items as they are."""
+    if not all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.members[0]) for item in items):
+        return list(items)
+    named = sorted((item for item in items if isinstance(item, Relation)), key=lambda item: item.members[0])
+    return [read_canonical(item.members[1]) for item in named]
 
 
 def _equal_relations(gold: Form, pred: Form, leaf: Leaf) -> bool:
@@ -272,6 +294,8 @@ def _equal_relations(gold: Form, pred: Form, leaf: Leaf) -> bool:
 
 
 def _equal_two_relations(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
+    if gold == pred and not any(grammar.judge(member) is grammar.Kind.BROKEN for member in gold.members):
+        return True
     if set(gold.signs) == set(pred.signs) == {"="}:
         return _equal_equations(gold, pred, leaf)
     left, right = _interval(gold), _interval(pred)
@@ -308,6 +332,9 @@ def _text(member: str) -> str:
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
 
+_VARIABLE = re.compile(r"(?:[a-zA-Z]+|\\[a-zA-Z]+)(?:_\w+)?(?:\(\w+\))?", re.ASCII)  # of an interval: x, f(x), not |x|
+
+
 def _side(relation: Relation, leaf: Leaf) -> Form | None:
     """What a relation says of its name: the value behind "x = ", or the interval of an inequality; else None.
 
@@ -315,7 +342,7 @@ def _side(relation: Relation, leaf: Leaf) -> Form | None:
     """
     if set(relation.signs) != {"="}:
         found = _interval(relation)
-        return found[1] if found else None
+        return found[1] if found and _VARIABLE.fullmatch(found[0]) else None
     members = relation.members
     if len(members) == 2 and not is_name(members[0]) and is_name(members[1]):
         members = members[::-1]

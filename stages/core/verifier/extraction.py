@@ -7,7 +7,13 @@ from stages.core.verifier.latex import MAX_LENGTH
 MAX_BOXES = 64  # joined to one list
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)[\s$]*")
+_GAP = r"(?:[\s$]|\\(?:q?quad|[ ,;:]))*"
+_BETWEEN_BOXES = re.compile(
+    _GAP
+    + r"(?:[,;/&|]|\\(?:lor|vee|land|wedge)(?![a-zA-Z])"
+    + r"|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or|vs\.?)(?:\s+(?:else|maybe|perhaps|possibly|also|rather))?(?:\s*\})?)"
+    + _GAP
+)
 _JOINT = re.compile(r"\}" + _BETWEEN_BOXES.pattern + r"\Z")
 _ANSWER_LINE = re.compile(
     r"^[ \t>*#_-]{0,9}(?:(?:the|my)[ \t]+)?(?:final[ \t]+)?answer[*_ \t]{0,9}[:：][*_ \t]{0,9}(.*)$", re.I | re.M

@@ -201,7 +201,8 @@ def _relation(text: str, depth: int) -> Form | None:
     if not members[-1] or not members[0]:
         return Words(plain(text))
     if signs == [r"\in"] and is_name(members[0]):
-        return read_canonical(members[1], depth + 1)
+        found = read_canonical(members[1], depth + 1)
+        return Words(plain(text)) if isinstance(found, Value) else found
     if signs[-1] == r"\approx" and set(signs[:-1]) <= {"="}:
         if not is_name(members[-2]):
             exact = read_canonical("=".join(members[:-1]), depth + 1)
@@ -224,9 +225,11 @@ def _brackets(text: str, depth: int) -> Form | None:
         return None
     inside = text[len(opening) : len(text) - len(closing)].strip()
     pieces, signs = latex.split(_bracketed_thousands(inside), _COMMA)
+    if signs and not all(pieces):
+        return Words(plain(text))
     if signs:
         marks = ("(", ")") if opening == r"\langle" else (opening, closing)
-        return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in _bounded(pieces) if piece))
+        return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in _bounded(pieces)))
     return read_canonical(inside, depth + 1) if (opening, closing) in (("(", ")"), ("[", "]")) and inside else None
 
 
@@ -253,11 +256,12 @@ def _ratio(text: str, depth: int) -> Form | None:
         return Words(plain(text))
     if not _RATIO.fullmatch(text):
         return None
-    parts = [Fraction(part) for part in text.split(":")]
+    pieces = [piece.strip() for piece in text.split(":")]
+    parts = [Fraction(piece) for piece in pieces]
     if 0 in parts:
         return Words(text)
     if len(parts) == 2:
-        return Value(text, "", False, parts[0] / parts[1])
+        return Value(f"\\frac{{{pieces[0]}}}{{{pieces[1]}}}", "", False, parts[0] / parts[1])
     return Ordered(":", ":", tuple(Value(str(part / parts[0]), "", False, part / parts[0]) for part in parts))
 
 

@@ -85,9 +85,7 @@ class _Reader:
         self._text = text
         self._tokens = [match for match in _TOKEN.finditer(text) if match.group() != " "]
         self._next = 0
-        self._last = (
-            ""  # kind of the operand just read: "number", "name", "power" or "other"; none: "" or an operator's
-        )
+        self._last = ""  # the kind of operand just read, or "" where one has to come
         self._open: list[str] = []  # what closes the open brackets, each with the function whose arguments it holds
 
     def read(self) -> None:
@@ -149,7 +147,7 @@ class _Reader:
 
     def _operand(self, token: str) -> None:
         before, self._last = self._last, "other"
-        if token[0].isdigit():
+        if token[0] in string.digits:
             if before:  # 3 4, x2, (x+1)2
                 raise _Odd
             self._last = "number"

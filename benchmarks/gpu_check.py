@@ -1,0 +1,141 @@
+"""What holds on the GPU of this machine: the tests marked gpu, then a short rl, with the versions and figures to keep.
+
+    make gpu-check                                         the toy's policy
+    make gpu-check POLICY=Qwen/Qwen2.5-0.5B-Instruct       another: a hub id or a directory
+    make gpu-check POLICY=... PROBLEMS=train.jsonl         on problems of one's own (default: sums of two numbers)
+    make gpu-check PYTHON=/path/to/python                  where the active Python is not the one with vLLM
+
+It needs what `pip install -e '.[gpu,dev]'` installs. Without a GPU it says so and ends well. The tests take some
+minutes, most of them for vLLM's compilation; the rl run, of five steps, depends on the policy. All that is written goes
+to a temporary directory.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "vllm", "transformers", "accelerate", "trl")
+NEEDED = (*PACKAGES, "pytest")
+STEPS = 5
+COMMON = f"--steps {STEPS} --group-size 16 --max-rounds 3 --save-every {STEPS} --warmup-steps 0 --dtype bfloat16"
+TOY = "--template none --problems-per-step 16 --max-tokens 72 --overlong-buffer 0 --minibatches 2 --lr 3e-4"
+REAL = "--problems-per-step 32 --max-tokens 512 --overlong-buffer 128 --minibatches 4 --lr 1e-6"
+
+
+def main() -> int:
+    """Check what there is to check; the exit code is that of the tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="", help="a checkpoint directory or a hub id; default: the toy's policy")
+    parser.add_argument("--problems", default="", help="problems (JSONL); default: the toy's, or sums of two numbers")
+    given = parser.parse_args()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if not has_gpu(missing):
+        print("gpu-check: there is no GPU here; nothing was checked")
+        return 0
+    if missing:
+        print(f"gpu-check: {sys.executable} lacks {', '.join(missing)}: pip install -e '.[gpu,dev]', or PYTHON=...")
+        return 2
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py"], cwd=ROOT, check=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        short_run(Path(scratch), given.policy, given.problems)
+    return tests.returncode
+
+
+def has_gpu(missing: list[str]) -> bool:
+    """What torch says; where there is no torch to ask, whether the driver has made its device."""
+    if "torch" in missing:
+        return Path("/dev/nvidiactl").exists()
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def short_run(scratch: Path, policy: str, problems: str) -> None:
+    """Run rl for a few steps and print what to keep of it."""
+    options = f"{COMMON} {REAL if policy else TOY}".split()
+    if not policy:
+        rloop("toy", "--out", str(scratch / "toy"), "--pretrain-steps", "200")
+        policy, problems = str(scratch / "toy/policy"), problems or str(scratch / "toy/train.jsonl")
+    problems = problems or sums(scratch / "sums.jsonl")
+    with PeakMemory() as memory:
+        rloop("rl", "--policy", policy, "--problems", problems, "--out", str(scratch / "rl"), *options)
+    header, *lines = (scratch / "rl/log.tsv").read_text().splitlines()
+    rows = [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+    print_figures(policy, rows[1:], memory.peak_mib)
+
+
+def print_figures(policy: str, rows: list[dict[str, str]], peak_mib: int) -> None:
+    """Versions, and means over the steps after the first, which warms up."""
+
+    def mean(name: str) -> float:
+        values = [float(row[name]) for row in rows if row[name]]
+        return sum(values) / len(values) if values else float("nan")
+
+    installed = packages_distributions()
+    versions = ", ".join(f"{name} {version(installed[name][0])}" for name in PACKAGES)
+    print()
+    print(f"GPU            {'; '.join(ask('name,driver_version,memory.total'))} (name, driver, memory)")
+    print(f"versions       {versions}")
+    print(f"policy         {policy}, bfloat16; means of {len(rows)} steps after the first")
+    print(f"a step         {mean('seconds'):.1f} s (draw {mean('generate_s'):.1f}, update {mean('update_s'):.1f}, "
+          f"hand-over {mean('handover_s'):.2f})")  # fmt: skip
+    print(f"tokens/s       {mean('tokens_per_s'):.0f} of rollouts over the whole step, "
+          f"{mean('rollout_tokens') / mean('generate_s'):.0f} while drawing, "
+          f"{mean('update_tokens') / mean('update_s'):.0f} while updating")  # fmt: skip
+    print(f"peak memory    {peak_mib / 1024:.1f} GiB of the GPU, engine and trainer together")
+    print(f"mismatch       {mean('mismatch'):.4f} nats a token on average, largest {mean('mismatch_max'):.2f}")
+
+
+class PeakMemory:
+    """The most memory in use on any GPU while the block runs, in MiB."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak_mib, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.5):
+            self.peak_mib = max(self.peak_mib, *(int(value) for value in ask("memory.used")))
+
+
+def ask(what: str) -> list[str]:
+    """What nvidia-smi says of each GPU."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()
+
+
+def rloop(*arguments: str) -> None:
+    """Run a stage as a command of its own and say how long it took."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "rloop_cli", *arguments], cwd=ROOT, check=True)
+    print(f"rloop {arguments[0]}: {time.perf_counter() - started:.0f} s with its start")
+
+
+def sums(path: Path) -> str:
+    """Write problems of which a small instruct model solves some and not others."""
+    draw = random.Random(0)
+    pairs = [(draw.randrange(10, 10 ** draw.randint(2, 5)), draw.randrange(10, 10**4)) for _ in range(256)]
+    with path.open("w") as file:
+        for number, (a, b) in enumerate(pairs):
+            problem = {"id": f"{number}", "problem": f"What is {a} + {b} * 7?", "answer": str(a + b * 7)}
+            file.write(json.dumps(problem | {"source": "sums"}) + "\n")
+    return str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What only a GPU can show: `make gpu-check` runs these there. Elsewhere they are skipped, but for the last."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from stages import rl
+from stages.core import jsonl
+from stages.rl.trainer import TokenRollout, Trainer
+from tests.ranks import ROOT
+from tests.test_trainer import OBJECTIVE
+
+GIB = 2**30
+SHARE = 0.2  # of the GPU's memory, for the engine
+PROMPTS = [[5 + i, 9, 7 + i % 3] for i in range(16)]
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy):
+    """Random weights with heads of 64, a size that every kernel for attention knows."""
+    return make_policy(
+        std=0.05, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(policy):
+    """An engine that sleeps and a trainer on the same GPU, both in bfloat16, as rl puts them together."""
+    from stages.core.engine import VllmEngine
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = rl._accelerator(rl.Knobs(dtype="bfloat16"), Path())
+    engine = VllmEngine(
+        policy, max_model_len=96, dtype="bfloat16", memory_fraction=SHARE, sleeps=True, empty=True
+    )  # fmt: skip
+    trainer = Trainer(policy, accelerator, OBJECTIVE, gradient_checkpointing=True)
+    engine.load(trainer.weights())
+    return engine, trainer
+
+
+def drawn(engine, seeds, prompts=PROMPTS):
+    from stages.core.engine import Sampling
+
+    return engine.generate(prompts, Sampling(4, 32, seeds=seeds), lambda *_: None)
+
+
+def tokens(groups):
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+def rollouts_of(groups):
+    return [
+        TokenRollout(prompt, completion.token_ids, completion.log_probs, 1.0 - number % 3)
+        for prompt, group in zip(PROMPTS, groups, strict=True)
+        for number, completion in enumerate(group)
+    ]
+
+
+def mismatch(trainer, rollouts):
+    """Mean difference between the engine's log-probabilities and the trainer's, in nats a token."""
+    own = torch.cat(trainer.log_probs(rollouts))
+    return (own - torch.tensor([value for rollout in rollouts for value in rollout.engine_log_probs])).abs().mean()
+
+
+@gpu
+@needs_gpu
+def test_the_engine_draws_with_the_weights_that_were_handed_over(pair):
+    engine, trainer = pair
+    rollouts = rollouts_of(drawn(engine, range(16)))
+    assert mismatch(trainer, rollouts) < 0.05
+    trainer.update(rollouts, lr=1e-2)
+    assert mismatch(trainer, rollouts) > 0.2
+    engine.load(trainer.weights())
+    assert mismatch(trainer, rollouts_of(drawn(engine, range(16)))) < 0.05
+
+
+@gpu
+@needs_gpu
+def test_asleep_the_engine_gives_its_memory_back_and_awake_it_draws_as_before(pair):
+    engine, trainer = pair
+    engine.load(trainer.weights())
+    before = drawn(engine, range(16))
+    free, total = torch.cuda.mem_get_info()
+    engine.sleep()
+    assert torch.cuda.mem_get_info()[0] - free > 0.5 * SHARE * total
+    trainer.release()
+    engine.wake()
+    engine.load(trainer.weights())
+    assert tokens(drawn(engine, range(16))) == tokens(before)
+
+
+@gpu
+@needs_gpu
+def test_samples_come_from_the_seeds_of_their_requests_and_from_nothing_else(pair):
+    engine, trainer = pair
+    engine.load(trainer.weights())
+    first = tokens(drawn(engine, range(16)))
+    assert tokens(drawn(engine, range(16))) == first
+    others = tokens(drawn(engine, range(1000, 1016)))
+    assert all(one != other for one, other in zip(first, others, strict=True))
+    alike = tokens(drawn(engine, range(0, 160, 10), [PROMPTS[0]] * 16))  # one prompt under the seeds of 16 ranks
+    samples = [tuple(sample) for group in alike for sample in group if len(sample) > 8]  # not by chance alike
+    assert len(set(samples)) == len(samples)
+
+
+@gpu
+@needs_gpu
+def test_ten_steps_take_no_more_memory_than_two(pair):
+    engine, trainer = pair
+    used = []
+    for step in range(10):
+        trainer.release()
+        engine.wake()
+        engine.load(trainer.weights())
+        groups = drawn(engine, range(step, step + 16))
+        engine.sleep()
+        trainer.update(rollouts_of(groups), lr=1e-4)
+        trainer.release()
+        free, total = torch.cuda.mem_get_info()
+        used.append(total - free)
+    engine.wake()
+    engine.load(trainer.weights())
+    assert used[9] - used[1] < GIB / 16
+
+
+@gpu
+@needs_two
+def test_two_gpus_draw_and_train_together(policy, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    sums = [(a, b) for a in range(1, 9) for b in range(1, 9)]
+    jsonl.write(
+        problems, ({"id": f"{a}+{b}", "problem": f"{a}+{b}=?", "answer": f"{a + b}", "source": "sums"} for a, b in sums)
+    )
+    options = (
+        f"--policy {policy} --problems {problems} --out {tmp_path / 'rl'} --template none --steps 2 --max-rounds 2 "
+        "--problems-per-step 8 --group-size 16 --max-tokens 32 --overlong-buffer 0 --minibatches 2 --dtype bfloat16 "
+        "--gradient-checkpointing --memory-fraction 0.2 --save-every 1"
+    )
+    launch = "accelerate.commands.launch --config_file configs/accelerate/gpu8-fsdp2.yaml --num_processes 2"
+    done = subprocess.run(
+        [sys.executable, "-m", *launch.split(), "--main_process_port", "0", "-m", "rloop_cli", "rl", *options.split()],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "rl/manifest.json").read_bytes())["parameters"]["processes"] == 2
+    assert json.loads((tmp_path / "rl/checkpoints/step_000002/config.json").read_bytes())["dtype"] == "bfloat16"
+
+
+def test_without_a_gpu_the_check_says_so_and_that_is_no_failure():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_check.py"], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "gpu-check: there is no GPU here; nothing was checked\n"

@@ -1,0 +1,106 @@
+"""What decides an output: each stage's options with effect and no others, what was read, and versions."""
+
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from stages import STAGES, load
+from stages.core import outputs, provenance
+from stages.core.options import declared, groups
+from stages.core.provenance import Identity, identify
+
+
+def with_value(run, name, value):
+    """The arguments of `run`, all at their defaults or empty, but for one option."""
+    given = {}
+    for parameter, group in groups(run).items():
+        fields = {field.name for field in dataclasses.fields(group)}
+        given[parameter] = group(**({name: value} if name in fields else {}))
+    for parameter in inspect.signature(run).parameters.values():
+        if parameter.name not in given:
+            default = "" if parameter.default is inspect.Parameter.empty else parameter.default
+            given[parameter.name] = value if parameter.name == name else default
+    return given
+
+
+def another(option):
+    """A value that keeps the option's rules and is not its default."""
+    choices = [choice for rule in option.rules for choice in rule.choices]
+    if choices:
+        return next(choice for choice in choices if choice != option.default)
+    if isinstance(option.default, bool):
+        return not option.default
+    if isinstance(option.default, list):
+        return [*option.default, 1 if option.type == list[int] else "more"]
+    if isinstance(option.default, int | float):
+        tries = (option.default + 1, option.default - 1, option.default / 2, option.default / 2 + 0.25)
+        return next(value for value in tries if value != option.default and all(r.holds(value) for r in option.rules))
+    return Path("elsewhere") if option.type in (Path, Path | None) else "elsewhere"
+
+
+OPTIONS = [(stage, name) for stage in STAGES for name in declared(load(stage).run)]
+
+
+@pytest.mark.parametrize(("stage", "name"), OPTIONS)
+def test_an_option_with_effect_changes_what_an_output_is_and_no_other_option_does(stage, name):
+    run = load(stage).run
+    option = declared(run)[name]
+    usual = identify(run, with_value(run, "", None), {"policy": "a"})
+    other = identify(run, with_value(run, name, another(option)), {"policy": "a"})
+    assert usual.stage == stage
+    assert (usual.digest != other.digest) == option.has_effect
+    assert bool(other.differences(usual.record)) == option.has_effect
+    if option.has_effect:
+        (change,) = other.differences(usual.record)
+        assert change.startswith(f"{name.rstrip('_')} was ")
+
+
+def test_options_without_effect_are_few_and_known():
+    free = {(stage, name) for stage, name in OPTIONS if not declared(load(stage).run)[name].has_effect}
+    recorded = {(stage, name) for stage, name in free if not declared(load(stage).run)[name].is_place}
+    assert recorded == {
+        *((stage, "memory_fraction") for stage in ("rl", "sample", "eval")),
+        *(("rl", name) for name in ("save_every", "keep_state", "alarm_grad_norm", "mismatch_bound", "tracker")),
+        ("rl", "restart_if_changed"),
+        ("filter", "dry_run"),
+        *(("report", name) for name in ("table", "tsv")),
+    }
+
+
+def test_what_was_read_and_what_decides_rewards_and_samples_count_too():
+    identity = Identity("rl", {"lr": 0.1}, {"policy": "abc"}, {"sympy": "1.13"})
+    others = [
+        Identity("rft", {"lr": 0.1}, {"policy": "abc"}, {"sympy": "1.13"}),
+        Identity("rl", {"lr": 0.1}, {"policy": "xyz"}, {"sympy": "1.13"}),
+        Identity("rl", {"lr": 0.1}, {"policy": "abc"}, {"sympy": "1.14"}),
+    ]
+    assert len({identity.digest, *(other.digest for other in others)}) == 4
+    assert others[1].differences(identity.record) == ["the content of policy has changed"]
+    assert others[2].differences(identity.record) == ["sympy was 1.13, is now 1.14"]
+    assert identity.differences(provenance.manifest(identity, {}, 1.0)) == []
+    assert identity.differences(identity.record | {"versions": {"sympy": "1.13", "torch": "1"}}) == []
+
+
+def test_the_digest_of_a_directory_follows_names_and_contents(tmp_path):
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").write_text("2")
+    first = provenance.digest(tmp_path)
+    assert provenance.digest(tmp_path) == first
+    (tmp_path / "b").rename(tmp_path / "c")
+    second = provenance.digest(tmp_path)
+    (tmp_path / "c").write_text("3")
+    assert len({first, second, provenance.digest(tmp_path)}) == 3
+    assert provenance.digest(tmp_path / "missing") == ""
+
+
+def test_a_manifest_says_what_ran_on_what(tmp_path):
+    made = provenance.manifest(Identity("filter", {"seed": 0}, {"a": "12"}, {}), {"examples": 3}, 1.0)
+    outputs.write_json(tmp_path / "manifest.json", made)
+    back = orjson.loads((tmp_path / "manifest.json").read_bytes())
+    assert (back["stage"], back["parameters"], back["inputs"]) == ("filter", {"seed": 0}, {"a": "12"})
+    assert back["counts"] == {"examples": 3}
+    assert back["versions"]["python"] == sys.version.split()[0]

@@ -1,0 +1,159 @@
+"""What rl's requests draw their noise from: an engine core that records seeds, below the real engine and explorer."""
+
+from itertools import chain
+from threading import Barrier, Thread, local
+from types import SimpleNamespace
+
+import pytest
+
+from stages.core.engine import Sampling, VllmEngine
+from stages.core.lifetime import StopSignal
+from stages.core.provenance import Identity
+from stages.core.rollouts import Prompt
+from stages.core.verifier import Verifier
+from stages.rl import Knobs
+from stages.rl import explorer as explorer_module
+from stages.rl.explorer import Explorer
+from stages.rl.rundir import RunDir
+from stages.rl.trainer import UpdateStats
+
+GROUP, NUM_PROBLEMS, PER_STEP = 3, 5, 4
+
+
+class RecordingCore:
+    """vLLM's engine below `VllmEngine`: every sample is "7", and (problem, sample, seed) of each is kept."""
+
+    def __init__(self):
+        self.asked = []
+        self.waiting = []
+
+    def add_request(self, name, prompt, params):
+        samples = range(params.n)
+        self.asked += [(prompt["prompt_token_ids"][0], sample, params.seed + sample) for sample in samples]
+        outputs = [SimpleNamespace(index=i, token_ids=[7], logprobs=None, finish_reason="stop") for i in samples]
+        self.waiting.append(SimpleNamespace(request_id=name, finished=True, outputs=outputs))
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting)
+
+    def step(self):
+        return [self.waiting.pop()]
+
+    def abort_request(self, names):
+        assert not names
+
+
+class Trainer:
+    """Learns nothing."""
+
+    def weights(self):
+        return ()
+
+    def update(self, rollouts, lr):
+        return UpdateStats()
+
+    def release(self):
+        pass
+
+    def load_state(self, path):
+        pass
+
+    def save_state(self, path, dtype=None):
+        path.mkdir(parents=True, exist_ok=True)
+
+    save_checkpoint = save_state
+
+
+class Ranks:
+    """What accelerate does between the ranks of a run, here its threads."""
+
+    def __init__(self, num_ranks):
+        self.num_ranks = num_ranks
+        self.barrier = Barrier(num_ranks, timeout=10)
+        self.here = local()
+        self.given = {}
+
+    def exchange(self, value):
+        """What every rank gave, in their order."""
+        self.given[self.here.rank] = value
+        self.barrier.wait()
+        found = [self.given[other] for other in range(self.num_ranks)]
+        self.barrier.wait()
+        return found
+
+    def accelerator(self, rank):
+        return SimpleNamespace(
+            process_index=rank, num_processes=self.num_ranks, is_main_process=rank == 0, mixed_precision="no",
+            log=lambda row, step: None, wait_for_everyone=lambda: self.barrier.wait(),
+        )  # fmt: skip
+
+
+def engine():
+    made = VllmEngine.__new__(VllmEngine)
+    made._asleep = made.sleeps = False
+    made.tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: ["\\boxed{7}"] * len(ids))
+    made.load = lambda weights: None
+    made._llm = SimpleNamespace(llm_engine=RecordingCore(), reset_prefix_cache=lambda: True)
+    return made
+
+
+@pytest.fixture
+def explore(tmp_path, monkeypatch):
+    """Run `steps` steps on so many ranks; the (problem, sample, seed) that each rank asked for."""
+
+    def run(out="rl", num_ranks=1, steps=2, done=0, seed=0, origin="start"):
+        ranks = Ranks(num_ranks)
+        directory = RunDir(tmp_path / out)
+        if not done:
+            directory.begin(Identity("rl", {}, {}, {}), False)
+        monkeypatch.setattr(explorer_module, "gather_object", lambda given: list(chain(*ranks.exchange(given))))
+        knobs = Knobs(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
+                      max_rounds=1, save_every=1, seed=seed)  # fmt: skip
+        problems = [{"id": f"p{i}", "problem": "", "answer": "7", "source": ""} for i in range(NUM_PROBLEMS)]
+        prompts = [Prompt(problem, "", [number]) for number, problem in enumerate(problems)]
+        engines = [engine() for _ in range(num_ranks)]
+
+        def work(rank):
+            ranks.here.rank = rank
+            with Verifier() as verifier:
+                explorer = Explorer(knobs, ranks.accelerator(rank), engines[rank], verifier, Trainer(), prompts,
+                                    Sampling(GROUP, 8, log_probs=False), origin)  # fmt: skip
+                explorer.run(directory, StopSignal(), done, "start")
+
+        threads = [Thread(target=work, args=(rank,)) for rank in range(num_ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [made._llm.llm_engine.asked for made in engines]
+
+    return run
+
+
+def seeds(asked):
+    return {seed for _, _, seed in asked}
+
+
+def test_every_sample_of_a_run_has_a_seed_of_its_own_though_a_problem_comes_again(explore):
+    (asked,) = explore()
+    assert len({problem for problem, _, _ in asked}) == NUM_PROBLEMS < 2 * PER_STEP
+    assert len(asked) == len(seeds(asked)) == 2 * PER_STEP * GROUP
+
+
+def test_two_ranks_draw_what_one_draws_each_its_share(explore):
+    (alone,) = explore("alone")
+    first, second = explore("both", num_ranks=2)
+    assert first and second and not seeds(first) & seeds(second)
+    assert sorted(first + second) == sorted(alone)
+
+
+def test_another_seed_and_another_start_policy_draw_other_noise(explore):
+    runs = [explore("a"), explore("b", seed=1), explore("c", origin="the policy of the second iteration")]
+    assert len(set().union(*(seeds(asked) for (asked,) in runs))) == 3 * 2 * PER_STEP * GROUP
+
+
+def test_a_resumed_run_draws_the_noise_of_an_uninterrupted_one(explore):
+    (whole,) = explore("whole")
+    (before,) = explore("parts", steps=1)
+    (after,) = explore("parts", done=1)
+    assert before and after and before + after == whole
