@@ -11,12 +11,13 @@ import xml.etree.ElementTree
 from itertools import combinations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from stages import report
 from stages.core import jsonl, runs, tabular
 from stages.core.errors import InputError
-from stages.report import browser, curves, ledger, page, tables
+from stages.report import browser, curves, page, study, summaries
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> 1 + 1 = \\boxed{2}"
 VANILLA = [f"vanilla/rl/checkpoints/step_{step:06d}" for step in (2, 4)]
@@ -89,6 +90,10 @@ def made(tmp_path_factory) -> Path:
 def make(root: Path, **options) -> None:
     choices = report.Choices(ks=[2, 4, 8])
     report.run(**{"paths": report.Paths(), "choices": choices, "runs": str(root)} | options)
+
+
+def studied(root: Path) -> study.Study:
+    return study.read(str(root), [], "valid", "all", needed=True)
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
@@ -221,6 +226,23 @@ def test_page_loads_nothing_and_holds_hostile_completions_as_data(made):
     assert HOSTILE in texts
 
 
+def test_the_first_screen_says_who_leads_with_the_averages_and_their_way_over_steps(made):
+    found = studied(made)
+    scores, chosen = found.scores([2, 4]), summaries.methods(found.places)
+    table = summaries.results(summaries.summarise(scores), chosen)
+    compared = summaries.differences(scores, chosen)
+    coverage, accuracy = summaries.headline(table, compared, ["pass@4", "avg@4"])
+    assert coverage.startswith("RLoop and RLoop, last RL endpoint lead in pass@4 on average over 2 sets: 100.0 % (100")
+    assert accuracy.startswith("RLoop leads in avg@4 on average over 2 sets: 62.5 % (")
+    assert re.search(r" RLoop against RL: \+29\.2 points \(\+[\d.]+ to \+[\d.]+\)\.$", accuracy)
+    chance = summaries.headline(table, compared.assign(real=False), ["avg@4"])
+    assert chance[0].endswith(", which may be chance.")
+    first = (made / "report.html").read_text().partition("<nav>")[0]
+    assert accuracy in first and first.count('<tr><th scope="row">') == 4 and first.count("<figure>") == 2
+    best = re.findall(r'class="best">([\d.]+)<', first)
+    assert best == [f"{100 * value:.2f}" for value in (7.5 / 12, 11 / 12, 1, 1)]
+
+
 def test_ids_of_the_page_are_unique(made):
     ids = [attrs["id"] for _, attrs in Page((made / "report.html").read_text()).tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -293,8 +315,7 @@ def test_analyses_of_two_sets_are_both_shown_and_names_with_any_mark_make_files(
 
 
 def test_parameters_are_named_once_and_runs_only_where_they_differ(made):
-    paths = [made / name / "rl/manifest.json" for name in ("1", "2", "vanilla")]
-    lines = {line["parameter"]: line["value"] for line in ledger.parameters(paths, made)["rl"]}
+    lines = {line["parameter"]: line["value"] for line in summaries.settings(studied(made).settings())["rl"]}
     assert lines == {"steps": "2 (1/rl, 2/rl), 4 (vanilla/rl)", "lr": "0.1", "version of torch": "2.13"}
 
 
@@ -332,19 +353,21 @@ def test_a_missing_directory_of_runs_is_a_plain_error(tmp_path):
 
 
 def test_ledger_adds_up_phases_and_weighs_rloop_against_rl(made):
-    lines = {line["phase"]: line for line in ledger.ledger(made, [1, 2], lambda run: True)}
+    lines = {line["phase"]: line for line in summaries.costs(studied(made).logs()).to_dict("records")}
     assert lines["RLoop 1: RL"]["rollout_tokens"] == 200 and lines["RLoop 1: RFT"]["update_tokens"] == 40
     counts = {"steps": 4, "num_rollouts": 32, "rollout_tokens": 400, "update_tokens": 400, "seconds": 7.0}
     assert lines["RLoop, total"] == {"phase": "RLoop, total", "update_s": 1.0} | counts
+    assert lines["RLoop / RL"]["seconds"] == pytest.approx(7 / 6)
+    short = studied(made).logs().assign(verify_s=0.001)
+    assert pd.isna(summaries.costs(short).set_index("phase").loc["RLoop / RL", "verify_s"]), "a quotient of noise"
     assert lines["RLoop / RL"]["rollout_tokens"] == 1 and lines["RLoop / RL"]["update_tokens"] == 1.25
     assert lines["RFT's share of RLoop"]["update_tokens"] == pytest.approx(80 / 400)
 
 
 def test_differences_are_paired_by_problem_and_averaged_over_sets(made):
-    evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
     chosen = {"RL": f"runs/{VANILLA[1]}", "RLoop": f"runs/{RLOOP[3]}"}
-    found = tables.differences(evaluations, chosen, [("RL", "RLoop")], ks=[2])
-    values = {row.problem_set: row.metrics["avg@4"] for row in found}
+    found = summaries.differences(studied(made).scores([2]), chosen, [("RL", "RLoop")])
+    values = {row["set"]: row for row in found[found["metric"] == "avg@4"].to_dict("records")}
     assert values["far"]["value"] == pytest.approx(7 / 12) and values["far"]["real"]
     assert values["valid"]["value"] == pytest.approx(0) and not values["valid"]["real"]
     assert values["Average"]["value"] == pytest.approx(7 / 24)
@@ -355,7 +378,7 @@ def test_checkpoints_are_chosen_by_the_first_metric_then_the_second_then_the_ear
         row = {"set": "valid", "method": "RL", "policy": policy}
         return [row | {"metric": "pass@4", "value": first}, row | {"metric": "avg@4", "value": second}]
 
-    tidy = rows("a", 90, 10) + rows("b", 90, 30) + rows("c", 90, 30) + rows("d", 80, 99)
+    tidy = pd.DataFrame(rows("a", 90, 10) + rows("b", 90, 30) + rows("c", 90, 30) + rows("d", 80, 99))
     assert curves.best_on(tidy, "valid", ["pass@4", "avg@4"]) == {"RL": "b"}
     assert curves.best_on(tidy, "other", ["pass@4"]) == {}
 

@@ -80,20 +80,27 @@ def lines(
     resets: Iterable[float] = (),
     number: str = "",
     log_scale: bool = False,
+    top: float | None = None,
 ) -> Figure:
-    """Lines over steps; `resets` are the steps at which RLoop starts anew, shown as dotted verticals."""
+    """Lines over steps; `resets` are the steps at which RLoop starts anew, shown as dotted verticals.
+
+    `top` is the largest value of all panels that are read side by side: their scales run from 0 to there.
+    """
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6, 3.1))
-        axes = canvas.add_axes((0.165, 0.15, 0.805, 0.75))
+        axes = canvas.add_axes((0.165, 0.15, 0.805, 0.67))
         for step in resets:
             axes.axvline(step, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
         for index, line in enumerate(series):
             _draw(axes, line, line.colour or COLOURS.get(line.label) or MORE_COLOURS[index % len(MORE_COLOURS)])
-        axes.set(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log_scale else "linear")
+        axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_scale else "linear")
+        axes.set_title(title, pad=22 if len(series) > 1 else 6)
+        if top is not None:
+            axes.set_ylim(0, 1.04 * top or 1)
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=4, columnspacing=1)
     data = [row for line in series for row in _rows(line, x_label, y_label)]
     return _render(Figure(name, title, caption, data, number, "", b""), canvas)
 
@@ -228,7 +235,9 @@ def _write_values(axes: Axes, shown: Any, mesh: Any) -> None:
         red, green, blue, _ = mesh.cmap(mesh.norm(value))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         colour = "#ffffff" if dark else "#101010"
-        axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=colour)
+        text = f"{value:.2f}".replace("0.", ".", 1)
+        size = min(10, 90 / len(shown))
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def _render(figure: Figure, canvas: Canvas) -> Figure:

@@ -13,43 +13,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import orjson
+
 from stages.core import lineage, outputs, tabular
 from stages.core.errors import InputError
 from stages.core.metrics import KS
 from stages.core.options import PLACE, WITHOUT_EFFECT, Options, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
-from stages.core.runs import (
-    BASE,
-    RL,
-    RLOOP,
-    Evaluation,
-    Place,
-    evals_below,
-    find_evals,
-    num_steps,
-    places,
-    read_evals,
-    root_of,
-)
-from stages.report import tables
-from stages.report.tables import RLOOP_ENDPOINT
+from stages.core.runs import RL, RLOOP
 
 if TYPE_CHECKING:
-    from stages.core.figures import Figure
+    import pandas as pd
 
-PAIRS = ((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT))
+    from stages.core.figures import Figure
+    from stages.report.study import Study
+
 WRITTEN = "written.json"
-RESULTS_TEXT = "Percent, with 95 % bootstrap intervals over problems."
-REAL_TEXT = (
-    "Percentage points, paired problem by problem, with 95 % bootstrap intervals over problems. Green and red: the "
-    "interval excludes zero. Grey: it does not, and the difference may be chance. An interval tells about other "
-    "problems of the same kind, not about another run with another seed."
-)
-COMPUTE_TEXT = (
-    "From the logs: tokens drawn in rollouts, tokens that updates ran over, and wall-clock seconds of the steps, whole "
-    "and by phase. Starting a command, loading and saving are in none of them."
-)
+SECTIONS = ("over_all", "over_steps", "iterations", "analysis", "training")  # those of figures
 MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
 
 
@@ -76,18 +57,6 @@ class Choices(Options):
     iterations: Annotated[str, "the iterations that count, as in '1 2 3'; the rest is left out"] = lineage.ALL
 
 
-@dataclass
-class Found:
-    """What the report is made from; `left_out` grows by a line for everything that is not shown."""
-
-    runs: Path
-    line: lineage.Line
-    evaluations: dict[str, Evaluation]
-    places: list[Place]
-    num_samples: int
-    left_out: list[str]
-
-
 def run(
     paths: Paths,
     choices: Choices,
@@ -103,251 +72,140 @@ def run(
 
     Example: rloop report --runs loop --out loop/report.html
     """
+    from stages.report import study, summaries  # pandas comes in here
+
     printing = table or tsv
-    found = _find(runs, evals, choices, needed=printing)
-    choices = _possible(choices, found)
-    rows = tables.results_rows(found.evaluations, tables.methods(found.places), choices.ks, choices.seed)
+    found = study.read(runs, evals, choices.valid, choices.iterations, needed=printing)
+    beyond = [f"pass@{k}" for k in choices.ks if k > found.num_samples] if found.evaluations else []
+    if beyond:
+        found.left_out.append(f"{', '.join(beyond)}: some problems have {found.num_samples} samples only")
+    choices = replace(choices, ks=[k for k in choices.ks if k <= found.num_samples])
     if printing:
-        sys.stdout.write(tables.tsv(tables.records(rows)) if tsv else tables.markdown(rows))
+        summary = summaries.summarise(found.scores(choices.ks), choices.seed)
+        rows = summaries.results(summary, summaries.methods(found.places))
+        sys.stdout.write(summaries.tsv(rows) if tsv else summaries.markdown(rows))
         _say(found)
         return
     page = Path(out or found.runs / "report.html")
     with outputs.locked(page, paths.figures or page.parent / "figures"):
-        _write(page, paths, choices, found, rows)
+        _write(page, paths, choices, found)
     _say(found)
     print(f"rloop: wrote {page}", file=sys.stderr)
 
 
-def _say(found: Found) -> None:
-    for line in [*(f"left out: {line}" for line in found.left_out), *_unequal(found)]:
+def _say(found: "Study") -> None:
+    for line in [*(f"left out: {line}" for line in found.left_out), *found.unequal()]:
         warn(line)
 
 
-def _runs(named: str, evals: Sequence[str]) -> Path:
-    """The directory of runs; for evaluations that lie in none, the directory beside them."""
-    if named or not evals:
-        return Path(named or "runs")
-    return root_of(find_evals(evals)) or Path(evals[0]).parent
-
-
-def _find(named: str, evals: Sequence[str], choices: Choices, needed: bool) -> Found:
-    """Read evaluations; without any, an InputError where they are `needed`, and else a line in `left_out`."""
-    runs, valid = _runs(named, evals), choices.valid
-    if not evals and not runs.is_dir():
-        raise InputError(f"{runs}: no such directory; name a directory of runs")
-    missing: list[str] = []
-    directories: list[Path] = []
-    if evals or needed or evals_below(runs / "eval"):
-        directories = find_evals(evals or [runs / "eval"])
-    else:
-        missing.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
-    line = lineage.Line(runs if runs.is_dir() else None, directories, lineage.chosen(choices.iterations))
-    evaluations = read_evals(directories, line.keeps)
-    left_out = [*missing, *line.left_out]
-    evaluations = {name: evaluations[name] for name in sorted(evaluations, key=lambda name: (name != valid, name))}
-    if evaluations and valid not in evaluations:
-        others = ", ".join(evaluations)
-        left_out.append(f"all by the validation set: no evaluation of {valid} (--valid), only of {others}")
-    policies = dict.fromkeys(policy for evaluation in evaluations.values() for policy in evaluation.results)
-    num_samples = tables.smallest_num_samples(evaluations)
-    return Found(runs, line, evaluations, places(policies, runs, line.bases), num_samples, left_out)
-
-
-def _possible(choices: Choices, found: Found) -> Choices:
-    """The choices without those k that some problem has too few samples for, which are named as left out."""
-    beyond = [f"pass@{k}" for k in choices.ks if k > found.num_samples] if found.evaluations else []
-    if beyond:
-        found.left_out.append(f"{', '.join(beyond)}: some problems have {found.num_samples} samples only")
-    return replace(choices, ks=[k for k in choices.ks if k <= found.num_samples])
-
-
-def _write(page: Path, paths: Paths, choices: Choices, found: Found, rows: Sequence[tables.Row]) -> None:
-    from stages.report import browser, curves  # matplotlib comes in here
+def _write(page: Path, paths: Paths, choices: Choices, found: "Study") -> None:
     from stages.report import page as pages
 
     pictures = Path(paths.figures or page.parent / "figures")
-    curves_tsv = Path(paths.curves or page.parent / "curves.tsv")
-    results_md = Path(paths.results_md or page.parent / "results.md")
-    results_tsv = Path(paths.results_tsv or page.parent / "results.tsv")
-    results_json = Path(paths.results_json or page.parent / "results.json")
-    files = [page, curves_tsv, results_md, results_tsv, results_json]
-    _refuse_strangers(pictures, files)
-    tidy = curves.rows(found.evaluations, found.places, choices.ks, found.num_samples, choices.seed)
-    drawn = _draw(found, choices, tidy)
-    rollouts = browser.build(found.evaluations, found.places, choices.max_problems, choices.max_samples)
-    sections = _results(found, choices, rows, tidy)
-    sections |= {heading: pages.figures_html(of_section) for heading, of_section in drawn.items() if of_section}
-    sections |= _compute(found) | _rollouts(found, choices, rollouts) | _parameters(found)
-    if unequal := _unequal(found):
-        sections["Not like for like"] = pages.notes(unequal)
-    if found.left_out:
-        sections["Left out"] = pages.notes(found.left_out)
-
-    _write_figures(pictures, [figure for of_section in drawn.values() for figure in of_section], files)
-    with outputs.whole_file(curves_tsv) as beside:
-        tabular.write_tsv(beside, tidy)
-    notes = [*(f"Left out: {line}." for line in found.left_out), *_unequal(found)]
-    markdown = tables.markdown(rows) if rows else "No results.\n"
-    _write_text(results_md, markdown + "".join(f"\n{note}\n" for note in notes))
-    _write_text(results_tsv, tables.tsv(tables.records(rows)))
-    outputs.write_json(results_json, tables.nested(rows))
-    lead = "Iterative policy initialization against RL alone: results, dynamics, compute and rollouts."
-    _write_text(page, pages.page(f"RLoop: {found.runs}", lead, sections, rollouts))
+    names = {"curves": "curves.tsv"} | {f"results_{end}": f"results.{end}" for end in ("md", "tsv", "json")}
+    files = {name: Path(getattr(paths, name) or page.parent / usual) for name, usual in names.items()}
+    _refuse_strangers(pictures, [page, *files.values()])
+    content, texts = _content(found, choices)
+    figures = [figure for section in SECTIONS for figure in content[section]]
+    _write_figures(pictures, figures, [page, *files.values()])
+    with outputs.whole_file(files["curves"]) as beside:
+        tabular.write_tsv(beside, content.pop("curves"))
+    for name, text in texts.items():
+        _write_text(files[name], text)
+    _write_text(page, pages.render(name=str(found.runs), unequal=found.unequal(), left_out=found.left_out, **content))
 
 
-def _wanted(found: Found, choices: Choices) -> list[str]:
-    """The two metrics that are drawn: accuracy, and pass@k at the largest k."""
-    return [f"avg@{found.num_samples}", *(f"pass@{k}" for k in choices.ks[-1:])]
+def _content(found: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the page shows, and the texts of the files beside it."""
+    from stages.report import browser, curves, summaries
 
-
-def _draw(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> dict[str, list["Figure"]]:
-    """All figures by the heading that they stand under."""
-    from stages.report import curves
-
-    wanted = _wanted(found, choices)
-    logs = curves.logs(found.runs, found.line.iterations(), found.line.stands)
+    scores, logs = found.scores(choices.ks), found.logs()
+    summary, chosen = summaries.summarise(scores, choices.seed), summaries.methods(found.places)
+    rows = summaries.results(summary, chosen)
+    compared = summaries.differences(scores, chosen, seed=choices.seed)
+    tidy = curves.tidy(summary, found.places)
+    on_sets = tidy[tidy["set"] != summaries.AVERAGE]
+    wanted = [f"avg@{found.num_samples}", *(f"pass@{k}" for k in choices.ks[-1:])]
     resets = sorted({place.step for place in found.places if place.fine_tuned})
-    over_steps = curves.of_evaluations(tidy, resets, wanted)
-    if found.evaluations and not over_steps:
-        found.left_out.append("metrics over steps: no run has two evaluated checkpoints")
-    if not logs:
-        found.left_out.append(f"training curves: no log.tsv under {found.runs}")
-    analysis = _analysis(found)
+    order = wanted[::-1]
+    labels = {place.policy: place.label for place in found.places}
+    best = curves.best_on(on_sets, choices.valid, order)
+    selected = summaries.results(summary, {f"{method}, step {labels[p]}": p for method, p in best.items()})
+    over_steps = curves.of_evaluations(on_sets, resets, wanted)
+    content: dict[str, Any] = {
+        "headline": summaries.headline(rows, compared, order),
+        "whole": summaries.nested(summaries.overall(rows)),
+        "over_all": curves.of_evaluations(tidy[tidy["set"] == summaries.AVERAGE], resets, order),
+        "results": summaries.nested(rows),
+        "selected": summaries.nested(selected),
+        "valid": choices.valid,
+        "order": order,
+        "differences": summaries.nested(compared.assign(pair=compared["second"] + " − " + compared["first"]), "pair"),
+        "over_steps": over_steps,
+        "curves": on_sets.to_dict("records"),
+        "iterations": curves.of_iterations(on_sets),
+        "analysis": _analysis(found),
+        "training": curves.overfitting(on_sets, logs, choices.valid, wanted) + curves.of_logs(logs, resets),
+        "costs": summaries.costs(logs).to_dict("records"),
+        "rollouts": browser.build(found.evaluations, found.places, choices.max_problems, choices.max_samples),
+        "settings": summaries.settings(found.settings()),
+    }
+    found.left_out += _missing(found, choices, content, logs.empty, summaries.incomparable(scores, chosen))
+    return content, _texts(found, rows)
+
+
+def _texts(found: "Study", rows: "pd.DataFrame") -> dict[str, str]:
+    from stages.report import summaries
+
+    notes = [*(f"Left out: {line}." for line in found.left_out), *found.unequal()]
+    table = summaries.markdown(rows) if len(rows) else "No results.\n"
     return {
-        "RLoop against RL over steps": over_steps,
-        "Over iterations": curves.of_iterations(tidy),
-        "Learning, forgetting and similarity": analysis,
-        "Training": curves.overfitting(tidy, logs, choices.valid, wanted) + curves.of_logs(logs, resets),
+        "results_md": table + "".join(f"\n{note}\n" for note in notes),
+        "results_tsv": summaries.tsv(rows),
+        "results_json": orjson.dumps(
+            summaries.for_dvc(rows), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+        ).decode(),
     }
 
 
-def _analysis(found: Found) -> list["Figure"]:
+def _missing(
+    found: "Study", choices: Choices, content: Mapping[str, Any], no_logs: bool, incomparable: list[str]
+) -> list[str]:
+    """A line for each part of the page that there is nothing for."""
+    methods = {place.method for place in found.places}
+    missing = {
+        "metrics over steps: no run has two evaluated checkpoints": found.evaluations and not content["over_steps"],
+        f"training curves: no log.tsv under {found.runs}": no_logs,
+        f"learning, forgetting and similarity: nothing of analyze under {found.runs / 'analysis'}": not content[
+            "analysis"
+        ],
+        "RLoop against RL: not both were evaluated": found.evaluations and not {RL, RLOOP} <= methods,
+        f"compute: no log.tsv under {found.runs}": not content["costs"],
+        "rollouts: the evaluations hold no rollouts.jsonl": found.evaluations
+        and choices.max_problems
+        and choices.max_samples
+        and not content["rollouts"],
+    }
+    return [line for line, is_so in missing.items() if is_so] + incomparable
+
+
+def _analysis(found: "Study") -> list["Figure"]:
     """The figures of analyze's outputs below RUNS/analysis; those of an output further down bear its path."""
     from stages.core import figures
 
     root = found.runs / "analysis"
     drawn: list[Figure] = []
     for directory in dict.fromkeys(path.parent for path in sorted(root.rglob("*.json"))):
-        matrices = []
+        contents = {path.name: read_json(path) for path in sorted(directory.glob("*.json"))}
+        stale = dict.fromkeys(why for content in contents.values() if (why := found.stale(directory, content)))
+        found.left_out += [why for why in stale if why not in found.left_out]
+        kept = {name: content for name, content in contents.items() if not found.stale(directory, content)}
+        steps = kept.get("similarity_by_step.json", {}).get("steps")
+        of_directory = [figures.of_similarity(steps)] if isinstance(steps, list) else []
+        of_directory += figures.of_matrices([each for each in kept.values() if each.keys() >= MATRIX_KEYS])
         prefix = "".join(f"{figures.file_name(part)}_" for part in directory.relative_to(root).parts)
-        of_directory: list[Figure] = []
-        for path in sorted(directory.glob("*.json")):
-            content = read_json(path)
-            if stale := _stale(found, directory, content):
-                found.left_out += [stale] if stale not in found.left_out else []
-            elif content.keys() >= MATRIX_KEYS:
-                matrices.append(content)
-            elif path.name == "similarity_by_step.json" and isinstance(content.get("steps"), list):
-                of_directory.append(figures.of_similarity(content["steps"]))
-        of_directory += figures.of_matrices(matrices)
         drawn += [replace(figure, name=prefix + figure.name) for figure in of_directory]
-    if not drawn:
-        found.left_out.append(f"learning, forgetting and similarity: nothing of analyze under {root}")
     return sorted(drawn, key=lambda figure: figure.number)
-
-
-def _stale(found: Found, directory: Path, content: Mapping[str, Any]) -> str:
-    """Why a file of an analysis is not shown: it was made from evaluations that are others now, or tells of such."""
-    inputs = read_json(directory / "manifest.json").get("inputs") or {}
-    for path, digest in inputs.items():
-        if found.line.changed(path, digest):
-            return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
-    policies = [*content.get("policies", ()), *(row.get("policy", "") for row in content.get("steps", ()))]
-    named = (policy for several in policies for policy in several.split(" | "))
-    return next((fault for policy in named if (fault := found.line.fault_of_policy(policy))), "")
-
-
-def _unequal(found: Found) -> list[str]:
-    """What keeps the figures from being like for like: settings of evaluations, numbers of steps."""
-    homes = dict.fromkeys(home for evaluation in found.evaluations.values() for home in evaluation.homes.values())
-    return [*found.line.unequal(homes), *_unequal_steps(found)]
-
-
-def _unequal_steps(found: Found) -> list[str]:
-    """A warning where RL alone has more or fewer steps than the iterations together."""
-    of_rloop = sum(num_steps(found.runs / str(iteration) / "rl") for iteration in found.line.iterations())
-    of_rl = num_steps(found.runs / "vanilla" / "rl") if found.line.stands(found.runs / "vanilla" / "rl") else 0
-    if not of_rl or not of_rloop or of_rl == of_rloop:
-        return []
-    return [f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"]
-
-
-def _results(
-    found: Found, choices: Choices, rows: Sequence[tables.Row], tidy: Sequence[dict[str, Any]]
-) -> dict[str, str]:
-    """The results table, the same for checkpoints chosen on the validation set, and the differences."""
-    from stages.report import page as pages
-
-    if not rows:
-        return {}
-    chosen = tables.methods(found.places)
-    if not {RL, RLOOP} <= chosen.keys():
-        found.left_out.append(f"{RLOOP} against {RL}: not both were evaluated")
-    found.left_out += tables.incomparable(found.evaluations, chosen)
-    body = pages.text(RESULTS_TEXT) + tables.results_html(rows) + _chosen_on_valid(found, choices, tidy)
-    sections = {"Results": body}
-    compared = tables.differences(found.evaluations, chosen, PAIRS, choices.ks, choices.seed)
-    if compared:
-        sections["Which differences are real"] = pages.text(REAL_TEXT) + tables.differences_html(compared)
-    return sections
-
-
-def _chosen_on_valid(found: Found, choices: Choices, tidy: Sequence[dict[str, Any]]) -> str:
-    """Results of each method's best checkpoint by the validation set, as the paper selects; "" without that set."""
-    from stages.report import curves
-    from stages.report import page as pages
-
-    order = _wanted(found, choices)[::-1]
-    labels = {place.policy: place.label for place in found.places}
-    best = curves.best_on(tidy, choices.valid, order)
-    if not best:
-        return ""
-    chosen = {f"{method}, step {labels[policy]}": policy for method, policy in best.items()}
-    rows = tables.results_rows(found.evaluations, chosen, choices.ks, choices.seed)
-    text = f"The policy on the way of each method that is best on {choices.valid} by {', then '.join(order)}."
-    return "<h3>Chosen on the validation set</h3>" + pages.text(text) + tables.results_html(rows)
-
-
-def _compute(found: Found) -> dict[str, str]:
-    from stages.report import ledger
-    from stages.report import page as pages
-
-    lines = ledger.ledger(found.runs, found.line.iterations(), found.line.stands)
-    if not lines:
-        found.left_out.append(f"compute: no log.tsv under {found.runs}")
-        return {}
-    return {"Compute": pages.text(COMPUTE_TEXT) + tables.plain_html(lines)}
-
-
-def _rollouts(found: Found, choices: Choices, rollouts: Sequence[dict[str, Any]]) -> dict[str, str]:
-    from stages.report import page as pages
-
-    if not rollouts:
-        if found.evaluations and choices.max_problems and choices.max_samples:
-            found.left_out.append("rollouts: the evaluations hold no rollouts.jsonl")
-        return {}
-    text = "The problems of each set on which the policies differ most, and some of every policy's completions of them."
-    return {"Rollouts": pages.text(text) + pages.BROWSER}
-
-
-def _parameters(found: Found) -> dict[str, str]:
-    from stages.report import ledger
-    from stages.report import page as pages
-
-    made = {"rl": "rl/manifest.json", "examples.jsonl": "examples.manifest.json", "policy": "policy/manifest.json"}
-    paths = [
-        path
-        for name, manifest in made.items()
-        for path in sorted(found.runs.glob(f"*/{manifest}"))
-        if found.line.stands(found.runs / path.relative_to(found.runs).parts[0] / name)
-    ]
-    paths += sorted((found.runs / "analysis").rglob("manifest.json"))
-    homes = {home for evaluation in found.evaluations.values() for home in evaluation.homes.values()}
-    of_evals = sorted((found.runs / "eval").rglob("manifest.json"))
-    paths += [path for path in of_evals if any(home.is_relative_to(path.parent) for home in homes)]
-    settings = ledger.parameters(paths, found.runs)
-    folded = [pages.folded(stage, tables.plain_html(of_stage)) for stage, of_stage in settings.items()]
-    return {"Parameters": "".join(folded)} if folded else {}
 
 
 def _refuse_strangers(pictures: Path, files: Sequence[Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.core.records import Rollout
 from stages.core.runs import BASE, Evaluation, Place, read_rollouts
-from stages.report import page as pages
+from stages.report.page import embedded
 
 MAX_BYTES = 6 * 2**20
 HEAD, TAIL = 1500, 2500  # characters kept of a long completion
@@ -29,7 +29,7 @@ def build(
         for evaluation in evaluations.values()
         if evaluation.rollouts
     ]
-    sizes = [[len(pages.embedded(problem)) for problem in of_set["problems"]] for of_set in sets]
+    sizes = [[len(embedded(problem)) for problem in of_set["problems"]] for of_set in sets]
     while sum(map(sum, sizes)) > MAX_BYTES:
         longest = max(range(len(sets)), key=lambda index: len(sizes[index]))
         sizes[longest].pop()

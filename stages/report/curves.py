@@ -4,17 +4,15 @@
 fine-tuned policy that the next iteration starts from (`after_rft`); the line between them is the reset.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from stages.core import metrics
+import pandas as pd
+
 from stages.core.figures import Figure, Series, file_name, lines
-from stages.core.runs import BASE, RL, RLOOP, Evaluation, Place, num_steps, way
-from stages.core.tabular import read_tsv
+from stages.core.runs import BASE, RL, RLOOP, Place, way
+from stages.report.summaries import AVERAGE
 
-Row = dict[str, Any]  # {"set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"}, in percent
-
+COLUMNS = ["set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"]
 TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
     "pass_rate": ("Training pass rate", "share correct", "1"),
     "reward": ("Training reward (shaped)", "mean reward", "1"),
@@ -26,151 +24,106 @@ TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
 }
 
 
-def rows(
-    evaluations: Mapping[str, Evaluation], found: Sequence[Place], ks: Sequence[int], num_samples: int, seed: int = 0
-) -> list[Row]:
-    """Every metric of every evaluated policy on the way of every method, with its interval; the base is on each."""
-    methods = [method for method in dict.fromkeys(place.method for place in found) if method != BASE]
-    tidy = []
-    for name, evaluation in evaluations.items():
-        summaries: dict[str, dict[str, metrics.Interval]] = {}
-        for method in methods:
-            for place in way(found, method):
-                if (results := evaluation.results.get(place.policy)) is None:
-                    continue
-                if place.policy not in summaries:
-                    values = metrics.per_problem(results, ks, num_samples)
-                    summaries[place.policy] = {metric: metrics.interval(v, seed) for metric, v in values.items()}
-                tidy += [_row(name, method, place, *item) for item in summaries[place.policy].items()]
-    return tidy
+def tidy(summary: pd.DataFrame, found: Sequence[Place]) -> pd.DataFrame:
+    """Every metric of every policy on the way of every method, set by set, in percent; the base is on each way."""
+    ways = pd.DataFrame(
+        [
+            (method, place.step, int(place.fine_tuned), place.policy)
+            for method in dict.fromkeys(place.method for place in found)
+            for place in way(found, method)
+            if method != BASE
+        ],
+        columns=["method", "step", "after_rft", "policy"],
+    )
+    rows = ways.merge(summary, on="policy")
+    order = {name: index for index, name in enumerate(summary["set"].unique())}
+    rows = rows.sort_values("set", key=lambda sets: sets.map(order), kind="stable", ignore_index=True)
+    scale = rows["metric"].map(lambda metric: 1 if metric == "mean_tokens" else 100)
+    for part in ("value", "low", "high"):
+        rows[part] *= scale
+    return rows[COLUMNS]
 
 
-def _row(name: str, method: str, place: Place, metric: str, found: metrics.Interval) -> Row:
-    scale = 1 if metric == "mean_tokens" else 100
-    value, low, high = (scale * figure for figure in (found["value"], found["low"], found["high"]))
-    after_rft = int(place.fine_tuned)
-    row = {"set": name, "method": method, "step": place.step, "after_rft": after_rft, "metric": metric}
-    return row | {"value": value, "low": low, "high": high, "policy": place.policy}
-
-
-def best_on(tidy: Sequence[Row], valid: str, order: Sequence[str]) -> dict[str, str]:
+def best_on(rows: pd.DataFrame, valid: str, order: Sequence[str]) -> dict[str, str]:
     """For each method its best policy on the set `valid` by the metrics in `order`, the earliest of equals."""
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-    for row in tidy:
-        if row["set"] == valid:
-            scores.setdefault(row["method"], {}).setdefault(row["policy"], {})[row["metric"]] = row["value"]
-    return {
-        method: max(policies, key=lambda policy: [policies[policy][metric] for metric in order])
-        for method, policies in scores.items()
-    }
+    best = {}
+    for method, on_way in rows[rows["set"] == valid].groupby("method", sort=False):
+        scores = on_way.pivot(index="policy", columns="metric", values="value").loc[on_way["policy"].unique()]
+        best[method] = scores.sort_values(list(order), ascending=False, kind="stable").index[0]
+    return best
 
 
-def of_evaluations(tidy: Sequence[Row], resets: Sequence[int], wanted: Sequence[str]) -> list[Figure]:
-    """RLoop against RL over steps (the paper's figure 4), a panel for each set and each metric `wanted`."""
+def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[str]) -> list[Figure]:
+    """RLoop against RL over steps (the paper's figure 4): a panel a set and metric `wanted`, all on one scale."""
     drawn = []
-    for name in dict.fromkeys(row["set"] for row in tidy):
+    rows = rows[rows["metric"].isin(wanted)]
+    top = rows["high"].max()
+    for name in rows["set"].unique():
         for metric in wanted:
-            chosen = [row for row in tidy if (row["set"], row["metric"]) == (name, metric)]
-            series = _by_method(chosen)
+            series = _series(rows[(rows["set"] == name) & (rows["metric"] == metric)], "method")
             if max((len(line.x) for line in series), default=0) < 2:
                 continue
-            title = f"{metric} on {name}"
+            title = f"{metric} on {'average over the sets' if name == AVERAGE else name}"
             caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop starts anew from a fine-tuned policy."
             file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
-            drawn.append(lines(file, title, caption, series, y_label=f"{metric} (%)", resets=resets, number="4"))
+            axis = f"{metric} (%)"
+            drawn.append(lines(file, title, caption, series, y_label=axis, resets=resets, number="4", top=top))
     return drawn
 
 
-def _by_method(chosen: Sequence[Row]) -> list[Series]:
-    series = []
-    for method in dict.fromkeys(row["method"] for row in chosen):
-        on_way = [row for row in chosen if row["method"] == method]
-        series.append(_series(method, [row["step"] for row in on_way], on_way, [row["after_rft"] for row in on_way]))
-    return series
+def _series(rows: pd.DataFrame, by: str, x: str = "step") -> list[Series]:
+    """A line for each value of the column `by`; along a method's way its fine-tuned policies are marked."""
+    columns = [x, "value", "low", "high", *(["after_rft"] if by == "method" else [])]
+    return [
+        Series(str(label), *(list(of_line[column]) for column in columns))  # type: ignore[arg-type]
+        for label, of_line in rows.groupby(by, sort=False)
+    ]
 
 
-def _series(label: str, x: Sequence[float], points: Sequence[Row], hollow: Sequence[bool] = ()) -> Series:
-    value, low, high = ([row[part] for row in points] for part in ("value", "low", "high"))
-    return Series(label, x, value, low, high, hollow)
-
-
-def of_iterations(tidy: Sequence[Row]) -> list[Figure]:
-    """Metrics of RLoop's start policies over iterations (the paper's figure 3), a panel for each set."""
+def of_iterations(rows: pd.DataFrame) -> list[Figure]:
+    """Metrics of RLoop's start policies over iterations (the paper's figure 3), a panel for each set, on one scale."""
     drawn = []
-    for name in dict.fromkeys(row["set"] for row in tidy):
-        chosen = [row for row in tidy if (row["set"], row["method"]) == (name, RLOOP)]
-        chosen = [row for row in chosen if row["after_rft"] or row["step"] == 0]
-        order = {step: iteration for iteration, step in enumerate(sorted({row["step"] for row in chosen}))}
-        series = []
-        for metric in dict.fromkeys(row["metric"] for row in chosen if "@" in row["metric"]):
-            points = [row for row in chosen if row["metric"] == metric]
-            series.append(_series(metric, [order[row["step"]] for row in points], points))
-        if len(order) > 1:
+    starts = rows[(rows["method"] == RLOOP) & ((rows["after_rft"] == 1) | (rows["step"] == 0))]
+    starts = starts[starts["metric"].str.contains("@")]
+    for name, of_set in starts.groupby("set", sort=False):
+        numbered = of_set.assign(iteration=of_set["step"].rank(method="dense").astype(int) - 1)
+        if numbered["iteration"].max() > 0:
             title = f"RLoop over iterations on {name}"
             caption = f"Metrics of the policy fine-tuned after each iteration on {name}; 0 is the base."
+            series, top = _series(numbered, "metric", x="iteration"), starts["high"].max()
             file = f"iterations_{file_name(name)}"
-            drawn.append(lines(file, title, caption, series, y_label="%", x_label="iteration", number="3"))
+            drawn.append(lines(file, title, caption, series, y_label="%", x_label="iteration", number="3", top=top))
     return drawn
 
 
-def logs(runs: Path, iterations: Sequence[int], counts: Callable[[Path], bool]) -> dict[str, list[dict[str, float]]]:
-    """Log rows of RL alone and of RLoop's iterations end to end, by global step; methods that have one.
-
-    `counts` says of an rl run whether it is asked for.
-    """
-    alone = read_tsv(runs / "vanilla" / "rl" / "log.tsv") if counts(runs / "vanilla" / "rl") else []
-    joined: list[dict[str, float]] = []
-    offset = 0
-    for iteration in iterations:
-        run = runs / str(iteration) / "rl"
-        if not counts(run):
-            continue
-        joined += [row | {"step": row["step"] + offset} for row in read_tsv(run / "log.tsv") if "step" in row]
-        offset += num_steps(run)
-    return {method: found for method, found in ((RL, alone), (RLOOP, joined)) if found}
-
-
-def of_logs(found: Mapping[str, Sequence[Mapping[str, float]]], resets: Sequence[int]) -> list[Figure]:
-    """A panel for each known column of log.tsv over steps, both methods."""
+def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> list[Figure]:
+    """A panel for each known column of the logs over steps, both methods."""
     drawn = []
+    of_rl = logs[logs["method"] != ""]
     for column, (title, axis, number) in TRAINING.items():
-        series = []
-        for method, log in found.items():
-            points = [(row["step"], row[column]) for row in log if column in row and "step" in row]
-            if points:
-                series.append(Series(method, [x for x, _ in points], [y for _, y in points]))
+        known = of_rl.dropna(subset=[column]) if column in of_rl else of_rl[:0]
+        methods = sorted(known["method"].unique())  # RL before RLoop
+        found = {method: known[known["method"] == method] for method in methods}
+        series = [Series(method, list(rows["step"]), list(rows[column])) for method, rows in found.items()]
         if series:
             caption = f"{title} at each RL step, from log.tsv."
-            heights = [y for line in series for y in line.y]
-            explodes = column == "grad_norm" and 0 < 100 * min(heights) < max(heights)
-            drawn.append(
-                lines(
-                    f"training_{column}",
-                    title,
-                    caption,
-                    series,
-                    y_label=axis,
-                    resets=resets,
-                    number=number,
-                    log_scale=explodes,
-                )
-            )
+            explodes = column == "grad_norm" and bool(0 < 100 * known[column].min() < known[column].max())
+            style = {"y_label": axis, "resets": resets, "number": number, "log_scale": explodes}
+            drawn.append(lines(f"training_{column}", title, caption, series, **style))  # type: ignore[arg-type]
     return drawn
 
 
-def overfitting(
-    tidy: Sequence[Row], found: Mapping[str, Sequence[Mapping[str, float]]], valid: str, wanted: Sequence[str]
-) -> list[Figure]:
+def overfitting(rows: pd.DataFrame, logs: pd.DataFrame, valid: str, wanted: Sequence[str]) -> list[Figure]:
     """Training pass rate against the metrics `wanted` on the validation set for RL alone (the paper's figure 1)."""
-    points = [(row["step"], 100 * row["pass_rate"]) for row in found.get(RL, ()) if "pass_rate" in row]
-    steps, rates = [step for step, _ in points], [rate for _, rate in points]
-    series = [Series("training pass rate", steps, rates, colour="#7d838c")] if points else []
-    for metric in wanted:
-        key = (valid, RL, metric)
-        chosen = [row for row in tidy if (row["set"], row["method"], row["metric"]) == key]
-        if len(chosen) > 1:
-            series.append(_series(f"{metric} on {valid}", [row["step"] for row in chosen], chosen))
-    if len(series) < 2:
+    trained = logs[logs["method"] == RL].dropna(subset=["pass_rate"]) if "pass_rate" in logs else logs[:0]
+    rates = [Series("training pass rate", list(trained["step"]), list(100 * trained["pass_rate"]), colour="#7d838c")
+             ] if len(trained) else []  # fmt: skip
+    here = rows[(rows["set"] == valid) & (rows["method"] == RL) & rows["metric"].isin(wanted)]
+    measured = [
+        line for line in _series(here.assign(metric=here["metric"] + f" on {valid}"), "metric") if len(line.x) > 1
+    ]
+    if len(rates) + len(measured) < 2:
         return []
     caption = f"RL alone: the pass rate that it trains on, and what it is worth on {valid}."
-    return [lines("overfitting", "RL alone: training and validation", caption, series, y_label="%", number="1")]
+    title = "RL alone: training and validation"
+    return [lines("overfitting", title, caption, rates + measured, y_label="%", number="1")]

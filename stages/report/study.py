@@ -1,0 +1,152 @@
+"""What a report is made from, read once and held in frames.
+
+    scores    a row a set, policy and problem: set, policy, problem_id, num_samples, then a column a metric (fractions)
+    logs      a row a training step: phase ("RLoop 2: RL"), method, step (from the base), then the columns of log.tsv
+    settings  a row a manifest and parameter: stage, parameter, value, run
+
+What is not there, or not on the line from the base (core/lineage.py), is named in `left_out`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.core import metrics
+from stages.core.errors import InputError
+from stages.core.lineage import Line, chosen
+from stages.core.outputs import read_json
+from stages.core.runs import (
+    RL,
+    RLOOP,
+    Evaluation,
+    Place,
+    evals_below,
+    find_evals,
+    num_steps,
+    places,
+    read_evals,
+    root_of,
+)
+from stages.core.tabular import read_tsv
+
+KEYS = ["set", "policy", "problem_id", "num_samples"]
+
+
+@dataclass
+class Study:
+    """A directory of runs as far as it has come; `left_out` grows by a line for everything that is not shown."""
+
+    runs: Path
+    line: Line
+    evaluations: dict[str, Evaluation]
+    places: list[Place]
+    num_samples: int
+    left_out: list[str]
+
+    def scores(self, ks: Sequence[int]) -> pd.DataFrame:
+        """Every metric of every policy on every problem."""
+        frames = [
+            pd.DataFrame(
+                {"set": name, "policy": policy}
+                | {key: [result[key] for result in results] for key in KEYS[2:]}  # type: ignore[literal-required]
+                | metrics.per_problem(results, ks, self.num_samples)
+            )
+            for name, evaluation in self.evaluations.items()
+            for policy, results in evaluation.results.items()
+        ]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=KEYS)
+
+    def logs(self) -> pd.DataFrame:
+        """The logs of RLoop's iterations end to end, and of RL alone; fine-tuning has no RL steps, and so no method."""
+        frames, offset = [], 0
+        for iteration in self.line.iterations():
+            run = self.runs / str(iteration) / "rl"
+            frames += self._log(run, f"{RLOOP} {iteration}: RL", RLOOP, offset)
+            offset += num_steps(run) if self.line.stands(run) else 0
+            tuned = self.runs / str(iteration) / "policy"
+            if read_json(tuned / "manifest.json").get("stage") == "rft":
+                frames += self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)
+        frames += self._log(self.runs / "vanilla" / "rl", f"{RL}, all steps", RL, 0)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["phase", "method", "step"])
+
+    def _log(self, run: Path, phase: str, method: str, offset: int) -> list[pd.DataFrame]:
+        rows = read_tsv(run / "log.tsv") if self.line.stands(run) else []
+        frame = pd.DataFrame(rows).assign(phase=phase, method=method)
+        if not rows or "step" not in frame:
+            return []
+        if not method:  # rft's log has no tokens, and its seconds are all update
+            num_tokens = read_json(run / "metrics.json").get("num_tokens")
+            frame["update_tokens"] = num_tokens / len(rows) if num_tokens is not None else None
+            frame["update_s"] = frame.get("seconds")
+        return [frame.assign(step=frame["step"] + offset)]
+
+    def settings(self) -> pd.DataFrame:
+        """The parameters and versions of every manifest that is on the line."""
+        rows = []
+        for path in self._manifests():
+            manifest = read_json(path)
+            run = path.relative_to(self.runs).as_posix().removesuffix("manifest.json").rstrip("/.")
+            versions = {f"version of {name}": value for name, value in (manifest.get("versions") or {}).items()}
+            for name, value in ((manifest.get("parameters") or {}) | versions).items():
+                rows.append({"stage": manifest.get("stage", "?"), "parameter": name, "value": str(value), "run": run})
+        return pd.DataFrame(rows, columns=["stage", "parameter", "value", "run"])
+
+    def _manifests(self) -> Iterator[Path]:
+        for part, name in (("rl", "rl/"), ("examples.jsonl", "examples."), ("policy", "policy/")):
+            for path in sorted(self.runs.glob(f"*/{name}manifest.json")):
+                if self.line.stands(self.runs / path.relative_to(self.runs).parts[0] / part):
+                    yield path
+        yield from sorted((self.runs / "analysis").rglob("manifest.json"))
+        for path in sorted((self.runs / "eval").rglob("manifest.json")):
+            if any(home.is_relative_to(path.parent) for home in self._homes()):
+                yield path
+
+    def _homes(self) -> dict[Path, None]:
+        return dict.fromkeys(home for each in self.evaluations.values() for home in each.homes.values())
+
+    def unequal(self) -> list[str]:
+        """What keeps the figures from being like for like: settings of evaluations, numbers of steps."""
+        found = self.line.unequal(self._homes())
+        alone = self.runs / "vanilla" / "rl"
+        of_rloop = sum(num_steps(self.runs / str(iteration) / "rl") for iteration in self.line.iterations())
+        of_rl = num_steps(alone) if self.line.stands(alone) else 0
+        if of_rl and of_rloop and of_rl != of_rloop:
+            found += [f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"]
+        return found
+
+    def stale(self, directory: Path, content: dict[str, Any]) -> str:
+        """Why a file of an analysis is not shown: it was made from other evaluations, or tells of what is not here."""
+        for path, digest in (read_json(directory / "manifest.json").get("inputs") or {}).items():
+            if self.line.changed(path, digest):
+                return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
+        policies = [*content.get("policies", ()), *(row.get("policy", "") for row in content.get("steps", ()))]
+        named = (policy for several in policies for policy in several.split(" | "))
+        return next((fault for policy in named if (fault := self.line.fault_of_policy(policy))), "")
+
+
+def read(named: str, evals: Sequence[str], valid: str, iterations: str, needed: bool) -> Study:
+    """Read what there is; without any evaluation, an InputError where they are `needed`, and else a line in `left_out`.
+
+    The directory of runs is the one `named`, else the one that the evaluations lie in, else the one beside them.
+    """
+    runs = Path(named or "runs") if named or not evals else root_of(find_evals(evals)) or Path(evals[0]).parent
+    if not evals and not runs.is_dir():
+        raise InputError(f"{runs}: no such directory; name a directory of runs")
+    left_out, directories = [], []
+    if evals or needed or evals_below(runs / "eval"):
+        directories = find_evals(evals or [runs / "eval"])
+    else:
+        left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
+    line = Line(runs if runs.is_dir() else None, directories, chosen(iterations))
+    found = read_evals(directories, line.keeps)
+    evaluations = {name: found[name] for name in sorted(found, key=lambda name: (name != valid, name))}
+    if evaluations and valid not in evaluations:
+        others = ", ".join(evaluations)
+        left_out.append(f"all by the validation set: no evaluation of {valid} (--valid), only of {others}")
+    results = [results for each in evaluations.values() for results in each.results.values()]
+    policies = dict.fromkeys(policy for each in evaluations.values() for policy in each.results)
+    num_samples = min((result["num_samples"] for each in results for result in each), default=0)
+    return Study(runs, line, evaluations, places(policies, runs, line.bases), num_samples, [*line.left_out, *left_out])
