@@ -37,10 +37,10 @@ from stages.core.lifetime import StopSignal
 from stages.core.rollouts import Prompt, make_prompts
 from stages.core.templates import load
 from stages.core.verifier import Batch, Score, Verifier
-from stages.rl import Knobs
+from stages.rl import Options
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
-from stages.rl.trainer import Objective, TokenRollout, Trainer, UpdateStats
+from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
 from stages.toy import arithmetic, pretrain
 
 PHASES = ("generate", "verify", "update", "hand-over", "rest")
@@ -301,29 +301,29 @@ def speed(found: Totals, phase: str) -> float:
 
 def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals], list[float]]:
     """All sides in turn, round after round."""
-    knobs = Knobs(
+    settings = Options(
         steps=options.steps + 1,
         problems_per_step=options.problems,
         group_size=options.group_size,
         max_tokens=options.max_tokens,
         overlong_buffer=0,
         minibatches=1,
+        weight_decay=0.0,
         tokens_per_microbatch=options.tokens_per_microbatch,
         checkpoint_every=NEVER,
         save_every=NEVER,
     )
-    objective = Objective(0.2, 0.28, knobs.importance_cap, knobs.max_grad_norm, 1, knobs.tokens_per_microbatch)
     prompts = ready_prompts(path, options.problems * (options.steps + 1), options.max_tokens)
     accelerator = Accelerator(cpu=True)
     engine = VllmEngine(path, max_model_len=options.max_tokens + 64, dtype="float32")
-    trainer = CountingTrainer(path, accelerator, objective)
+    trainer = CountingTrainer(path, accelerator, settings)
     sampling = Sampling(options.group_size, options.max_tokens)
     found: dict[str, Totals] = {name: Counter() for name in ("rloop", "bare", "TRL generate", "TRL continuous")}
     peaks = []
     with HalfRightVerifier() as verifier:
         for _ in range(options.rounds):
             peaks.append(matmul_peak())
-            explorer = Explorer(knobs, accelerator, engine, verifier, trainer, prompts, sampling)
+            explorer = Explorer(settings, accelerator, engine, verifier, trainer, prompts, sampling)
             found["rloop"].update(ours(explorer, trainer))
             found["bare"].update(bare(engine, prompts, options.group_size, options.max_tokens, options.steps + 1))
             for mode in ("generate", "continuous"):

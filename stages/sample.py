@@ -21,7 +21,7 @@ def run(
     problems: Annotated[Path, "problems to ask (JSONL); - is stdin", PLACE],
     out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PLACE],
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16,
-    knobs: sampling.Knobs,
+    options: sampling.Options,
 ) -> None:
     """Draw groups of rollouts from one policy or several, and score them.
 
@@ -34,9 +34,9 @@ def run(
     if str(out) != "-":
         outputs.refuse_no_file(out)
         outputs.refuse_occupied(out)
-    plan = sampling.plan(policy, [problems], num_samples, knobs)
+    plan = sampling.plan(policy, [problems], num_samples, options)
     sampling.warn_of_templates(plan)
     if plan.left_out:
         warn(f"{len(plan.left_out)} problems are too long for the policy's context: {tabular.some(plan.left_out)}")
-    with outputs.claimed(out), Verifier(bare=knobs.bare) as verifier:
+    with outputs.claimed(out), Verifier(bare=options.bare) as verifier:
         jsonl.write(out, sampling.rollouts(plan, plan.start_engine, verifier))

@@ -108,7 +108,7 @@ class Trial:
         from stages import rft
 
         for start, policy, answers in zip(self.starts, self.policies, ("78", "87"), strict=True):
-            how = rft.Knobs(lr=3e-3, epochs=6, batch_size=16)
+            how = rft.Options(lr=3e-3, epochs=6, batch_size=16)
             rft.run(str(start), self.place / f"{answers}.jsonl", policy, how)
             rows = [line.split("\t") for line in (policy / "log.tsv").read_text().splitlines()]
             losses = [float(row[rows[0].index("loss")]) for row in rows[1:]]
@@ -120,22 +120,22 @@ class Trial:
     def sample(self) -> str:
         """Greedy completions are those of transformers, of the first policy and of the one after it."""
         from stages import sample
-        from stages.core.sampling import Knobs
+        from stages.core.sampling import Options
 
-        how = Knobs(template="none", max_tokens=12, temperature=0.0, limit=8)
+        how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)
         out = self.place / "sampled.jsonl"
-        sample.run(policy=list(map(str, self.policies)), problems=self.problems, out=out, num_samples=1, knobs=how)
+        sample.run(policy=list(map(str, self.policies)), problems=self.problems, out=out, num_samples=1, options=how)
         return self._compare(list(records.read(out, records.Rollout)))
 
     def eval(self) -> str:
         """As `sample`."""
         from stages import eval as stage
-        from stages.core.sampling import Knobs
+        from stages.core.sampling import Options
 
-        how = Knobs(template="none", max_tokens=12, temperature=0.0, limit=8)
+        how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)
         out = self.place / "eval"
         stage.run(
-            policy=list(map(str, self.policies)), problems=[self.problems], out=out, num_samples=1, k=[1], knobs=how
+            policy=list(map(str, self.policies)), problems=[self.problems], out=out, num_samples=1, k=[1], options=how
         )
         return self._compare(list(records.read(out / "rollouts.jsonl", records.Rollout)))
 
@@ -144,7 +144,7 @@ class Trial:
         from stages import rl
         from stages.rl.rundir import RunDir
 
-        how = rl.Knobs(steps=2, problems_per_step=8, group_size=8, max_tokens=12, overlong_buffer=0, template="none",
+        how = rl.Options(steps=2, problems_per_step=8, group_size=8, max_tokens=12, overlong_buffer=0, template="none",
                        minibatches=2, lr=1e-3, warmup_steps=0, max_rounds=3)  # fmt: skip
         out = self.place / "rl"
         rl.run(str(self.policies[0]), self.problems, out, how)

@@ -8,10 +8,10 @@ from stages import eval as evaluation
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
 from stages.core.provenance import Identity
-from stages.core.sampling import Knobs
+from stages.core.sampling import Options
 
 STEPS = 2
-KNOBS = Knobs(template="none", max_tokens=32)
+OPTIONS = Options(template="none", max_tokens=32)
 _versions = itertools.count()
 
 
@@ -95,5 +95,5 @@ class Runs:
         shutil.rmtree(f"runs/eval/{name}", ignore_errors=True)
         evaluation.run(
             policy=list(policies), problems=[Path(problems)], out=Path(f"runs/eval/{name}"), num_samples=4, k=[2],
-            knobs=KNOBS,
+            options=OPTIONS,
         )  # fmt: skip

@@ -9,6 +9,7 @@ goes its usual way from what the launcher puts into the environment.
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,11 +55,11 @@ def numbers(policy: str, out: str) -> None:
 
 
 def numbers_of(policy: str, state: Path, kind: str, dtype: str) -> dict:
-    from tests.test_trainer import OBJECTIVE, some_rollouts
+    from tests.test_trainer import OPTIONS, some_rollouts
 
-    accelerator = rl._accelerator(rl.Knobs(dtype=dtype), Path())
+    accelerator = rl._accelerator(rl.Options(dtype=dtype), Path())
     assert accelerator.num_processes == 2
-    trainer = Trainer(Path(policy), accelerator, OBJECTIVE, gradient_checkpointing=True)
+    trainer = Trainer(Path(policy), accelerator, replace(OPTIONS, gradient_checkpointing=True))
     sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
     assert sharded == (kind == "fsdp2")
     group = torch.distributed.group.WORLD._get_backend(accelerator.device)

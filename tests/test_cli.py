@@ -159,7 +159,7 @@ def test_rloop_alone_shows_the_commands():
     assert all(f"\n  {stage} " in run.stdout for stage in STAGES)
 
 
-def test_a_knob_out_of_bounds_is_one_line_too():
+def test_a_option_out_of_bounds_is_one_line_too():
     run = CliRunner().invoke(app, ["rft", "--policy", "p", "--examples", "e", "--out", "o", "--epochs", "0"])
     assert (run.exit_code, run.output) == (2, "rloop: --epochs 0: must be at least 1\n")
 

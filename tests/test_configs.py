@@ -54,11 +54,11 @@ def test_the_iterations_are_chained_and_vanilla_has_as_many_steps(path):
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
-def test_rl_and_eval_ask_with_the_same_template_and_the_knobs_hold_together(path):
-    from stages.rl import Knobs
+def test_rl_and_eval_ask_with_the_same_template_and_the_options_hold_together(path):
+    from stages.rl import Options
 
     params = yaml.safe_load(path.read_text())
-    Knobs(**params["rl"])
+    Options(**params["rl"])
     assert params["rl"]["template"] == params["eval"]["template"]
     assert max(params["eval"]["k"]) <= params["eval"]["num_samples"]
     valid = {params["analyze"]["set"], params["report"]["valid"], Path(params["sets"]["problems"][0]).stem}

@@ -15,12 +15,12 @@ from stages import eval as evaluation_stage
 from stages.core import jsonl, metrics, records, sampling, verifier
 from stages.core.errors import InputError
 from stages.core.records import Result, Rollout
-from stages.core.sampling import Knobs, Plan
+from stages.core.sampling import Options, Plan
 from stages.eval import scoring
 from stages.eval.partial import Groups
 from tests.scripted import ScriptedEngine
 
-KNOBS = Knobs(template="none", max_tokens=32)
+OPTIONS = Options(template="none", max_tokens=32)
 NUM_PROBLEMS = 12
 
 
@@ -53,11 +53,11 @@ class Started(list):
         return self[-1]
 
 
-def run(policies, problems, out, num_samples=4, k=(1, 4), select="", knobs=KNOBS, regrade=None):
+def run(policies, problems, out, num_samples=4, k=(1, 4), select="", options=OPTIONS, regrade=None):
     files = problems if isinstance(problems, list) else [problems]
     evaluation_stage.run(
         policy=[str(policy) for policy in policies], problems=files, out=out, regrade=regrade, num_samples=num_samples,
-        k=list(k), select=select, knobs=knobs,
+        k=list(k), select=select, options=options,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_the_samples_of_a_problem_do_not_depend_on_its_place_or_company(
 
 def test_another_seed_draws_other_samples(engines, tiny_policy, problems, tmp_path):
     run([tiny_policy], problems, tmp_path / "zero")
-    run([tiny_policy], problems, tmp_path / "one", knobs=Knobs(template="none", max_tokens=32, seed=1))
+    run([tiny_policy], problems, tmp_path / "one", options=Options(template="none", max_tokens=32, seed=1))
     assert samples(read(tmp_path / "zero")) != samples(read(tmp_path / "one"))
 
 
@@ -173,7 +173,7 @@ def test_an_interrupted_call_is_not_mixed_with_another(interrupted, tiny_policy,
     with pytest.raises(
         InputError, match=r"max_tokens was 32, is now 16. Repeat it as it was begun, or remove .*\.partial"
     ):
-        run([tiny_policy], problems, tmp_path / "out", knobs=Knobs(template="none", max_tokens=16))
+        run([tiny_policy], problems, tmp_path / "out", options=Options(template="none", max_tokens=16))
     with pytest.raises(InputError, match="num_samples was 4, is now 5"):
         run([tiny_policy], problems, tmp_path / "out", num_samples=5)
 
@@ -193,7 +193,7 @@ def test_problems_that_changed_are_drawn_anew(interrupted, tiny_policy, problems
 def test_a_finished_call_is_not_repeated_and_another_is_refused(engines, tiny_policy, problems, tmp_path, capsys):
     run([tiny_policy], problems, tmp_path / "out")
     before = (tmp_path / "out/manifest.json").read_bytes()
-    run([tiny_policy], problems, tmp_path / "out", knobs=Knobs(template="none", max_tokens=32, memory_fraction=0.5))
+    run([tiny_policy], problems, tmp_path / "out", options=Options(template="none", max_tokens=32, memory_fraction=0.5))
     assert "already done" in capsys.readouterr().out
     assert len(engines) == 1 and (tmp_path / "out/manifest.json").read_bytes() == before
     with pytest.raises(InputError, match="already holds something"):
@@ -328,7 +328,7 @@ def test_grading_again_shows_which_verdicts_and_metrics_changed(engines, tiny_po
 
 def test_bare_answers_count_only_where_they_are_asked_for(engines, tiny_policy, problems, tmp_path):
     run([tiny_policy], problems, tmp_path / "out")
-    run([], [], tmp_path / "bare", regrade=tmp_path / "out", knobs=Knobs(bare=True))
+    run([], [], tmp_path / "bare", regrade=tmp_path / "out", options=Options(bare=True))
     strict, bare = (load(tmp_path / name / "metrics.json")["policies"][str(tiny_policy)] for name in ("out", "bare"))
     assert strict["no_answer"]["value"] > 0.1 > bare["no_answer"]["value"]
     assert bare["avg@4"]["value"] > strict["avg@4"]["value"]
@@ -365,7 +365,7 @@ def test_killed_and_repeated_the_real_thing_gives_what_it_gives_at_once(tiny_pol
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pass@8" in done.stdout
-    plan = sampling.plan([str(tiny_policy)], [problems], 16, Knobs(template="none", max_tokens=80))
+    plan = sampling.plan([str(tiny_policy)], [problems], 16, Options(template="none", max_tokens=80))
     evaluation_stage.evaluate(plan, [problems], tmp_path / "once", {"k": [8], "select": ""}, lambda path: engine)
     resumed, once = samples(read(tmp_path / "out")), samples(read(tmp_path / "once"))
     assert resumed.keys() == once.keys()

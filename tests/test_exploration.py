@@ -13,7 +13,7 @@ from stages.core.lifetime import Stopped, StopSignal
 from stages.core.provenance import Identity
 from stages.core.rollouts import Prompt
 from stages.core.verifier import Verifier
-from stages.rl import Knobs
+from stages.rl import Options
 from stages.rl import explorer as explorer_module
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
@@ -80,9 +80,9 @@ class RecordingTrainer:
     save_state = load_state = lambda self, path: None
 
 
-def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, start_mismatch=0.0, **knobs):
-    knobs = Knobs(**{"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0,
-                     "max_rounds": 3, **knobs})  # fmt: skip
+def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, start_mismatch=0.0, **options):
+    options = Options(**{"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0,
+                     "max_rounds": 3, **options})  # fmt: skip
     prompts = [
         Prompt({"id": f"p{i}", "problem": "", "answer": "7", "source": ""}, "", [i]) for i in range(num_problems)
     ]
@@ -91,7 +91,7 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
     assert directory.resume_step() == done
     trainer.engine = engine
     with Verifier() as verifier:
-        explorer = Explorer(knobs, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))
+        explorer = Explorer(options, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))
         explorer.start_mismatch = start_mismatch
         explorer.run(directory, stop or StopSignal(), done, "start")
     written = [
@@ -287,12 +287,12 @@ class RowTrainer:
         return [torch.tensor([2.0, 0.0, 1.0]).log_softmax(-1) + off for _ in rollouts]
 
 
-def check(takes, error=0.0, precision="no", is_main=True, **knobs):
-    knobs = Knobs(group_size=GROUP, max_tokens=8, overlong_buffer=0, **knobs)
+def check(takes, error=0.0, precision="no", is_main=True, **options):
+    options = Options(group_size=GROUP, max_tokens=8, overlong_buffer=0, **options)
     prompts = [Prompt({"id": "p", "problem": "", "answer": "7", "source": ""}, "", [0])]
     ranks = SimpleNamespace(mixed_precision=precision, is_main_process=is_main, num_processes=1)
     sampling = Sampling(GROUP, 8)
-    return Explorer(knobs, ranks, TakingEngine(takes), None, RowTrainer(error), prompts, sampling).check_hand_over()
+    return Explorer(options, ranks, TakingEngine(takes), None, RowTrainer(error), prompts, sampling).check_hand_over()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

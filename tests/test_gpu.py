@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from stages import rl
 from stages.core import jsonl
 from stages.rl.trainer import TokenRollout, Trainer
 from tests.ranks import ROOT
-from tests.test_trainer import OBJECTIVE
+from tests.test_trainer import OPTIONS
 
 GIB = 2**30
 SHARE = 0.2  # of the GPU's memory, for the engine
@@ -39,11 +40,11 @@ def pair(policy):
     from stages.core.engine import VllmEngine
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = rl._accelerator(rl.Knobs(dtype="bfloat16"), Path())
+    accelerator = rl._accelerator(rl.Options(dtype="bfloat16"), Path())
     engine = VllmEngine(
         policy, max_model_len=96, dtype="bfloat16", memory_fraction=SHARE, sleeps=True, empty=True
     )  # fmt: skip
-    trainer = Trainer(policy, accelerator, OBJECTIVE, gradient_checkpointing=True)
+    trainer = Trainer(policy, accelerator, replace(OPTIONS, gradient_checkpointing=True))
     engine.load(trainer.weights())
     return engine, trainer
 

@@ -12,7 +12,7 @@ from stages.core.errors import InputError
 from stages.core.options import (
     PLACE,
     WITHOUT_EFFECT,
-    Options,
+    OptionGroup,
     above,
     at_least,
     at_most,
@@ -25,7 +25,7 @@ from stages.core.options import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Some(Options):
+class Some(OptionGroup):
     share: Annotated[float, "a share", above(0), at_most(1)] = 0.5
     kind: Annotated[str, "a kind", one_of("big", "small")] = "big"
     threads: Annotated[int, "how many at once", at_least(1), WITHOUT_EFFECT] = 1

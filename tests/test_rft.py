@@ -118,7 +118,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line_to_the_last_sha
 
 
 @pytest.mark.parametrize(
-    ("knobs", "fault"),
+    ("options", "fault"),
     [
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
@@ -128,9 +128,9 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line_to_the_last_sha
         ({"dtype": "float16"}, "--dtype float16: must be one of auto, float32, bfloat16"),
     ],
 )
-def test_a_knob_out_of_its_bounds_is_refused_by_its_flag(knobs, fault):
+def test_a_option_out_of_its_bounds_is_refused_by_its_flag(options, fault):
     with pytest.raises(InputError, match=fault):
-        rft.Knobs(**knobs)
+        rft.Options(**options)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def files(tmp_path_factory):
     return SimpleNamespace(root=root, policy=str(root / "policy"), examples=root / "examples.jsonl")
 
 
-def tune(files, out, **knobs):
-    rft.run(files.policy, files.examples, out, rft.Knobs(**({"batch_size": 8, "lr": 3e-3} | knobs)))
+def tune(files, out, **options):
+    rft.run(files.policy, files.examples, out, rft.Options(**({"batch_size": 8, "lr": 3e-3} | options)))
     return out
 
 
@@ -358,7 +358,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         (good, tmp_path / "out", "no such directory"),
     ]:
         with pytest.raises(InputError, match=fault):
-            rft.run(str(tmp_path / "nowhere"), examples, out, rft.Knobs())
+            rft.run(str(tmp_path / "nowhere"), examples, out, rft.Options())
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -377,4 +377,4 @@ def test_a_pad_token_outside_the_vocabulary_does_not_matter(files, tuned):
 @pytest.mark.slow
 def test_more_tokens_than_the_context_are_refused(files):
     with pytest.raises(InputError, match="--max-tokens 65 is beyond the policy's context of 64"):
-        rft.run(files.policy, files.examples, files.root / "long", rft.Knobs(max_tokens=65))
+        rft.run(files.policy, files.examples, files.root / "long", rft.Options(max_tokens=65))

@@ -17,7 +17,7 @@ from rloop_cli import warm
 from stages.core import jsonl, lifetime, records
 from stages.core.engine import VllmEngine
 from stages.core.errors import InputError
-from stages.rl import Knobs
+from stages.rl import Options
 from stages.rl.rundir import RunDir
 from tests import ranks
 
@@ -191,7 +191,7 @@ def test_what_a_run_holds_is_neither_mixed_nor_lost_and_the_refusal_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("knob", "message"),
+    ("option", "message"),
     [
         ({"group_size": 1}, "--group-size 1"),
         ({"steps": 0}, "--steps 0"),
@@ -206,16 +206,16 @@ def test_what_a_run_holds_is_neither_mixed_nor_lost_and_the_refusal_is_one_line(
         ({"memory_fraction": 7.0}, "--memory-fraction 7.0"),
     ],
 )
-def test_a_knob_that_can_not_work_is_refused_in_its_own_name(knob, message):
+def test_a_option_that_can_not_work_is_refused_in_its_own_name(option, message):
     with pytest.raises(InputError, match=message):
-        Knobs(**knob)
+        Options(**option)
 
 
 def test_max_tokens_beyond_the_context_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):
     from stages.rl import run as rl
 
     with pytest.raises(InputError, match="--max-tokens 5000 does not fit the policy's context"):
-        rl(str(tiny_policy), easy, tmp_path / "rl", Knobs(max_tokens=5000, template="none"))
+        rl(str(tiny_policy), easy, tmp_path / "rl", Options(max_tokens=5000, template="none"))
     assert not (tmp_path / "rl").exists()
 
 
@@ -226,7 +226,7 @@ def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_po
     config = json.loads((policy / "config.json").read_text())
     (policy / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
     with pytest.raises(InputError, match=r"has shape .* config\.json asks for"):
-        rl(str(policy), easy, tmp_path / "rl", Knobs(max_tokens=32, overlong_buffer=0, template="none"))
+        rl(str(policy), easy, tmp_path / "rl", Options(max_tokens=32, overlong_buffer=0, template="none"))
     assert not (tmp_path / "rl").exists()
 
 

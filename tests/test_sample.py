@@ -10,11 +10,11 @@ from stages import sample
 from stages.core import jsonl, records, sampling
 from stages.core.errors import InputError
 from stages.core.records import Rollout
-from stages.core.sampling import Knobs, Plan
+from stages.core.sampling import Options, Plan
 from stages.core.verifier import Verifier
 from tests.scripted import ScriptedEngine
 
-KNOBS = Knobs(template="none", max_tokens=32)
+OPTIONS = Options(template="none", max_tokens=32)
 
 
 def problem(number):
@@ -101,12 +101,12 @@ def drop_tokenizer(policy):
 def test_a_broken_policy_is_refused_in_one_line(copied, problems, damage, message):
     damage(copied)
     with pytest.raises(InputError, match=message) as error:
-        sampling.plan([str(copied)], [problems], 2, KNOBS)
+        sampling.plan([str(copied)], [problems], 2, OPTIONS)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "num_samples", "message"),
+    ("options", "num_samples", "message"),
     [
         ({"max_tokens": 128}, 2, "does not fit the policy's context of 128"),
         ({"max_tokens": 0}, 2, "--max-tokens 0: must be at least 1"),
@@ -119,14 +119,14 @@ def test_a_broken_policy_is_refused_in_one_line(copied, problems, damage, messag
         ({"template": "chat"}, 2, "no chat template"),
     ],
 )
-def test_a_knob_that_cannot_be_is_refused(tiny_policy, problems, tmp_path, knobs, num_samples, message):
+def test_a_option_that_cannot_be_is_refused(tiny_policy, problems, tmp_path, options, num_samples, message):
     with pytest.raises(InputError, match=message):
         sample.run(
             policy=[str(tiny_policy)],
             problems=problems,
             out=tmp_path / "out.jsonl",
             num_samples=num_samples,
-            knobs=replace(KNOBS, **knobs),
+            options=replace(OPTIONS, **options),
         )
 
 
@@ -142,12 +142,12 @@ def test_a_broken_file_of_problems_is_refused(tiny_policy, tmp_path, lines, mess
     path = tmp_path / "broken.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match=message):
-        sampling.plan([str(tiny_policy)], [path], 2, KNOBS)
+        sampling.plan([str(tiny_policy)], [path], 2, OPTIONS)
 
 
 def test_two_sets_of_one_name_are_refused(tiny_policy, problems):
     with pytest.raises(InputError, match="already a set called sums"):
-        sampling.plan([str(tiny_policy)], [problems, problems], 2, KNOBS)
+        sampling.plan([str(tiny_policy)], [problems, problems], 2, OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -159,24 +159,24 @@ def test_two_sets_of_one_name_are_refused(tiny_policy, problems):
 )
 def test_policies_that_cannot_take_each_others_place_are_refused(tiny_policy, make_policy, problems, other, message):
     with pytest.raises(InputError, match=f"cannot share one engine: {message}"):
-        sampling.plan([str(tiny_policy), str(make_policy(**other))], [problems], 2, KNOBS)
+        sampling.plan([str(tiny_policy), str(make_policy(**other))], [problems], 2, OPTIONS)
 
 
 def test_policies_with_other_end_tokens_are_refused(tiny_policy, copied, problems):
     edit_json(copied / "generation_config.json", eos_token_id=[65, 3])
     with pytest.raises(InputError, match="end tokens are"):
-        sampling.plan([str(tiny_policy), str(copied)], [problems], 2, KNOBS)
+        sampling.plan([str(tiny_policy), str(copied)], [problems], 2, OPTIONS)
 
 
 def test_a_policy_named_twice_is_refused(tiny_policy, problems):
     with pytest.raises(InputError, match="named twice"):
-        sampling.plan([str(tiny_policy), f"{tiny_policy}/"], [problems], 2, KNOBS)
+        sampling.plan([str(tiny_policy), f"{tiny_policy}/"], [problems], 2, OPTIONS)
 
 
 def test_a_directory_of_checkpoints_stands_for_all_of_them(tiny_policy, tied_policy, tmp_path, problems):
     for step, policy in (("step_000020", tied_policy), ("step_000003", tiny_policy)):
         shutil.copytree(policy, tmp_path / "checkpoints" / step)
-    plan = sampling.plan([f"{tmp_path}/checkpoints/"], [problems], 2, KNOBS)
+    plan = sampling.plan([f"{tmp_path}/checkpoints/"], [problems], 2, OPTIONS)
     assert list(plan.policies) == [f"{tmp_path}/checkpoints/step_000003", f"{tmp_path}/checkpoints/step_000020"]
 
 
@@ -184,7 +184,7 @@ def test_a_directory_of_checkpoints_stands_for_all_of_them(tiny_policy, tied_pol
 def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, problems, capsys, place):
     policy = tmp_path / "rl/checkpoints/step_000001"
     shutil.copytree(copied, policy)
-    plan = sampling.plan([str(policy)], [problems], 2, KNOBS)
+    plan = sampling.plan([str(policy)], [problems], 2, OPTIONS)
     manifest = policy / place / "manifest.json"
     manifest.write_text(json.dumps({"template_digest": plan.template.digest}))
     sampling.warn_of_templates(plan)
@@ -195,7 +195,7 @@ def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, p
 
 
 def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy, problems):
-    plan = sampling.plan([str(tiny_policy), str(other_policy)], [problems], 3, KNOBS)
+    plan = sampling.plan([str(tiny_policy), str(other_policy)], [problems], 3, OPTIONS)
     starts = []
     with Verifier() as verifier:
         rollouts = list(sampling.rollouts(plan, lambda path: starts.append(path) or ScriptedEngine(path), verifier))
@@ -207,7 +207,7 @@ def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy,
 
 
 def test_many_problems_are_drawn_in_parts_without_changing_a_sample(tiny_policy, problems, monkeypatch):
-    plan = sampling.plan([str(tiny_policy)], [problems], 3, KNOBS)
+    plan = sampling.plan([str(tiny_policy)], [problems], 3, OPTIONS)
     with Verifier() as verifier:
         whole = list(sampling.rollouts(plan, ScriptedEngine, verifier))
         monkeypatch.setattr(sampling, "MAX_COMPLETIONS", 7)
@@ -219,11 +219,11 @@ def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, 
     with problems.open("a") as file:
         file.write(json.dumps(problem(6) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
     monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
-    sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", num_samples=2, knobs=KNOBS)
+    sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", num_samples=2, options=OPTIONS)
     assert len(list(records.read(tmp_path / "out.jsonl", Rollout))) == 12
     assert "1 problems are too long for the policy's context: long" in capsys.readouterr().err
     with pytest.raises(InputError, match="already holds something"):
-        sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", knobs=KNOBS)
+        sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", options=OPTIONS)
 
 
 @pytest.mark.parametrize(("fault", "num_starts"), [(None, 1), ("that is too much", 3)])
@@ -231,7 +231,7 @@ def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_star
     tiny_policy, make_policy, problems, capsys, fault, num_starts
 ):
     policies = [tiny_policy, make_policy(seed=3), make_policy(seed=4)]
-    plan = sampling.plan(list(map(str, policies)), [problems], 2, KNOBS)
+    plan = sampling.plan(list(map(str, policies)), [problems], 2, OPTIONS)
     engines = []
 
     def start(path):
@@ -242,7 +242,7 @@ def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_star
         drawn = list(sampling.rollouts(plan, start, verifier))
         expected = []
         for policy in policies:
-            alone = sampling.plan([str(policy)], [problems], 2, KNOBS)
+            alone = sampling.plan([str(policy)], [problems], 2, OPTIONS)
             expected += sampling.rollouts(alone, ScriptedEngine, verifier)
     assert drawn == expected
     assert len(engines) == num_starts
@@ -269,8 +269,8 @@ def test_the_real_engine_gives_a_policy_the_same_samples_alone_and_after_another
         return engine
 
     other = str(other_policy)
-    both = sampling.plan([str(tiny_policy), other], [problems], 8, KNOBS)
-    alone = sampling.plan([other], [problems], 8, KNOBS)
+    both = sampling.plan([str(tiny_policy), other], [problems], 8, OPTIONS)
+    alone = sampling.plan([other], [problems], 8, OPTIONS)
     with Verifier() as verifier:
         second = [r for r in sampling.rollouts(both, start, verifier) if r["policy"] == other]
         assert list(sampling.rollouts(alone, start, verifier)) == second

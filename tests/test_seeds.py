@@ -11,7 +11,7 @@ from stages.core.lifetime import StopSignal
 from stages.core.provenance import Identity
 from stages.core.rollouts import Prompt
 from stages.core.verifier import Verifier
-from stages.rl import Knobs
+from stages.rl import Options
 from stages.rl import explorer as explorer_module
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
@@ -107,7 +107,7 @@ def explore(tmp_path, monkeypatch):
         if not done:
             directory.begin(Identity("rl", {}, {}, {}), False)
         monkeypatch.setattr(explorer_module, "gather_object", lambda given: list(chain(*ranks.exchange(given))))
-        knobs = Knobs(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
+        options = Options(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
                       max_rounds=1, save_every=1, seed=seed)  # fmt: skip
         problems = [{"id": f"p{i}", "problem": "", "answer": "7", "source": ""} for i in range(NUM_PROBLEMS)]
         prompts = [Prompt(problem, "", [number]) for number, problem in enumerate(problems)]
@@ -116,7 +116,7 @@ def explore(tmp_path, monkeypatch):
         def work(rank):
             ranks.here.rank = rank
             with Verifier() as verifier:
-                explorer = Explorer(knobs, ranks.accelerator(rank), engines[rank], verifier, Trainer(), prompts,
+                explorer = Explorer(options, ranks.accelerator(rank), engines[rank], verifier, Trainer(), prompts,
                                     Sampling(GROUP, 8, log_probs=False), origin)  # fmt: skip
                 explorer.run(directory, StopSignal(), done, "start")
 

@@ -126,7 +126,7 @@ def test_easy_and_hard_problems_are_mixed_in_order(sets):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"num_test": 0}, "--num-test 0: must be at least 1"),
         ({"hard_frac": 1.5}, "--hard-frac 1.5: must be at most 1"),
@@ -134,9 +134,9 @@ def test_easy_and_hard_problems_are_mixed_in_order(sets):
         ({"pretrain_lr": 0.0}, "--pretrain-lr 0.0: must be above 0"),
     ],
 )
-def test_a_wrong_knob_is_named_and_leaves_nothing(tmp_path, knobs, message):
+def test_a_wrong_option_is_named_and_leaves_nothing(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        toy.run(out=str(tmp_path / "toy"), **knobs)
+        toy.run(out=str(tmp_path / "toy"), **options)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,12 +13,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from stages import rl
-from stages.rl.trainer import Objective, TokenRollout, Trainer, UpdateStats, without_dropout
+from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, without_dropout
 from tests import ranks
 
-OBJECTIVE = Objective(
-    clip_low=0.2, clip_high=0.28, importance_cap=2.0, max_grad_norm=1.0, minibatches=1, tokens_per_microbatch=4096
-)
+OPTIONS = rl.Options(minibatches=1, tokens_per_microbatch=4096, weight_decay=0.0)
 
 
 def some_rollouts(count, seed=0):
@@ -37,7 +35,7 @@ def gradient_of(trainer):
 
 
 def gradient_and_sums(policy, rollouts, **changes):
-    trainer = Trainer(policy, Accelerator(), replace(OBJECTIVE, **changes))
+    trainer = Trainer(policy, Accelerator(), replace(OPTIONS, **changes))
     sums = trainer.gradient(rollouts)
     return gradient_of(trainer), sums
 
@@ -83,7 +81,7 @@ def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_
 def test_old_log_probs_keep_the_ratio_when_a_step_has_several_updates(tiny_policy):
     """One update on two halves' worth of old log-probs equals the loss with ratios taken before the first update."""
     rollouts = some_rollouts(16)
-    trainer = Trainer(tiny_policy, Accelerator(), replace(OBJECTIVE, minibatches=2))
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, minibatches=2))
     before = trainer.log_probs(rollouts[8:])
     stats = trainer.update(rollouts, lr=1e-2)
     after = trainer.log_probs(rollouts[8:])
@@ -91,14 +89,14 @@ def test_old_log_probs_keep_the_ratio_when_a_step_has_several_updates(tiny_polic
     assert max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) > 0.01
     engine = [torch.tensor(rollout.engine_log_probs) for rollout in rollouts[8:]]
     mismatch = sum(float((own - theirs).abs().sum()) for own, theirs in zip(before, engine, strict=True))
-    first = Trainer(tiny_policy, Accelerator(), OBJECTIVE).gradient(rollouts[:8])
+    first = Trainer(tiny_policy, Accelerator(), OPTIONS).gradient(rollouts[:8])
     names = UpdateStats.SUMS
     assert stats.mismatch == pytest.approx(mismatch + float(first[names.index("mismatch")]), rel=1e-5)
     assert stats.clipped_low + stats.clipped_high > 0
 
 
 def test_a_non_finite_update_never_reaches_the_weights(tiny_policy):
-    trainer = Trainer(tiny_policy, Accelerator(), OBJECTIVE)
+    trainer = Trainer(tiny_policy, Accelerator(), OPTIONS)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     rollouts = some_rollouts(4)
     rollouts[2].advantage = float("inf")
@@ -109,7 +107,7 @@ def test_a_non_finite_update_never_reaches_the_weights(tiny_policy):
 
 
 def test_a_released_trainer_holds_no_gradients(tiny_policy):
-    trainer = Trainer(tiny_policy, Accelerator(), OBJECTIVE)
+    trainer = Trainer(tiny_policy, Accelerator(), OPTIONS)
     trainer.gradient(some_rollouts(4))
     assert all(parameter.grad is not None for parameter in trainer.model.parameters())
     trainer.release()
@@ -123,7 +121,7 @@ def test_loss_and_gradient_agree_with_trl(tiny_policy, tmp_path, old):
     from trl import GRPOConfig, GRPOTrainer
 
     rollouts = some_rollouts(16)
-    trainer = Trainer(tiny_policy, Accelerator(), replace(OBJECTIVE, importance_cap=0.0))
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, importance_cap=0.0))
     if old:
         generator = torch.Generator().manual_seed(0)
         for rollout, own in zip(rollouts, trainer.log_probs(rollouts), strict=True):
@@ -216,14 +214,14 @@ def flat(gradients):
 
 def trainer_in(dtype, policy):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Trainer(policy, rl._accelerator(rl.Knobs(dtype=dtype), Path()), OBJECTIVE)
+    return Trainer(policy, rl._accelerator(rl.Options(dtype=dtype), Path()), OPTIONS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, both_ranks, kind):
     found = both_ranks[0][kind, "float32"]
-    trainer = Trainer(tiny_policy, Accelerator(), OBJECTIVE)
+    trainer = Trainer(tiny_policy, Accelerator(), OPTIONS)
     sums = trainer.gradient(some_rollouts(31))
     assert close(flat(found["gradient"]), gradient_of(trainer), 1e-5)
     assert torch.allclose(found["sums"], sums, rtol=1e-5)

@@ -2,7 +2,7 @@
 
 A stage's `run`, and the dataclasses it takes, declare each option with its type, its help, its bounds or choices, its
 default, and whether it can change a result. From that one declaration come the command line with its help
-(`rloop_cli.app`), the check (`checked`, `Options`), and what identities and manifests name (`core.provenance`).
+(`rloop_cli.app`), the check (`checked`, `OptionGroup`), and what identities and manifests name (`core.provenance`).
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def values(run: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, _ in _defaults(inspect.unwrap(run)):
         value = given[name]
-        found |= dataclasses.asdict(value) if isinstance(value, Options) else {name.rstrip("_"): value}
+        found |= dataclasses.asdict(value) if isinstance(value, OptionGroup) else {name.rstrip("_"): value}
     return found
 
 
@@ -152,7 +152,7 @@ def checked(run: Callable[P, R]) -> Callable[P, R]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class OptionGroup:
     """A group of options that refuses what breaks a rule when it is made; stages derive theirs from it."""
 
     def __post_init__(self) -> None:

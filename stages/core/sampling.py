@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from stages.core import policies, records, templates
 from stages.core.engine import Engine, Sampling, VllmEngine, seed_of
 from stages.core.errors import InputError
-from stages.core.options import WITHOUT_EFFECT, Options, above, at_least, at_most, one_of
+from stages.core.options import WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, one_of
 from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
 from stages.core.records import Problem, Rollout
@@ -35,8 +35,8 @@ StartEngine = Callable[[Path], Engine]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs(Options):
-    """The knobs that sample and eval share."""
+class Options(OptionGroup):
+    """The options that sample and eval share."""
 
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
     temperature: Annotated[float, "sampling temperature", at_least(0)] = 1.0
@@ -67,7 +67,7 @@ class Plan:
     template: Template
     context: int
     sampling: Sampling
-    knobs: Knobs
+    options: Options
 
     @property
     def num_groups(self) -> int:
@@ -79,9 +79,9 @@ class Plan:
         longest = max(len(prompt.token_ids) for prompts in self.sets.values() for prompt in prompts)
         return VllmEngine(
             policy,
-            max_model_len=longest + self.knobs.max_tokens,
-            dtype=self.knobs.dtype,
-            memory_fraction=self.knobs.memory_fraction,
+            max_model_len=longest + self.options.max_tokens,
+            dtype=self.options.dtype,
+            memory_fraction=self.options.memory_fraction,
         )
 
     def parts(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Sampling]]:
@@ -89,7 +89,7 @@ class Plan:
         size = max(1, MAX_COMPLETIONS // self.sampling.num_samples)
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
-            seeds = [seed_of(self.knobs.seed, prompt.problem["id"]) for prompt in part]
+            seeds = [seed_of(self.options.seed, prompt.problem["id"]) for prompt in part]
             yield part, replace(self.sampling, seeds=seeds)
 
 
@@ -164,32 +164,32 @@ class Engines:
         return bool(self._can_swap)
 
 
-def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, knobs: Knobs) -> Plan:
+def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, options: Options) -> Plan:
     """Read and check all that sample or eval was asked for; an InputError for the first thing that is wrong."""
-    if knobs.temperature == 0 and num_samples > 1:
+    if options.temperature == 0 and num_samples > 1:
         raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
-    problems = _read_sets(problem_files, knobs.limit)
+    problems = _read_sets(problem_files, options.limit)
     paths = _resolve(names)
     tokenizers = {name: policies.load_tokenizer(path) for name, path in paths.items()}
     first = next(iter(paths))
     tokenizer, context = tokenizers[first], policies.context_length(paths[first])
-    template = templates.load(knobs.template, tokenizer)
+    template = templates.load(options.template, tokenizer)
     sets: dict[str, list[Prompt]] = {}
     left_out: list[str] = []
     for name, own in problems.items():
-        sets[name], too_long = make_prompts(own, template, tokenizer, knobs.max_tokens, context)
+        sets[name], too_long = make_prompts(own, template, tokenizer, options.max_tokens, context)
         left_out += too_long
     _check_alike(paths, tokenizers, template, [prompt for prompts in sets.values() for prompt in prompts])
     stop_token_ids, stop = template.end_tokens(tokenizer)
     sampling = Sampling(
         num_samples,
-        knobs.max_tokens,
-        knobs.temperature,
+        options.max_tokens,
+        options.temperature,
         stop=tuple(stop),
         stop_token_ids=tuple(stop_token_ids),
         log_probs=False,
     )
-    return Plan(paths, sets, left_out, template, context, sampling, knobs)
+    return Plan(paths, sets, left_out, template, context, sampling, options)
 
 
 def _read_sets(files: Sequence[Path], limit: int) -> dict[str, list[Problem]]:

@@ -44,7 +44,7 @@ def run(
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
     select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
-    knobs: sampling.Knobs,
+    options: sampling.Options,
 ) -> None:
     """Evaluate policies: avg@k and pass@k with their intervals, and which differences between policies are real.
 
@@ -61,16 +61,16 @@ def run(
     given = locals()
     outputs.refuse_unwritable(out)
     if regrade is not None:
-        if policy or problems or knobs.limit:
+        if policy or problems or options.limit:
             raise InputError("--regrade draws nothing: leave out --policy, --problems and --limit")
-        regrade_rollouts(regrade, out, k, select, knobs.bare)
+        regrade_rollouts(regrade, out, k, select, options.bare)
         return
     if not problems:
         raise InputError("--problems is missing: name at least one file of problems")
     if Path("-") in problems:
         raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
     scoring.check_metrics(num_samples, k, select)
-    plan = sampling.plan(policy, problems, num_samples, knobs)
+    plan = sampling.plan(policy, problems, num_samples, options)
     _refuse_left_out(plan)
     sampling.warn_of_templates(plan)
     evaluate(plan, problems, out, given, plan.start_engine)
@@ -158,7 +158,7 @@ def _open(
 def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) -> None:
     """Fill `groups`, policy by policy; an engine holds those that lack some."""
     engines = Engines(start_engine)
-    with Verifier(bare=plan.knobs.bare) as verifier, Meter(plan.num_groups) as meter:
+    with Verifier(bare=plan.options.bare) as verifier, Meter(plan.num_groups) as meter:
         for name, path in plan.policies.items():
             missing = {
                 set_name: [prompt for prompt in prompts if prompt.problem["id"] not in groups[set_name][name]]

@@ -18,7 +18,7 @@ import orjson
 from stages.core import lineage, outputs, tabular
 from stages.core.errors import InputError
 from stages.core.metrics import KS
-from stages.core.options import PLACE, WITHOUT_EFFECT, Options, at_least
+from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.runs import RL, RLOOP
@@ -35,7 +35,7 @@ MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paths(Options):
+class Paths(OptionGroup):
     """What is written beside the page; each defaults to a name next to it."""
 
     results_md: Annotated[str, "results table as Markdown; default: results.md beside --out", PLACE] = ""
@@ -46,7 +46,7 @@ class Paths(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices(Options):
+class Choices(OptionGroup):
     """What is shown."""
 
     valid: Annotated[str, "problem set that stands first and by which checkpoints are chosen"] = "valid"

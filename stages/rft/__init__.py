@@ -12,15 +12,15 @@ from typing import Annotated
 
 from stages.core import outputs, records, tabular
 from stages.core.errors import InputError
-from stages.core.options import PLACE, Options, at_least, at_most, below, one_of
+from stages.core.options import PLACE, OptionGroup, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
 from stages.core.records import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs(Options):
-    """Every knob of the stage with its default; the paper's one epoch, the rest usual for small sets of examples."""
+class Options(OptionGroup):
+    """The options with their defaults: the paper's one epoch, the rest usual for small sets of examples."""
 
     epochs: Annotated[int, "times that every example is seen", at_least(1)] = 1
     lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
@@ -54,7 +54,7 @@ def run(
     policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PLACE],
     examples: Annotated[Path, "examples to learn from (JSONL)", PLACE],
     out: Annotated[Path, "directory to write", PLACE],
-    knobs: Knobs,
+    options: Options,
 ) -> None:
     """Fine-tune the start policy on examples: the next start policy.
 
@@ -74,18 +74,18 @@ def run(
     policies.check_shapes(path)
     tokenizer = policies.load_tokenizer(path)
     context = policies.context_length(path)
-    if knobs.max_tokens > context:
-        raise InputError(f"--max-tokens {knobs.max_tokens} is beyond the policy's context of {context}: lower it")
-    rows, left_out = tokenize_fitting(tokenizer, chosen, knobs.max_tokens or context)
+    if options.max_tokens > context:
+        raise InputError(f"--max-tokens {options.max_tokens} is beyond the policy's context of {context}: lower it")
+    rows, left_out = tokenize_fitting(tokenizer, chosen, options.max_tokens or context)
 
     from stages.rft.finetuning import fine_tune, is_main  # torch and TRL: only once the input is known to be good
 
     if not is_main():
-        fine_tune(path, tokenizer, rows, knobs, out=None)
+        fine_tune(path, tokenizer, rows, options, out=None)
         return
-    _say_left_out(left_out, knobs.max_tokens or context)
+    _say_left_out(left_out, options.max_tokens or context)
     with outputs.claimed(out), outputs.whole_dir(out) as beside:
-        tuned = fine_tune(path, tokenizer, rows, knobs, beside)
+        tuned = fine_tune(path, tokenizer, rows, options, beside)
         inputs = {"policy": digest(path), "examples": digest(examples)}
         seconds = time.perf_counter() - started
         figures = {"num_examples": len(rows), "num_left_out": len(left_out), **tuned.figures}

@@ -29,6 +29,7 @@ from stages.core.acceleration import process_state, reduce_in_float32, save_poli
 from stages.core.errors import CollapseError, InputError
 from stages.core.policies import IGNORED, PADDING
 from stages.core.progress import StepProgress
+from stages.rft import Options
 from stages.rft.examples import Row, lr_share, microbatch_size, order
 
 
@@ -39,7 +40,7 @@ class Tuned:
     log: list[dict[str, float]] = field(default_factory=list)
     num_tokens: int = 0
     padding_share: float = 0.0
-    settings: dict[str, Any] = field(default_factory=dict)  # what the knobs came to: dtype, microbatch_size, ...
+    settings: dict[str, Any] = field(default_factory=dict)  # what the options came to: dtype, microbatch_size, ...
 
     @property
     def figures(self) -> dict[str, float]:
@@ -58,18 +59,20 @@ def is_main() -> bool:
     return bool(process_state().is_main_process)
 
 
-def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: Path | None) -> Tuned:
+def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options, out: Path | None) -> Tuned:
     """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
 
-    `knobs` is stages.rft.Knobs everywhere here. Every launched process must call this. Raises InputError where the
+    Every launched process must call this. Raises InputError where the
     batch does not divide among the processes, CollapseError where loss or gradient stop being finite numbers.
     """
     num_processes = process_state().num_processes
-    if knobs.batch_size % num_processes:
-        raise InputError(f"--batch-size {knobs.batch_size} does not divide among {num_processes} processes: change it")
-    share = knobs.batch_size // num_processes
-    size = microbatch_size(share, max(map(len, rows)), knobs.tokens_per_microbatch)
-    steps = order([len(row) for row in rows], knobs.batch_size, knobs.epochs, knobs.seed)
+    if options.batch_size % num_processes:
+        raise InputError(
+            f"--batch-size {options.batch_size} does not divide among {num_processes} processes: change it"
+        )
+    share = options.batch_size // num_processes
+    size = microbatch_size(share, max(map(len, rows)), options.tokens_per_microbatch)
+    steps = order([len(row) for row in rows], options.batch_size, options.epochs, options.seed)
     counts = [sum(rows[number].num_labels for number in step) for step in steps]
     watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
     logging.disable_progress_bar()  # ours is the only one
@@ -79,13 +82,13 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: 
     with tempfile.TemporaryDirectory() as scratch, watch.progress:
         trainer = _Trainer(
             model=model,
-            args=_config(knobs, size, share // size, scratch),
-            train_dataset=_dataset(rows, steps, knobs.batch_size),
+            args=_config(options, size, share // size, scratch),
+            train_dataset=_dataset(rows, steps, options.batch_size),
             processing_class=tokenizer,
             data_collator=DataCollatorForLanguageModeling(pad_token_id=PADDING),
             callbacks=[watch],
         )
-        trainer.schedule = (knobs.warmup_share, knobs.min_lr_share)
+        trainer.schedule = (options.warmup_share, options.min_lr_share)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     assert len(watch.log) == len(steps), f"{len(watch.log)} steps were done, {len(steps)} planned"
@@ -101,7 +104,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], knobs: Any, out: 
     )
 
 
-def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig:
+def _config(options: Options, size: int, accumulation: int, scratch: str) -> SFTConfig:
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=scratch,
@@ -110,17 +113,17 @@ def _config(knobs: Any, size: int, accumulation: int, scratch: str) -> SFTConfig
         num_train_epochs=1,  # the data set holds the epochs one after another
         train_sampling_strategy="sequential",
         max_length=None,
-        learning_rate=knobs.lr,
-        weight_decay=knobs.weight_decay,
-        adam_beta1=knobs.beta1,
-        adam_beta2=knobs.beta2,
-        max_grad_norm=knobs.max_grad_norm,
-        bf16=uses_bfloat16(knobs.dtype),
-        gradient_checkpointing=knobs.gradient_checkpointing,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        max_grad_norm=options.max_grad_norm,
+        bf16=uses_bfloat16(options.dtype),
+        gradient_checkpointing=options.gradient_checkpointing,
         use_cpu=not on_gpu,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=on_gpu,
-        seed=knobs.seed,
+        seed=options.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",

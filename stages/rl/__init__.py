@@ -7,12 +7,12 @@ that OUT/state/, 12 bytes a parameter, is kept. Left out: a KL term, an entropy 
 
 import importlib.util
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.core.errors import InputError
-from stages.core.options import PLACE, WITHOUT_EFFECT, Options, above, at_least, at_most, below, one_of
+from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
 
@@ -29,8 +29,8 @@ TOTALS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs(Options):
-    """Every knob of the stage with its default: the paper's, or DAPO's own where the paper is silent."""
+class Options(OptionGroup):
+    """The options with their defaults: the paper's, or DAPO's own where the paper is silent."""
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
     problems_per_step: Annotated[
@@ -116,7 +116,7 @@ def run(
     policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PLACE],
     problems: Annotated[Path, "problems to train on (JSONL)", PLACE],
     out: Annotated[Path, "directory to write", PLACE],
-    knobs: Knobs,
+    options: Options,
     restart_if_changed: Annotated[
         bool,
         "if OUT holds a run with other settings, remove that and start over; more --steps alone go on",
@@ -142,13 +142,13 @@ def run(
     end_with_parent()
     path = policies.resolve(policy)
     tokenizer = policies.load_tokenizer(path)
-    template = templates.load(knobs.template, tokenizer)
+    template = templates.load(options.template, tokenizer)
     policies.check_shapes(path)
     context = policies.context_length(path)
-    ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, knobs.max_tokens, context)
-    accelerator = _accelerator(knobs, out)
+    ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
+    accelerator = _accelerator(options, out)
     if left_out and accelerator.is_main_process:
-        _say_left_out(left_out, knobs.max_tokens, context)
+        _say_left_out(left_out, options.max_tokens, context)
     identity = identify(
         run,
         given,
@@ -162,16 +162,16 @@ def run(
         if finished:
             if accelerator.is_main_process:
                 warn(f"{out} already holds this run, finished: nothing to do")
-                _let_go(directory, knobs)
+                _let_go(directory, options)
             return
-        if knobs.tracker != "none":
-            accelerator.init_trackers("rloop-rl", config=asdict(knobs))
+        if options.tracker != "none":
+            accelerator.init_trackers("rloop-rl", config=asdict(options))
         origin = identity.inputs["policy"]
-        _explore(accelerator, directory, done, policy, path, origin, ready, template.end_tokens(tokenizer), knobs)
+        _explore(accelerator, directory, done, policy, path, origin, ready, template.end_tokens(tokenizer), options)
         if accelerator.is_main_process:
             paths = {"policy": policy, "problems": str(problems)}
-            _finish(directory, identity, paths, knobs, left_out)
-            _let_go(directory, knobs)
+            _finish(directory, identity, paths, options, left_out)
+            _let_go(directory, options)
         for tracker in accelerator.trackers:
             tracker.finish()
 
@@ -185,38 +185,30 @@ def _explore(
     origin: str,
     ready: "list[Prompt]",
     ends: tuple[list[int], list[str]],
-    knobs: Knobs,
+    options: Options,
 ) -> None:
     """Put the parts together and do the steps that are left."""
     from stages.core.engine import Sampling, VllmEngine
     from stages.core.lifetime import stop_signal
     from stages.core.verifier import Verifier
     from stages.rl.explorer import Explorer
-    from stages.rl.trainer import Objective, Trainer
+    from stages.rl.trainer import Trainer
 
     engine = VllmEngine(
         path,
-        max_model_len=max(len(prompt.token_ids) for prompt in ready) + knobs.max_tokens,
+        max_model_len=max(len(prompt.token_ids) for prompt in ready) + options.max_tokens,
         dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-        memory_fraction=knobs.memory_fraction,
+        memory_fraction=options.memory_fraction,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
     )
-    trainer = Trainer(
-        path,
-        accelerator,
-        Objective(**{field.name: getattr(knobs, field.name) for field in fields(Objective)}),
-        temperature=knobs.temperature,
-        betas=(knobs.beta1, knobs.beta2),
-        weight_decay=knobs.weight_decay,
-        gradient_checkpointing=knobs.gradient_checkpointing,
-    )
+    trainer = Trainer(path, accelerator, options)
     stop_ids, stop = ends
     sampling = Sampling(
-        knobs.group_size, knobs.max_tokens, knobs.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
+        options.group_size, options.max_tokens, options.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
-        explorer = Explorer(knobs, accelerator, engine, verifier, trainer, ready, sampling, origin)
+        explorer = Explorer(options, accelerator, engine, verifier, trainer, ready, sampling, origin)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:
             warn(
@@ -226,19 +218,19 @@ def _explore(
         explorer.run(directory, stop_flag, done, policy)
 
 
-def _accelerator(knobs: Knobs, out: Path) -> "Accelerator":
+def _accelerator(options: Options, out: Path) -> "Accelerator":
     import torch
     from accelerate import Accelerator
 
     from stages.core.acceleration import process_state, uses_bfloat16
 
-    tracker = None if knobs.tracker == "none" else knobs.tracker
+    tracker = None if options.tracker == "none" else options.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
         raise InputError(f"--tracker {tracker}: that package is not installed: pip install {tracker}")
     process_state()
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
-        mixed_precision="bf16" if uses_bfloat16(knobs.dtype) else "no",
+        mixed_precision="bf16" if uses_bfloat16(options.dtype) else "no",
         log_with=tracker,
         project_dir=str(out / "tracker") if tracker else None,
     )
@@ -261,14 +253,16 @@ def _begin(
     return found[0], found[1]
 
 
-def _finish(directory: "RunDir", identity: Identity, paths: dict[str, str], knobs: Knobs, left_out: list[str]) -> None:
+def _finish(
+    directory: "RunDir", identity: Identity, paths: dict[str, str], options: Options, left_out: list[str]
+) -> None:
     """Check that all was done that was planned, and write what the run comes to."""
     from stages.rl.rundir import step_name
 
     rows = directory.log_rows()
-    assert [row["step"] for row in rows] == list(range(1, knobs.steps + 1)), "log.tsv does not hold each planned step"
+    assert [row["step"] for row in rows] == list(range(1, options.steps + 1)), "log.tsv does not hold each planned step"
     files = sorted(file.stem for file in directory.path.glob("rollouts/*.jsonl"))
-    assert files == [step_name(step) for step in range(1, knobs.steps + 1)], "a step's rollouts are missing"
+    assert files == [step_name(step) for step in range(1, options.steps + 1)], "a step's rollouts are missing"
     totals = {name: sum(row[name] for row in rows) for name in TOTALS}
     metrics = {
         "steps": len(rows),
@@ -283,8 +277,8 @@ def _finish(directory: "RunDir", identity: Identity, paths: dict[str, str], knob
     directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
 
 
-def _let_go(directory: "RunDir", knobs: Knobs) -> None:
-    if not knobs.keep_state:
+def _let_go(directory: "RunDir", options: Options) -> None:
+    if not options.keep_state:
         directory.forget_state()
 
 

@@ -4,7 +4,6 @@ A step is a function of the weights, the optimizer, the position in the stream o
 on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them goes the
 difference between engine and trainer that the run began with, which later steps are held against.
 
-`knobs` is stages.rl.Knobs everywhere here: the stage defines each knob, this module only reads them.
 """
 
 import math
@@ -27,7 +26,7 @@ from stages.core.progress import StepProgress, warn
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw
 from stages.core.verifier import Verifier
-from stages.rl import agreement, dapo
+from stages.rl import Options, agreement, dapo
 from stages.rl.agreement import Bound, Difference
 from stages.rl.batching import ProblemStream
 from stages.rl.rundir import RunDir
@@ -66,7 +65,7 @@ class Explorer:
 
     def __init__(
         self,
-        knobs: Any,
+        options: Options,
         accelerator: Accelerator,
         engine: Engine,
         verifier: Verifier,
@@ -76,7 +75,7 @@ class Explorer:
         origin: str = "",
     ):
         """`origin` is the digest of the start policy: it keeps the noise of two iterations apart."""
-        self.knobs = knobs
+        self.options = options
         self.accelerator = accelerator
         self.engine = engine
         self.verifier = verifier
@@ -84,9 +83,9 @@ class Explorer:
         self.prompts = prompts
         self.sampling = sampling
         self.origin = origin
-        self.stream = ProblemStream(len(prompts), knobs.seed)
+        self.stream = ProblemStream(len(prompts), options.seed)
         self.stop = StopSignal()
-        self.bound = Bound(accelerator.mixed_precision == "no", knobs.mismatch_bound)
+        self.bound = Bound(accelerator.mixed_precision == "no", options.mismatch_bound)
         self.saved = 0  # the step whose state is on disk
         self.start_mismatch = 0.0  # nats a token between engine and trainer, on average, when the run began
         self.warned_of_grace = False
@@ -102,8 +101,8 @@ class Explorer:
         if done:
             self._restore(directory, done)
         recent = self._recent_rows(directory)
-        with StepProgress("rl", self.knobs.steps, done, quiet=not self.accelerator.is_main_process) as progress:
-            for step in range(done + 1, self.knobs.steps + 1):
+        with StepProgress("rl", self.options.steps, done, quiet=not self.accelerator.is_main_process) as progress:
+            for step in range(done + 1, self.options.steps + 1):
                 try:
                     row = self._step(step, directory, progress, policy)
                 except Stopped:
@@ -115,9 +114,9 @@ class Explorer:
                 self._save(directory, step, with_checkpoint=has_collapsed, with_state=ending)
                 if has_collapsed or _all_of(recent, _has_drifted):
                     self._end(CollapseError(self._why(directory, step, policy, has_collapsed)))
-                if ending and step < self.knobs.steps:
+                if ending and step < self.options.steps:
                     self._end_terminated(f"after step {step}")
-        if done == self.knobs.steps:  # it was asked for no more than its state covers, which lies between checkpoints
+        if done == self.options.steps:  # it was asked for no more than its state covers, which lies between checkpoints
             self._keep_checkpoint(directory, done)
 
     def check_hand_over(self) -> Difference:
@@ -151,7 +150,7 @@ class Explorer:
 
     def draw_seed(self, step: int, place: int) -> int:
         """The seed of the first sample of the problem at `place` in the stream, whichever rank and round draw it."""
-        return seed_of(self.knobs.seed, self.origin, step, place)
+        return seed_of(self.options.seed, self.origin, step, place)
 
     def hand_over(self) -> None:
         """Give the trainer's weights to the engine."""
@@ -190,20 +189,20 @@ class Explorer:
         All ranks decide on the same gathered groups. Every rollout is on disk before the decision.
         """
         batch = Batch()
-        while len(batch.kept) < self.knobs.problems_per_step and batch.num_rounds < self.knobs.max_rounds:
+        while len(batch.kept) < self.options.problems_per_step and batch.num_rounds < self.options.max_rounds:
             batch.num_rounds += 1
-            progress.note(f"generate {len(batch.kept)}/{self.knobs.problems_per_step} groups")
-            wanted = self.stream.take(self.knobs.problems_per_step - len(batch.kept))
+            progress.note(f"generate {len(batch.kept)}/{self.options.problems_per_step} groups")
+            wanted = self.stream.take(self.options.problems_per_step - len(batch.kept))
             groups = self._draw(wanted, step, batch)
             batch.drawn += groups
             self._write(step, directory, batch.drawn, [], policy)
             batch.kept += [group for group in groups if dapo.is_informative(group.rewards)]
-        if len(batch.kept) < self.knobs.problems_per_step and not self.num_short and self.accelerator.is_main_process:
+        if len(batch.kept) < self.options.problems_per_step and not self.num_short and self.accelerator.is_main_process:
             warn(
-                f"step {step}: {len(batch.kept)} of {self.knobs.problems_per_step} groups after --max-rounds "
+                f"step {step}: {len(batch.kept)} of {self.options.problems_per_step} groups after --max-rounds "
                 f"{batch.num_rounds}; a batch not full is trained on as it is (log.tsv counts them: short_batch)"
             )
-        self.num_short += len(batch.kept) < self.knobs.problems_per_step
+        self.num_short += len(batch.kept) < self.options.problems_per_step
         return batch
 
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
@@ -230,18 +229,18 @@ class Explorer:
         return [gathered[place] for place in range(len(wanted))]
 
     def _trainable(self, group: Group) -> list[TokenRollout]:
-        values = dapo.advantages(self._shaped(group), self.knobs.advantage_eps)
+        values = dapo.advantages(self._shaped(group), self.options.advantage_eps)
         return [
             TokenRollout(group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage)
             for completion, advantage in zip(group.completions, values, strict=True)
         ]
 
     def _shaped(self, group: Group) -> list[float]:
-        knobs = self.knobs
+        options = self.options
         return [
-            (knobs.reward_correct if reward else knobs.reward_wrong)
+            (options.reward_correct if reward else options.reward_wrong)
             + dapo.overlong_penalty(
-                len(completion.token_ids), knobs.max_tokens, knobs.overlong_buffer, knobs.overlong_penalty
+                len(completion.token_ids), options.max_tokens, options.overlong_buffer, options.overlong_penalty
             )
             for completion, reward in zip(group.completions, group.rewards, strict=True)
         ]
@@ -280,14 +279,14 @@ class Explorer:
             "num_kept": len(batch.kept),
             "num_dropped": len(batch.drawn) - len(batch.kept),
             "num_rounds": batch.num_rounds,
-            "short_batch": int(len(batch.kept) < self.knobs.problems_per_step),
+            "short_batch": int(len(batch.kept) < self.options.problems_per_step),
             "num_rollouts": len(rollouts),
             "num_trained": sum(len(group.completions) for group in trained),
             "loss": stats.mean("loss"),
             "entropy": stats.mean("entropy"),
             "grad_norm": _mean(norms),
             "grad_norm_max": max(norms, default=math.nan),
-            "grad_alarms": sum(norm > self.knobs.alarm_grad_norm for norm in norms),
+            "grad_alarms": sum(norm > self.options.alarm_grad_norm for norm in norms),
             "skipped_updates": stats.num_skipped,
             "clip_low_frac": stats.mean("clipped_low"),
             "clip_high_frac": stats.mean("clipped_high"),
@@ -309,17 +308,17 @@ class Explorer:
 
     def _lr(self, step: int) -> float:
         """Linear warm-up over training steps, then constant."""
-        return float(self.knobs.lr * min(1.0, step / max(1, self.knobs.warmup_steps)))
+        return float(self.options.lr * min(1.0, step / max(1, self.options.warmup_steps)))
 
     def _save(self, directory: RunDir, step: int, with_checkpoint: bool, with_state: bool) -> None:
         """A checkpoint and the state to resume from, where their turn has come or the run ends here.
 
         A run that was asked to stop has its state, and no checkpoint that an uninterrupted run would not have.
         """
-        last = step == self.knobs.steps
-        if last or with_checkpoint or step % self.knobs.checkpoint_every == 0:
+        last = step == self.options.steps
+        if last or with_checkpoint or step % self.options.checkpoint_every == 0:
             self._keep_checkpoint(directory, step)
-        if last or with_state or step % self.knobs.save_every == 0:
+        if last or with_state or step % self.options.save_every == 0:
             self._keep_state(directory, step)
         self.accelerator.wait_for_everyone()
 

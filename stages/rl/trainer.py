@@ -22,7 +22,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from stages.core import acceleration, policies
 from stages.core.policies import IGNORED, PADDING
-from stages.rl import dapo
+from stages.rl import Options, dapo
 from stages.rl.batching import microbatches, shares, split
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process that saves its state
@@ -45,18 +45,6 @@ class TokenRollout:
     def length(self) -> int:
         """Tokens of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The knobs of the loss and of the optimizer's step; see stages/rl.py for what each means."""
-
-    clip_low: float
-    clip_high: float
-    importance_cap: float
-    max_grad_norm: float
-    minibatches: int
-    tokens_per_microbatch: int
 
 
 @dataclass
@@ -87,22 +75,23 @@ class Trainer:
         self,
         path: Path,
         accelerator: Accelerator,
-        objective: Objective,
-        *,
-        temperature: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        gradient_checkpointing: bool = False,
+        options: Options,
     ):
         self.accelerator = accelerator
-        self.objective = objective
+        self.options = options
         self.tokenizer = policies.load_tokenizer(path)
         model = policies.load_model(path, torch.float32)
         without_dropout(model)
-        if gradient_checkpointing:
+        if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy"))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        add_fused_lm_head(model, options.temperature, outputs=("log_probs", "entropy"))
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=0.0,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
         acceleration.reduce_in_float32(accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
@@ -114,7 +103,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = [[rollouts[i] for i in part] for part in split(range(len(rollouts)), self.objective.minibatches)]
+        parts = [[rollouts[i] for i in part] for part in split(range(len(rollouts)), self.options.minibatches)]
         for part in parts[1:]:  # the first update sees the weights that sampled, so its ratio needs no second forward
             self._remember_log_probs(part)
         stats = UpdateStats()
@@ -144,7 +133,7 @@ class Trainer:
         Every rank must call it, on rollouts of its own; all make as many passes as the one that needs most.
         """
         found: dict[int, torch.Tensor] = {}
-        batches = microbatches([rollout.length for rollout in rollouts], self.objective.tokens_per_microbatch)
+        batches = microbatches([rollout.length for rollout in rollouts], self.options.tokens_per_microbatch)
         for number in range(max(gather_object([len(batches)]))):
             batch = batches[min(number, len(batches) - 1)]
             picked = [rollouts[index] for index in batch]
@@ -210,7 +199,7 @@ class Trainer:
 
     def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> None:
         sums = self.gradient(rollouts)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.objective.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if torch.isfinite(torch.tensor(norm)) and torch.isfinite(sums).all():
             self.optimizer.step()
@@ -232,10 +221,10 @@ class Trainer:
         old = log_probs.detach()
         if batch[0].old_log_probs is not None:
             old = self._aligned([r.old_log_probs for r in batch if r.old_log_probs is not None], batch, mask)
-        cap = self.objective.importance_cap
+        cap = self.options.importance_cap
         importance = dapo.importance_weights(old, engine, cap) if cap else None
         advantages = torch.tensor([[r.advantage] for r in batch], device=mask.device)
-        clip_low, clip_high = self.objective.clip_low, self.objective.clip_high
+        clip_low, clip_high = self.options.clip_low, self.options.clip_high
         loss = dapo.token_loss(log_probs, old, advantages, mask, clip_low, clip_high, importance)
         difference = (old - engine).abs() * mask
         entropy = (output.entropy.detach() * mask).sum()
@@ -277,7 +266,7 @@ class Trainer:
         lengths = [rollout.length for rollout in rollouts]
         plans = []
         for share in shares(lengths, self.accelerator.num_processes):
-            packed = microbatches([lengths[i] for i in share], self.objective.tokens_per_microbatch)
+            packed = microbatches([lengths[i] for i in share], self.options.tokens_per_microbatch)
             plans.append([[rollouts[share[i]] for i in batch] for batch in packed])
         mine = plans[self.accelerator.process_index]
         idle = max(len(plan) for plan in plans) - len(mine)
