@@ -162,8 +162,8 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
         raise InputError(f"policy {path}: the weights do not load: {_in_one_line(error)}") from error
     except AssertionError as error:  # vLLM has no model of its own of this kind, and has wrapped transformers' class
         raise InputError(
-            f"policy {path}: vLLM runs this kind on transformers' own class, which it changes for itself, so a policy of "
-            "this kind cannot be trained beside the engine"
+            f"policy {path}: vLLM runs this kind on transformers' own class, which it changes for itself, so a policy "
+            "of it cannot be trained beside the engine"
         ) from error
     model, info = loaded
     if info["missing_keys"]:
