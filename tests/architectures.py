@@ -3,6 +3,8 @@
 python -m tests.architectures [NAME ...]    prints the table; without names, all of them (some minutes)
 """
 
+import importlib
+import multiprocessing
 import sys
 import tempfile
 import traceback
@@ -97,6 +99,8 @@ class Trial:
         self.problems = place / "problems.jsonl"
         self.starts = [make(name, place / f"start{seed}", seed) for seed in (0, 1)]
         self.policies = [place / "policy0", place / "policy1"]
+        self.prompts = [example["prompt"] for example in examples("77")[:8]]
+        self.expected: dict[Path, list[str]] = {}  # before an engine starts, which may change transformers' classes
         for answers in ("78", "87"):
             jsonl.write(place / f"{answers}.jsonl", iter(examples(answers)))
         for_rl = {"answer": "7", "source": "sums"}
@@ -122,6 +126,7 @@ class Trial:
         from stages import sample
         from stages.core.sampling import Options
 
+        self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
         how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)
         out = self.place / "sampled.jsonl"
         sample.run(policy=list(map(str, self.policies)), problems=self.problems, out=out, num_samples=1, options=how)
@@ -132,6 +137,7 @@ class Trial:
         from stages import eval as stage
         from stages.core.sampling import Options
 
+        self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
         how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)
         out = self.place / "eval"
         stage.run(
@@ -156,7 +162,7 @@ class Trial:
     def _compare(self, rollouts: list[records.Rollout]) -> str:
         for policy in self.policies:
             ours = [rollout for rollout in rollouts if rollout["policy"] == str(policy)]
-            theirs = completions(policy, [rollout["prompt"] for rollout in ours], 12)
+            theirs = self.expected[policy]
             same = sum(rollout["completion"] == text for rollout, text in zip(ours, theirs, strict=True))
             assert len(ours) == 8 and same >= 7, f"{len(ours) - same} of {len(ours)} completions differ"
         return "agrees"
@@ -171,18 +177,25 @@ def outcome(stage: Callable[[], str]) -> str:
         return f"refused: {error}"
 
 
+def final(stage: Callable[[], str]) -> str:
+    """As `outcome`, and in words where it is wrong."""
+    try:
+        return outcome(stage)
+    except Exception as error:
+        traceback.print_exc()
+        return f"WRONG: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
 def main(names: list[str]) -> None:
     """Print the table, a line an architecture."""
+    importlib.import_module("rloop_cli.imports")  # once for all the processes
     print("| architecture | rft | sample | eval | rl |\n|---|---|---|---|---|")
     for name in names or ARCHITECTURES:
         with tempfile.TemporaryDirectory() as place:
-            trial, cells = Trial(name, Path(place)), []
-            for stage in (trial.rft, trial.sample, trial.eval, trial.rl):
-                try:
-                    cells.append(outcome(stage))
-                except Exception as error:
-                    traceback.print_exc()
-                    cells.append(f"WRONG: {type(error).__name__}: {str(error).splitlines()[0]}")
+            trial = Trial(name, Path(place))
+            stages = (trial.rft, trial.sample, trial.eval, trial.rl)
+            with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a process for each
+                cells = pool.map(final, stages, chunksize=1)
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

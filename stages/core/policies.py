@@ -211,6 +211,11 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     except Exception as error:  # as in _reading; what the files lack is said first
         check_shapes(path)
         raise InputError(f"policy {path}: the weights do not load: {_in_one_line(error)}") from error
+    except AssertionError as error:  # vLLM has no model of its own of this kind, and has wrapped transformers' class
+        raise InputError(
+            f"policy {path}: vLLM runs this kind on transformers' own class, which it changes for itself, so a policy "
+            "of it cannot be trained beside the engine"
+        ) from error
     model, info = loaded
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
