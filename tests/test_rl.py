@@ -161,7 +161,7 @@ def test_in_bfloat16_too_a_hand_over_that_does_nothing_ends_in_one_line(toy, eas
     process.join()
     assert process.exitcode == 2
     (line,) = (line for line in log.read_text().splitlines() if line.startswith("rloop:"))
-    assert "its engine can't take new weights" in line
+    assert "vLLM cannot take new weights of its kind" in line
     assert "Traceback" not in log.read_text()
 
 

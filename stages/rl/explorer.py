@@ -129,10 +129,7 @@ class Explorer:
         faults = [fault for fault in self._gather(self.engine.swap_fault(self.trainer.weights)) if fault]
         if faults:
             self._end(
-                InputError(
-                    "this policy can't be trained: its engine can't take new weights, and would go on drawing from the "
-                    f"start policy: {faults[0]}"
-                )
+                InputError(f"this policy cannot be trained: vLLM cannot take new weights of its kind: {faults[0]}")
             )
         self.hand_over()
         found = self._gather(agreement.difference(*parts))
