@@ -365,8 +365,11 @@ def test_killed_and_repeated_the_real_thing_gives_what_it_gives_at_once(tiny_pol
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pass@8" in done.stdout
-    plan = sampling.plan([str(tiny_policy)], [problems], 16, Options(template="none", max_tokens=80))
-    evaluation_stage.evaluate(plan, [problems], tmp_path / "once", {"k": [8], "select": ""}, lambda path: engine)
+    options = Options(template="none", max_tokens=80)
+    plan = sampling.plan([str(tiny_policy)], [problems], 16, options)
+    given = {"policy": [str(tiny_policy)], "problems": [problems], "out": tmp_path / "once", "regrade": None}
+    given |= {"num_samples": 16, "k": [8], "select": "", "options": options}
+    evaluation_stage.evaluate(plan, [problems], tmp_path / "once", given, lambda path: engine)
     resumed, once = samples(read(tmp_path / "out")), samples(read(tmp_path / "once"))
     assert resumed.keys() == once.keys()
     assert sum(resumed[key] == once[key] for key in once) > 0.97 * len(once)  # some met another batch's rounding
