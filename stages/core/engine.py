@@ -143,6 +143,7 @@ class VllmEngine:
             gpu_memory_utilization=memory_fraction,
             enable_sleep_mode=self.sleeps,
             logprobs_mode="processed_logprobs",
+            use_tqdm_on_load=False,
             **extra,
         )
 
