@@ -6,10 +6,11 @@ that OUT/state/, 12 bytes a parameter, is kept. As in DAPO there is no KL term, 
 """
 
 import importlib.util
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from stages.core.errors import InputError
 from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, below, one_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from stages.core.rollouts import Prompt
+    from stages.core.templates import Template
     from stages.rl.rundir import RunDir
 
 TOTALS = (
@@ -130,50 +132,80 @@ def run(
     """
     given = locals()
 
-    from stages.core import outputs, policies, records, templates, verifier
+    from stages.core import outputs, policies, verifier
     from stages.core.lifetime import end_with_parent
-    from stages.core.rollouts import make_prompts
-    from stages.rl.rundir import RunDir
 
     if problems == Path("-"):
         raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
-    directory = RunDir(out)
     outputs.refuse_unwritable(out)
     end_with_parent()
     path = policies.resolve(policy)
-    tokenizer = policies.load_tokenizer(path)
-    template = templates.load(options.template, tokenizer)
-    policies.check_shapes(path)
-    context = policies.context_length(path)
-    ready, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
+    asked = _asked(path, problems, options)
     accelerator = _accelerator(options, out)
-    if left_out and accelerator.is_main_process:
-        _say_left_out(left_out, options.max_tokens, context)
+    if asked.left_out and accelerator.is_main_process:
+        _say_left_out(asked.left_out, options.max_tokens, asked.context)
     identity = identify(
         run,
         given,
         {"policy": digest(path), "problems": digest(problems)},
         versions() | verifier.VERSION,
         processes=accelerator.num_processes,
-        template_digest=template.digest,
+        template_digest=asked.template.digest,
     )
     with outputs.locked(out) if accelerator.is_main_process else nullcontext():
-        finished, done = _begin(accelerator, directory, identity, restart_if_changed)
-        if finished:
-            if accelerator.is_main_process:
-                warn(f"{out} already holds this run, finished: nothing to do")
-                _let_go(directory, options)
-            return
-        if options.tracker != "none":
-            accelerator.init_trackers("rloop-rl", config=asdict(options))
-        origin = identity.inputs["policy"]
-        _explore(accelerator, directory, done, policy, path, origin, ready, template.end_tokens(tokenizer), options)
+        _go_on(accelerator, out, identity, {"policy": policy, "problems": str(problems)}, path, asked, given)
+
+
+class Asked(NamedTuple):
+    """What the policy is asked: the prompts that fit its `context` (in tokens), and the ids of those that don't."""
+
+    prompts: "list[Prompt]"
+    left_out: list[str]
+    template: "Template"
+    ends: tuple[list[int], list[str]]
+    context: int
+
+
+def _asked(path: Path, problems: Path, options: Options) -> Asked:
+    """Read and check policy and problems, without an engine."""
+    from stages.core import policies, records, templates
+    from stages.core.rollouts import make_prompts
+
+    tokenizer = policies.load_tokenizer(path)
+    template = templates.load(options.template, tokenizer)
+    policies.check_shapes(path)
+    context = policies.context_length(path)
+    prompts, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
+    return Asked(prompts, left_out, template, template.end_tokens(tokenizer), context)
+
+
+def _go_on(
+    accelerator: "Accelerator",
+    out: Path,
+    identity: Identity,
+    paths: dict[str, str],
+    path: Path,
+    asked: Asked,
+    given: Mapping[str, Any],
+) -> None:
+    """Do the steps that are left of the run in `out`, and finish it."""
+    from stages.rl.rundir import RunDir
+
+    directory, options = RunDir(out), given["options"]
+    finished, done = _begin(accelerator, directory, identity, given["restart_if_changed"])
+    if finished:
         if accelerator.is_main_process:
-            paths = {"policy": policy, "problems": str(problems)}
-            _finish(directory, identity, paths, options, left_out)
+            warn(f"{out} already holds this run, finished: nothing to do")
             _let_go(directory, options)
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        return
+    if options.tracker != "none":
+        accelerator.init_trackers("rloop-rl", config=asdict(options))
+    _explore(accelerator, directory, done, paths["policy"], path, identity.inputs["policy"], asked, options)
+    if accelerator.is_main_process:
+        _finish(directory, identity, paths, options, asked.left_out)
+        _let_go(directory, options)
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def _explore(
@@ -183,8 +215,7 @@ def _explore(
     policy: str,
     path: Path,
     origin: str,
-    ready: "list[Prompt]",
-    ends: tuple[list[int], list[str]],
+    asked: Asked,
     options: Options,
 ) -> None:
     """Build engine, verifier, trainer and explorer, and do the steps that are left."""
@@ -196,19 +227,19 @@ def _explore(
 
     engine = VllmEngine(
         path,
-        max_model_len=max(len(prompt.token_ids) for prompt in ready) + options.max_tokens,
+        max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts) + options.max_tokens,
         dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
         memory_fraction=options.memory_fraction,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
     )
     trainer = Trainer(path, accelerator, options)
-    stop_ids, stop = ends
+    stop_ids, stop = asked.ends
     sampling = Sampling(
         options.group_size, options.max_tokens, options.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
-        explorer = Explorer(options, accelerator, engine, verifier, trainer, ready, sampling, origin)
+        explorer = Explorer(options, accelerator, engine, verifier, trainer, asked.prompts, sampling, origin)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:
             warn(
