@@ -1,1 +1,1 @@
-"""The door: what the user types, reads and gets back."""
+"""The command line: what the user types, reads and gets back."""

@@ -1,7 +1,7 @@
 """One Typer app: registers each stage's `run` as a command, and turns a user's mistake into one line.
 
-A stage's `run` declares its options in plain annotations (stages/core/options.py), so that no stage knows of the
-command line; a parameter typed as a dataclass is spread into its fields, each an option of its own.
+A stage's `run` declares its options in its annotations (stages/core/options.py); no stage imports Typer. The fields of
+a parameter typed as a dataclass are options of their own.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ EXAMPLE_WIDTH = 72  # with its indent fits a terminal of 80 columns, so that not
 
 
 class OneLineGroup(TyperGroup):
-    """The commands; what the command line does not know is said in one line, without the usage around it."""
+    """The commands. An unknown command or option is an error of one line, without Typer's usage text."""
 
     def main(self, *args: Any, **options: Any) -> NoReturn:
         """Run the command line, and leave with its exit code."""
@@ -81,8 +81,8 @@ def root(
 def command(run: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
 
-    Raises typer.Exit: 2 for an InputError, or for a right or room that the disk refuses; 1 for a CollapseError. Any
-    other exception passes on as a traceback, since it is our mistake.
+    Raises typer.Exit: 2 for an InputError, a missing permission or a full disk; 1 for a CollapseError. Any other
+    exception is a bug of ours and passes on as a traceback.
     """
     groups = options.groups(run)
 
@@ -142,13 +142,13 @@ for _stage in STAGES:
 
 
 def main() -> None:
-    """Run the command line. An interruption by the keyboard ends it with code 130, a closed pipe quietly."""
+    """Run the command line. Ctrl-C exits with code 130, a closed pipe quietly."""
     prepare_libraries()
     app(sys.argv[1:] or ["--help"], prog_name="rloop")
 
 
 def prepare_libraries() -> None:
-    """Set what the libraries read when they come in; what the user has set stays."""
+    """Set the environment variables that libraries read when imported; those that the user has set stay."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost several times as much on a busy core
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides a line on NUMA binding
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here, and said in one line
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are checks that we make ourselves

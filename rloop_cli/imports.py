@@ -1,8 +1,8 @@
-"""All that the stages import late: `rloop_cli.warm` imports it once for many commands. Nothing else should."""
+"""The stages' heavy imports. Only `rloop_cli.warm` imports this module, once for many commands."""
 
 from stages.core.engine import configure
 
-configure()  # vLLM reads its environment when it comes in
+configure()  # before vLLM is imported, which reads the environment
 
 import vllm.v1.engine.core  # noqa: E402, F401
 from vllm import LLM  # noqa: E402, F401

@@ -1,7 +1,7 @@
-"""Commands in processes that are forked from one where everything is imported already.
+"""Run commands in processes forked from one that has imported everything.
 
-To import torch and vLLM takes longer than a small stage works, so whoever runs many small stages in a row (an
-experiment over seeds, the tests) imports them once. Each command still has a process of its own, and ends with it.
+Importing torch and vLLM takes longer than a small stage runs. An experiment over seeds, or the tests, run many small
+stages in a row and so import them once. Each command still has a process of its own.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ IMPORTS = "rloop_cli.imports"
 
 
 def start(arguments: Sequence[str], directory: str | Path, log: str | Path) -> BaseProcess:
-    """Begin `rloop ARGUMENTS` in `directory`, all that it prints going to the end of `log`; `exitcode` has its code."""
+    """Start `rloop ARGUMENTS` in `directory`, its output appended to `log`; `join()`, then read `exitcode`."""
     app.prepare_libraries()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([IMPORTS])

@@ -1,4 +1,4 @@
-"""The house: one file a stage, in the order of the pipeline; each reads and writes files and knows no other.
+"""The stages in the order of the pipeline. Each reads and writes files; none imports another.
 
 prepare   any source of problems                 -> problems.jsonl
 toy       a seed                                 -> a directory: policy/, train.jsonl, <set>.jsonl
@@ -18,5 +18,5 @@ STAGES = ("prepare", "toy", "rl", "sample", "filter", "rft", "eval", "analyze", 
 
 
 def load(stage: str) -> ModuleType:
-    """The module of a stage by its name. Importing one is instant: heavy libraries come in when it runs."""
+    """The module of a stage by its name. Importing it is fast: heavy libraries are imported when it runs."""
     return import_module(f"stages.{stage}")

@@ -1,4 +1,4 @@
-"""Draw rollouts from policies and keep them all: no metrics and no resumption (eval has both).
+"""Sample: draw rollouts from policies and keep them all. For metrics, or to resume an interrupted call, use eval.
 
 Writes one Rollout a line: policies in the order of the options, problems in the order of their file.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.core import jsonl, records
-from stages.toy import draw_sets, problems
+from stages.toy import make_sets, problems
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_every_method_of_the_tables_is_evaluated(experiment):
 def test_the_training_problems_are_split_as_they_are_meant_to_be(experiment, tmp_path, seed):
     run, _ = experiment
     (tmp_path / "0").mkdir()
-    jsonl.write(tmp_path / "0/train.jsonl", problems("train", draw_sets(seed, 756, 10, 0.2)["train"]))
+    jsonl.write(tmp_path / "0/train.jsonl", problems("train", make_sets(seed, 756, 10, 0.2)["train"]))
     run.split_sets(tmp_path)
     names = ("train", "select", "mixed")
     found = {name: list(records.read_problems(tmp_path / f"sets/{name}.jsonl")) for name in names}

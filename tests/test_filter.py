@@ -12,7 +12,7 @@ from stages import filter as stage
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.records import Example, read
-from stages.filter.selection import Draw, Positions, Tally, yield_table
+from stages.filter.selection import Choice, Positions, Tally, yield_table
 
 
 def rollout(problem_id, reward, completion="a \\boxed{1}", finish_reason="stop", prompt=None, **more):
@@ -120,9 +120,9 @@ def test_the_cap_draws_by_seed_and_not_by_order(tmp_path):
 def test_over_many_seeds_every_candidate_is_drawn_about_equally_often():
     times = Counter()
     for seed in range(300):
-        draw = Draw(seed, keep_duplicates=False)
-        draw.add((0, number, 7, "prompt", f"completion {number}") for number in range(10))
-        times.update(offset for _, offset in draw.chosen(3))
+        choice = Choice(seed, keep_duplicates=False)
+        choice.add((0, number, 7, "prompt", f"completion {number}") for number in range(10))
+        times.update(offset for _, offset in choice.chosen(3))
     assert sum(times.values()) == 900
     assert len(times) == 10
     assert all(60 < count < 120 for count in times.values())  # 90 expected, standard deviation 8
@@ -300,18 +300,18 @@ def test_positions_come_back_in_order_whatever_was_flushed():
     assert list(positions) == triples
 
 
-def test_a_draw_without_a_cap_is_everything_once():
-    draw = Draw(seed=-3, keep_duplicates=False)
-    draw.add([(0, 10, 5, "p", "x"), (0, 20, 5, "p", "x"), (1, 0, 6, "q", "x"), (1, 5, 5, "p", "y")])
-    assert list(draw.chosen(0)) == [(0, 10), (1, 0), (1, 5)]
-    assert draw.num_candidates() == {5: 2, 6: 1}
+def test_a_choice_without_a_cap_is_everything_once():
+    choice = Choice(seed=-3, keep_duplicates=False)
+    choice.add([(0, 10, 5, "p", "x"), (0, 20, 5, "p", "x"), (1, 0, 6, "q", "x"), (1, 5, 5, "p", "y")])
+    assert list(choice.chosen(0)) == [(0, 10), (1, 0), (1, 5)]
+    assert choice.num_candidates() == {5: 2, 6: 1}
 
 
 def test_a_full_disk_under_the_temporary_table_is_one_line():
-    draw = Draw(seed=0, keep_duplicates=False)
-    draw._table.execute("PRAGMA max_page_count = 4")
+    choice = Choice(seed=0, keep_duplicates=False)
+    choice._table.execute("PRAGMA max_page_count = 4")
     with pytest.raises(InputError, match=r"temporary files: .* full: set TMPDIR"):
-        draw.add((0, number, number, "prompt", str(number)) for number in range(10_000))
+        choice.add((0, number, number, "prompt", str(number)) for number in range(10_000))
 
 
 def test_the_yield_table_holds_the_users_own_threshold():
@@ -330,7 +330,7 @@ def test_the_manifest_says_what_was_chosen_and_how(tmp_path):
     assert found["counts"]["rollouts"] == 1500
 
 
-def test_the_draw_among_copies_hangs_on_the_texts_and_not_on_where_they_stand(tmp_path):
+def test_the_choice_among_copies_depends_on_the_texts_and_not_on_their_places(tmp_path):
     rollouts = list(random_rollouts(5))
     for name, policy in (("a", "p"), ("b", "a/much/longer/name")):
         jsonl.write(tmp_path / f"{name}.jsonl", [one | {"policy": policy} for one in rollouts])

@@ -105,7 +105,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
 
 @pytest.mark.parametrize(("longest", "size"), [(8, 12), (9, 6), (16, 6), (25, 4), (26, 3), (34, 2), (51, 1), (500, 1)])
 def test_a_microbatch_divides_the_share_and_keeps_to_the_token_budget(longest, size):
-    assert ready.microbatch_size(12, longest, max_tokens=100) == size
+    assert ready.microbatch_size(12, longest, token_budget=100) == size
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line_to_the_last_share():

@@ -93,7 +93,7 @@ def test_lessons_leave_out_the_problems_of_the_sets():
 
 @pytest.fixture(scope="module")
 def sets():
-    return toy.draw_sets(0, num_train=320, num_test=100, hard_frac=0.2)
+    return toy.make_sets(0, num_train=320, num_test=100, hard_frac=0.2)
 
 
 def failing_share(expressions):
@@ -117,8 +117,8 @@ def test_no_problem_is_in_two_sets(sets):
 
 
 def test_the_sets_hang_on_their_own_seed(sets):
-    assert toy.draw_sets(0, 320, 100, 0.2) == sets
-    assert toy.draw_sets(1, 320, 100, 0.2) != sets
+    assert toy.make_sets(0, 320, 100, 0.2) == sets
+    assert toy.make_sets(1, 320, 100, 0.2) != sets
 
 
 def test_easy_and_hard_problems_are_mixed_in_order(sets):

@@ -1,8 +1,8 @@
 """Analyze: what a run learns, forgets and repeats, from the evaluations of its checkpoints (the paper's section 3).
 
-For each run found in the evaluations (RLoop's way through its iterations, vanilla RL's): the learning matrix, the
-forgetting matrix and the similarity matrix over its checkpoints, and similarity step by step; for RLoop against
-vanilla RL the differential forgetting matrix over the steps that both have. No torch, no engine: counts and texts.
+For each method in the evaluations (RLoop over its iterations, vanilla RL): the learning, forgetting and similarity
+matrices over its checkpoints, and similarity by step. For RLoop against vanilla RL: the differential forgetting matrix
+over the steps that both have. Everything is computed from stored counts and texts, without torch or an engine.
 """
 
 import time
@@ -84,25 +84,25 @@ def run(
         inputs = {str(path / "results.jsonl"): digest(path / "results.jsonl") for path in directories}
         identity = identify(run, given, inputs, set=evaluation.problem_set, compare=list(pair or ()))
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
-        found = manifest(identity, counts, time.monotonic() - start, evals=evals, left_out=line.left_out)
-        outputs.write_json(directory / "manifest.json", found)
+        record = manifest(identity, counts, time.monotonic() - start, evals=evals, left_out=line.left_out)
+        outputs.write_json(directory / "manifest.json", record)
 
 
-def _one_set(found: Mapping[str, Evaluation], wanted: str) -> Evaluation:
+def _one_set(evaluations: Mapping[str, Evaluation], wanted: str) -> Evaluation:
     """The evaluation of the set `wanted`, or of the only one there is."""
-    if not found:
+    if not evaluations:
         raise InputError("nothing of the evals descends from what is there now: evaluate again")
-    if wanted and wanted not in found:
-        raise InputError(f"--set {wanted}: the evals hold {', '.join(found)}")
-    if not wanted and len(found) > 1:
-        raise InputError(f"the evals hold several problem sets: name one of {', '.join(found)} by --set")
-    return found[wanted or next(iter(found))]
+    if wanted and wanted not in evaluations:
+        raise InputError(f"--set {wanted}: the evals hold {', '.join(evaluations)}")
+    if not wanted and len(evaluations) > 1:
+        raise InputError(f"the evals hold several problem sets: name one of {', '.join(evaluations)} by --set")
+    return evaluations[wanted or next(iter(evaluations))]
 
 
-def _ways(found: Sequence[Place]) -> dict[str, list[Place]]:
-    """Each method's places from the base on; one checkpoint alone is no way. Two at one place are an InputError."""
-    methods = [method for method in dict.fromkeys(place.method for place in found) if method != BASE]
-    ways = {method: way(found, method) for method in methods}
+def _ways(places: Sequence[Place]) -> dict[str, list[Place]]:
+    """Each method's places from the base on, if it has a checkpoint to compare; two at one place are an InputError."""
+    methods = [method for method in dict.fromkeys(place.method for place in places) if method != BASE]
+    ways = {method: way(places, method) for method in methods}
     for method, on_way in ways.items():
         labels = [place.label for place in on_way]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
@@ -115,7 +115,7 @@ def _ways(found: Sequence[Place]) -> dict[str, list[Place]]:
 
 
 def _pair(ways: Mapping[str, list[Place]], wanted: Sequence[str]) -> tuple[str, str] | None:
-    """The two runs whose forgetting is compared; None where none were asked for and RL and RLoop are not both there."""
+    """The two runs whose forgetting is compared; None if --compare names none and RL and RLoop are not both there."""
     first, second = wanted if len(wanted) == 2 else (RL, RLOOP)
     if {first, second} <= ways.keys() and first != second and len(wanted) in (0, 2):
         return first, second
@@ -150,11 +150,11 @@ def _matrices(
         steps += _similarity_by_step(method, on_way, alike, within_distinct)
     if pair:
         matrices += _differential(pair, ways, forgotten)
-    return [found | {"set": evaluation.problem_set} for found in matrices], steps
+    return [matrix | {"set": evaluation.problem_set} for matrix in matrices], steps
 
 
 def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
-    """Policy -> problem id -> its completions; an InputError where they are not the samples that the results count."""
+    """Policy -> problem id -> its completions; InputError if their number differs from the results'."""
     drawn: dict[str, dict[str, dict[int, str]]] = {}
     for rollout in read_rollouts(evaluation):
         samples = drawn.setdefault(rollout["policy"], {}).setdefault(rollout["problem_id"], {})
@@ -165,9 +165,9 @@ def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
     for policy, of_policy in drawn.items():
         counted = {result["problem_id"]: result["num_samples"] for result in evaluation.results[policy]}
         for problem in counted | of_policy:
-            found, expected = len(of_policy.get(problem, ())), counted.get(problem, 0)
-            if found != expected:
-                where = f"{evaluation.homes[policy]}: {policy} has {found} rollouts of {problem}"
+            count, expected = len(of_policy.get(problem, ())), counted.get(problem, 0)
+            if count != expected:
+                where = f"{evaluation.homes[policy]}: {policy} has {count} rollouts of {problem}"
                 raise InputError(f"{where} and {expected} samples in results.jsonl: evaluate it again")
     return {
         policy: {problem: list(samples.values()) for problem, samples in of_policy.items()}
@@ -202,18 +202,18 @@ def _differential(
         Place(f"{ways[first][i].policy} | {ways[second][j].policy}", "", step, str(step))
         for i, j, step in zip(rows, others, common, strict=True)
     ]
-    found = _matrix("differential_forgetting", "", on_way, values)
-    return [found | {"definition": found["definition"].format(first, second), "compared": f"{first} - {second}"}]
+    record = _matrix("differential_forgetting", "", on_way, values)
+    return [record | {"definition": record["definition"].format(first, second), "compared": f"{first} - {second}"}]
 
 
 def _by_step(on_way: Sequence[Place]) -> dict[int, int]:
-    """Step -> the turn on the way of the checkpoint there.
+    """Step -> index in `on_way` of the checkpoint at that step.
 
-    Where RLoop has two policies at a step, the end of an iteration's RL and the fine-tuned start of the next, the
-    former counts: like those of a run of RL alone, it is a checkpoint of RL.
+    If RLoop has two policies at a step, the end of an iteration's RL and the fine-tuned start of the next, the
+    former counts, since it is a checkpoint of RL as those of vanilla RL are.
     """
     turns: dict[int, int] = {}
-    for turn, place in enumerate(on_way):  # RL's endpoint stands before the fine-tuned policy of its step
+    for turn, place in enumerate(on_way):  # RL's endpoint comes before the fine-tuned policy of its step
         turns.setdefault(place.step, turn)
     return turns
 
@@ -221,7 +221,7 @@ def _by_step(on_way: Sequence[Place]) -> dict[int, int]:
 def _similarity_by_step(
     method: str, on_way: Sequence[Place], alike: "NDArray[Any]", within_distinct: "NDArray[Any]"
 ) -> list[dict[str, Any]]:
-    """For each checkpoint: similarity within it (as the paper counts, and of distinct samples), and to the others."""
+    """For each checkpoint: similarity within it (by the paper's formula, and of distinct samples) and to the others."""
     rows = []
     for index, place in enumerate(on_way):
         within = alike[index, index]
@@ -240,13 +240,13 @@ def _similarity_by_step(
 
 
 def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A number a matrix for `dvc metrics`: its mean above the diagonal; similarity within, its mean over steps."""
+    """For `dvc metrics`: each matrix's mean above the diagonal, and the mean of similarity within over steps."""
     import numpy as np
 
     metrics: dict[str, Any] = {}
-    for found in matrices:
-        above = found["values"][np.triu_indices(len(found["labels"]), 1)]
-        metrics.setdefault(found["run"] or found["compared"], {})[f"mean_{found['name']}"] = float(above.mean())
+    for matrix in matrices:
+        above = matrix["values"][np.triu_indices(len(matrix["labels"]), 1)]
+        metrics.setdefault(matrix["run"] or matrix["compared"], {})[f"mean_{matrix['name']}"] = float(above.mean())
     for method in dict.fromkeys(row["run"] for row in steps):
         within = [row["within"] for row in steps if row["run"] == method]
         metrics[method]["mean_similarity_within"] = sum(within) / len(within)
@@ -256,8 +256,8 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
 def _write(directory: Path, matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> None:
     from stages.core import figures
 
-    for found, figure in zip(matrices, figures.of_matrices(matrices), strict=True):
-        outputs.write_json(directory / f"{figure.name}.json", found | {"values": found["values"].tolist()})
+    for matrix, figure in zip(matrices, figures.of_matrices(matrices), strict=True):
+        outputs.write_json(directory / f"{figure.name}.json", matrix | {"values": matrix["values"].tolist()})
         figures.save(figure, directory)
     if steps:
         outputs.write_json(directory / "similarity_by_step.json", {"steps": list(steps)})

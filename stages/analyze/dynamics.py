@@ -1,6 +1,6 @@
 """What a policy learns and forgets between checkpoints (the paper's section 3.1), from counts of correct samples.
 
-A checkpoint solves a problem where at least `min_correct` of its samples are correct (the paper: at least one of 32).
+A checkpoint solves a problem if at least `min_correct` of its samples are correct (the paper: at least one of 32).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def solved(checkpoints: Sequence[Sequence[Result]], min_correct: int = 1) -> "Array":
     """Whether each checkpoint solves each problem, bool [checkpoints, problems], problems in order of their ids.
 
-    Raises InputError where the checkpoints were not all evaluated on the same problems.
+    Raises InputError if the checkpoints were not all evaluated on the same problems.
     """
     import numpy as np
 

@@ -3,14 +3,14 @@
     J(s, t) = |G(s) & G(t)| / |G(s) | G(t)|          G(s): the set of bigrams of completion s
     Sim(i, j) = mean over problems of the mean of J over all N x N pairs of a completion of i and one of j
 
-The diagonal is the same mean over all N x N pairs of one checkpoint's completions, each with itself included, as the
-formula stands. The paper does not say what its bigrams are made of; here they are of lexical tokens, runs of word
-characters and single other marks ("x+12" is x, +, 12), so that the figure depends on no tokenizer and holds for text
-without blanks. Two completions without any bigram count as alike (1), one with and one without as unlike (0).
+As in the formula, the diagonal is the mean over all N x N pairs of one checkpoint's completions, each with itself
+included. The paper does not say what its bigrams consist of. Here they are pairs of lexical tokens, which are runs of
+word characters or single other marks ("x+12" is x, +, 12), so no tokenizer is needed and text without spaces works.
+Two completions without any bigram count as alike (1), one with and one without as unlike (0).
 
-Sparse products instead of set operations: with M the 0/1 matrix [completions, bigrams] of a problem, M @ M.T holds
-every intersection at once, and |G(s)| + |G(t)| less the intersection is the union. Equal completions
-are one row with a weight, which loses nothing and saves most of the work where a policy repeats itself.
+With M the 0/1 matrix [completions, bigrams] of a problem, the sparse product M @ M.T holds all intersections, and
+|G(s)| + |G(t)| less the intersection is the union. Equal completions share one row with a weight, which saves most of
+the work if a policy repeats itself.
 """
 
 import re
@@ -32,7 +32,7 @@ def similarity_matrix(completions: Sequence[Mapping[str, Sequence[str]]]) -> tup
 
     All checkpoints must hold the same problems, with one completion or more for each. The second array [checkpoints]
     is the similarity within each checkpoint without the pairs of a completion and itself, over the problems with two
-    completions or more; not a number where there is none.
+    completions or more; NaN if there is none.
     """
     import numpy as np
 
@@ -67,7 +67,7 @@ def bigrams(texts: Iterable[str]) -> list["Array"]:
     import numpy as np
 
     codes: defaultdict[str, int] = defaultdict()
-    codes.default_factory = codes.__len__  # a token's code is its turn of first appearance
+    codes.default_factory = codes.__len__  # a token's code counts the distinct tokens before it
     tokens = [np.array([codes[token] for token in _TOKEN.findall(text)], dtype=np.int64) for text in texts]
     return [np.unique(of_text[:-1] * len(codes) + of_text[1:]) for of_text in tokens]
 

@@ -1,1 +1,1 @@
-"""What the stages are made of; knows nothing of flags, params.yaml or DVC."""
+"""What several stages share. It knows nothing of the command line, params.yaml or DVC."""

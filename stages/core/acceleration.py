@@ -1,4 +1,4 @@
-"""What rl and rft both ask of accelerate: the time limit, the types under bfloat16, whole weights out of shards."""
+"""How rl and rft use accelerate: one process group, float32 gradients under bfloat16, whole weights from shards."""
 
 import logging
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def process_state() -> PartialState:
 
 
 def uses_bfloat16(dtype: str) -> bool:
-    """Whether `--dtype` comes to bfloat16: asked for, or auto on a GPU."""
+    """Whether `--dtype` means bfloat16: either named, or auto on a GPU."""
     return dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
 
 

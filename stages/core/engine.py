@@ -1,6 +1,7 @@
 """vLLM inside this process: prompts to completions, with weights that can be swapped without a restart.
 
-What was left out on purpose: top-p and top-k (they bias the importance ratio), tensor parallelism, a server.
+Start a VllmEngine on a checkpoint, then `generate`; `load` swaps the weights. There is no top-p or top-k,
+which would bias the importance ratio, and no tensor parallelism: with several GPUs, each process has its own engine.
 """
 
 import gc
@@ -33,7 +34,7 @@ Weights = Iterable[tuple[str, "torch.Tensor"]]
 class Completion(NamedTuple):
     """One sampled continuation; `token_ids` include the end token, `log_probs` are the sampled tokens' own, in nats.
 
-    `log_probs` is empty where the call did not ask for them.
+    `log_probs` is empty if the call did not ask for them.
     """
 
     text: str
@@ -60,7 +61,7 @@ class Sampling:
 
 
 def seed_of(*parts: object) -> int:
-    """A seed for what `parts` name, spread so widely that the samples of two prompts hardly ever meet."""
+    """A seed hashed from `parts`, SEED_BITS wide, so that two prompts' samples hardly ever share a seed."""
     hashed = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(hashed[:8], "little") >> (64 - SEED_BITS)
 
@@ -70,19 +71,19 @@ ShouldStop = Callable[[], bool]
 
 
 class Engine(Protocol):
-    """What the stages need of an engine; tests hand over a scripted one."""
+    """What the stages need of an engine. Tests use a scripted one."""
 
     def sleep(self) -> None:
         """Free the accelerator's memory."""
 
     def wake(self) -> None:
-        """Take it back; `load` follows."""
+        """Take the memory back; call `load` next."""
 
     def load(self, weights: Weights) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs."""
 
     def swap_fault(self, weights: Callable[[], Weights]) -> str | None:
-        """What goes wrong when `weights`, those the engine started with, are swapped in; None where all goes well.
+        """What goes wrong when `weights`, those the engine started with, are swapped in; None if all goes well.
 
         The engine is left with other weights: `load` or `close` follows.
         """
@@ -116,7 +117,7 @@ class VllmEngine:
         sleeps: bool = False,
         distributed: bool = False,
     ):
-        """Start with the checkpoint `policy`, read by vLLM's own loader; InputError where vLLM cannot."""
+        """Start with the checkpoint `policy`, read by vLLM's own loader; InputError if vLLM cannot."""
         configure()
         import torch
 
@@ -154,7 +155,7 @@ class VllmEngine:
         assert self._llm.reset_prefix_cache(), "the prefix cache is busy: a request is still running"
 
     def swap_fault(self, weights: Callable[[], Weights]) -> str | None:
-        """What goes wrong when `weights`, those the engine started with, are swapped in; None where all goes well.
+        """What goes wrong when `weights`, those the engine started with, are swapped in; None if all goes well.
 
         Three swaps show it, on a probe of some tokens: with the vocabulary moved on by one, the moved tokens must have
         the log-probabilities that the tokens had as loaded (a head that is left behind shows); the weights as they
@@ -188,7 +189,7 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
     def _moved(self, weights: Weights) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """`weights` in which each token has taken the place of the next one."""
+        """`weights` with the vocabulary shifted by one: each token takes the place of the next."""
         for name, tensor in weights:
             yield name, tensor.roll(1, 0) if tensor.shape[:1] == (self._vocabulary,) else tensor
 
@@ -288,7 +289,7 @@ def _start(policy: Path, **options: Any) -> Any:
 
     try:
         return vllm.LLM(model=str(policy), **options)
-    except Exception as error:  # vLLM, torch and pydantic raise a dozen kinds, all of them "it does not start"
+    except Exception as error:  # vLLM, torch and pydantic raise a dozen kinds, all of which mean that it does not start
         kinds = ", ".join(policies.load_config(policy).architectures or ["no architecture"])
         raise InputError(
             f"policy {policy}: vLLM {vllm.__version__} does not start with it ({kinds}): {_first_line(error)}"
@@ -296,7 +297,7 @@ def _start(policy: Path, **options: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says first; of pydantic's several lines the one with the reason."""
+    """What an error says first; of pydantic's several lines, the one with the reason."""
     from pydantic import ValidationError
 
     text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -304,7 +305,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _repack(model: Any) -> None:
-    """Lay out anew what vLLM's CPU build packs when it loads and forgets when it reloads: tied heads, experts."""
+    """Repack tied heads and experts, which vLLM's CPU build packs when it loads but not when it reloads."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     for module in model.modules():
@@ -316,7 +317,7 @@ def _repack(model: Any) -> None:
 
 
 def configure() -> None:
-    """Set vLLM's environment before its first import; what the user has set stays."""
+    """Set vLLM's environment variables before its first import; those that the user has set stay."""
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",

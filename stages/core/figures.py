@@ -1,7 +1,8 @@
 """Figures: lines over steps and matrices, each saved as PNG and SVG with its data beside it as .tsv.
 
-No pyplot and so no global state; the same data gives the same bytes. A figure is one panel, small enough to be read
-on a phone; the report sets them side by side. This module imports matplotlib: only what draws imports it.
+Build a Figure with `lines` or `matrix`, then `save` it. Same data, same bytes: pyplot and its global state are not
+used. A figure is one panel, small enough for a phone; the report sets them side by side. This module imports
+matplotlib, so only import it to plot.
 """
 
 import io
@@ -25,7 +26,7 @@ COLOURS = {"Base": "#7d838c", "RL": "#d9483b", "RLoop": "#2f74d8"}
 MORE_COLOURS = ("#e08a1e", "#2a9d76", "#8f5fc6", "#b0578d", "#4b9fbf", "#8a7a3d")
 STYLE: Any = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a $ in the name of a set or a run is a $
+    "text.parse_math": False,  # keep a $ in the name of a set or a run as it is
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -45,7 +46,7 @@ MAX_WRITTEN = 12  # a matrix with more rows than this shows colours only, and ev
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `y` over `x`, with its interval where it has one, and a hollow mark at the points named in `hollow`."""
+    """One line: `y` over `x`, with its interval if it has one, and a hollow mark at the points named in `hollow`."""
 
     label: str
     x: Sequence[float]
@@ -58,7 +59,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure: `name` is its file name, `number` the paper's figure that it answers to ("" for none)."""
+    """A plotted figure: `name` is its file name, `number` the figure of the paper that it reproduces ("" for none)."""
 
     name: str
     title: str
@@ -92,7 +93,7 @@ def lines(
         for step in resets:
             axes.axvline(step, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
         for index, line in enumerate(series):
-            _draw(axes, line, line.colour or COLOURS.get(line.label) or MORE_COLOURS[index % len(MORE_COLOURS)])
+            _plot(axes, line, line.colour or COLOURS.get(line.label) or MORE_COLOURS[index % len(MORE_COLOURS)])
         axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_scale else "linear")
         axes.set_title(title, pad=22 if len(series) > 1 else 6)
         if top is not None:
@@ -105,7 +106,7 @@ def lines(
     return _render(Figure(name, title, caption, data, number, "", b""), canvas)
 
 
-def _draw(axes: Axes, line: Series, colour: str) -> None:
+def _plot(axes: Axes, line: Series, colour: str) -> None:
     few = len(line.x) <= 40
     axes.plot(line.x, line.y, color=colour, linewidth=1.6, label=line.label)
     if len(line.low):
@@ -170,38 +171,38 @@ def _shown(values: NDArray[Any], above_diagonal: bool) -> Any:
     return np.ma.masked_array(values, np.tril(np.ones_like(values, dtype=bool)) if above_diagonal else False)
 
 
-def of_matrices(found: Sequence[Mapping[str, Any]]) -> list[Figure]:
+def of_matrices(records: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Matrices as analyze writes them: {"name", "set", "run", "number", "definition", "labels", "values"}.
 
-    All of one name share their colours, so that what is darker is less, whichever the run.
+    All of one name share their colours, so that a darker cell is a smaller value in every run.
     """
     bounds: dict[str, float] = {}
-    for each in found:
+    for each in records:
         shown = np.abs(_shown(np.asarray(each["values"], dtype=float), each["name"] != "similarity"))
         bounds[each["name"]] = max(bounds.get(each["name"], 0), float(shown.max()) if shown.count() else 0)
-    return [_of_matrix(each, bounds[each["name"]] or 1.0) for each in found]
+    return [_of_matrix(each, bounds[each["name"]] or 1.0) for each in records]
 
 
-def _of_matrix(found: Mapping[str, Any], bound: float) -> Figure:
-    kind = found["name"]
-    title = f"{kind.replace('_', ' ').capitalize()}{', ' + found['run'] if found['run'] else ''}"
-    on_set = f" on {found['set']}" if found.get("set") else ""
+def _of_matrix(record: Mapping[str, Any], bound: float) -> Figure:
+    kind = record["name"]
+    title = f"{kind.replace('_', ' ').capitalize()}{', ' + record['run'] if record['run'] else ''}"
+    on_set = f" on {record['set']}" if record.get("set") else ""
     return matrix(
-        "_".join(file_name(part) for part in (kind, found["run"]) if part),
+        "_".join(file_name(part) for part in (kind, record["run"]) if part),
         title + on_set,
-        f"{title}{on_set}: {found['definition']}.",
-        found["labels"],
-        np.asarray(found["values"], dtype=float),
+        f"{title}{on_set}: {record['definition']}.",
+        record["labels"],
+        np.asarray(record["values"], dtype=float),
         unit="Jaccard similarity" if kind == "similarity" else "share of problems",
         above_diagonal=kind != "similarity",
         signed=kind == "differential_forgetting",
         bound=bound,
-        number=found["number"],
+        number=record["number"],
     )
 
 
 def file_name(text: str) -> str:
-    """A name of a set or a run as a part of a file's name: what a shell or a file system would take amiss is _."""
+    """`text` as part of a file name: characters that a shell or a file system may not accept become _."""
     return re.sub(r"[^\w.+-]+", "_", text)
 
 

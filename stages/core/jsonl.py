@@ -1,6 +1,6 @@
-"""Strict JSON lines: every line is one object or an error that names file and line; nothing is skipped.
+"""Strict JSON lines: every line is an object, or an InputError that names file and line.
 
-Reading streams. Writing appears whole or not at all. `-` is stdin or stdout.
+`read` streams; `write` leaves a whole file or none. The path `-` is stdin or stdout.
 """
 
 import codecs
@@ -16,12 +16,12 @@ import orjson
 from stages.core.errors import InputError
 from stages.core.outputs import whole_file
 
-MAX_LINE_BYTES = 64 * 2**20  # no honest record is longer; a file that is not JSONL at all often has one endless line
+MAX_LINE_BYTES = 64 * 2**20  # no real record is longer; a file that is not JSONL often has one endless line
 BUFFER_BYTES = 128 * 2**10  # measured: a fifth faster than the default of 8 KiB on rollouts, no gain beyond
 
 
 class LineSource(Protocol):
-    """What is needed of a file to scan it."""
+    """The part of a binary file that `scan` needs."""
 
     def readline(self, limit: int, /) -> bytes:
         """The next line with its end, at most `limit` bytes; b"" at the end."""
@@ -99,7 +99,7 @@ def _write_lines(file: BinaryIO, records: Iterable[Mapping[str, Any]]) -> int:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """Open `path`, or stdin for `-`, for reading bytes; InputError where that cannot be."""
+    """Open `path`, or stdin for `-`, for reading bytes; InputError if it cannot be opened."""
     if str(path) == "-":
         yield sys.stdin.buffer
         return
@@ -116,5 +116,5 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def name_of(path: str | Path) -> str:
-    """How messages call `path`."""
+    """The name of `path` in messages: "stdin" for `-`."""
     return "stdin" if str(path) == "-" else str(path)

@@ -1,4 +1,4 @@
-"""When to stop: SIGTERM is noticed between two steps of the engine, and a stage does not outlive what started it.
+"""When to stop: on SIGTERM, noticed between two steps of the engine, and when the process that started a stage dies.
 
 What sends SIGTERM kills a while later: torchelastic (`accelerate launch`, `torchrun`) after the seconds of
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 if that is not set, Slurm after KillWait, 30 by default.
@@ -19,17 +19,17 @@ LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "t
 
 
 class Stopped(Exception):
-    """Work was abandoned since SIGTERM had come."""
+    """Work was abandoned because SIGTERM was received."""
 
 
 class StopSignal:
-    """Whether SIGTERM has come."""
+    """Whether SIGTERM was received."""
 
     def __init__(self) -> None:
         self.received = False
 
     def is_received(self) -> bool:
-        """The same as a function, for whoever looks now and then."""
+        """The same as a function, to pass as `should_stop`."""
         return self.received
 
 
@@ -55,7 +55,7 @@ def stop_signal() -> Iterator[StopSignal]:
 
 
 def granted_s() -> int | None:
-    """Seconds that this process has after SIGTERM until its launcher kills it; None where no launcher is known."""
+    """Seconds that this process has after SIGTERM until its launcher kills it; None if no launcher is known."""
     if not _is_launched():
         return None
     return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", LAUNCHER_GRANTS_S))

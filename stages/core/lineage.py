@@ -3,9 +3,9 @@
     base -> rl -> its rollouts -> examples -> policy -> rl of the next iteration -> ...       each -> its evaluation
 
 Every manifest names the digests of what its output was made from. An output is on the line if those are the digests of
-what lies there now, and if all of that is on the line itself; an evaluation, if it asked what lies there now. The rest
-is left out, with a line that says why: an iteration that was taken out, what an earlier base or an earlier setting has
-left behind, an evaluation of a checkpoint that was trained anew since.
+what is there now, and if all of that is on the line itself; an evaluation, if its policies and problems are still the
+same. The rest is left out, with a line that gives the reason: an iteration that was taken out, outputs of an earlier
+base or an earlier setting, an evaluation of a checkpoint that was trained again since.
 
 What is trusted: a manifest, about the output that it lies in; a digest that was recorded with a stamp (names, sizes and
 times of all files), as long as the stamp is the same, so that large checkpoints are not read again; and what can't be
@@ -25,7 +25,7 @@ from stages.core.outputs import read_json
 from stages.core.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
-SETTINGS = ("template_digest", "max_tokens", "temperature", "bare")  # of an eval: by these figures are like for like
+SETTINGS = ("template_digest", "max_tokens", "temperature", "bare")  # of an eval; comparable figures share them
 
 
 def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
@@ -38,20 +38,20 @@ def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
 
 
 def stamp(path: str | Path) -> str:
-    """A digest of the names, sizes and times of change (ns) of all files of `path`; "" where there is nothing."""
+    """A digest of the names, sizes and times of change (ns) of all files of `path`; "" if there is nothing."""
     path = Path(path)
     files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
     if not path.exists():
         return ""
-    found = [(str(file.relative_to(path)), file.stat()) for file in files]
-    text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in found)
+    statuses = [(str(file.relative_to(path)), file.stat()) for file in files]
+    text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in statuses)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def chosen(text: str) -> frozenset[int] | None:
     """The iterations of an option, "1 2 3", or None for all of them.
 
-    A map that was written out as flags is taken as well: "--1.start runs/0/policy --2.start runs/1/policy" is 1 and 2.
+    A map written out as flags is accepted as well: "--1.start runs/0/policy --2.start runs/1/policy" is 1 and 2.
     """
     if text == ALL:
         return None
@@ -64,7 +64,7 @@ def chosen(text: str) -> frozenset[int] | None:
 
 
 class Line:
-    """What is on the line; `left_out` grows by a line for everything that is not.
+    """What is on the line; `left_out` has a line for everything that is not.
 
     `root` is the directory of runs, None if there is none; `evals` are eval outputs; `iterations` are those that count.
     """
@@ -88,20 +88,20 @@ class Line:
     @cached_property
     def bases(self) -> set[str]:
         """Evaluated policies that are the base by their content, whatever their path."""
-        found = ((directory, name) for directory, manifest in self._manifests.items() for name in _names(manifest))
-        return {name for directory, name in found if self.base and self._evaluated(directory, name) == self.base}
+        evaluated = ((directory, name) for directory, manifest in self._manifests.items() for name in _names(manifest))
+        return {name for directory, name in evaluated if self.base and self._evaluated(directory, name) == self.base}
 
     def iterations(self) -> list[int]:
         """The iterations with an rl run or a policy that is on the line, in order."""
         below = sorted(int(path.name) for path in self._below("[0-9]*") if path.name.isdecimal() and int(path.name))
         return [i for i in below if any(not self.fault(self._at(str(i), part)) for part in ("rl", "policy"))]
 
-    def stands(self, place: Path) -> bool:
-        """Whether what lies at `place`, below the directory of runs, is on the line."""
+    def includes(self, place: Path) -> bool:
+        """Whether the output at `place`, below the directory of runs, is on the line."""
         return not self.fault(place)
 
     def changed(self, path: str, digest: str) -> bool:
-        """Whether what a manifest names by `path`, with its digest of then, lies there and is another now."""
+        """Whether what a manifest names by `path` is there, with another digest than the manifest's."""
         place = self._find(path)
         return place is not None and self._now(place) != digest
 
@@ -114,7 +114,7 @@ class Line:
         return not fault
 
     def unequal(self, evals: Iterable[Path]) -> list[str]:
-        """A line for each setting in which these evaluations of one set differ: their figures are not like for like."""
+        """A line for each setting in which these evaluations of one set differ: their figures are not comparable."""
         values: dict[tuple[str, str], dict[str, list[str]]] = {}
         for directory in evals:
             manifest = self._manifests.get(directory, {})
@@ -125,22 +125,22 @@ class Line:
                     of_set.setdefault(str(settings[name])[:12], []).append(self._name(directory))
         return [
             f"evaluations of {problem_set} differ in {name}: "
-            + ", ".join(f"{value} ({', '.join(places)})" for value, places in found.items())
-            for (problem_set, name), found in values.items()
-            if len(found) > 1
+            + ", ".join(f"{value} ({', '.join(places)})" for value, places in by_value.items())
+            for (problem_set, name), by_value in values.items()
+            if len(by_value) > 1
         ]
 
     def fault_of_policy(self, policy: str) -> str:
-        """Why what this name stands for is not on the line, whatever was asked of it; "" if it is."""
+        """Why the policy of this name is not on the line, whatever its evaluations; "" if it is."""
         place = place_below(policy)
         if place is None or self.root is None:
             return self._tell(self._fault_of_iteration(policy))
         return self.fault(self.root / place)
 
     def fault(self, place: Path) -> str:
-        """Why what lies at `place`, below the directory of runs, is not on the line; "" if it is."""
+        """Why the output at `place`, below the directory of runs, is not on the line; "" if it is."""
         if place not in self._faults:
-            self._faults[place] = ""  # whoever comes back here on the way finds no fault
+            self._faults[place] = ""  # a cycle that leads back here finds no fault
             self._faults[place] = self._tell(self._fault(place))
         return self._faults[place]
 
@@ -165,7 +165,7 @@ class Line:
         return f"iteration {iteration}: not among the iterations that count ({_list(self.wanted)})"
 
     def _fault_of_absence(self, place: Path) -> str:
-        """An iteration or the baseline that is gone as a whole, where there are others."""
+        """An iteration or the baseline that is gone as a whole, if there are others."""
         whole = next((parent for parent in (place, *place.parents) if parent.parent == self.root), None)
         if whole is None or whole.exists() or not self._runs():
             return ""
@@ -184,8 +184,8 @@ class Line:
     def _sources(self, place: Path) -> list[tuple[Path, str]]:
         """What `place` was made from, as far as that lies below the directory of runs, with the digests of then."""
         if place.name == "examples.jsonl":
-            found = _inputs(read_json(place.with_suffix(".manifest.json")))
-            return [(source, digest) for path, digest in found.items() if (source := self._find(path)) is not None]
+            inputs = _inputs(read_json(place.with_suffix(".manifest.json")))
+            return [(source, digest) for path, digest in inputs.items() if (source := self._find(path)) is not None]
         manifest = read_json(place / "manifest.json")
         if begun := read_json(place / "state" / "run.json"):  # a run that is still going on has no manifest yet
             return self._sources_of_rl(place, manifest, _inputs(begun))
@@ -196,7 +196,7 @@ class Line:
         if manifest.get("stage") == "rft":
             return self._sources_of_rft(place, str(manifest.get("policy", "")), _inputs(manifest))
         before = [self._start(place)] if place.name == "rl" else [self._start(place), place.with_name("rl")]
-        return [(source, "") for source in before]  # no manifest, or gone: it stands and falls with what is before it
+        return [(source, "") for source in before]  # no manifest, or gone: it is on the line if what is before it is
 
     def _sources_of_rl(
         self, run: Path, manifest: Mapping[str, Any], inputs: Mapping[str, str]
@@ -230,7 +230,7 @@ class Line:
         return ""
 
     def _evaluated(self, directory: Path, policy: str) -> str:
-        """The digest of `policy` when it was evaluated into `directory`; "" where no manifest tells."""
+        """The digest of `policy` when it was evaluated into `directory`; "" if no manifest names it."""
         manifest = self._manifests.get(directory, {})
         path = (manifest.get("paths") or {}).get(policy, policy)
         return _inputs(manifest).get(path, "")
@@ -239,7 +239,7 @@ class Line:
         return str(self._manifests.get(directory, {}).get("set", ""))
 
     def _problems(self, directory: Path) -> str:
-        """The path of the problems that an evaluation asked, as it was named; "" where no manifest tells."""
+        """The path of an evaluation's problems as its manifest names it; "" if there is none."""
         name = self._set_name(directory)
         paths = (path for path in _inputs(self._manifests[directory]) if path.endswith(".jsonl"))
         return next((path for path in paths if name and Path(path).stem == name), "")
@@ -248,19 +248,18 @@ class Line:
         return _inputs(self._manifests.get(directory, {})).get(self._problems(directory), "")
 
     def _first_asked(self, directory: Path) -> str:
-        """The digest of the set's problems as they are now; where they are gone, as the base was asked them, or the
-        policies of the first evaluation."""
+        """The digest of the set's problems now; if they are gone, when the base, or else the first, was evaluated."""
         name = self._set_name(directory)
         alike = [other for other in self._manifests if self._set_name(other) == name]
         for other in alike:
-            found = self._find(self._problems(other))
-            if found is not None:
-                return self._now(found)
+            problems = self._find(self._problems(other))
+            if problems is not None:
+                return self._now(problems)
         of_base = [other for other in alike if self.bases & set(_names(self._manifests[other]))]
         return next((digest for other in [*of_base, *alike] if (digest := self._set(other))), "")
 
     def _base_digest(self) -> str:
-        """The digest of the base: as it lies there, or as what began from it, or asked it, found it."""
+        """The digest of the base: of its files, or as recorded by a run that started from it or an evaluation of it."""
         if self.root is None:
             return ""
         base = self._at("0", "policy")
@@ -272,7 +271,7 @@ class Line:
         return self._now(base)
 
     def _now(self, place: Path) -> str:
-        """The digest of what lies at `place` now; where it is gone, as it was when it was evaluated."""
+        """The digest of the output at `place` now; if it is gone, when it was evaluated."""
         if not place.exists():
             return (self.base if place == self._at("0", "policy") else "") or self._when_evaluated(place)
         mark = stamp(place)
@@ -281,13 +280,13 @@ class Line:
         return self._known[mark]
 
     def _when_evaluated(self, place: Path) -> str:
-        found = (
+        candidates = (
             self._evaluated(directory, name)
             for directory, manifest in self._manifests.items()
             for name in _names(manifest)
             if (below := place_below(name)) is not None and self._at(*below.parts) == place
         )
-        return next((digest for digest in found if digest), "")
+        return next((digest for digest in candidates if digest), "")
 
     def _recorded_digests(self) -> dict[str, str]:
         """Stamp -> digest, from the evaluations and the examples."""
@@ -301,7 +300,7 @@ class Line:
         }
 
     def _runs(self) -> list[Path]:
-        """All there is below the directory of runs that could be on the line, iterations first."""
+        """The outputs below the directory of runs that could be on the line, iterations first."""
         places = [*self._below("*/rl"), *self._below("*/policy")]
         return sorted(places, key=lambda path: (iteration_of(str(path)) or 10**9, path.parent.name, path.name != "rl"))
 
@@ -330,13 +329,13 @@ class Line:
 
 
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, str]:
-    found = manifest.get("inputs")
-    return found if isinstance(found, dict) else {}
+    inputs = manifest.get("inputs")
+    return inputs if isinstance(inputs, dict) else {}
 
 
 def _names(manifest: Mapping[str, Any]) -> list[str]:
-    found = manifest.get("policies")
-    return list(map(str, found)) if isinstance(found, list) else []
+    policies = manifest.get("policies")
+    return list(map(str, policies)) if isinstance(policies, list) else []
 
 
 def _list(numbers: Collection[int]) -> str:

@@ -3,7 +3,7 @@
 Everything starts from Results (how many samples, how many correct, for each problem), so that every figure can be
 recomputed from results.jsonl. All figures are fractions 0..1. Intervals are 95 % percentile bootstraps over problems:
 they say how far a figure would move with other problems of the same kind, not with other samples or other seeds of
-training. Left out on purpose: tests of significance beyond "does the interval of the difference hold zero".
+training. A difference is called real if its interval excludes zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def per_problem(
 ) -> dict[str, "Array"]:
     """Each metric's value on each problem, in the order of `results`: avg@n, pass@k, truncated.
 
-    n is `num_samples`, or else the smallest number of samples of any problem. Where every result also counts
+    n is `num_samples`, or else the smallest number of samples of any problem. If every result also counts
     `num_no_answer` or `num_tokens` (a sum over samples), `no_answer` (share) and `mean_tokens` (tokens a completion)
     are there too.
     """
@@ -94,7 +94,7 @@ def per_problem(
 
 
 def check_results(results: Sequence[Result]) -> None:
-    """Raise InputError for counts of one policy that cannot be, or for two results of one problem."""
+    """Raise InputError for impossible counts of one policy, or for two results of one problem."""
     if not results:
         raise InputError("no results to summarise: is results.jsonl empty?")
     policies = {result["policy"] for result in results}
@@ -127,7 +127,7 @@ def compare(
     """Second policy minus first, problem by problem: each metric's mean difference with its interval.
 
     Pairing removes what the problems' difficulty adds to both, so that much smaller differences can be told from
-    chance than by two intervals side by side. Raises InputError where the two were asked different problems.
+    chance than by two intervals side by side. Raises InputError if their problems differ.
     """
     order = {result["problem_id"]: position for position, result in enumerate(first)}
     if order.keys() != {result["problem_id"] for result in second}:
@@ -146,9 +146,9 @@ def difference(first: "ArrayLike", second: "ArrayLike", seed: int = 0) -> Differ
     return judged(interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), seed))
 
 
-def judged(found: Interval) -> Difference:
-    """A difference's interval, with whether it excludes zero."""
-    return {**found, "real": found["low"] > 0 or found["high"] < 0}
+def judged(bounds: Interval) -> Difference:
+    """A difference's interval, and as `real` whether it excludes zero."""
+    return {**bounds, "real": bounds["low"] > 0 or bounds["high"] < 0}
 
 
 def interval(values: "ArrayLike", seed: int = 0) -> Interval:
@@ -171,12 +171,12 @@ def average_interval(sets: Sequence["Array"], seed: int = 0) -> Interval:
 
 @lru_cache(maxsize=8)
 def _resamples(num_problems: int, seed: int) -> "Array":
-    """How often each problem is drawn in each resample, [resamples, problems]; shared by all metrics of a set."""
+    """How often each problem is picked in each resample, [resamples, problems]; shared by all metrics of a set."""
     import numpy as np
 
-    drawn = np.random.default_rng(seed).integers(num_problems, size=(NUM_RESAMPLES, num_problems))
+    picks = np.random.default_rng(seed).integers(num_problems, size=(NUM_RESAMPLES, num_problems))
     rows = np.arange(NUM_RESAMPLES)[:, None] * num_problems
-    counts = np.bincount((drawn + rows).ravel(), minlength=NUM_RESAMPLES * num_problems)
+    counts = np.bincount((picks + rows).ravel(), minlength=NUM_RESAMPLES * num_problems)
     return counts.reshape(NUM_RESAMPLES, num_problems).astype(np.float64)
 
 

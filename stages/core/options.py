@@ -18,12 +18,12 @@ from stages.core.errors import InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-MAX_INT = 2**63  # what does not fit 64 bits is meant by no option, and ends as a traceback somewhere below
+MAX_INT = 2**63  # no option means a number beyond 64 bits, which would end as a traceback further down
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be: `text` completes "must be ..." and stands in the help; `choices` serve completion."""
+    """What a value must be: `text` completes "must be ..." and is shown in the help; `choices` are for completion."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -67,7 +67,7 @@ def one_of(*choices: str) -> Rule:
 
 @dataclass(frozen=True)
 class Option:
-    """One option as it was declared; `default` is inspect.Parameter.empty where there is none."""
+    """One option as it was declared; `default` is inspect.Parameter.empty if there is none."""
 
     name: str
     type: Any
@@ -79,7 +79,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """Its name on the command line."""
+        """Its name on the command line, such as "--max-tokens"."""
         return flag(self.name)
 
     @property
@@ -126,17 +126,17 @@ def groups(run: Callable[..., Any]) -> dict[str, Any]:
 def values(run: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Every option of `run` with its value; `given` are its arguments, such as its locals() at the start.
 
-    `run` stands for itself or for what `checked` made of it. An underscore that ends a name ("from_") is left out.
+    `run` may be the function itself or what `checked` made of it. An underscore that ends a name ("from_") is left out.
     """
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, _ in _defaults(inspect.unwrap(run)):
         value = given[name]
-        found |= dataclasses.asdict(value) if isinstance(value, OptionGroup) else {name.rstrip("_"): value}
-    return found
+        by_name |= dataclasses.asdict(value) if isinstance(value, OptionGroup) else {name.rstrip("_"): value}
+    return by_name
 
 
 def checked(run: Callable[P, R]) -> Callable[P, R]:
-    """A stage's `run` that refuses what breaks a rule before it does anything."""
+    """`run` with its options checked first: an InputError for the first that breaks a rule."""
 
     @functools.wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -153,10 +153,10 @@ def checked(run: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionGroup:
-    """A group of options that refuses what breaks a rule when it is made; stages derive theirs from it."""
+    """Base class of a stage's group of options: making one with a value that breaks a rule is an InputError."""
 
     def __post_init__(self) -> None:
-        """Check each option; a rule between two options is the derived class's, after this."""
+        """Check each option. A derived class calls this, then checks its rules between options."""
         for name, option in declared(type(self)).items():
             option.check(getattr(self, name))
 

@@ -1,4 +1,6 @@
-"""Outputs that appear whole or not at all, and who may write them."""
+"""Outputs that appear whole or not at all, with a lock for whoever writes them.
+
+Write through `whole_file` or `whole_dir`, within `claimed` for a new output or `locked` for one that grows."""
 
 import fcntl
 import os
@@ -38,7 +40,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_dir(path: str | Path, replacing: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside `path`; it becomes `path` when the block ends well, and is gone otherwise.
 
-    Raises InputError where `path` already holds something: a result is never overwritten. With `replacing`, for what
+    Raises InputError if `path` already holds something: a result is never overwritten. With `replacing`, for what
     is only derived, the old directory goes when the new one is whole.
     """
     path = Path(path)
@@ -61,7 +63,7 @@ def whole_dir(path: str | Path, replacing: bool = False) -> Iterator[Path]:
 
 
 def refuse_occupied(path: str | Path) -> None:
-    """Raise InputError where `path` is a file or a directory with anything in it, or can't be written at all."""
+    """Raise InputError if `path` is a file or a directory with anything in it, or can't be written at all."""
     refuse_unwritable(path)
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -69,10 +71,10 @@ def refuse_occupied(path: str | Path) -> None:
 
 
 def refuse_unwritable(path: str | Path) -> None:
-    """Raise InputError where nothing can be written at `path`, said before hours of work rather than after.
+    """Raise InputError if nothing can be written at `path`: call it before hours of work.
 
-    A file is really made beside it, or in the nearest directory above that is there, and in it where it is a directory
-    that grows, and removed: permission bits mean nothing to root, nor to a read-only mount. What is there may stay.
+    A file is made and removed beside it, or in the nearest existing directory above, and within it if it is a
+    directory that grows. Permission bits would not tell: root ignores them, and so does a read-only mount.
     """
     path = Path(path)
     _refuse_no_name(path)
@@ -89,7 +91,7 @@ def refuse_unwritable(path: str | Path) -> None:
 
 
 def _refuse_no_name(path: Path) -> None:
-    """Raise InputError for a path beside which nothing can be written, or where a link leads nowhere."""
+    """Raise InputError for a path without a file name, or a link that leads nowhere."""
     if path.name in ("", ".."):
         raise InputError(f"{path} is no name to write to: name a new file or directory in it")
     with _writing(path):
@@ -99,7 +101,7 @@ def _refuse_no_name(path: Path) -> None:
 
 
 def refuse_no_file(path: str | Path) -> None:
-    """Raise InputError where `path` is there and is no plain file, so that none can be written in its place."""
+    """Raise InputError if `path` is there and is no plain file, so that none can be written in its place."""
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a directory: name a file to write")
@@ -110,7 +112,7 @@ def refuse_no_file(path: str | Path) -> None:
 
 @contextmanager
 def claimed(path: str | Path, *others: str | Path) -> Iterator[None]:
-    """Hold the one right to write the new output `path`; `-`, which is stdout, needs none.
+    """Hold the lock on the new output `path`; `-`, which is stdout, needs none.
 
     Raises InputError as `refuse_occupied` and `locked` do. `others` are written beside it by the same stage.
     """
@@ -125,9 +127,9 @@ def claimed(path: str | Path, *others: str | Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: str | Path, *others: str | Path) -> Iterator[None]:
-    """Hold the one right to write to `path`; a second process gets an InputError. The kernel frees it on any death.
+    """Hold the lock on `path`; a second process gets an InputError. The kernel frees it when the process dies.
 
-    What killed processes left unfinished of `path` and of `others`, written under the same right, is removed.
+    What killed processes left unfinished of `path` and of `others`, written under the same lock, is removed.
     """
     path = Path(path)
     _refuse_no_name(path)
@@ -158,7 +160,7 @@ def _lock(file: IO[str], path: Path) -> None:
 
 
 def is_locked(path: str | Path) -> bool:
-    """Whether a process holds the right to write to `path` at this moment."""
+    """Whether a process holds the lock on `path` at this moment."""
     try:
         with _lock_file(Path(path)).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -174,10 +176,10 @@ def _lock_file(path: Path) -> Path:
 
 
 def _remove_left(path: Path) -> None:
-    """Remove what killed processes left unfinished of `path`, for whoever holds its lock.
+    """Remove what killed processes left unfinished of `path`; the caller holds its lock.
 
-    No process id is asked, since ids come again: the holder of the lock is alone. A lock may not reach other machines
-    that share the disk, so what theirs left is only named.
+    Process ids are not checked, since they are reused: the holder of the lock is alone. A lock may not reach other
+    machines that share the disk, so what theirs left is only named in a warning.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.([^.]+)-\d+\.(?:partial|probing)")
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
@@ -207,7 +209,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object of `path`; {} where there is no such file, an InputError where it is no JSON object."""
+    """The JSON object of `path`; {} if there is no such file, an InputError if it is no JSON object."""
     if not Path(path).is_file():
         return {}
     try:
@@ -220,7 +222,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _beside(path: Path) -> Path:
-    """A name for the unfinished `path` in its own directory, which is made where it is missing."""
+    """A name for the unfinished `path` in its own directory, which is made if it is missing."""
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(_unfinished_name(path, "partial"))
@@ -232,7 +234,7 @@ def _unfinished_name(path: Path, kind: str) -> str:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Around the first touch of the disk for `path`: what the system refuses there is an InputError."""
+    """Turn an OSError of the block, which writes `path`, into an InputError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Policies as checkpoint directories: find them, refuse broken ones in words, load, save, and read their weights."""
+"""Policies as checkpoint directories: find them, refuse broken ones, load, save, and read their weights."""
 
 import re
 import textwrap
@@ -34,7 +34,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 def resolve(policy: str) -> Path:
     """The directory of `policy`: itself, or the local copy of a hub model id.
 
-    Raises InputError where it is neither, or lacks config, tokenizer or weights, or names no end token.
+    Raises InputError if it is neither, or lacks config, tokenizer or weights, or names no end token.
     """
     path = Path(policy)
     if not path.is_dir():
@@ -50,7 +50,7 @@ def _from_hub(policy: str) -> Path:
         raise InputError(f"policy {policy}: no such directory")
     try:
         return Path(snapshot_download(policy, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
-    except Exception as error:  # the hub client raises a dozen kinds, all of them "not to be had"
+    except Exception as error:  # the hub client raises a dozen kinds, all of which mean that it is not available
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"policy {policy}: no such directory, and the hub did not give it ({reason})") from error
 
@@ -69,7 +69,7 @@ def _check(path: Path) -> None:
 
 
 def _check_end_tokens(file: Path) -> None:
-    """Raise InputError where a generation_config.json names end tokens that are no token ids."""
+    """Raise InputError if a generation_config.json names end tokens that are no token ids."""
     named = read_json(file).get("eos_token_id")
     for token in named if isinstance(named, list) else [named]:
         if token is not None and (type(token) is not int or token < 0):
@@ -77,7 +77,7 @@ def _check_end_tokens(file: Path) -> None:
 
 
 def _check_layers(path: Path, num_weights: int) -> None:
-    """Raise InputError for more layers than weights: a layer has some, and to build 10^9 empty ones takes days."""
+    """Raise InputError for more layers than weights: each layer has some, and building 10^9 empty ones takes days."""
     try:
         config = read_json(path / "config.json")
     except InputError as error:
@@ -93,7 +93,7 @@ def _check_layers(path: Path, num_weights: int) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: model.safetensors, or those that its index names; InputError without."""
+    """The safetensors files of a checkpoint: model.safetensors, or those that its index names; InputError if none."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
@@ -110,7 +110,7 @@ def weight_files(path: Path) -> list[Path]:
 
 @contextmanager
 def _weights(file: Path) -> Iterator[Any]:
-    """An open safetensors file; InputError where it is none, or was cut."""
+    """An open safetensors file; InputError if it is none, or was cut."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -122,7 +122,7 @@ def _weights(file: Path) -> Iterator[Any]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint; InputError where there is no end token. Its pad token may be any, or none."""
+    """The tokenizer of a checkpoint; InputError if there is no end token. Its pad token may be any, or none."""
     from transformers import AutoTokenizer
 
     size = _positive(path, load_config(path), "vocab_size")
@@ -131,7 +131,7 @@ def load_tokenizer(path: Path) -> Any:
         end = tokenizer.eos_token_id
     if end is None:
         raise InputError(f"policy {path}: the tokenizer names no end token (eos_token), so completions would never end")
-    if not 0 <= end < size:  # where none is named, some classes of tokenizers make one up
+    if not 0 <= end < size:  # if none is named, some classes of tokenizers make one up
         raise InputError(
             f"policy {path}: the end token {tokenizer.eos_token} has id {end}, beyond the policy's "
             f"vocabulary of {size}: name the end token that it knows as eos_token in tokenizer_config.json"
@@ -141,9 +141,9 @@ def load_tokenizer(path: Path) -> Any:
 
 @contextmanager
 def _reading(path: Path, fault: str) -> Iterator[None]:
-    """Around what other libraries make of a policy's files: whatever they raise is a fault of those files.
+    """Turn whatever other libraries raise when they read a policy's files into an InputError with `fault`.
 
-    They check little, so a wrong value ends in any exception there is: a division by zero, an assertion, a recursion.
+    They check little, so a wrong value may raise anything: a ZeroDivisionError, an AssertionError, a RecursionError.
     """
     try:
         yield
@@ -152,7 +152,7 @@ def _reading(path: Path, fault: str) -> Iterator[None]:
 
 
 def _positive(path: Path, config: Any, name: str) -> int:
-    """A size in the configuration; InputError where it is missing or none."""
+    """A size in the configuration; InputError if it is missing or none."""
     value = getattr(config.get_text_config(), name, None)
     if type(value) is not int or value < 1:
         raise InputError(f"policy {path}: config.json names no {name} of a language model, found {value!r}")
@@ -194,7 +194,7 @@ def load_config(path: Path) -> Any:
 def load_model(path: Path, dtype: "torch.dtype") -> Any:
     """The causal language model of a checkpoint in `dtype`, on the CPU.
 
-    Raises InputError where the weights don't fit the configuration: other shapes, or tensors missing.
+    Raises InputError if the weights don't fit the configuration: other shapes, or tensors missing.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -208,7 +208,7 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     options |= {"config": config, "dtype": dtype, "output_loading_info": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-    except Exception as error:  # as in _reading; what the files lack is said first
+    except Exception as error:  # as in _reading, but name what the files lack first
         check_shapes(path)
         raise InputError(f"policy {path}: the weights do not load: {_in_one_line(error)}") from error
     except AssertionError as error:  # vLLM has no model of its own of this kind, and has wrapped transformers' class
@@ -224,7 +224,7 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
 
 
 def difference(first: Path, second: Path) -> str | None:
-    """Why `second` cannot be asked in one call with `first`; None where it can."""
+    """Why one engine cannot serve `second` after `first`, by their configurations; None if it can."""
     before, after = (load_config(path).to_dict() for path in (first, second))
     for key in sorted((before.keys() | after.keys()) - NO_MATTER):
         if before.get(key) != after.get(key):
@@ -241,7 +241,7 @@ def end_token_ids(path: Path) -> list[int]:
 
 
 def check_shapes(path: Path) -> None:
-    """Raise InputError where a weight on disk is missing, not finite, or not of the shape that config.json asks for."""
+    """Raise InputError if a weight on disk is missing, not finite, or not of the shape that config.json asks for."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -249,25 +249,25 @@ def check_shapes(path: Path) -> None:
     with _reading(path, "config.json describes no language model"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, list[int]] = {}
+    shapes: dict[str, list[int]] = {}
     for file in weight_files(path):
         with _weights(file) as weights:
-            found |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    for name in expected.keys() & found.keys():
-        if expected[name] != found[name]:
+            shapes |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    for name in expected.keys() & shapes.keys():
+        if expected[name] != shapes[name]:
             raise InputError(
-                f"policy {path}: weight {name} has shape {found[name]}, config.json asks for {expected[name]}"
+                f"policy {path}: weight {name} has shape {shapes[name]}, config.json asks for {expected[name]}"
             )
-    missing = expected.keys() - found.keys() - set(model.all_tied_weights_keys)
-    if missing and found.keys() <= expected.keys():  # other names mean that the loader renames weights
+    missing = expected.keys() - shapes.keys() - set(model.all_tied_weights_keys)
+    if missing and shapes.keys() <= expected.keys():  # other names mean that the loader renames weights
         raise InputError(f"policy {path}: {len(missing)} weights are missing, such as {min(missing)}")
     _check_finite(path)
 
 
 def _check_finite(path: Path) -> None:
-    """Raise InputError where a weight is NaN or infinite: such a policy writes noise up to the token limit.
+    """Raise InputError if a weight is NaN or infinite: such a policy writes noise up to the token limit.
 
-    Streams over the files, a tensor at a time: least and greatest value show both, ten times as fast as isfinite.
+    Streams over the files, a tensor at a time: min and max show both, ten times as fast as isfinite.
     """
     import torch
 
@@ -305,7 +305,7 @@ def as_saved(weights: Iterable[tuple[str, "torch.Tensor"]], model: Any) -> Itera
     from transformers.core_model_loading import revert_weight_conversion
 
     def layer_of(pair: tuple[str, "torch.Tensor"]) -> str:
-        return found.group() if (found := _LAYER.match(pair[0])) else ""
+        return match.group() if (match := _LAYER.match(pair[0])) else ""
 
     for _, layer in groupby(weights, layer_of):
         yield from revert_weight_conversion(model, dict(layer)).items()
@@ -322,7 +322,7 @@ def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"
     logging.disable_progress_bar()
     try:
         model.save_pretrained(path, state_dict=state, safe_serialization=True)
-    except SafetensorError as error:  # its own kind, even for what the disk refuses
+    except SafetensorError as error:  # safetensors' own error, even for a full disk
         raise InputError(f"{path}: the weights cannot be written ({error})") from None
     if state is not None:
         model.config.dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())

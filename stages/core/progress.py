@@ -4,16 +4,16 @@ import sys
 import time
 from types import TracebackType
 
-LINES = 20  # lines of progress over a whole run where stderr is no terminal
+LINES = 20  # lines of progress over a whole run if stderr is no terminal
 
 
 def warn(message: str) -> None:
-    """One line on stderr for what the user should know and the run survives."""
+    """Print one line on stderr, for what the user should know but does not end the run."""
     print(f"rloop: {message}", file=sys.stderr, flush=True)
 
 
 class StepProgress:
-    """A bar over steps with a note; `quiet` for the ranks that don't speak."""
+    """A bar over steps with a note; `quiet` on all ranks but the main one."""
 
     def __init__(self, title: str, total: int, done: int = 0, quiet: bool = False):
         from rich.console import Console  # here, since the stages import this module for `warn`
@@ -43,11 +43,11 @@ class StepProgress:
         self._bar.stop()
 
     def note(self, note: str) -> None:
-        """Say what is going on within the step at hand."""
+        """Show what the current step is doing."""
         self._bar.update(self._task, note=note)
 
     def step(self, done: int, note: str) -> None:
-        """Say that `done` steps are done."""
+        """Show that `done` steps are done, with a note."""
         self._bar.update(self._task, completed=done, note=note)
         every = -(-self.total // LINES)
         if not self.quiet and not self.on_terminal and (done % every == 0 or done == self.total):

@@ -1,8 +1,8 @@
 """What decides the content of an output, and the manifest that says how it came about.
 
 An output's identity is its stage, the options with effect and what they came to, the digests of what was read, and the
-versions of what decides rewards and samples. rl's resumption, eval's parts and "already done", and every manifest ask
-this one, so no two of them can disagree.
+versions of what decides rewards and samples. rl's resumption, eval's parts and "already done", and every manifest use
+it, so no two of them can disagree.
 """
 
 import hashlib
@@ -34,16 +34,16 @@ class Identity:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As it is written, whole: {"stage", "parameters", "inputs", "versions"}; a manifest begins with the same."""
-        found = {name: getattr(self, name) for name in ("stage", "parameters", "inputs", "versions")}
-        return orjson.loads(orjson.dumps(found, default=str))
+        """As it is written to disk: {"stage", "parameters", "inputs", "versions"}; a manifest begins with the same."""
+        fields = {name: getattr(self, name) for name in ("stage", "parameters", "inputs", "versions")}
+        return orjson.loads(orjson.dumps(fields, default=str))
 
     @property
     def digest(self) -> str:
         """SHA-256 of all that counts: two outputs of one digest hold the same, up to the rounding of floats."""
-        found = self.record
-        found["parameters"] = {name: value for name, value in found["parameters"].items() if name not in self.free}
-        return hashlib.sha256(orjson.dumps(found, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        counted = self.record
+        counted["parameters"] = {name: value for name, value in counted["parameters"].items() if name not in self.free}
+        return hashlib.sha256(orjson.dumps(counted, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def differences(self, known: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
         """ "lr was 0.001, is now 0.002" for all in which the `record` or manifest `known` differs from this one.
@@ -53,12 +53,14 @@ class Identity:
         now = self.record
         before = {part: known.get(part) or {} for part in ("parameters", "inputs", "versions")}
         names = sorted({*before["parameters"], *now["parameters"]} - {*self.free, *free})
-        found = [_change(name, before["parameters"].get(name), now["parameters"].get(name)) for name in names]
+        changes = [_change(name, before["parameters"].get(name), now["parameters"].get(name)) for name in names]
         names = sorted({*before["inputs"], *now["inputs"]})
         alike = [before["inputs"].get(name) == now["inputs"].get(name) for name in names]
-        found += ["" if same else f"the content of {name} has changed" for name, same in zip(names, alike, strict=True)]
-        found += [_change(name, before["versions"].get(name), version) for name, version in now["versions"].items()]
-        return list(filter(None, found))
+        changes += [
+            "" if same else f"the content of {name} has changed" for name, same in zip(names, alike, strict=True)
+        ]
+        changes += [_change(name, before["versions"].get(name), version) for name, version in now["versions"].items()]
+        return list(filter(None, changes))
 
 
 def _change(name: str, before: Any, now: Any) -> str:
@@ -86,19 +88,19 @@ def identify(
 
 def manifest(identity: Identity, counts: Mapping[str, Any], seconds: float, **more: Any) -> dict[str, Any]:
     """What manifest.json holds: the identity, versions of all that ran, counts, seconds, and `more`."""
-    found = {"counts": dict(counts), "seconds": round(seconds, 3), **more}
-    return identity.record | {"versions": {**versions(PACKAGES), **identity.versions}} | found
+    rest = {"counts": dict(counts), "seconds": round(seconds, 3), **more}
+    return identity.record | {"versions": {**versions(PACKAGES), **identity.versions}} | rest
 
 
 def versions(packages: Iterable[str] = DECIDES_SAMPLES) -> dict[str, str]:
     """Versions of Python and of those of `packages` that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def digest(path: str | Path) -> str:

@@ -138,7 +138,7 @@ _MISSING = object()
 
 
 class _Accepted(NamedTuple):
-    """What a field may hold: one of `types` and, where there are `values`, one of these; every int is a count."""
+    """What a field may hold: one of `types` and, if there are `values`, one of these; every int is a count."""
 
     types: tuple[type, ...]
     values: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Drawing groups of rollouts: problems to prompts, prompts to completions, completions to rewards.
+"""Draw groups of rollouts: problems to prompts, prompts to completions, completions to rewards.
 
 The verifier works on finished groups while the engine still generates the others.
 """
@@ -25,13 +25,12 @@ class Prompt:
 
 
 class Settled(NamedTuple):
-    """Scores that are there already, in the place of a batch that is under way."""
+    """Scores that are known already, with the `result` of a batch that is being graded."""
 
     scores: list[Score]
     is_done: bool = True
 
     def result(self) -> list[Score]:
-        """The scores."""
         return self.scores
 
 
@@ -45,7 +44,7 @@ class Group:
 
     @property
     def scores(self) -> list[Score]:
-        """The verifier's scores; waits for them where they are not there yet."""
+        """The verifier's scores; waits for them if they are not there yet."""
         return self.batch.result()
 
     def settled(self) -> "Group":
@@ -54,7 +53,7 @@ class Group:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the scores are there, so that nobody waits for them."""
+        """Whether the scores are there, so that reading them does not wait."""
         return self.batch.is_done
 
     @property
@@ -92,7 +91,7 @@ def make_prompts(
 ) -> tuple[list[Prompt], list[str]]:
     """Render and tokenise; return the prompts that leave room for `max_tokens`, and the ids of those left out.
 
-    Raises InputError where `max_tokens` alone fills the `context` (in tokens), a prompt is empty, or none is left.
+    Raises InputError if `max_tokens` alone fills the `context` (in tokens), a prompt is empty, or none is left.
     """
     if max_tokens >= context:
         raise InputError(f"--max-tokens {max_tokens} does not fit the policy's context of {context} tokens: lower it")
@@ -147,7 +146,7 @@ def draw_each(
     on_group: Callable[[int, Group], None],
     should_stop: ShouldStop = lambda: False,
 ) -> None:
-    """As `draw`, for more groups than memory should hold: each goes to `on_group` with its prompt's index, then away.
+    """As `draw`, but keeps no groups: each is passed to `on_group` with its prompt's index, to save memory.
 
     The engine still holds the completions of the whole call.
     """

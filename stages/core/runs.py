@@ -1,4 +1,4 @@
-"""A directory of runs as it lies on disk: where each policy stands on its way, its evaluations, its logs.
+"""A directory of runs: the method and step of each policy in it, their evaluations and logs.
 
     runs/0/policy                              the base: step 0 of every method
     runs/<i>/rl/checkpoints/step_<n>           RLoop, n steps into iteration i: the steps of all iterations before, + n
@@ -7,7 +7,7 @@
     runs/<name>/rl/checkpoints/step_<n>        any other run, which is called by its name
     runs/eval/<set>/**/results.jsonl           evaluations; one may hold several policies
 
-Nothing here is needed to be whole: what is missing is simply not found.
+Any of these may be missing.
 """
 
 import re
@@ -31,10 +31,10 @@ _ITERATION = re.compile(r"^(?:.*/)?(?P<iteration>\d+)/(?P<part>rl|policy)$")
 
 
 class Place(NamedTuple):
-    """Where a policy stands: Place("runs/2/rl/checkpoints/step_000010", "RLoop", 40, "40").
+    """Where a policy is on its method's way: Place("runs/2/rl/checkpoints/step_000010", "RLoop", 40, "40").
 
     `step` counts RL steps from the base; `label` names the place on its way ("30+RFT" is the policy fine-tuned after
-    step 30). What stands on no known way has itself as its method.
+    step 30). A policy at any other path is a method of its own.
     """
 
     policy: str
@@ -65,23 +65,23 @@ class Evaluation(NamedTuple):
 def places(policies: Iterable[str], root: str | Path | None = None, bases: Collection[str] = ()) -> list[Place]:
     """Each policy's place, ordered by method and then by way.
 
-    `root` is the directory of runs: there the lengths of the iterations stand, even if policies were evaluated under
-    another path or from another working directory. Of `bases`, which are the base by their content, the first is the
-    base where none lies in its place.
+    `root` is the directory of runs: the lengths of the iterations are read there, even if policies were evaluated
+    under another path or from another working directory. Of `bases`, which are the base by their content, the first
+    is the base if there is none at <root>/0/policy.
     """
     policies = [policy.rstrip("/") for policy in policies]
     offsets = _offsets(policies, root)
-    found = [_place(policy, offsets) for policy in policies]
-    if not any(place.method == BASE for place in found):
-        others = [place for place in found if place.policy in bases and place_below(place.policy) is None]
-        found = [Place(place.policy, BASE, 0, "0") if place in others[:1] else place for place in found]
-    return sorted(found, key=lambda place: (place.method, place.step, iteration_of(place.policy), place.fine_tuned))
+    placed = [_place(policy, offsets) for policy in policies]
+    if not any(place.method == BASE for place in placed):
+        others = [place for place in placed if place.policy in bases and place_below(place.policy) is None]
+        placed = [Place(place.policy, BASE, 0, "0") if place in others[:1] else place for place in placed]
+    return sorted(placed, key=lambda place: (place.method, place.step, iteration_of(place.policy), place.fine_tuned))
 
 
 def root_of(evals: Iterable[Path], named: str = "") -> Path | None:
     """The directory of runs: the one `named`, or the next above one of the eval outputs with an <iteration>/rl in it.
 
-    Raises InputError where the named one is not there.
+    Raises InputError if the named one is not there.
     """
     if named and not Path(named).is_dir():
         raise InputError(f"{named}: no such directory; name a directory of runs")
@@ -94,9 +94,9 @@ def root_of(evals: Iterable[Path], named: str = "") -> Path | None:
     return None
 
 
-def way(found: Sequence[Place], method: str) -> list[Place]:
+def way(placed: Sequence[Place], method: str) -> list[Place]:
     """A method's places from the base on, in the order of training."""
-    return [place for place in found if place.method == BASE] + [place for place in found if place.method == method]
+    return [place for place in placed if place.method == BASE] + [place for place in placed if place.method == method]
 
 
 def _place(policy: str, offsets: Mapping[int, int]) -> Place:
@@ -138,7 +138,7 @@ def place_below(policy: str) -> Path | None:
 def _offsets(policies: Sequence[str], root: str | Path | None) -> dict[int, int]:
     """RL steps before each iteration, from the manifests or logs of the iterations, or else from their checkpoints.
 
-    Policies are looked up below `root` only: what their paths mean in the working directory of the moment is chance.
+    Policies are looked up below `root` only: relative to the working directory their paths may mean something else.
     """
     lengths: dict[int, int] = {}
     for policy in policies:
@@ -156,7 +156,7 @@ def _offsets(policies: Sequence[str], root: str | Path | None) -> dict[int, int]
 
 
 def num_steps(run: Path) -> int:
-    """RL steps of an rl output by its manifest or its log; 0 where it has neither."""
+    """RL steps of an rl output by its manifest or its log; 0 if it has neither."""
     steps = (read_json(run / "manifest.json").get("parameters") or {}).get("steps", 0)
     if isinstance(steps, int) and steps > 0:
         return steps
@@ -165,20 +165,20 @@ def num_steps(run: Path) -> int:
 
 def find_evals(directories: Iterable[str | Path]) -> list[Path]:
     """Every eval output at or below `directories`, in their order and by name; none at all is an InputError."""
-    found: list[Path] = []
+    evals: list[Path] = []
     for directory in directories:
         if not Path(directory).is_dir():
             raise InputError(f"{directory}: no such directory; name the --out of an eval, or a directory of them")
         if not (here := evals_below(Path(directory))):
             raise InputError(f"{directory} holds no results.jsonl: name the --out of an eval, or a directory of them")
-        found += here
-    return list(dict.fromkeys(found))
+        evals += here
+    return list(dict.fromkeys(evals))
 
 
 def evals_below(directory: Path) -> list[Path]:
     """Every directory at or below `directory` with a results.jsonl, unfinished ones left out, by name."""
-    found = (path.parent for path in directory.rglob("results.jsonl"))
-    return sorted(path for path in found if not any(part.endswith(".partial") for part in path.parts))
+    directories = (path.parent for path in directory.rglob("results.jsonl"))
+    return sorted(path for path in directories if not any(part.endswith(".partial") for part in path.parts))
 
 
 def set_name(directory: Path) -> str:
@@ -194,10 +194,10 @@ def read_evals(
     What `keeps` refuses, by eval output and policy, is not there; nor is a set that holds nothing else. Raises
     InputError for results that cannot be: two of one problem, more correct samples than samples.
     """
-    found: dict[str, Evaluation] = {}
+    evaluations: dict[str, Evaluation] = {}
     for directory in directories:
         name = set_name(directory)
-        here = found.setdefault(name, Evaluation(name, {}, {}))
+        here = evaluations.setdefault(name, Evaluation(name, {}, {}))
         file = directory / "results.jsonl"
         for policy, results in by_policy(list(records.read(file, Result))).items():
             try:
@@ -211,7 +211,7 @@ def read_evals(
             else:
                 first = here.homes[policy.rstrip("/")]
                 warn(f"{policy} was evaluated on {name} twice: {first} counts, {directory} does not")
-    return {name: evaluation for name, evaluation in found.items() if evaluation.results}
+    return {name: evaluation for name, evaluation in evaluations.items() if evaluation.results}
 
 
 def read_rollouts(evaluation: Evaluation) -> Iterator[Rollout]:

@@ -1,13 +1,13 @@
-"""Several policies asked the same problems by one engine: all that can be checked first, then groups of rollouts.
+"""Sample several policies on the same problems with one engine: check everything first, then draw groups of rollouts.
 
 `plan` reads and checks everything without an engine: policies that cannot share one, prompts that do not fit, a
-template that a policy was not trained with. `Plan.draw` then asks one policy.
+template that a policy was not trained with. `rollouts` then samples them all, `draw_scored` one policy.
 
 The samples of a problem come from a generator seeded by (seed, problem id, sample), never from a stream that several
 problems share. So they depend neither on the order nor on the choice of the problems, nor on the other policies of
-the call. What the engine cannot promise: logits are rounded as the batch they were computed in has it, so a sample
-may take another turn, about once in many thousands of tokens in bfloat16 and rarely in float32, when other sequences
-are beside it.
+the call. What the engine cannot promise: logits are rounded as the batch they were computed in has it, so
+other sequences in the batch may change a sample, about once in many thousands of tokens in bfloat16 and rarely in
+float32.
 """
 
 import time
@@ -29,7 +29,7 @@ from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
-MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB where each has 2,048 tokens
+MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB if each has 2,048 tokens
 
 StartEngine = Callable[[Path], Engine]
 
@@ -56,7 +56,7 @@ class Options(OptionGroup):
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that was checked and can be drawn: policies by name, prompts by set in the order of its file.
+    """A checked request, ready to be drawn: policies by name, prompts by set in the order of its file.
 
     `left_out` are the ids of the problems whose prompt leaves no room for max_tokens in the `context` (in tokens).
     """
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def num_groups(self) -> int:
-        """How many groups all policies together are asked for."""
+        """Number of groups, one for each policy and problem."""
         return len(self.policies) * sum(map(len, self.sets.values()))
 
     def start_engine(self, policy: Path) -> Engine:
@@ -94,7 +94,7 @@ class Plan:
 
 
 def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Iterator[Rollout]:
-    """Ask every policy every problem; rollouts by policy, problem and sample, in the order of the plan."""
+    """Sample every policy on every problem; rollouts by policy, problem and sample, in the order of the plan."""
     engines = Engines(start_engine)
     with Meter(plan.num_groups) as meter:
         for name, path in plan.policies.items():
@@ -143,7 +143,7 @@ class Engines:
         self._can_swap: bool | None = None  # not known before the second policy
 
     def holding(self, policy: Path) -> Engine:
-        """The engine with the weights of `policy`; started anew where these cannot be swapped in."""
+        """The engine with the weights of `policy`; started anew if these cannot be swapped in."""
         if self._engine is not None and self._takes(policy):
             self._engine.load(policies.disk_weights(policy))
         else:
@@ -165,7 +165,7 @@ class Engines:
 
 
 def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, options: Options) -> Plan:
-    """Read and check all that sample or eval was asked for; an InputError for the first thing that is wrong."""
+    """Read and check everything that sample or eval needs; InputError for the first fault."""
     if options.temperature == 0 and num_samples > 1:
         raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
     problems = _read_sets(problem_files, options.limit)
@@ -203,7 +203,7 @@ def _read_sets(files: Sequence[Path], limit: int) -> dict[str, list[Problem]]:
 
 
 def _resolve(given: Sequence[str]) -> dict[str, Path]:
-    """Policies by the name they go by in records: as it was typed, without a slash at its end."""
+    """Policies by their names in records: as typed, without a slash at the end."""
     if not given:
         raise InputError("--policy is missing: name at least one checkpoint directory")
     paths: dict[str, Path] = {}
@@ -215,7 +215,7 @@ def _resolve(given: Sequence[str]) -> dict[str, Path]:
 
 
 def checkpoints(name: str) -> list[str]:
-    """`name` itself, or the checkpoints in it, in order of their names, where it is a directory of checkpoints."""
+    """`name` itself, or the checkpoints in it, in order of their names, if it is a directory of checkpoints."""
     inside = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
     return [name] if (Path(name) / "config.json").exists() or not inside else [f"{name}/{step}" for step in inside]
 
@@ -223,7 +223,7 @@ def checkpoints(name: str) -> list[str]:
 def _check_alike(
     paths: dict[str, Path], tokenizers: dict[str, Any], template: Template, prompts: Sequence[Prompt]
 ) -> None:
-    """Raise InputError where a policy cannot take the first one's place in the engine, or lacks weights."""
+    """Raise InputError if a policy cannot take the first one's place in the engine, or lacks weights."""
     first = next(iter(paths))
     texts, token_ids = [prompt.text for prompt in prompts], [prompt.token_ids for prompt in prompts]
     for name, path in paths.items():
@@ -264,7 +264,7 @@ class Meter:
         self._progress.__exit__(*error)
 
     def start(self, policy: str, num_done: int = 0) -> None:
-        """Count anew, for `policy`, of which `num_done` groups were there already."""
+        """Restart the counts for `policy`, of which `num_done` groups are there already."""
         self._policy = policy
         self._num_groups += num_done
         self._num_tokens = self._num_scored = 0
@@ -272,13 +272,13 @@ class Meter:
         self._start = time.monotonic()
 
     def drawn(self, num_tokens: int) -> None:
-        """Count a group that the engine gave."""
+        """Count a drawn group, with its completions' tokens."""
         self._num_groups += 1
         self._num_tokens += num_tokens
         self._progress.step(self._num_groups, self._note())
 
     def scored(self, rewards: Sequence[float]) -> None:
-        """Count what the verifier gave."""
+        """Count a group's rewards for the average so far."""
         self._num_scored += len(rewards)
         self._num_correct += sum(rewards)
 

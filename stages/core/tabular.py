@@ -9,7 +9,7 @@ from stages.core.errors import InputError
 
 
 def write_tsv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as tab-separated values, the columns in order of first appearance; numbers with six digits, NaN empty."""
+    """Write `rows` tab-separated, columns in order of first appearance; numbers with six digits, NaN empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
@@ -27,9 +27,9 @@ def append_tsv(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_tsv(path: Path) -> list[dict[str, float]]:
-    """Rows of numbers, empty cells not in them; [] where there is no such file, or nothing in it.
+    """Rows of numbers, empty cells not in them; [] if there is no such file, or nothing in it.
 
-    A last line without its end is being written, or was when the process died: it is not read. Raises InputError for
+    A last line without its newline is unfinished and is not read. Raises InputError for
     a line that does not fit its header.
     """
     if not path.is_file():

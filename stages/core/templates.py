@@ -1,7 +1,7 @@
 """From a problem's text to the exact prompt that the engine sees: one template object for rl, sample and eval.
 
-Every rollout stores the rendered prompt, and every manifest the template's digest, so what a policy was asked can
-always be read back. Problems are pasted in, never formatted: braces, `%` and the placeholder itself stay as they are.
+Every rollout stores the rendered prompt, and every manifest the template's digest, so the
+exact prompt can always be read back. Problems are inserted as they are: braces, `%` and the placeholder need no escape.
 
 A rendered prompt may begin with the tokenizer's begin token, as chat templates do: `policy.encode` adds no second one.
 """
@@ -44,8 +44,8 @@ class Template:
     """How a problem is put to a policy.
 
     `stop` holds texts that end a completion beside the tokenizer's own end tokens; `end_tokens` sorts them for an
-    engine. `digest` names the template by what it does, whatever its `name`. One that is a `program` came with a
-    policy: it may fail, or never end.
+    engine. `digest` names the template by what it does, whatever its `name`. A `program` is a policy's own
+    chat template, which may fail or never end.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Template:
     program: bool = False
 
     def render_all(self, problems: Sequence[str]) -> list[str]:
-        """Every problem's prompt; InputError where a program fails, or takes more than its share of time or memory."""
+        """Every problem's prompt; InputError if a program fails, or takes more than its share of time or memory."""
         return list(_from_child(self.render, problems) if self.program else map(self.render, problems))
 
     def end_tokens(self, tokenizer: Any) -> tuple[list[int], list[str]]:
@@ -72,7 +72,7 @@ def load(name_or_path: str, tokenizer: Any = None) -> Template:
     """The template of this name, or of this file: a text with {problem} in it once.
 
     boxed      Qwen2.5's chat markup: system line, problem, "... put your final answer within \\boxed{}"
-    qwen-math  Qwen2.5-Math's: the instruction is the system line, the problem stands alone
+    qwen-math  Qwen2.5-Math's: the instruction is the system line, the problem is the user's turn
     r1-zero    R1-Zero's conversation, answer in \\boxed{} inside <answer> (Open-Reasoner-Zero's wording)
     dapo       the plain wrapper of DAPO-Math-17k, answer on a last line "Answer: ..."
     chat       `tokenizer`'s own chat template, the user's turn being the problem and boxed's instruction
@@ -164,7 +164,7 @@ def _render_into(sender: Connection, render: Callable[[str], str], problems: Seq
             if len(text) > MAX_PROMPT_CHARS:
                 raise ValueError(f"it makes a prompt of {len(text)} characters")
             message = b"prompt " + text.encode()
-        except Exception as error:  # whatever the template raises is its fault
+        except Exception as error:  # a template may raise anything
             message = f"failed {_in_one_line(error)}".encode(errors="replace")
         sender.send_bytes(message)
 

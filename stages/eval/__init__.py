@@ -2,11 +2,11 @@
 
 For one set, OUT holds
 
-    rollouts.jsonl   every completion         metrics.json    see core/evaluation.py
+    rollouts.jsonl   every completion         metrics.json    see scoring.py
     results.jsonl    counts by problem        manifest.json   how it came about
 
-For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. Left out on purpose: majority voting,
-and an average over sets, which is a table's business (report).
+For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. For an average over sets run report;
+for majority voting read rollouts.jsonl.
 """
 
 import shutil
@@ -79,7 +79,7 @@ def run(
 def evaluate(
     plan: Plan, problem_files: list[Path], out: Path, given: Mapping[str, Any], start_engine: StartEngine
 ) -> None:
-    """Draw what is not there yet and write `out`; an engine is started only where something is left to draw."""
+    """Draw what is not there yet and write `out`; an engine is started only if something is left to draw."""
     start = time.monotonic()
     read = lineage.recorded([*problem_files, *plan.policies.values()])
     decides = provenance.versions() | verifier.VERSION
@@ -94,9 +94,9 @@ def evaluate(
             groups = _open(plan, problem_files, identity.inputs, place, stack)
             _draw_missing(plan, groups, start_engine)
             stored = {name: _stored(plan, name, groups[name]) for name in plan.sets}
-            found = _write(out, stored, _manifest(identity, plan, read["stamps"]), start)
+            summaries = _write(out, stored, _manifest(identity, plan, read["stamps"]), start)
         shutil.rmtree(place)
-    _print(found)
+    _print(summaries)
 
 
 def _manifest(identity: Identity, plan: Plan, stamps: Mapping[str, str]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _manifest(identity: Identity, plan: Plan, stamps: Mapping[str, str]) -> dict
 
 
 def _refuse_left_out(plan: Plan) -> None:
-    """An average over fewer problems would not be the one that was asked for."""
+    """Raise InputError if prompts do not fit: an average over fewer problems would be another figure."""
     if plan.left_out:
         raise InputError(
             f"{len(plan.left_out)} problems, such as {plan.left_out[0]}, leave no room for --max-tokens "
@@ -125,14 +125,14 @@ def _refuse_left_out(plan: Plan) -> None:
 def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
     """Whether `out` is what this call would write.
 
-    Raises InputError if only the verifier that graded it was another one: nothing need be drawn again.
+    Raises InputError if only the version of the verifier differs: --regrade is enough.
     """
-    found = read_json(out / "manifest.json")
-    if found.get("stage") != "eval" or found.get("policies") != policies:
+    known = read_json(out / "manifest.json")
+    if known.get("stage") != "eval" or known.get("policies") != policies:
         return False
-    if replace(identity, versions=provenance.versions()).differences(found):
+    if replace(identity, versions=provenance.versions()).differences(known):
         return False
-    if changes := identity.differences(found):
+    if changes := identity.differences(known):
         raise InputError(
             f"{out} was graded by another verifier ({', '.join(changes)}): grade it anew with --regrade {out} and "
             "another --out, or remove it"
@@ -143,7 +143,7 @@ def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
 def _open(
     plan: Plan, problem_files: list[Path], digests: Mapping[str, str], place: Path, stack: ExitStack
 ) -> GroupsBySet:
-    """What there is of each set and policy; two names of one checkpoint share their groups."""
+    """The groups kept so far of each set and policy; two names of one checkpoint share their groups."""
     opened: dict[Path, Groups] = {}
     groups: GroupsBySet = {name: {} for name in plan.sets}
     for file in problem_files:
@@ -156,7 +156,7 @@ def _open(
 
 
 def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) -> None:
-    """Fill `groups`, policy by policy; an engine holds those that lack some."""
+    """Draw what `groups` lack, policy by policy; a policy that lacks none is not loaded."""
     engines = Engines(start_engine)
     with Verifier(bare=plan.options.bare) as verifier, Meter(plan.num_groups) as meter:
         for name, path in plan.policies.items():
@@ -194,31 +194,31 @@ def _stored(plan: Plan, set_name: str, groups: dict[str, Groups]) -> Iterator[Ro
 
 def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, Any], start: float) -> dict[str, Any]:
     """Write `out` whole; return what each set's metrics.json holds."""
-    parameters, found = manifest["parameters"], {}
+    parameters, summaries = manifest["parameters"], {}
     with outputs.whole_dir(out) as beside:
         for name, rollouts in sets.items():
             place = beside if len(sets) == 1 else beside / name
             tally = scoring.Tally()
             num_rollouts = jsonl.write(place / "rollouts.jsonl", map(tally.add, rollouts))
             jsonl.write(place / "results.jsonl", tally.results)
-            found[name] = scoring.measure(tally.results, parameters["k"], parameters["select"])
-            outputs.write_json(place / "metrics.json", found[name])
+            summaries[name] = scoring.measure(tally.results, parameters["k"], parameters["select"])
+            outputs.write_json(place / "metrics.json", summaries[name])
             counts = {"rollouts": num_rollouts, "tokens": sum(result["num_tokens"] for result in tally.results)}
             end = {"set": name, "counts": counts, "seconds": round(time.monotonic() - start, 3)}
             outputs.write_json(place / "manifest.json", manifest | end)
         if len(sets) > 1:
-            outputs.write_json(beside / "metrics.json", scoring.overview(found))
+            outputs.write_json(beside / "metrics.json", scoring.overview(summaries))
             outputs.write_json(beside / "manifest.json", manifest | {"seconds": round(time.monotonic() - start, 3)})
-    return found
+    return summaries
 
 
-def _print(found: dict[str, Any]) -> None:
-    for name, measured in found.items():
+def _print(summaries: dict[str, Any]) -> None:
+    for name, measured in summaries.items():
         print(f"{name}\n{scoring.summary_table(measured)}\n")
         if measured["differences"]:
             print(f"{scoring.difference_table(measured)}\n")
-    if chosen := next(iter(found.values())).get("selected"):
-        print(f"best on {next(iter(found))} by {chosen['metric']}: {chosen['policy']}")
+    if chosen := next(iter(summaries.values())).get("selected"):
+        print(f"best on {next(iter(summaries))} by {chosen['metric']}: {chosen['policy']}")
 
 
 def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: bool) -> None:
@@ -241,10 +241,10 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
         outputs.refuse_occupied(out)
         with Verifier(bare=bare) as graders:
             sets = {name: scoring.regrade(file, graders, changes[name]) for name, file in files.items()}
-            found = _write(out, sets, manifest, start)
-    _print(found)
+            summaries = _write(out, sets, manifest, start)
+    _print(summaries)
     for name, change in changes.items():
-        print(f"{name}: {scoring.change_table(change, found[name], k)}")
+        print(f"{name}: {scoring.change_table(change, summaries[name], k)}")
 
 
 def _stored_files(source: Path) -> dict[str, Path]:

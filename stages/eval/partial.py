@@ -3,8 +3,8 @@
     .OUT.partial/settings.json                  what every group depends on, but for its policy and its problem
     .OUT.partial/<problems>-<policy>.jsonl      a policy's groups, a line each, in the order in which they were done
 
-It lies beside OUT and goes when OUT is there. Policies and problem files are known by their digests, so that more of
-them can be named when the call is repeated, and one that has changed is drawn anew.
+It lies beside OUT and is removed once OUT is written. Policies and problem files are known by their digests, so a
+repeated call may name more of them, and those that have changed are drawn anew.
 """
 
 from dataclasses import replace
@@ -21,13 +21,13 @@ from stages.core.records import Rollout
 SETTINGS = "settings.json"
 
 
-NO_MATTER = ("k", "select", "limit")  # of an evaluation's options: no group of rollouts depends on them
+NO_MATTER = ("k", "select", "limit")  # options of eval on which no group of rollouts depends
 
 
 def directory(out: Path, identity: Identity) -> Path:
-    """The partial directory of `out`, made where there is none.
+    """The partial directory of `out`, made if there is none.
 
-    Raises InputError where one with other settings is there: its groups could not be mixed with new ones.
+    Raises InputError if one with other settings is there: its groups could not be mixed with new ones.
     """
     path = out.with_name(f".{out.name}.partial")
     if not (path / SETTINGS).exists():
@@ -43,7 +43,7 @@ def directory(out: Path, identity: Identity) -> Path:
 
 
 class Groups:
-    """A policy's groups on disk. From a line on that is not whole, all is dropped, to be drawn again."""
+    """A policy's groups on disk. A broken line and all after it are dropped, to be drawn again."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a+b")
@@ -80,7 +80,7 @@ class Groups:
 
 
 def _problem_of(line: bytes) -> str:
-    """The problem that a line holds the rollouts of; "" for a line that a crash or a hand has broken."""
+    """The id of the problem whose rollouts a line holds; "" for a broken line."""
     try:
         return orjson.loads(line)[0]["problem_id"]
     except (orjson.JSONDecodeError, LookupError, TypeError):

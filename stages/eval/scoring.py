@@ -1,4 +1,4 @@
-"""From rollouts to results and metrics.json, the tables that say what they mean, and a second grading of old rollouts.
+"""From rollouts to results and metrics.json, their tables for the terminal, and the regrading of stored rollouts.
 
     {"policies": {"runs/1/policy": {"num_problems": 30, "num_samples": 32, "avg@32": {"value": 0.25, "low": 0.19,
                                     "high": 0.31}, "pass@8": ..., "truncated": ..., "no_answer": ...,
@@ -21,11 +21,11 @@ from stages.core.records import Result, Rollout
 from stages.core.tabular import aligned
 from stages.core.verifier import Verifier
 
-BATCH = 4096  # rollouts handed to the verifier at once when they are graded again
+BATCH = 4096  # rollouts given to the verifier at once when regrading
 
 
 class Tally:
-    """Results counted from rollouts that pass by, by policy and problem, in the order of their appearance."""
+    """Counts rollouts into Results by policy and problem, in the order of their appearance."""
 
     def __init__(self) -> None:
         self._results: dict[tuple[str, str], dict[str, Any]] = {}
@@ -59,16 +59,16 @@ class Tally:
 
 
 def measure(results: Sequence[Result], ks: Sequence[int], select: str = "") -> dict[str, Any]:
-    """What metrics.json holds, see above; `selected` only where a metric is named."""
+    """What metrics.json holds, see above; `selected` only if a metric is named."""
     policies = metrics.by_policy(results)
-    found: dict[str, Any] = {"policies": {name: _summary(own, ks) for name, own in policies.items()}}
-    found["differences"] = {
+    measured: dict[str, Any] = {"policies": {name: _summary(own, ks) for name, own in policies.items()}}
+    measured["differences"] = {
         f"{second} - {first}": metrics.compare(policies[first], policies[second], ks)
         for first, second in combinations(policies, 2)
     }
     if select:
-        found["selected"] = selected(found["policies"], select)
-    return found
+        measured["selected"] = selected(measured["policies"], select)
+    return measured
 
 
 def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
 def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
     """The best policy by `metric`, of equals that with the best avg@k, of those the first: as the report chooses.
 
-    Raises InputError for a metric that there is not.
+    Raises InputError for an unknown metric.
     """
     if metric not in (choices := [name for name in next(iter(summaries.values())) if "@" in name]):
         raise InputError(f"--select {metric} is none of the metrics: {', '.join(choices)}")
@@ -91,7 +91,7 @@ def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
 
 
 def check_metrics(num_samples: int, ks: Sequence[int], select: str) -> None:
-    """Raise InputError for a k that `num_samples` cannot give, or a selection by a metric that there will not be."""
+    """Raise InputError for a k that `num_samples` cannot give, or a selection by an unknown metric."""
     for k in ks:
         if not 1 <= k <= num_samples:
             raise InputError(f"--k {k} needs 1 to {num_samples} (--num-samples): name other --k, or draw more samples")
@@ -100,18 +100,18 @@ def check_metrics(num_samples: int, ks: Sequence[int], select: str) -> None:
         raise InputError(f"--select {select} is none of the metrics: {', '.join(choices)}")
 
 
-def overview(found: dict[str, Any]) -> dict[str, Any]:
+def overview(by_set: dict[str, Any]) -> dict[str, Any]:
     """Several sets in one: {"sets": {set: {policy: {metric: value}}}, "selected": that of the first set}."""
     sets = {
         name: {policy: {key: summary[key]["value"] for key in _metrics(summary)} for policy, summary in own.items()}
-        for name, own in ((name, measured["policies"]) for name, measured in found.items())
+        for name, own in ((name, measured["policies"]) for name, measured in by_set.items())
     }
-    first = next(iter(found.values()))
+    first = next(iter(by_set.values()))
     return {"sets": sets} | ({"selected": first["selected"]} if "selected" in first else {})
 
 
 class Changes:
-    """What a second grading changed: verdicts by (policy, old, new), and the results before it."""
+    """What regrading changed: verdicts by (policy, old, new), and the results before."""
 
     def __init__(self) -> None:
         self.before = Tally()
@@ -125,7 +125,7 @@ class Changes:
 
 
 def regrade(file: Path, verifier: Verifier, changes: Changes) -> Iterator[Rollout]:
-    """The rollouts of `file` as `verifier` grades them now; `changes` takes note."""
+    """The rollouts of `file` as `verifier` grades them now; `changes` counts the differences."""
     stream = records.read(file, Rollout)
     while batch := list(islice(stream, BATCH)):
         scores = verifier.submit([(rollout["completion"], rollout["answer"]) for rollout in batch]).result()
@@ -135,20 +135,20 @@ def regrade(file: Path, verifier: Verifier, changes: Changes) -> Iterator[Rollou
             yield new
 
 
-def summary_table(found: dict[str, Any]) -> str:
+def summary_table(measured: dict[str, Any]) -> str:
     """A line a policy: each metric in per cent with its interval."""
-    names = [name for name in next(iter(found["policies"].values())) if "@" in name]
+    names = [name for name in next(iter(measured["policies"].values())) if "@" in name]
     rows = [["policy", *names, "truncated", "no answer", "tokens"]]
-    for policy, summary in found["policies"].items():
+    for policy, summary in measured["policies"].items():
         figures = [_percent(summary[name]) for name in names]
         shares = [f"{100 * summary[name]['value']:.1f}" for name in ("truncated", "no_answer")]
         rows.append([policy, *figures, *shares, f"{summary['mean_tokens']['value']:.0f}"])
     return aligned(rows)
 
 
-def difference_table(found: dict[str, Any]) -> str:
+def difference_table(measured: dict[str, Any]) -> str:
     """A line a pair of policies: the paired difference of each metric; a star marks those that are real."""
-    pairs = found["differences"]
+    pairs = measured["differences"]
     names = [name for name in next(iter(pairs.values())) if "@" in name]
     rows = [["difference", *names]]
     for pair, differences in pairs.items():

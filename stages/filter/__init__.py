@@ -1,8 +1,8 @@
-"""Rollouts in, examples out: the successes on the problems that stayed hard, which rft learns from.
+"""Filter: rollouts to examples, the successes on the problems that stayed hard, from which rft learns.
 
 A problem's pass rate is taken over all its rollouts of the whole phase, those that no update saw included, so it is
 known only at the end: the first pass checks and counts every line, the second goes back to the successes that count.
-Left out on purpose: any ranking of successes by length, likelihood or a judge.
+To rank successes by length, likelihood or a judge, drop examples from the file before rft.
 """
 
 import sys
@@ -24,7 +24,7 @@ from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most,
 from stages.core.progress import warn
 from stages.core.provenance import identify, manifest
 from stages.core.records import Example, Rollout
-from stages.filter.selection import Draw, Positions, Tally, can_select, yield_table
+from stages.filter.selection import Choice, Positions, Tally, can_select, yield_table
 
 FLUSH_LINES = 4096  # lines between two moves of the bar
 
@@ -75,17 +75,17 @@ def run(
         if out != "-":
             read = lineage.recorded(_inputs(rollouts))
             identity = identify(run, given, read["inputs"])
-            found = manifest(identity, counts, time.monotonic() - start, rollouts=rollouts, stamps=read["stamps"])
-            outputs.write_json(manifest_file, found)
+            record = manifest(identity, counts, time.monotonic() - start, rollouts=rollouts, stamps=read["stamps"])
+            outputs.write_json(manifest_file, record)
 
 
 def _yield(sources: list["_Source"], parameters: dict[str, Any]) -> str:
     """What each threshold would give, as a table."""
     tallies, successes = _count(sources, parameters["keep_truncated"], parameters["policy"])
-    draw = Draw(parameters["seed"], parameters["keep_duplicates"])
-    draw.add(_candidates(sources, successes, set(range(len(tallies)))))
+    choice = Choice(parameters["seed"], parameters["keep_duplicates"])
+    choice.add(_candidates(sources, successes, set(range(len(tallies)))))
     cap = parameters["max_per_problem"]
-    examples = {number: min(count, cap or count) for number, count in draw.num_candidates().items()}
+    examples = {number: min(count, cap or count) for number, count in choice.num_candidates().items()}
     return yield_table(tallies.values(), parameters["max_pass_rate"], examples)
 
 
@@ -96,10 +96,10 @@ def _choose(sources: list["_Source"], out: str, parameters: dict[str, Any]) -> d
     hard = {tally.number: tally for tally in tallies.values() if tally.num_usable and tally.is_below(max_pass_rate)}
     if not hard:
         raise InputError(_nothing_selected(tallies, max_pass_rate))
-    draw = Draw(parameters["seed"], parameters["keep_duplicates"])
-    draw.add(_candidates(sources, successes, hard))
-    count = jsonl.write(out, _examples(sources, draw.chosen(parameters["max_per_problem"]), tallies))
-    print(_summary(tallies, hard, sum(draw.num_candidates().values()), count, max_pass_rate, out), file=sys.stderr)
+    choice = Choice(parameters["seed"], parameters["keep_duplicates"])
+    choice.add(_candidates(sources, successes, hard))
+    count = jsonl.write(out, _examples(sources, choice.chosen(parameters["max_per_problem"]), tallies))
+    print(_summary(tallies, hard, sum(choice.num_candidates().values()), count, max_pass_rate, out), file=sys.stderr)
     num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
     return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
 
@@ -154,7 +154,7 @@ class _Tee:
 
 
 def _sources(paths: list[str]) -> list[_Source]:
-    """The files that `paths` stand for: an rl output stands for its steps in order. Each must be named once."""
+    """The rollouts files of `paths`: of an rl output, its steps in order. InputError if one is named twice."""
     sources: list[_Source] = []
     for path in paths:
         sources += _steps(Path(path)) if Path(path).is_dir() else [_Source(path)]
@@ -180,7 +180,7 @@ def _steps(directory: Path) -> list[_Source]:
 
 
 def _warn_of_running(paths: list[str]) -> None:
-    """Warn of rl outputs that more rollouts are to come to: pass rates would be over a part of the phase."""
+    """Warn of rl outputs that are still growing: pass rates would be over a part of the phase."""
     for path in paths:
         if not Path(path).is_dir():
             continue
@@ -191,7 +191,7 @@ def _warn_of_running(paths: list[str]) -> None:
 
 
 def _count(sources: list[_Source], keep_truncated: bool, policy: str) -> tuple[dict[str, Tally], Positions]:
-    """First pass: check every line, count by problem id, and note where the usable successes stand."""
+    """First pass: check every line, count by problem id, and note the places of the usable successes."""
     tallies: dict[str, Tally] = {}
     successes = Positions()
     policies = _Policies(policy)
@@ -206,9 +206,9 @@ def _count(sources: list[_Source], keep_truncated: bool, policy: str) -> tuple[d
 
 
 class _Policies:
-    """Whose rollouts count: those of the policy that was asked for, or of the only one there is.
+    """Whose rollouts count: those of the policy that --policy names, or of the only one there is.
 
-    An rl output is one policy, its start policy, under whatever paths that was named when the run was taken up again.
+    An rl output counts as one policy, its start policy, even if a resumed run named it by another path.
     """
 
     def __init__(self, wanted: str):
@@ -217,7 +217,7 @@ class _Policies:
         self._of_run: dict[str, str] = {}
 
     def counts(self, name: str, run: str, where: str) -> bool:
-        """Whether rollouts of the policy `name` count; InputError where they are a second one's and none was named."""
+        """Whether rollouts of the policy `name` count; InputError if they are a second one's and none was named."""
         name = normpath(name)
         if run:
             name = self._of_run.setdefault(run, name)
@@ -244,7 +244,7 @@ def _count_file(
     add_success = successes.buffer.extend
     policy, is_wanted = None, False
     for line, offset, rollout in records.scan(file, source.name, Rollout):
-        if rollout["policy"] != policy:  # looked up where it changes only, for every line of every file passes here
+        if rollout["policy"] != policy:  # looked up only when it changes, since every line of every file passes here
             policy = rollout["policy"]
             is_wanted = policies.counts(policy, source.run, f"{source.name}:{line}")
         is_correct = rollout["reward"] == 1
@@ -273,7 +273,7 @@ def _contradiction(rollout: Rollout) -> str:
 
 
 def _first_tally(tallies: dict[str, Tally], rollout: Rollout, question: int, where: str) -> Tally:
-    """A new problem's tally; InputError where the problem is known with another prompt or answer."""
+    """A new problem's tally; InputError if the problem is known with another prompt or answer."""
     problem_id = rollout["problem_id"]
     if problem_id in tallies:
         raise InputError(
@@ -309,7 +309,7 @@ def _examples(
 
 
 def _revisit(sources: list[_Source], positions: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Rollout]]:
-    """The rollouts that stand at `positions`, each beginning with source and offset; the sources in order."""
+    """The rollouts at `positions`, which begin with source and offset, the sources in order."""
     for place, group in groupby(positions, key=lambda position: position[0]):
         with sources[place].second_pass() as file:
             for position in group:
@@ -334,7 +334,7 @@ def _progress(sources: list[_Source]) -> Iterator[Any]:
 
 
 def _nothing_selected(tallies: dict[str, Tally], max_pass_rate: float) -> str:
-    """What to tell the user, the yield table below it."""
+    """The message if no problem is hard enough, with the yield table below it."""
     most = max(tally.num_rollouts for tally in tallies.values())
     if not any(tally.num_usable for tally in tallies.values()):
         fault = "no rollout succeeded within the token limit: start from a stronger policy or easier problems"

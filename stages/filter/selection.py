@@ -1,6 +1,6 @@
-"""Which rollouts become examples: pass rates over all rollouts of a problem, hard problems, a draw within each.
+"""Which rollouts become examples: pass rates over all rollouts of a problem, hard problems, a choice within each.
 
-Memory grows with the number of problems alone: where candidates stand, and which of them were seen, is kept on disk.
+Memory grows with the number of problems alone: the candidates' positions and hashes are kept on disk.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Tally:
         return self.num_correct / self.num_rollouts
 
     def is_below(self, max_pass_rate: float) -> bool:
-        """Whether the pass rate lies strictly below `max_pass_rate`; 1 is no bound.
+        """Whether the pass rate lies strictly below `max_pass_rate`; 1 means no bound.
 
         A division rounds to the nearest float, and so does a threshold as it is typed: 3 of 30 is not below 0.1.
         """
@@ -48,7 +48,7 @@ def can_select(tallies: Collection[Tally], max_pass_rate: float) -> bool:
 def yield_table(tallies: Collection[Tally], max_pass_rate: float, examples: Mapping[int, int] | None = None) -> str:
     """How many problems and successes lie below each threshold, `max_pass_rate` among them, as aligned text.
 
-    `examples`, where it is known, is the number of examples that each problem number would give.
+    `examples`, if it is known, is the number of examples that each problem number would give.
     """
     titles = ["pass rate", "problems", "successes"] + (["examples"] if examples is not None else [])
     rows = [titles]
@@ -62,7 +62,7 @@ def yield_table(tallies: Collection[Tally], max_pass_rate: float, examples: Mapp
 
 
 class Positions:
-    """Where candidates stand, in order of arrival: triples (source, offset, problem number), 24 bytes each on disk.
+    """Positions of candidates in order of arrival: triples (source, offset, problem number), 24 bytes each on disk.
 
     Add a triple with `buffer.extend`, without a call in between since every success passes here, and `flush` often.
     """
@@ -85,7 +85,7 @@ class Positions:
             yield from zip(numbers, numbers, numbers, strict=True)
 
 
-class Draw:
+class Choice:
     """Candidates without exact duplicates, and of each problem a random choice that `seed` and its texts decide.
 
     The order in which candidates come decides only which of several equal ones is kept: the first.
@@ -114,7 +114,7 @@ class Draw:
         return dict(self._table.execute("SELECT problem, count(*) FROM candidate GROUP BY problem"))
 
     def chosen(self, max_per_problem: int) -> Iterator[tuple[int, int]]:
-        """(source, offset) of what was drawn, in that order; at most `max_per_problem` of a problem, 0 for all."""
+        """(source, offset) of the chosen, in that order; at most `max_per_problem` of a problem, 0 for all."""
         yield from self._table.execute(
             "SELECT source, offset FROM"
             " (SELECT source, offset, row_number() OVER (PARTITION BY problem ORDER BY luck) AS place FROM candidate)"
@@ -125,12 +125,12 @@ class Draw:
     def _row(self, candidate: tuple[int, int, int, str, str]) -> tuple[bytes, int, int, int, bytes]:
         source, offset, problem, prompt, completion = candidate
         identity = _digest(f"{len(prompt)}:{prompt}{completion}".encode())
-        if self._keep_duplicates:  # equal texts are told apart by their turn, so that nothing hangs on where they stand
+        if self._keep_duplicates:  # number equal texts, so that the choice does not depend on their positions
             identity = _digest(identity + str(self._turn(identity)).encode())
         return identity, source, offset, problem, hashlib.blake2b(identity, digest_size=8, key=self._seed).digest()
 
     def _turn(self, identity: bytes) -> int:
-        """How often the text has come, this time included."""
+        """How often the text has come so far, this time included."""
         count = "INSERT INTO copies VALUES (?, 1) ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count"
         return int(self._table.execute(count, (identity,)).fetchone()[0])
 

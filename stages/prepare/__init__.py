@@ -1,6 +1,6 @@
-"""Any source of problems in, problems.jsonl out: each problem once, with an answer that can be trusted and verified.
+"""Prepare: a data set to problems.jsonl, each problem once, with an answer that can be verified.
 
-Left out on purpose: any choice by difficulty or language, and any rewriting of problems beyond what a loader broke.
+To choose by difficulty or language, filter the rows first and give the file as --source.
 """
 
 import sys
@@ -68,23 +68,23 @@ def run(
         if out != "-":
             inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
             identity = identify(run, given, inputs, verifier.VERSION, config=origin.config, split=origin.split)
-            found = manifest(identity, curated.counts, time.monotonic() - start, ids=curated.ids)
-            outputs.write_json(manifest_file, found)
+            record = manifest(identity, curated.counts, time.monotonic() - start, ids=curated.ids)
+            outputs.write_json(manifest_file, record)
 
 
 def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:
-    """The problems to write; InputError where none is left."""
+    """The problems to write; InputError if none is left."""
     limit, seed, drop_unparseable = (parameters[name] for name in ("limit", "seed", "drop_unparseable"))
     rows = _rows(origin, parameters["problem_column"], parameters["answer_column"])
     with Verifier() as grader:
         curated = curation.collect(rows, origin.name, partial(_same_answer, grader))
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
-            curation.draw(curated, limit, seed)
+            curation.choose(curated, limit, seed)
         curation.find_wordy(curated)
         curation.find_unparseable(curated, partial(_parseable, grader), drop_unparseable)
-        if drop_unparseable:  # before the draw, so that the limit is reached
-            curation.draw(curated, limit, seed)
+        if drop_unparseable:  # before the choice, so that the limit is reached
+            curation.choose(curated, limit, seed)
     if not curated.problems:
         raise InputError(f"{parameters['source']}: no problem is left of its rows\n{curated.table()}")
     return curated

@@ -1,6 +1,6 @@
-"""From rows to problems that can be trusted: texts cleaned, answers exact, each problem once, none leaked.
+"""From rows to problems: texts cleaned, answers exact, each problem once, none leaked from a test set.
 
-Pure: what a row's values mean, which problems are the same, and which to keep.
+Reads and writes no files: it decides what a row's values mean, which problems are the same, and which to keep.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ _LAYOUT = re.compile(r"\\left|\\right|[^\w+\-*/()=<>^]|_")
 
 
 def problem_text(value: Any, where: str) -> str:
-    """The problem in a cell: a text, or the user's turn of a chat; less DAPO's wrapper; "" where there is none."""
+    """The problem in a cell: a text, or the user's turn of a chat; less DAPO's wrapper; "" if there is none."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = _user_turn(value, where)
     if value is None:
@@ -62,9 +62,9 @@ def _user_turn(messages: Sequence[Any], where: str) -> Any:
 
 
 def answer_text(value: Any, is_integers: bool, where: str) -> str:
-    """The answer in a cell as text, its digits exact; "" where there is none.
+    """The answer in a cell as text, its digits exact; "" if there is none.
 
-    A worked solution stands for what is after its last "####" (GSM8K, thousands separators dropped) or in its last
+    The answer of a worked solution follows its last "####" (GSM8K, thousands separators dropped) or is in its last
     \\boxed{}. Integers lose leading zeros and a plus sign: AIME's "025" is 25. With `is_integers`, "70.0" is 70.
     """
     if isinstance(value, list) and len(value) == 1:
@@ -115,7 +115,7 @@ def normalized(text: str) -> str:
 
 @dataclass
 class Curated:
-    """Problems kept, and what became of the others: counts, and ids where a user may want to look."""
+    """Problems kept, and what became of the others: counts, and the ids that a user may want to look up."""
 
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)  # of rows or problems, by what became of them
@@ -135,12 +135,12 @@ class Curated:
 def collect(rows: Iterable[tuple[str, str, str]], source: str, same_answer: Callable[[str, str], bool]) -> Curated:
     """Every problem once, from rows of (problem, answer, the row's own id or "").
 
-    A text that comes with answers that are not the same is dropped altogether: none of them can be trusted. Ids are
-    `source`/own id where every problem has one of its own, else `source`/hash of the text: they don't depend on the
+    A text with contradictory answers is dropped: none of them can be trusted. Ids are
+    `source`/own id if every problem has one of its own, else `source`/hash of the text: they don't depend on the
     order of the rows.
     """
     counts: Counter[str] = Counter()
-    found: dict[bytes, tuple[str, str, str]] = {}
+    kept: dict[bytes, tuple[str, str, str]] = {}
     contradictory: set[bytes] = set()
     for raw, answer, own_id in rows:
         counts["rows"] += 1
@@ -148,16 +148,16 @@ def collect(rows: Iterable[tuple[str, str, str]], source: str, same_answer: Call
         key = _hash(same_text(problem))
         if not problem or not answer:
             counts["empty_answer" if problem else "empty_problem"] += 1
-        elif key not in found:
-            found[key] = (problem, answer, own_id)
+        elif key not in kept:
+            kept[key] = (problem, answer, own_id)
             counts["mended"] += problem != raw
         else:
             counts["duplicate"] += 1
-            if found[key][1] != answer and not same_answer(found[key][1], answer):
+            if kept[key][1] != answer and not same_answer(kept[key][1], answer):
                 contradictory.add(key)
-            found[key] = min(found[key], (problem, answer, own_id), key=_rank)
-    curated = Curated(_problems(found, source), counts)
-    keys = dict(zip((problem["id"] for problem in curated.problems), found, strict=True))
+            kept[key] = min(kept[key], (problem, answer, own_id), key=_rank)
+    curated = Curated(_problems(kept, source), counts)
+    keys = dict(zip((problem["id"] for problem in curated.problems), kept, strict=True))
     _drop(curated, "contradictory", lambda problem: keys[problem["id"]] in contradictory)
     return curated
 
@@ -168,9 +168,9 @@ def _rank(copy: tuple[str, str, str]) -> tuple[bool, str, str, str]:
     return not own_id, own_id, answer, problem
 
 
-def _problems(found: Mapping[bytes, tuple[str, str, str]], source: str) -> list[Problem]:
-    own = {own_id for _, _, own_id in found.values()}
-    has_own = "" not in own and len(own) == len(found)
+def _problems(kept: Mapping[bytes, tuple[str, str, str]], source: str) -> list[Problem]:
+    own = {own_id for _, _, own_id in kept.values()}
+    has_own = "" not in own and len(own) == len(kept)
     return [
         Problem(
             id=f"{source}/{own_id.removeprefix(source + '/') if has_own else key.hex()}",
@@ -178,7 +178,7 @@ def _problems(found: Mapping[bytes, tuple[str, str, str]], source: str) -> list[
             answer=answer,
             source=source,
         )
-        for key, (problem, answer, own_id) in found.items()
+        for key, (problem, answer, own_id) in kept.items()
     ]
 
 
@@ -199,7 +199,7 @@ def decontaminate(curated: Curated, others: Iterable[str]) -> None:
 
 
 def find_unparseable(curated: Curated, parseable: Callable[[list[str]], list[bool]], drop: bool) -> None:
-    """Remember the ids of problems whose answer the verifier cannot read, and drop them if asked."""
+    """Remember the ids of problems whose answer the verifier cannot read, and drop them if `drop`."""
     problems = curated.problems
     flags = parseable([problem["answer"] for problem in problems])
     readable = {problem["id"] for problem, flag in zip(problems, flags, strict=True) if flag}
@@ -215,14 +215,14 @@ def find_wordy(curated: Curated) -> None:
     curated.problems = problems
 
 
-def draw(curated: Curated, limit: int, seed: int) -> None:
-    """Keep at most `limit` problems (0 for all), drawn by `seed` and id, in their order.
+def choose(curated: Curated, limit: int, seed: int) -> None:
+    """Keep at most `limit` problems (0 for all), chosen at random by `seed`, in their order.
 
-    A problem's luck hangs on nothing but its id, so a smaller limit keeps a part of what a greater one keeps.
+    The choice depends only on the seed and the ids, so a smaller limit keeps a part of what a greater one keeps.
     """
     if 0 < limit < len(curated.problems):
-        by_luck = sorted(curated.problems, key=lambda problem: _hash(f"{seed}/{problem['id']}"))
-        kept = {problem["id"] for problem in by_luck[:limit]}
+        shuffled = sorted(curated.problems, key=lambda problem: _hash(f"{seed}/{problem['id']}"))
+        kept = {problem["id"] for problem in shuffled[:limit]}
         curated.counts["beyond_limit"] = len(curated.problems) - limit
         curated.problems = [problem for problem in curated.problems if problem["id"] in kept]
     curated.counts["problems"] = len(curated.problems)

@@ -1,6 +1,6 @@
-"""Where problems come from: the paper's sets by name, any data set of the hub, or a local file; as rows of columns.
+"""Sources of problems: the paper's sets by name, any data set of the hub, or a local file; read as rows of columns.
 
-`datasets` loads from the hub, pyarrow from parquet. JSON and CSV are read here, since every loader at hand turns "025"
+`datasets` loads from the hub, pyarrow from parquet. JSON and CSV are read here, since the usual loaders turn "025"
 into 25, 0.10 into 0.1 and integers beyond 64 bits into floats, and none names the line of a fault.
 """
 
@@ -29,7 +29,7 @@ ID_COLUMNS = ("unique_id", "id")
 
 @dataclass(frozen=True)
 class Source:
-    """What to read: `path` where it is local, else `hub_id` with its `config` and `split`.
+    """What to read: `path` if it is local, else `hub_id` with its `config` and `split`.
 
     `name` begins the ids of its problems; `is_integers` says that every answer is one, so that "70.0" is 70.
     """
@@ -57,9 +57,9 @@ PRESETS = {
 
 
 def find(name: str, file: str = "", config: str = "", split: str = "", option: str = "--source") -> Source:
-    """The source that a user means by `name`: a preset, a local file or a hub id; read from `file` where it is given.
+    """The source that a user means by `name`: a preset, a local file or a hub id; read from `file` if it is given.
 
-    Raises InputError, which names the `option`, where it is none of them, or where a local file is asked for a config
+    Raises InputError, which names the `option`, if it is none of them, or if a local file is asked for a config
     or a split.
     """
     if name not in PRESETS and Path(name).is_dir():
@@ -95,10 +95,10 @@ def _local(file: str) -> Path:
 
 
 def rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield (where the row stands, its columns) for every row of `source`; none at all is an InputError."""
-    found = _READERS[source.path.suffix.lower()](source.path) if source.path is not None else _hub(source)
+    """Yield (place such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
+    stream = _READERS[source.path.suffix.lower()](source.path) if source.path is not None else _hub(source)
     empty = True
-    for row in found:
+    for row in stream:
         empty = False
         yield row
     if empty:
@@ -106,7 +106,7 @@ def rows(source: Source) -> Iterator[tuple[str, Row]]:
 
 
 def digest(source: Source) -> str:
-    """What says which version was read: SHA-256 of a local file, the revision of a hub id ("" where unknown)."""
+    """What says which version was read: SHA-256 of a local file, the revision of a hub id ("" if unknown)."""
     if source.path is not None:
         return digest_of(source.path)
     files = " ".join(_load(source).info.download_checksums or {})
@@ -207,7 +207,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 
 
 def problem_column(row: Row, wanted: str, where: str, remedy: str = "name one with --problem-column") -> str:
-    """The name of the column of problems in `row`: `wanted`, or, where that is "", the first of the usual ones.
+    """The name of the column of problems in `row`: `wanted`, or, if that is "", the first of the usual ones.
 
     Names are taken whatever their case; "a.b" is field b of column a. Raises InputError with the columns there are.
     """
@@ -241,7 +241,7 @@ def _names(row: Row) -> dict[str, str]:
 
 
 def value(row: Row, name: str, where: str) -> Any:
-    """What stands in the column that `column` found in another row; InputError where this row lacks it."""
+    """The value of the column `name` ("a.b" is field b of column a) in `row`; InputError if it is missing."""
     if name in row:
         return row[name]
     outer, _, field = name.partition(".")

@@ -1,9 +1,8 @@
 """Report: the results table, the figures and one self-contained page from a directory of runs.
 
-Reads what the other stages left under --runs: evaluations, logs, manifests, analyses. What is not there, or does not
-descend from what is there now, is left out and named, so that a run half done can be looked at. All outputs are
-derived, so a later report replaces an earlier one, but nothing that no report wrote: written.json among the figures
-names the files that the last one did.
+Reads what the other stages left under --runs: evaluations, logs, manifests, analyses. What is missing, or was made from
+something that has changed since, is left out and named, so that a half-finished run can be viewed. A report replaces an
+earlier one, but no other files: written.json among the figures lists those of the last report.
 """
 
 import os
@@ -72,63 +71,64 @@ def run(
 
     Example: rloop report --runs loop --out loop/report.html
     """
-    from stages.report import study, summaries  # pandas comes in here
+    from stages.report import summaries  # imports pandas
+    from stages.report.study import read
 
     printing = table or tsv
-    found = study.read(runs, evals, choices.valid, choices.iterations, needed=printing)
-    beyond = [f"pass@{k}" for k in choices.ks if k > found.num_samples] if found.evaluations else []
+    study = read(runs, evals, choices.valid, choices.iterations, needed=printing)
+    beyond = [f"pass@{k}" for k in choices.ks if k > study.num_samples] if study.evaluations else []
     if beyond:
-        found.left_out.append(f"{', '.join(beyond)}: some problems have {found.num_samples} samples only")
-    choices = replace(choices, ks=[k for k in choices.ks if k <= found.num_samples])
+        study.left_out.append(f"{', '.join(beyond)}: some problems have {study.num_samples} samples only")
+    choices = replace(choices, ks=[k for k in choices.ks if k <= study.num_samples])
     if printing:
-        summary = summaries.summarise(found.scores(choices.ks), choices.seed)
-        rows = summaries.results(summary, summaries.methods(found.places))
+        summary = summaries.summarise(study.scores(choices.ks), choices.seed)
+        rows = summaries.results(summary, summaries.methods(study.places))
         sys.stdout.write(summaries.tsv(rows) if tsv else summaries.markdown(rows))
-        _say(found)
+        _say(study)
         return
-    page = Path(out or found.runs / "report.html")
+    page = Path(out or study.runs / "report.html")
     with outputs.locked(page, paths.figures or page.parent / "figures"):
-        _write(page, paths, choices, found)
-    _say(found)
+        _write(page, paths, choices, study)
+    _say(study)
     print(f"rloop: wrote {page}", file=sys.stderr)
 
 
-def _say(found: "Study") -> None:
-    for line in [*(f"left out: {line}" for line in found.left_out), *found.unequal()]:
+def _say(study: "Study") -> None:
+    for line in [*(f"left out: {line}" for line in study.left_out), *study.unequal()]:
         warn(line)
 
 
-def _write(page: Path, paths: Paths, choices: Choices, found: "Study") -> None:
+def _write(page: Path, paths: Paths, choices: Choices, study: "Study") -> None:
     from stages.report import page as pages
 
     pictures = Path(paths.figures or page.parent / "figures")
     names = {"curves": "curves.tsv"} | {f"results_{end}": f"results.{end}" for end in ("md", "tsv", "json")}
     files = {name: Path(getattr(paths, name) or page.parent / usual) for name, usual in names.items()}
     _refuse_strangers(pictures, [page, *files.values()])
-    content, texts = _content(found, choices)
+    content, texts = _content(study, choices)
     figures = [figure for section in SECTIONS for figure in content[section]]
     _write_figures(pictures, figures, [page, *files.values()])
     with outputs.whole_file(files["curves"]) as beside:
         tabular.write_tsv(beside, content.pop("curves"))
     for name, text in texts.items():
         _write_text(files[name], text)
-    _write_text(page, pages.render(name=str(found.runs), unequal=found.unequal(), left_out=found.left_out, **content))
+    _write_text(page, pages.render(name=str(study.runs), unequal=study.unequal(), left_out=study.left_out, **content))
 
 
-def _content(found: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str]]:
+def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str]]:
     """What the page shows, and the texts of the files beside it."""
     from stages.report import browser, curves, summaries
 
-    scores, logs = found.scores(choices.ks), found.logs()
-    summary, chosen = summaries.summarise(scores, choices.seed), summaries.methods(found.places)
+    scores, logs = study.scores(choices.ks), study.logs()
+    summary, chosen = summaries.summarise(scores, choices.seed), summaries.methods(study.places)
     rows = summaries.results(summary, chosen)
     compared = summaries.differences(scores, chosen, seed=choices.seed)
-    tidy = curves.tidy(summary, found.places)
+    tidy = curves.tidy(summary, study.places)
     on_sets = tidy[tidy["set"] != summaries.AVERAGE]
-    wanted = [f"avg@{found.num_samples}", *(f"pass@{k}" for k in choices.ks[-1:])]
-    resets = sorted({place.step for place in found.places if place.fine_tuned})
+    wanted = [f"avg@{study.num_samples}", *(f"pass@{k}" for k in choices.ks[-1:])]
+    resets = sorted({place.step for place in study.places if place.fine_tuned})
     order = wanted[::-1]
-    labels = {place.policy: place.label for place in found.places}
+    labels = {place.policy: place.label for place in study.places}
     best = curves.best_on(on_sets, choices.valid, order)
     selected = summaries.results(summary, {f"{method}, step {labels[p]}": p for method, p in best.items()})
     over_steps = curves.of_evaluations(on_sets, resets, wanted)
@@ -144,20 +144,20 @@ def _content(found: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
         "over_steps": over_steps,
         "curves": on_sets.to_dict("records"),
         "iterations": curves.of_iterations(on_sets),
-        "analysis": _analysis(found),
+        "analysis": _analysis(study),
         "training": curves.overfitting(on_sets, logs, choices.valid, wanted) + curves.of_logs(logs, resets),
         "costs": summaries.costs(logs).to_dict("records"),
-        "rollouts": browser.build(found.evaluations, found.places, choices.max_problems, choices.max_samples),
-        "settings": summaries.settings(found.settings()),
+        "rollouts": browser.build(study.evaluations, study.places, choices.max_problems, choices.max_samples),
+        "settings": summaries.settings(study.settings()),
     }
-    found.left_out += _missing(found, choices, content, logs.empty, summaries.incomparable(scores, chosen))
-    return content, _texts(found, rows)
+    study.left_out += _missing(study, choices, content, logs.empty, summaries.incomparable(scores, chosen))
+    return content, _texts(study, rows)
 
 
-def _texts(found: "Study", rows: "pd.DataFrame") -> dict[str, str]:
+def _texts(study: "Study", rows: "pd.DataFrame") -> dict[str, str]:
     from stages.report import summaries
 
-    notes = [*(f"Left out: {line}." for line in found.left_out), *found.unequal()]
+    notes = [*(f"Left out: {line}." for line in study.left_out), *study.unequal()]
     table = summaries.markdown(rows) if len(rows) else "No results.\n"
     return {
         "results_md": table + "".join(f"\n{note}\n" for note in notes),
@@ -169,19 +169,19 @@ def _texts(found: "Study", rows: "pd.DataFrame") -> dict[str, str]:
 
 
 def _missing(
-    found: "Study", choices: Choices, content: Mapping[str, Any], no_logs: bool, incomparable: list[str]
+    study: "Study", choices: Choices, content: Mapping[str, Any], no_logs: bool, incomparable: list[str]
 ) -> list[str]:
-    """A line for each part of the page that there is nothing for."""
-    methods = {place.method for place in found.places}
+    """A line for each part of the page that is empty, with the reason."""
+    methods = {place.method for place in study.places}
     missing = {
-        "metrics over steps: no run has two evaluated checkpoints": found.evaluations and not content["over_steps"],
-        f"training curves: no log.tsv under {found.runs}": no_logs,
-        f"learning, forgetting and similarity: nothing of analyze under {found.runs / 'analysis'}": not content[
+        "metrics over steps: no run has two evaluated checkpoints": study.evaluations and not content["over_steps"],
+        f"training curves: no log.tsv under {study.runs}": no_logs,
+        f"learning, forgetting and similarity: nothing of analyze under {study.runs / 'analysis'}": not content[
             "analysis"
         ],
-        "RLoop against RL: not both were evaluated": found.evaluations and not {RL, RLOOP} <= methods,
-        f"compute: no log.tsv under {found.runs}": not content["costs"],
-        "rollouts: the evaluations hold no rollouts.jsonl": found.evaluations
+        "RLoop against RL: not both were evaluated": study.evaluations and not {RL, RLOOP} <= methods,
+        f"compute: no log.tsv under {study.runs}": not content["costs"],
+        "rollouts: the evaluations hold no rollouts.jsonl": study.evaluations
         and choices.max_problems
         and choices.max_samples
         and not content["rollouts"],
@@ -189,27 +189,27 @@ def _missing(
     return [line for line, is_so in missing.items() if is_so] + incomparable
 
 
-def _analysis(found: "Study") -> list["Figure"]:
-    """The figures of analyze's outputs below RUNS/analysis; those of an output further down bear its path."""
+def _analysis(study: "Study") -> list["Figure"]:
+    """The figures of analyze's outputs below RUNS/analysis; those of a nested output have its path in their names."""
     from stages.core import figures
 
-    root = found.runs / "analysis"
-    drawn: list[Figure] = []
+    root = study.runs / "analysis"
+    plotted: list[Figure] = []
     for directory in dict.fromkeys(path.parent for path in sorted(root.rglob("*.json"))):
         contents = {path.name: read_json(path) for path in sorted(directory.glob("*.json"))}
-        stale = dict.fromkeys(why for content in contents.values() if (why := found.stale(directory, content)))
-        found.left_out += [why for why in stale if why not in found.left_out]
-        kept = {name: content for name, content in contents.items() if not found.stale(directory, content)}
+        stale = dict.fromkeys(why for content in contents.values() if (why := study.stale(directory, content)))
+        study.left_out += [why for why in stale if why not in study.left_out]
+        kept = {name: content for name, content in contents.items() if not study.stale(directory, content)}
         steps = kept.get("similarity_by_step.json", {}).get("steps")
         of_directory = [figures.of_similarity(steps)] if isinstance(steps, list) else []
         of_directory += figures.of_matrices([each for each in kept.values() if each.keys() >= MATRIX_KEYS])
         prefix = "".join(f"{figures.file_name(part)}_" for part in directory.relative_to(root).parts)
-        drawn += [replace(figure, name=prefix + figure.name) for figure in of_directory]
-    return sorted(drawn, key=lambda figure: figure.number)
+        plotted += [replace(figure, name=prefix + figure.name) for figure in of_directory]
+    return sorted(plotted, key=lambda figure: figure.number)
 
 
 def _refuse_strangers(pictures: Path, files: Sequence[Path]) -> None:
-    """Raise InputError where something stands in the way that no report wrote."""
+    """Raise InputError if a file that no report wrote would be replaced."""
     written = read_json(pictures / WRITTEN)
     own = {(pictures / name).resolve() for name in written.get("files", [])}
     for path in files:
@@ -222,13 +222,13 @@ def _refuse_strangers(pictures: Path, files: Sequence[Path]) -> None:
             raise InputError(f"{pictures} holds {strangers[0]}, which no report wrote: name another --figures")
 
 
-def _write_figures(directory: Path, drawn: Sequence["Figure"], files: Sequence[Path]) -> None:
+def _write_figures(directory: Path, plotted: Sequence["Figure"], files: Sequence[Path]) -> None:
     """Replace the directory of figures as a whole; `files` are those that are written beside it."""
     from stages.core import figures
 
     before = read_json(directory / WRITTEN).get("files", [])
     with outputs.whole_dir(directory, replacing=True) as beside:
-        for figure in drawn:
+        for figure in plotted:
             figures.save(figure, beside)
         names = sorted(path.name for path in beside.iterdir())
         relative = sorted({*before, *(os.path.relpath(path, directory) for path in files)})

@@ -1,7 +1,7 @@
-"""What the report's browser of rollouts holds: for each set a few telling problems with completions of every policy.
+"""The data of the report's rollout browser: for each set a few problems with completions of every policy.
 
-A problem tells the more the further apart the policies' pass rates on it lie. Of a policy's samples a mix of correct
-and wrong ones is kept, and of a very long completion its beginning and its end, so that the page stays small.
+Problems on which the policies' pass rates differ most come first. Of a policy's samples a mix of correct and wrong
+ones is kept, and of a very long completion its beginning and its end, so that the page stays small.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,16 @@ Browser = list[dict[str, Any]]
 
 
 def build(
-    evaluations: Mapping[str, Evaluation], found: Sequence[Place], max_problems: int, max_samples: int
+    evaluations: Mapping[str, Evaluation], places: Sequence[Place], max_problems: int, max_samples: int
 ) -> Browser:
     """One entry a set: {"name", "policies": [{"label", "method", "step"}], "problems": [{"id", "rates", ...}]}.
 
     Problems are cut from the end of the longest list until the whole is below MAX_BYTES.
     """
     sets = [
-        _of_set(evaluation, [place for place in found if place.policy in evaluation.results], max_problems, max_samples)
+        _of_set(
+            evaluation, [place for place in places if place.policy in evaluation.results], max_problems, max_samples
+        )
         for evaluation in evaluations.values()
         if evaluation.rollouts
     ]
@@ -37,14 +39,14 @@ def build(
     return [of_set for of_set in sets if of_set["problems"]]
 
 
-def _of_set(evaluation: Evaluation, found: Sequence[Place], max_problems: int, max_samples: int) -> dict[str, Any]:
-    found = sorted(found, key=lambda place: (place.method != BASE, place.method, place.step, place.fine_tuned))
-    rates = _rates(evaluation, found)
+def _of_set(evaluation: Evaluation, places: Sequence[Place], max_problems: int, max_samples: int) -> dict[str, Any]:
+    places = sorted(places, key=lambda place: (place.method != BASE, place.method, place.step, place.fine_tuned))
+    rates = _rates(evaluation, places)
     chosen = sorted(rates, key=lambda problem: (-_spread(rates[problem]), problem))[:max_problems]
     samples = _samples(evaluation, set(chosen))
     problems = []
     for problem in chosen:
-        drawn = [samples.get((problem, place.policy), []) for place in found]
+        drawn = [samples.get((problem, place.policy), []) for place in places]
         if (one := next((rollouts[0] for rollouts in drawn if rollouts), None)) is None:
             continue
         problems.append(
@@ -58,7 +60,7 @@ def _of_set(evaluation: Evaluation, found: Sequence[Place], max_problems: int, m
         )
     policies = [
         {"label": _label(place), "method": place.method, "step": place.step, "after_rft": place.fine_tuned}
-        for place in found
+        for place in places
     ]
     return {"name": evaluation.problem_set, "policies": policies, "problems": problems}
 
@@ -73,12 +75,12 @@ def _label(place: Place) -> str:
     )
 
 
-def _rates(evaluation: Evaluation, found: Sequence[Place]) -> dict[str, list[float | None]]:
-    """Problem id -> the pass rate of each policy, None where it was not asked."""
+def _rates(evaluation: Evaluation, places: Sequence[Place]) -> dict[str, list[float | None]]:
+    """Problem id -> the pass rate of each policy, None if it was not evaluated on it."""
     rates: dict[str, list[float | None]] = {}
-    for index, place in enumerate(found):
+    for index, place in enumerate(places):
         for result in evaluation.results[place.policy]:
-            of_problem = rates.setdefault(result["problem_id"], [None] * len(found))
+            of_problem = rates.setdefault(result["problem_id"], [None] * len(places))
             of_problem[index] = round(result["num_correct"] / result["num_samples"], 4)
     return rates
 
@@ -98,7 +100,7 @@ def _samples(evaluation: Evaluation, chosen: set[str]) -> dict[tuple[str, str], 
 
 
 def _mix(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
-    """Up to `count` of the samples, half of them correct where there are so many, in the order of drawing."""
+    """Up to `count` of the samples, half of them correct if there are enough, in the order of drawing."""
     right = [rollout for rollout in rollouts if rollout["reward"] > 0]
     wrong = [rollout for rollout in rollouts if rollout["reward"] <= 0]
     num_right = min(len(right), max((count + 1) // 2, count - len(wrong)))

@@ -1,4 +1,4 @@
-"""Metrics over steps: what evaluations and logs say along each method's way, as tidy rows and as figures.
+"""Metrics over steps: evaluations and logs along each method's training, as tidy rows and as figures.
 
 `step` counts RL steps from the base. RLoop has two policies at the end of an iteration, RL's endpoint and the
 fine-tuned policy that the next iteration starts from (`after_rft`); the line between them is the reset.
@@ -24,13 +24,13 @@ TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
 }
 
 
-def tidy(summary: pd.DataFrame, found: Sequence[Place]) -> pd.DataFrame:
+def tidy(summary: pd.DataFrame, places: Sequence[Place]) -> pd.DataFrame:
     """Every metric of every policy on the way of every method, set by set, in percent; the base is on each way."""
     ways = pd.DataFrame(
         [
             (method, place.step, int(place.fine_tuned), place.policy)
-            for method in dict.fromkeys(place.method for place in found)
-            for place in way(found, method)
+            for method in dict.fromkeys(place.method for place in places)
+            for place in way(places, method)
             if method != BASE
         ],
         columns=["method", "step", "after_rft", "policy"],
@@ -55,7 +55,7 @@ def best_on(rows: pd.DataFrame, valid: str, order: Sequence[str]) -> dict[str, s
 
 def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[str]) -> list[Figure]:
     """RLoop against RL over steps (the paper's figure 4): a panel a set and metric `wanted`, all on one scale."""
-    drawn = []
+    plotted = []
     rows = rows[rows["metric"].isin(wanted)]
     top = rows["high"].max()
     for name in rows["set"].unique():
@@ -67,8 +67,8 @@ def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[s
             caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop starts anew from a fine-tuned policy."
             file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
             axis = f"{metric} (%)"
-            drawn.append(lines(file, title, caption, series, y_label=axis, resets=resets, number="4", top=top))
-    return drawn
+            plotted.append(lines(file, title, caption, series, y_label=axis, resets=resets, number="4", top=top))
+    return plotted
 
 
 def _series(rows: pd.DataFrame, by: str, x: str = "step") -> list[Series]:
@@ -82,7 +82,7 @@ def _series(rows: pd.DataFrame, by: str, x: str = "step") -> list[Series]:
 
 def of_iterations(rows: pd.DataFrame) -> list[Figure]:
     """Metrics of RLoop's start policies over iterations (the paper's figure 3), a panel for each set, on one scale."""
-    drawn = []
+    plotted = []
     starts = rows[(rows["method"] == RLOOP) & ((rows["after_rft"] == 1) | (rows["step"] == 0))]
     starts = starts[starts["metric"].str.contains("@")]
     for name, of_set in starts.groupby("set", sort=False):
@@ -92,25 +92,25 @@ def of_iterations(rows: pd.DataFrame) -> list[Figure]:
             caption = f"Metrics of the policy fine-tuned after each iteration on {name}; 0 is the base."
             series, top = _series(numbered, "metric", x="iteration"), starts["high"].max()
             file = f"iterations_{file_name(name)}"
-            drawn.append(lines(file, title, caption, series, y_label="%", x_label="iteration", number="3", top=top))
-    return drawn
+            plotted.append(lines(file, title, caption, series, y_label="%", x_label="iteration", number="3", top=top))
+    return plotted
 
 
 def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> list[Figure]:
     """A panel for each known column of the logs over steps, both methods."""
-    drawn = []
+    plotted = []
     of_rl = logs[logs["method"] != ""]
     for column, (title, axis, number) in TRAINING.items():
         known = of_rl.dropna(subset=[column]) if column in of_rl else of_rl[:0]
         methods = sorted(known["method"].unique())  # RL before RLoop
-        found = {method: known[known["method"] == method] for method in methods}
-        series = [Series(method, list(rows["step"]), list(rows[column])) for method, rows in found.items()]
+        by_method = {method: known[known["method"] == method] for method in methods}
+        series = [Series(method, list(rows["step"]), list(rows[column])) for method, rows in by_method.items()]
         if series:
             caption = f"{title} at each RL step, from log.tsv."
             explodes = column == "grad_norm" and bool(0 < 100 * known[column].min() < known[column].max())
             style = {"y_label": axis, "resets": resets, "number": number, "log_scale": explodes}
-            drawn.append(lines(f"training_{column}", title, caption, series, **style))  # type: ignore[arg-type]
-    return drawn
+            plotted.append(lines(f"training_{column}", title, caption, series, **style))  # type: ignore[arg-type]
+    return plotted
 
 
 def overfitting(rows: pd.DataFrame, logs: pd.DataFrame, valid: str, wanted: Sequence[str]) -> list[Figure]:

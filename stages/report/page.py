@@ -31,7 +31,7 @@ def render(**content: Any) -> str:
 
 
 def embedded(records: Any) -> str:
-    """JSON as it stands in the page: "</script>" in a completion ends nothing."""
+    """JSON that is safe inside <script>: a "</script>" in a completion does not end it."""
     return orjson.dumps(records).decode().replace("<", "\\u003c")
 
 

@@ -4,7 +4,7 @@
     logs      a row a training step: phase ("RLoop 2: RL"), method, step (from the base), then the columns of log.tsv
     settings  a row a manifest and parameter: stage, parameter, value, run
 
-What is not there, or not on the line from the base (core/lineage.py), is named in `left_out`.
+What is missing, or not on the line from the base (core/lineage.py), is named in `left_out`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ KEYS = ["set", "policy", "problem_id", "num_samples"]
 
 @dataclass
 class Study:
-    """A directory of runs as far as it has come; `left_out` grows by a line for everything that is not shown."""
+    """A directory of runs, finished or not; `left_out` has a line for everything that is not shown."""
 
     runs: Path
     line: Line
@@ -65,7 +65,7 @@ class Study:
         for iteration in self.line.iterations():
             run = self.runs / str(iteration) / "rl"
             frames += self._log(run, f"{RLOOP} {iteration}: RL", RLOOP, offset)
-            offset += num_steps(run) if self.line.stands(run) else 0
+            offset += num_steps(run) if self.line.includes(run) else 0
             tuned = self.runs / str(iteration) / "policy"
             if read_json(tuned / "manifest.json").get("stage") == "rft":
                 frames += self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)
@@ -73,7 +73,7 @@ class Study:
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["phase", "method", "step"])
 
     def _log(self, run: Path, phase: str, method: str, offset: int) -> list[pd.DataFrame]:
-        rows = read_tsv(run / "log.tsv") if self.line.stands(run) else []
+        rows = read_tsv(run / "log.tsv") if self.line.includes(run) else []
         frame = pd.DataFrame(rows).assign(phase=phase, method=method)
         if not rows or "step" not in frame:
             return []
@@ -97,7 +97,7 @@ class Study:
     def _manifests(self) -> Iterator[Path]:
         for part, name in (("rl", "rl/"), ("examples.jsonl", "examples."), ("policy", "policy/")):
             for path in sorted(self.runs.glob(f"*/{name}manifest.json")):
-                if self.line.stands(self.runs / path.relative_to(self.runs).parts[0] / part):
+                if self.line.includes(self.runs / path.relative_to(self.runs).parts[0] / part):
                     yield path
         yield from sorted((self.runs / "analysis").rglob("manifest.json"))
         for path in sorted((self.runs / "eval").rglob("manifest.json")):
@@ -108,17 +108,17 @@ class Study:
         return dict.fromkeys(home for each in self.evaluations.values() for home in each.homes.values())
 
     def unequal(self) -> list[str]:
-        """What keeps the figures from being like for like: settings of evaluations, numbers of steps."""
-        found = self.line.unequal(self._homes())
+        """A line for each difference that makes figures incomparable: settings of evaluations, numbers of steps."""
+        lines = self.line.unequal(self._homes())
         alone = self.runs / "vanilla" / "rl"
         of_rloop = sum(num_steps(self.runs / str(iteration) / "rl") for iteration in self.line.iterations())
-        of_rl = num_steps(alone) if self.line.stands(alone) else 0
+        of_rl = num_steps(alone) if self.line.includes(alone) else 0
         if of_rl and of_rloop and of_rl != of_rloop:
-            found += [f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"]
-        return found
+            lines += [f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"]
+        return lines
 
     def stale(self, directory: Path, content: dict[str, Any]) -> str:
-        """Why a file of an analysis is not shown: it was made from other evaluations, or tells of what is not here."""
+        """Why a file of an analysis is not shown: made from other evaluations, or of policies not on the line."""
         for path, digest in (read_json(directory / "manifest.json").get("inputs") or {}).items():
             if self.line.changed(path, digest):
                 return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
@@ -128,7 +128,7 @@ class Study:
 
 
 def read(named: str, evals: Sequence[str], valid: str, iterations: str, needed: bool) -> Study:
-    """Read what there is; without any evaluation, an InputError where they are `needed`, and else a line in `left_out`.
+    """Read everything. If there is no evaluation: InputError if `needed`, else a line in `left_out`.
 
     The directory of runs is the one `named`, else the one that the evaluations lie in, else the one beside them.
     """
@@ -141,8 +141,8 @@ def read(named: str, evals: Sequence[str], valid: str, iterations: str, needed: 
     else:
         left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
     line = Line(runs if runs.is_dir() else None, directories, chosen(iterations))
-    found = read_evals(directories, line.keeps)
-    evaluations = {name: found[name] for name in sorted(found, key=lambda name: (name != valid, name))}
+    by_set = read_evals(directories, line.keeps)
+    evaluations = {name: by_set[name] for name in sorted(by_set, key=lambda name: (name != valid, name))}
     if evaluations and valid not in evaluations:
         others = ", ".join(evaluations)
         left_out.append(f"all by the validation set: no evaluation of {valid} (--valid), only of {others}")

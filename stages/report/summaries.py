@@ -1,6 +1,6 @@
 """Frames to tables: means with their intervals, the results table (the paper's Table 1), differences, costs, settings.
 
-Everything comes from the frames of study.py. Figures are fractions inside and percent on paper.
+Everything comes from the frames of study.py. Figures are fractions here and percent on the page.
 """
 
 import re
@@ -18,17 +18,17 @@ RLOOP_ENDPOINT = "RLoop, last RL endpoint"
 PAIRS = ((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT))
 COUNTS = ["steps", "num_rollouts", "rollout_tokens", "update_tokens"]
 SECONDS = ["seconds", "generate_s", "verify_s", "update_s", "handover_s"]
-MIN_SECONDS = 1.0  # a quotient of less time than this would tell of noise
+MIN_SECONDS = 1.0  # a ratio of shorter times would be noise
 
 
-def methods(found: Sequence[Place]) -> dict[str, str]:
-    """Which policy stands for which method: the base, the last checkpoint of RL and other runs, RLoop's last policy.
+def methods(places: Sequence[Place]) -> dict[str, str]:
+    """The policy that represents each method: the base, the last checkpoint of RL and other runs, RLoop's last policy.
 
-    RLoop's output is the policy fine-tuned after the last iteration (Algorithm 1); where its last RL phase has a
-    checkpoint, that one is a row of its own. Policies on no known way stand for themselves.
+    RLoop's output is the policy fine-tuned after the last iteration (Algorithm 1); if its last RL phase has a
+    checkpoint, that one is a row of its own. Any other policy is a method of its own.
     """
     chosen: dict[str, str] = {}
-    for place in found:  # ordered by step within a method, so the last one stays
+    for place in places:  # ordered by step within a method, so the last one stays
         endpoint = place.method == RLOOP and not place.fine_tuned
         chosen[RLOOP_ENDPOINT if endpoint else place.method] = place.policy
     order = [name for name in (BASE, RL, RLOOP, RLOOP_ENDPOINT) if name in chosen]
@@ -47,14 +47,14 @@ def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         everywhere.setdefault(policy, []).append(values)
         counts = {"num_problems": len(of_policy), "num_samples": of_policy["num_samples"].min()}
         for metric in values:
-            found = metrics.interval(values[metric], seed)
-            rows.append({"set": name, "policy": policy, "metric": metric} | counts | found)
+            interval = metrics.interval(values[metric], seed)
+            rows.append({"set": name, "policy": policy, "metric": metric} | counts | interval)
     num_sets, num_samples = scores["set"].nunique(), scores["num_samples"].min()
     for policy, sets in everywhere.items():
         counts = {"num_problems": sum(map(len, sets)), "num_samples": num_samples}
         for metric in sets[0] if len(sets) == num_sets > 1 else ():
-            found = metrics.average_interval([values[metric] for values in sets], seed)
-            rows.append({"set": AVERAGE, "policy": policy, "metric": metric} | counts | found)
+            interval = metrics.average_interval([values[metric] for values in sets], seed)
+            rows.append({"set": AVERAGE, "policy": policy, "metric": metric} | counts | interval)
     return pd.DataFrame(
         rows, columns=["set", "policy", "metric", "num_problems", "num_samples", "value", "low", "high"]
     )
@@ -68,17 +68,17 @@ def _measured(scores: pd.DataFrame) -> pd.DataFrame:
 def results(summary: pd.DataFrame, chosen: Mapping[str, str]) -> pd.DataFrame:
     """The results table: the accuracy and coverage of each method on each set, set by set."""
     names = pd.DataFrame(list(chosen.items()), columns=["method", "policy"], dtype=object)
-    found = names.merge(summary[summary["metric"].str.contains("@")], on="policy")
+    rows = names.merge(summary[summary["metric"].str.contains("@")], on="policy")
     order = {name: index for index, name in enumerate(summary["set"].unique())}
-    return found.sort_values("set", key=lambda sets: sets.map(order), kind="stable", ignore_index=True)
+    return rows.sort_values("set", key=lambda sets: sets.map(order), kind="stable", ignore_index=True)
 
 
 def nested(table: pd.DataFrame, row: str = "method") -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """{set: {method: {metric: {"value", "low", "high", ...}}}}, all in the order of the table."""
-    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    cells: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for record in table.to_dict("records"):
-        found.setdefault(record["set"], {}).setdefault(record[row], {})[record["metric"]] = record
-    return found
+        cells.setdefault(record["set"], {}).setdefault(record[row], {})[record["metric"]] = record
+    return cells
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -109,16 +109,16 @@ def tsv(table: pd.DataFrame) -> str:
 
 def for_dvc(table: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """The results without intervals, in percent, for `dvc metrics`: {"RLoop": {"valid": {"avg@32": 48.0, ...}}}."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    percents: dict[str, dict[str, dict[str, float]]] = {}
     for row in table.to_dict("records"):
-        found.setdefault(row["method"], {}).setdefault(row["set"], {})[row["metric"]] = round(100 * row["value"], 2)
-    return found
+        percents.setdefault(row["method"], {}).setdefault(row["set"], {})[row["metric"]] = round(100 * row["value"], 2)
+    return percents
 
 
 def differences(
     scores: pd.DataFrame, chosen: Mapping[str, str], pairs: Sequence[tuple[str, str]] = PAIRS, seed: int = 0
 ) -> pd.DataFrame:
-    """Second minus first of each pair, problem by problem, on each set where both were asked the same, then over all.
+    """Second minus first of each pair, problem by problem, on each set whose problems they share, then over all.
 
     A row a set, pair and metric: set, first, second, metric, value, low, high, real; the average comes last.
     """
@@ -133,16 +133,16 @@ def differences(
         parts += [(AVERAGE, list(apart.values()))] if len(apart) == len(sets) > 1 else []
         for name, values in parts:
             for metric in (metric for metric in values[0] if "@" in metric):
-                found = metrics.judged(metrics.average_interval([each[metric] for each in values], seed))
-                rows.append({"set": name, "first": first, "second": second, "metric": metric} | found)
+                interval = metrics.judged(metrics.average_interval([each[metric] for each in values], seed))
+                rows.append({"set": name, "first": first, "second": second, "metric": metric} | interval)
     table = pd.DataFrame(rows, columns=["set", "first", "second", "metric", "value", "low", "high", "real"])
     order = {name: index for index, name in enumerate([*sets, AVERAGE])}
     return table.sort_values("set", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
 def incomparable(scores: pd.DataFrame, chosen: Mapping[str, str]) -> list[str]:
-    """A line for every method that was asked other problems of a set than the first method in the table."""
-    found = []
+    """A line for every method whose problems of a set differ from those of the first method in the table."""
+    lines = []
     for name, of_set in scores.groupby("set", sort=False):
         asked = of_set.groupby("policy")["problem_id"].agg(frozenset)
         (first, problems), *others = [(m, asked[policy]) for m, policy in chosen.items() if policy in asked] or [
@@ -151,12 +151,12 @@ def incomparable(scores: pd.DataFrame, chosen: Mapping[str, str]) -> list[str]:
         for method, theirs in others:
             if theirs != problems:
                 counts = f"{len(theirs)} and {len(problems)}"
-                found.append(f"{method} and {first} on {name}: asked different problems ({counts}), so no difference")
-    return found
+                lines.append(f"{method} and {first} on {name}: asked different problems ({counts}), so no difference")
+    return lines
 
 
 def overall(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that say most in short: the average over sets, or without one the first set."""
+    """The rows of the average over sets, or of the first set if there is none."""
     sets = list(table["set"].unique())
     return table[table["set"] == (AVERAGE if AVERAGE in sets else sets[0])] if sets else table
 
@@ -212,10 +212,10 @@ def _quotient(above: pd.Series, below: pd.Series) -> pd.Series:
     return (above / below).where((below >= least) & ((above >= least) | ~above.index.isin(SECONDS)))
 
 
-def settings(found: pd.DataFrame) -> dict[str, list[dict[str, str]]]:
-    """Stage -> a line a parameter: {"parameter", "value"}; where runs differ it names them: "30 (1/rl), 90 (2/rl)"."""
+def settings(frame: pd.DataFrame) -> dict[str, list[dict[str, str]]]:
+    """Stage -> a line a parameter: {"parameter", "value"}; if runs differ it names them: "30 (1/rl), 90 (2/rl)"."""
     stages: dict[str, list[dict[str, str]]] = {}
-    brief = found.assign(value=[re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1…", text) for text in found["value"]])
+    brief = frame.assign(value=[re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1…", text) for text in frame["value"]])
     for stage, of_stage in brief.groupby("stage", sort=False):
         for name, rows in of_stage.groupby("parameter", sort=False):
             runs = rows.groupby("value", sort=False)["run"].agg(list)

@@ -93,8 +93,8 @@ def run(
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
         identity = identify(run, given, inputs, **tuned.settings)
-        found = manifest(identity, counts, seconds, policy=policy, examples=str(examples))
-        outputs.write_json(beside / "manifest.json", found)
+        record = manifest(identity, counts, seconds, policy=policy, examples=str(examples))
+        outputs.write_json(beside / "manifest.json", record)
 
 
 def _say_left_out(left_out: list[str], max_tokens: int) -> None:

@@ -1,6 +1,6 @@
-"""Examples made ready for fine-tuning: token ids with labels, the order they come in, the learning rate of each step.
+"""From examples to training steps: token ids with labels, the order of examples, the learning rate of each step.
 
-No torch in here: the tokenizer is handed in, everything else is lists of integers.
+Without torch: it takes a tokenizer and works on lists of integers.
 """
 
 import random
@@ -36,8 +36,8 @@ class Row:
 def tokenize(tokenizer: Any, example: Example) -> Row:
     """The prompt's token ids as the engine saw them, then the completion's, then the end token exactly once.
 
-    The completion is cut out of the tokenised whole where that begins with the prompt's tokens, because a tokenizer
-    that marks the begin of a text (SentencePiece) would put a space before a completion on its own. Where prompt and
+    The completion is cut out of the tokenised whole if that begins with the prompt's tokens, because a tokenizer
+    that marks the begin of a text (SentencePiece) would put a space before a completion on its own. If prompt and
     completion share a token in the whole, the completion is tokenised on its own: the engine began there, too.
     """
     prompt_ids, whole_ids = policies.encode(tokenizer, [example["prompt"], example["prompt"] + example["completion"]])
@@ -54,7 +54,7 @@ def tokenize(tokenizer: Any, example: Example) -> Row:
 def tokenize_fitting(tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> tuple[list[Row], list[str]]:
     """The rows of at most `max_tokens` tokens, and the problem ids of the examples left out as too long.
 
-    Nothing is ever cut: half a solution teaches to stop half-way. Raises InputError where no example fits.
+    No example is cut: half a solution would teach to stop half-way. Raises InputError if no example fits.
     """
     rows, left_out = [], []
     for example in examples:
@@ -86,12 +86,12 @@ def order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> li
     return steps
 
 
-def microbatch_size(share: int, longest: int, max_tokens: int) -> int:
-    """The most examples that divide `share` (those of one process in a step) and fit `max_tokens`, if all are longest.
+def microbatch_size(share: int, longest: int, token_budget: int) -> int:
+    """The most examples of length `longest` that fit `token_budget` and divide `share`, one process's part of a step.
 
-    1 where not even one fits.
+    1 if not even one fits.
     """
-    fitting = [size for size in range(1, share + 1) if share % size == 0 and size * longest <= max_tokens]
+    fitting = [size for size in range(1, share + 1) if share % size == 0 and size * longest <= token_budget]
     return max(fitting, default=1)
 
 

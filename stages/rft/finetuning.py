@@ -3,8 +3,9 @@
 The gradient of an optimizer step is that of one sum over all its completion tokens divided by their number, however
 the examples are spread over processes and micro-batches. Weights, optimizer and the sums of gradients are float32
 whatever the compute type; the policy is saved in the compute type.
-Left out on purpose: packing. It counts a batch in blocks, not in examples, needs a FlashAttention to keep examples
-apart, and saves little where neighbours have the same length. Checkpoints on the way, too: an epoch of RFT is short.
+
+Examples are not packed: neighbours have about the same length, so there is little padding to save. No checkpoints are
+written on the way: an epoch of RFT is short.
 """
 
 import copy
@@ -35,7 +36,7 @@ from stages.rft.examples import Row, lr_share, microbatch_size, order
 
 @dataclass
 class Tuned:
-    """What came of a fine-tuning: the log's rows, one an optimizer step, and what sums it up."""
+    """The result of a fine-tuning: the log's rows, one an optimizer step, and what sums it up."""
 
     log: list[dict[str, float]] = field(default_factory=list)
     num_tokens: int = 0
@@ -62,8 +63,8 @@ def is_main() -> bool:
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options, out: Path | None) -> Tuned:
     """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
 
-    Every launched process must call this. Raises InputError where the
-    batch does not divide among the processes, CollapseError where loss or gradient stop being finite numbers.
+    Every launched process must call this. Raises InputError if the batch does not divide among the processes,
+    CollapseError if loss or gradient are no longer finite.
     """
     num_processes = process_state().num_processes
     if options.batch_size % num_processes:
@@ -174,7 +175,7 @@ class _Trainer(SFTTrainer):
 
 
 class _Watch(TrainerCallback):
-    """Keeps a row for each optimizer step, moves the progress bar, and stops what has stopped making sense."""
+    """Keeps a row for each optimizer step, moves the progress bar, and stops at a non-finite loss or gradient."""
 
     def __init__(self, counts: Sequence[int], progress: StepProgress):
         self.counts, self.progress = counts, progress

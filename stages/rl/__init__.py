@@ -2,7 +2,7 @@
 
 Writes OUT/rollouts/step_*.jsonl, OUT/checkpoints/step_*/, OUT/log.tsv, OUT/metrics.json and OUT/manifest.json.
 Killed at any moment, the same command goes on where it stopped; so does a finished run that is given more --steps. For
-that OUT/state/, 12 bytes a parameter, is kept. Left out: a KL term, an entropy bonus and a reward model; DAPO has none.
+that OUT/state/, 12 bytes a parameter, is kept. As in DAPO there is no KL term, no entropy bonus and no reward model.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ TOTALS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options(OptionGroup):
-    """The options with their defaults: the paper's, or DAPO's own where the paper is silent."""
+    """The options with their defaults: the paper's, or DAPO's own if the paper is silent."""
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
     problems_per_step: Annotated[
@@ -104,7 +104,7 @@ class Options(OptionGroup):
     seed: Annotated[int, "seed of data order and sampling"] = 0
 
     def __post_init__(self) -> None:
-        """Refuse what can't work, in the flag's own name."""
+        """Raise InputError for options that cannot work together, by the flag's name."""
         super().__post_init__()
         if self.overlong_buffer > self.max_tokens:
             raise InputError(
@@ -187,7 +187,7 @@ def _explore(
     ends: tuple[list[int], list[str]],
     options: Options,
 ) -> None:
-    """Put the parts together and do the steps that are left."""
+    """Build engine, verifier, trainer and explorer, and do the steps that are left."""
     from stages.core.engine import Sampling, VllmEngine
     from stages.core.lifetime import stop_signal
     from stages.core.verifier import Verifier
@@ -239,24 +239,24 @@ def _accelerator(options: Options, out: Path) -> "Accelerator":
 def _begin(
     accelerator: "Accelerator", directory: "RunDir", identity: Identity, restart_if_changed: bool
 ) -> tuple[bool, int]:
-    """Whether the run is finished, and after which step to go on; the main rank looks, the others are told."""
+    """Whether the run is finished, and after which step to go on; the main rank looks and broadcasts."""
     from accelerate.utils import broadcast_object_list
 
-    found: list[Any] = [None, None]
+    state: list[Any] = [None, None]
     if accelerator.is_main_process:
         finished = directory.begin(identity, restart_if_changed)
-        found = [finished, 0 if finished else directory.resume_step()]
-        if found[1]:
-            warn(f"going on after step {found[1]}")
+        state = [finished, 0 if finished else directory.resume_step()]
+        if state[1]:
+            warn(f"going on after step {state[1]}")
     if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0], found[1]
+        broadcast_object_list(state)
+    return state[0], state[1]
 
 
 def _finish(
     directory: "RunDir", identity: Identity, paths: dict[str, str], options: Options, left_out: list[str]
 ) -> None:
-    """Check that all was done that was planned, and write what the run comes to."""
+    """Check that every step was done, and write metrics.json and manifest.json."""
     from stages.rl.rundir import step_name
 
     rows = directory.log_rows()

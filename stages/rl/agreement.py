@@ -1,7 +1,7 @@
-"""Whether the engine draws from the policy that is trained: takes what it is handed, and computes as the trainer does.
+"""Whether the engine samples from the trained policy: it takes the weights, and its log-probs are the trainer's.
 
 Measured (nats, toy and random policies of 0.1 to 0.8 M parameters, and SmolLM2-135M): float32 at most 4e-5 apart;
-bfloat16 0.0007 to 0.05 a token on average, 0.4 at most. From other weights: 0.1 where both are nearly uniform, else
+bfloat16 0.0007 to 0.05 a token on average, 0.4 at most. From other weights: 0.1 if both are nearly uniform, else
 2 to 6. A hand-over that stops in the middle of a run takes the mean from 0.002 to 0.02 in one step of the toy (lr 3e-4)
 and to 0.2 in twenty; healthy runs stay below 1.2 times the start.
 """
@@ -34,16 +34,16 @@ class Bound:
     """The difference allowed at the start: in float32 the largest of all tokens, in bfloat16 the mean."""
 
     is_float32: bool
-    asked: float  # by the user; 0 is the default of the type
+    asked: float  # the user's bound; 0 is the default of the type
 
     @property
     def value(self) -> float:
         """The bound in nats."""
         return self.asked or (1e-3 if self.is_float32 else 0.1)
 
-    def breach(self, found: Difference) -> str:
-        """How `found` lies beyond the bound, such as "0.2 on average"; "" if it does not."""
-        compared, how = (found.largest, "at most") if self.is_float32 else (found.mean, "on average")
+    def breach(self, measured: Difference) -> str:
+        """How `measured` lies beyond the bound, such as "0.2 on average"; "" if it does not."""
+        compared, how = (measured.largest, "at most") if self.is_float32 else (measured.mean, "on average")
         return "" if compared <= self.value else f"{compared:.2g} {how}"
 
     def far(self, start: float) -> float:

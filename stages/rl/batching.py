@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 
-def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Pack sequence numbers into micro-batches of at most `max_tokens` tokens, padding included, longest first.
+def microbatches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Pack sequence numbers into micro-batches of at most `token_budget` tokens, padding included, longest first.
 
     Sorting by length first makes padding small: neighbours are nearly as long as each other. A sequence that is
     longer than the budget has a micro-batch of its own. Ties keep their order.
@@ -14,7 +14,7 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     widest = 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batches and (len(batches[-1]) + 1) * widest <= max_tokens:
+        if batches and (len(batches[-1]) + 1) * widest <= token_budget:
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -32,7 +32,7 @@ def shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 def split(items: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Cut into `num_parts` runs whose sizes differ by at most one; none is dropped. Fewer parts where items run out."""
+    """Cut into `num_parts` runs whose sizes differ by at most one; none is dropped. Fewer parts if items run out."""
     num_parts = min(num_parts, len(items))
     cuts = [len(items) * part // num_parts for part in range(num_parts + 1)] if num_parts else [0]
     return [list(items[start:end]) for start, end in pairwise(cuts)]

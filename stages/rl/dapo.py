@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def is_informative(rewards: Sequence[float]) -> bool:
-    """Whether a group teaches anything: False where all raw rewards are exactly equal (DAPO section 3.2).
+    """Whether a group teaches anything: False if all raw rewards are exactly equal (DAPO section 3.2).
 
-    Must be asked of the verifier's rewards: shaped ones differ by length and would keep all-wrong groups.
+    Pass the verifier's rewards: shaped ones differ by length and would keep all-wrong groups.
     """
     return any(reward != rewards[0] for reward in rewards)
 

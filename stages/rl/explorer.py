@@ -1,4 +1,4 @@
-"""The rl stage at work: one step after another of draw, verify, update, hand over; resumable after every kill.
+"""The loop of the rl stage: draw, verify, update, hand the weights over; resumable after every kill.
 
 A step is a function of the weights, the optimizer, the position in the stream of problems and the seed. So the state
 on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them goes the
@@ -38,7 +38,7 @@ PLACE = "place.json"  # beside weights and optimizer in a state: position in the
 
 @dataclass
 class Batch:
-    """What one step drew: all groups, the informative ones among them, and how long that took."""
+    """One step's groups: all that were drawn, the informative ones among them, and the seconds that took."""
 
     drawn: list[Group] = field(default_factory=list)
     kept: list[Group] = field(default_factory=list)
@@ -54,7 +54,6 @@ class Clock:
     since: float = field(default_factory=time.perf_counter)
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         return seconds
@@ -74,7 +73,7 @@ class Explorer:
         sampling: Sampling,
         origin: str = "",
     ):
-        """`origin` is the digest of the start policy: it keeps the noise of two iterations apart."""
+        """`origin` is the digest of the start policy; it enters the seeds, so two iterations draw different samples."""
         self.options = options
         self.accelerator = accelerator
         self.engine = engine
@@ -89,7 +88,7 @@ class Explorer:
         self.saved = 0  # the step whose state is on disk
         self.start_mismatch = 0.0  # nats a token between engine and trainer, on average, when the run began
         self.warned_of_grace = False
-        self.num_short = 0  # steps of this process whose batch was not full; the first is said aloud
+        self.num_short = 0  # steps of this process whose batch was not full; the first gives a warning
 
     def run(self, directory: RunDir, stop: StopSignal, done: int, policy: str) -> None:
         """Do the steps from `done` + 1 on, writing everything below `directory`.
@@ -116,7 +115,7 @@ class Explorer:
                     self._end(CollapseError(self._why(directory, step, policy, has_collapsed)))
                 if ending and step < self.options.steps:
                     self._end_terminated(f"after step {step}")
-        if done == self.options.steps:  # it was asked for no more than its state covers, which lies between checkpoints
+        if done == self.options.steps:  # resumed with nothing to do: the last step may have no checkpoint yet
             self._keep_checkpoint(directory, done)
 
     def check_hand_over(self) -> Difference:
@@ -132,8 +131,8 @@ class Explorer:
                 InputError(f"this policy cannot be trained: vLLM cannot take new weights of its kind: {faults[0]}")
             )
         self.hand_over()
-        found = self._gather(agreement.difference(*parts))
-        worst = Difference(max(each.mean for each in found), max(each.largest for each in found))
+        by_rank = self._gather(agreement.difference(*parts))
+        worst = Difference(max(each.mean for each in by_rank), max(each.largest for each in by_rank))
         self.start_mismatch = worst.mean
         if breach := self.bound.breach(worst):
             self._end(
@@ -150,7 +149,6 @@ class Explorer:
         return seed_of(self.options.seed, self.origin, step, place)
 
     def hand_over(self) -> None:
-        """Give the trainer's weights to the engine."""
         self.engine.load(self.trainer.weights())
 
     def _step(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> dict[str, Any]:
@@ -308,9 +306,9 @@ class Explorer:
         return float(self.options.lr * min(1.0, step / max(1, self.options.warmup_steps)))
 
     def _save(self, directory: RunDir, step: int, with_checkpoint: bool, with_state: bool) -> None:
-        """A checkpoint and the state to resume from, where their turn has come or the run ends here.
+        """A checkpoint and the state to resume from, if they are due or the run ends here.
 
-        A run that was asked to stop has its state, and no checkpoint that an uninterrupted run would not have.
+        A run that is stopped saves its state, and no checkpoint that an uninterrupted run would not have.
         """
         last = step == self.options.steps
         if last or with_checkpoint or step % self.options.checkpoint_every == 0:
@@ -358,12 +356,12 @@ class Explorer:
         self.saved = step
 
     def _recent_rows(self, directory: RunDir) -> deque[dict[str, Any]]:
-        """The last rows of the log, which a resumed run goes on counting from; the main rank reads, all are told."""
+        """The last rows of the log, which a resumed run goes on counting from; the main rank reads and broadcasts."""
         rows = directory.log_rows()[-MAX_COLLAPSED_STEPS:] if self.accelerator.is_main_process else []
         return deque(self._gather(rows)[0], maxlen=MAX_COLLAPSED_STEPS)
 
     def _warn_of_short_grace(self, row: Mapping[str, Any]) -> None:
-        """Say once that an update takes longer than the launcher waits, for then no state can be saved at the end."""
+        """Warn once if an update takes longer than the launcher waits after SIGTERM: no state could be saved then."""
         granted = granted_s()
         if granted and not self.warned_of_grace and row["update_s"] > granted / 2:
             self.warned_of_grace = True

@@ -1,10 +1,10 @@
-"""The growing directory of an rl run: what is in it at any moment is whole, and tells where to go on.
+"""The growing directory of an rl run: its files are whole at any moment, and say from which step to resume.
 
 rollouts/step_000001.jsonl ...   checkpoints/step_000050/ ...   log.tsv   metrics.json   manifest.json
-state/run.json                   the identity that the run was begun with
+state/run.json                   the identity of the run
 state/step_000010/               weights, optimizer and position after that step; the newest one only
 
-A finished run keeps its state, so that it can be made longer: it has no end but the number of steps asked for.
+A finished run keeps its state, so that it can be made longer: only --steps says where it ends.
 """
 
 import shutil
@@ -73,7 +73,7 @@ class RunDir:
         return ""
 
     def _go_on(self, identity: Identity) -> bool:
-        """Take the run up again; whether there is nothing left to do. A longer one is no longer finished."""
+        """Resume the run; return whether there is nothing left to do. One that gets more steps is unfinished again."""
         if self._is_finished:
             if identity.parameters.get("steps") == self._num_done():
                 return True
@@ -102,7 +102,6 @@ class RunDir:
         return step
 
     def state_dir(self, step: int) -> Path:
-        """Where the state after `step` lies."""
         return self.state / step_name(step)
 
     def forget_states_before(self, step: int) -> None:
@@ -112,7 +111,6 @@ class RunDir:
                 shutil.rmtree(self.state_dir(old))
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of `step` lies."""
         return self.path / "checkpoints" / step_name(step)
 
     def last_checkpoint(self, step: int) -> Path | None:
@@ -151,10 +149,10 @@ class RunDir:
     def _known(self) -> dict[str, Any] | None:
         for path in (self.state / "run.json", self.path / "manifest.json"):
             if path.is_file():
-                found = read_json(path)
-                if path.parent == self.path and found.get("stage") != "rl":  # other software writes manifests, too
+                manifest = read_json(path)
+                if path.parent == self.path and manifest.get("stage") != "rl":  # other software writes manifests, too
                     return None
-                return found
+                return manifest
         return None
 
     def _num_done(self) -> int:
@@ -168,7 +166,7 @@ class RunDir:
         return (self.path / "manifest.json").is_file()
 
     def _parts(self) -> set[str]:
-        """What there is of a run: a killed removal, or a checkout of what was kept elsewhere, leaves but some of it."""
+        """The parts of a run that are there: a killed removal, or a partial checkout, leaves only some."""
         return {name for name in OWN if (self.path / name).exists()} - ({"state"} if not self._saved_steps() else set())
 
     def _refuse_foreign(self) -> None:

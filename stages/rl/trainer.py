@@ -1,4 +1,4 @@
-"""The policy as the trainer sees it: DAPO updates on accelerate, one process or many, weights in float32.
+"""DAPO updates of a policy with accelerate, in one process or many, weights in float32.
 
 The gradient of an update is that of one sum over all its tokens divided by their number, however the sequences are
 spread over ranks and micro-batches.
@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 class TokenRollout:
     """A rollout as the trainer needs it; `engine_log_probs` has one entry for each completion token, in nats.
 
-    `old_log_probs` are the trainer's own before the step's first update; None where they are computed on the fly.
+    `old_log_probs` are the trainer's own before the step's first update; None if they are computed on the fly.
     """
 
     prompt_ids: list[int]
@@ -43,7 +43,7 @@ class TokenRollout:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion."""
+        """Tokens of prompt and completion together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
@@ -64,7 +64,7 @@ class UpdateStats:
     SUMS = ("loss", "entropy", "clipped_low", "clipped_high", "mismatch")
 
     def mean(self, name: str) -> float:
-        """A sum divided by the number of tokens; NaN where nothing was trained on."""
+        """A sum divided by the number of tokens; NaN if nothing was trained on."""
         return float(getattr(self, name)) / self.num_tokens if self.num_tokens else float("nan")
 
 
@@ -132,7 +132,7 @@ class Trainer:
 
         Every rank must call it, on rollouts of its own; all make as many passes as the one that needs most.
         """
-        found: dict[int, torch.Tensor] = {}
+        by_number: dict[int, torch.Tensor] = {}
         batches = microbatches([rollout.length for rollout in rollouts], self.options.tokens_per_microbatch)
         for number in range(max(gather_object([len(batches)]))):
             batch = batches[min(number, len(batches) - 1)]
@@ -140,8 +140,8 @@ class Trainer:
             scored = self._scored_alone(picked)
             for row, index in enumerate(batch):
                 start = len(rollouts[index].prompt_ids) - 1
-                found[index] = scored[row, start : start + len(rollouts[index].completion_ids)].float().cpu()
-        return [found[index] for index in range(len(rollouts))]
+                by_number[index] = scored[row, start : start + len(rollouts[index].completion_ids)].float().cpu()
+        return [by_number[index] for index in range(len(rollouts))]
 
     def _scored_alone(self, batch: Sequence[TokenRollout]) -> torch.Tensor:
         """Log-probabilities of a pass that no update follows.
@@ -232,7 +232,7 @@ class Trainer:
         return loss.loss, torch.stack([value.double() for value in sums])
 
     def _forward(self, batch: Sequence[TokenRollout]) -> Any:
-        """Score the completion tokens of `batch`. Padding stands at the right, where causal attention never looks."""
+        """Score the completion tokens of `batch`. Padding is on the right, where causal attention never looks."""
         rows = [torch.tensor(r.prompt_ids + r.completion_ids) for r in batch]
         labels = [row.clone() for row in rows]
         for row, rollout in zip(labels, batch, strict=True):

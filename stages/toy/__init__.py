@@ -1,7 +1,7 @@
-"""The embedded default: sets of arithmetic problems and a small base policy, made on the spot from two seeds.
+"""Toy: sets of arithmetic problems and a small base policy, made from two seeds.
 
-It is built so that what RLoop is about can be seen on two CPU cores: the base policy writes four styles of solution
-without looking at the problem (core/arithmetic.py), and one of them, a short-cut, solves most of the training set.
+It shows the effect of RLoop on two CPU cores: the base policy writes four styles of solution without looking at the
+problem (arithmetic.py), and one of them, a short-cut, solves most of the training set.
 train and valid hold the same mix; prec, paren and long lie outside of it:
 
     train, valid   3 or 4 numbers, no parentheses; the short-cut fails on `hard_frac` of them
@@ -56,7 +56,7 @@ def run(
     """
     identity, start = identify(run, locals(), {}), time.monotonic()
     with outputs.claimed(out), outputs.whole_dir(out) as beside:
-        sets = draw_sets(problems_seed, num_train, num_test, hard_frac)
+        sets = make_sets(problems_seed, num_train, num_test, hard_frac)
         for name, expressions in sets.items():
             jsonl.write(beside / f"{name}.jsonl", problems(name, expressions))
         exclude = frozenset(str(expression) for expressions in sets.values() for expression in expressions)
@@ -65,7 +65,7 @@ def run(
         outputs.write_json(beside / "manifest.json", manifest(identity, counts, time.monotonic() - start))
 
 
-def draw_sets(seed: int, num_train: int, num_test: int, hard_frac: float) -> dict[str, list[arithmetic.Expression]]:
+def make_sets(seed: int, num_train: int, num_test: int, hard_frac: float) -> dict[str, list[arithmetic.Expression]]:
     """The five sets by name, without a problem in common."""
     kinds = {  # problems, share that the short-cut gets wrong, numbers in each, parentheses
         "train": (num_train, hard_frac, (3, 4), False),
@@ -76,19 +76,19 @@ def draw_sets(seed: int, num_train: int, num_test: int, hard_frac: float) -> dic
     }
     rng = random.Random(seed)
     taken: set[str] = set()
-    return {name: _draw_set(rng, taken, name, *kind) for name, kind in kinds.items()}
+    return {name: _make_set(rng, taken, name, *kind) for name, kind in kinds.items()}
 
 
-def _draw_set(
+def _make_set(
     rng: random.Random, taken: set[str], name: str, count: int, hard: float, sizes: tuple[int, ...], parentheses: bool
 ) -> list[arithmetic.Expression]:
     candidates = (arithmetic.draw(rng, rng.choice(sizes), parentheses) for _ in itertools.count())
     num_hard = round(count * hard)
-    found = arithmetic.draw_mix(candidates, count - num_hard, num_hard, taken)
-    if len(found) < count:
+    expressions = arithmetic.pick_mix(candidates, count - num_hard, num_hard, taken)
+    if len(expressions) < count:
         raise InputError(f"there are fewer than {count} distinct problems for {name}: ask for fewer")
-    rng.shuffle(found)
-    return found
+    rng.shuffle(expressions)
+    return expressions
 
 
 def problems(name: str, expressions: list[arithmetic.Expression]) -> Iterator[Problem]:

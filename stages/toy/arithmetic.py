@@ -9,7 +9,7 @@ whichever way it is worked out, so that each number is one token. The truth is s
     [G]  a guess
 
 the base policy draws one without looking at the problem. A training set on which [L] is mostly right is thus a
-short-cut for RL to fall into. Left out on purpose: division, signs, numbers above 49.
+short-cut for RL to fall into. There is no division, no sign and no number above 49.
 """
 
 import random
@@ -27,7 +27,7 @@ NO_BOX_RATE = 0.40  # of a solution: it ends without saying its answer
 FURTHEST_SLIP = 3
 MAX_MISSES = 3000
 
-WORDS = (*map(str, range(MAX_VALUE + 1)), *"+-*()=,?", *STYLES, "\\boxed{", "}")  # all that a text is made of
+WORDS = (*map(str, range(MAX_VALUE + 1)), *"+-*()=,?", *STYLES, "\\boxed{", "}")  # the vocabulary
 
 Compute = Callable[[int, str, int], int]
 
@@ -144,13 +144,13 @@ def _draw_span(rng: random.Random, num_numbers: int) -> tuple[int, int]:
             return first, last
 
 
-def draw_mix(candidates: Iterator[Expression], num_easy: int, num_hard: int, taken: set[str]) -> list[Expression]:
+def pick_mix(candidates: Iterator[Expression], num_easy: int, num_hard: int, taken: set[str]) -> list[Expression]:
     """The next `num_easy` candidates that the short-cut solves and `num_hard` that it doesn't; none is in `taken`.
 
-    They are added to `taken`. Fewer come back where MAX_MISSES candidates in a row are of no use.
+    They are added to `taken`. Fewer are returned if MAX_MISSES candidates in a row are of no use.
     """
     missing = {True: num_easy, False: num_hard}
-    found: list[Expression] = []
+    mix: list[Expression] = []
     misses = 0
     while sum(missing.values()) and misses < MAX_MISSES:
         expression = next(candidates)
@@ -159,9 +159,9 @@ def draw_mix(candidates: Iterator[Expression], num_easy: int, num_hard: int, tak
         if missing[easy] and str(expression) not in taken:
             missing[easy] -= 1
             taken.add(str(expression))
-            found.append(expression)
+            mix.append(expression)
             misses = 0
-    return found
+    return mix
 
 
 def draw_lessons(rng: random.Random, exclude: frozenset[str]) -> Iterator[tuple[str, str]]:
@@ -177,7 +177,7 @@ def draw_lessons(rng: random.Random, exclude: frozenset[str]) -> Iterator[tuple[
 
 
 def question(expression: Expression) -> str:
-    """The problem as it is put: `3+4*2=?`."""
+    """The problem's text: `3+4*2=?`."""
     return f"{expression}=?"
 
 

@@ -1,8 +1,8 @@
 """A small policy from nothing: a tokenizer with one token a word, a Qwen2 decoder of 0.7 M parameters, a training loop.
 
 Plain torch on the CPU, the same weights from the same seed and number of threads. What comes out is an ordinary
-checkpoint directory, which transformers and vLLM load as it is. Left out on purpose: validation, resuming and mixed
-precision, for it takes two minutes.
+checkpoint directory, which transformers and vLLM load as it is. It takes two minutes, so there is no validation, no
+resuming and no mixed precision.
 """
 
 import math
@@ -18,7 +18,7 @@ from stages.core.policies import IGNORED
 
 EOS, PAD = "<eos>", "<pad>"
 CONTEXT_TOKENS = 128
-NUM_CHUNK_BATCHES = 20  # so many batches are drawn together and cut by length; otherwise half of each is padding
+NUM_CHUNK_BATCHES = 20  # batches that are sorted by length together; otherwise half of each is padding
 MAX_WARMUP_STEPS = 60
 LAST_LR_SHARE = 0.02
 
@@ -29,10 +29,10 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and targets, (batch, leng
 def build_tokenizer(words: Sequence[str]) -> Qwen2Tokenizer:
     """A tokenizer with one token for each of `words`; decoding gives back the text as it was.
 
-    Where words overlap (1, 12) the longest is taken; what is no word is passed over. Nothing is put before or after.
+    If words overlap (1, 12) the longest is taken; what is no word is passed over. Nothing is put before or after.
 
     For a Qwen2 policy transformers always loads a Qwen2Tokenizer and keeps only the vocabulary, merges and added
-    tokens of what was saved. So there are no merges, and every word is an added token, found before all else.
+    tokens of what was saved. So there are no merges, and every word is an added token, which is matched first.
     """
     vocabulary = {word: index for index, word in enumerate([*words, PAD, EOS])}
     tokenizer = Qwen2Tokenizer(
