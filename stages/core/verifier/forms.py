@@ -162,11 +162,16 @@ def _builder(inside: str, depth: int) -> Form | None:
     if len(split) == 1:
         return None
     of, condition = (part.strip() for part in split)
-    if (named := _ELEMENT.fullmatch(of)) and (found := read_canonical(condition, depth + 1)):
-        name = re.sub(r"\s", "", named.group("name"))
-        if isinstance(found, Relation) and name in (re.sub(r"\s", "", member) for member in found.members):
+    if named := _ELEMENT.fullmatch(of):
+        name, found = _spaceless(named.group("name")), read_canonical(condition, depth + 1)
+        said = found.items if isinstance(found, Several) and not found.braces else (found,)
+        if all(isinstance(item, Relation) and name in map(_spaceless, item.members) for item in said):
             return found
-    return Ordered("\\{", "\\}", (Words(plain(of)), Words(plain(condition))))
+    return Ordered("\\{", "\\}", (Words(_spaceless(of)), Words(_spaceless(condition))))
+
+
+def _spaceless(text: str) -> str:
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def _bracketed_thousands(text: str) -> str:
@@ -202,7 +207,8 @@ def _relation(text: str, depth: int) -> Form | None:
         return Words(plain(text))
     if signs == [r"\in"] and is_name(members[0]):
         found = read_canonical(members[1], depth + 1)
-        return Words(plain(text)) if isinstance(found, Value) else found
+        is_set = not isinstance(found, Value | Words) or "\\mathbb" in members[1]
+        return found if is_set else Words(plain(text))
     if signs[-1] == r"\approx" and set(signs[:-1]) <= {"="}:
         if not is_name(members[-2]):
             exact = read_canonical("=".join(members[:-1]), depth + 1)
@@ -221,7 +227,9 @@ def _relation(text: str, depth: int) -> Form | None:
 def _brackets(text: str, depth: int) -> Form | None:
     opening = next((mark for mark in ("(", "[", r"\langle") if text.startswith(mark)), None)
     closing = next((mark for mark in (")", "]", r"\rangle") if text.endswith(mark)), None)
-    if opening is None or closing is None or latex.closing(text, 0) != len(text) - len(closing):
+    if opening is None or closing is None or (opening == r"\langle") != (closing == r"\rangle"):
+        return None
+    if latex.closing(text, 0) != len(text) - len(closing):
         return None
     inside = text[len(opening) : len(text) - len(closing)].strip()
     pieces, signs = latex.split(_bracketed_thousands(inside), _COMMA)
@@ -334,7 +342,7 @@ def plain(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
 
 
-_SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)|'|\^\{(?:\\prime|\*)+\}")
+_SUBSCRIPT = re.compile(r"(?<=[a-zA-Z])\^\{-1\}(?=\()|_(?:\{[^{}]*\}|\w)|'|\^\{(?:\\prime|\*)+\}")
 _ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
 _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
 _NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5

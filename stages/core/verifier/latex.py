@@ -67,3 +67,8 @@ def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
             found.append(token)
             begin = position + len(token)
     return [*pieces, text[begin:].strip()], found
+
+
+def letters(text: str) -> set[str]:
+    """Letters that stand for something, not those of commands and environments."""
+    return set(re.findall(r"[a-zA-Z]", re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)))

@@ -48,6 +48,7 @@ _SYMBOLS = {
     "±": r"\pm ",
     "∓": r"\mp ",
     "√": r"\sqrt ",
+    "∛": r"\sqrt[3] ",
     "°": r"^\circ ",
     "…": r"\ldots ",
     "⟨": r"\langle ",
@@ -60,6 +61,7 @@ _SYMBOLS = {
     "，": ",",
     "。": ".",
     "；": ";",
+    "∶": ":",
     "、": ",",
     "′": "'",
     "“": '"',
@@ -108,7 +110,8 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\x08(?=inom|egin|oxed|eta|ar\{)", r"\\b"),
     (r"[\x00-\x20\x7f\u00a0]+", " "),
     (r"^\s*~", r"\\sim "),  # about, or not
-    (r"\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
+    (r"(?<!\\)\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
+    (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\ "),  # a row's distance to the next
     (r"\\[([\])]", " "),  # \( \) \[ \]
     (r"\\[lr]?vert(?![a-zA-Z])", "|"),
     (r"\\not\s*=", r"\\ne "),
@@ -127,12 +130,14 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         r"(?![a-zA-Z])|\\[hv]space\*?\{[^{}]*\}|~",
         " ",
     ),
-    (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac)(?![a-zA-Z])", r"\\frac"),
+    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\mathrm\s*\{\s*~?\s*([ied])\s*\}", r" \1 "),
     (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
     (r"\\textcolor\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}", ""),
     (
-        r"\\(?:underline|boxed|fbox|mathop|ensuremath|mathbf|mathit|mathnormal|boldsymbol|bm|bf|it|rm|bold|mathrm"
-        r"(?=\s*\{\s*~?\s*[ied]\s*\}))(?![a-zA-Z])",
+        r"\\(?:underline|boxed|fbox|mathop|ensuremath|mathbf|mathit|mathnormal|boldsymbol|bm|bf|it|rm|bold)(?![a-zA-Z])",
         "",
     ),
     (r"\\(?:mathrm|text(?:bf|it|rm|tt|sf|normal|up|md)?|mbox|hbox|mathsf|mathtt|emph)\s*\{", r"\\text{"),
@@ -147,6 +152,7 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\lbrace(?![a-zA-Z])", r"\\{"),
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])|\.\.\.+", r"\\ldots "),
+    (r"\\bigcup(?![a-zA-Z])", r"\\cup "),
     (r"\\(?:colon|mathrel\{:\})(?![a-zA-Z])", ":"),
     (r"\\(?:simeq|thickapprox|doteq)(?![a-zA-Z])", r"\\approx "),
     (r"\\degree(?![a-zA-Z])", r"^\\circ "),
@@ -170,13 +176,14 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![\d.])\.(?=\d)", "0."),
 ]
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
-_OUTER = re.compile(r"^[\s:=]+(?=\S)|^[.,;]+(?![.,;\d])(?=.)|^\*+|[\s.,;:*]+$|\\+\s*$|^(?:\\displaystyle)", re.DOTALL)
+_LEADING = re.compile(r"[\s:=*.,;]*")
+_TRAILING = " .,;:*\\"
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _JOINER = re.compile(
-    r"(?<!^)(?:,?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|(?<!\{),?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z]))(?=[^}])"
+    r"(?<!^)(?:\s*\\(?:lor|vee)(?![a-zA-Z])|,?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|(?<!\{),?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z]))(?=[^}])"
 )
 _LISTED = re.compile(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+")
-_UNIT_BEFORE = re.compile(r"[\d})\]/]\s*$")
+_UNIT_BEFORE = re.compile(r"(?:[\d})\]/]|\\circ)\s*$")
 
 
 def _operator(name: str) -> str:
@@ -209,12 +216,20 @@ def canonical(text: str) -> str:
 def strip_outer(text: str) -> str:
     """Without the punctuation, and the braces around everything, that carry no meaning."""
     while True:
-        stripped = _OUTER.sub("", text.strip()).strip()
+        stripped = _trim(text)
         if stripped[:1] == "{" and closing(stripped, 0) == len(stripped) - 1:
             stripped = stripped[1:-1].strip()
         if stripped == text:
             return text
         text = stripped
+
+
+def _trim(text: str) -> str:
+    """Without punctuation at both ends; in ",5" it is no idle one."""
+    leading = _LEADING.match(text).group()  # type: ignore[union-attr]
+    if text[len(leading) : len(leading) + 1].isdigit():
+        leading = leading.rstrip(".,;")
+    return text[len(leading) :].rstrip(_TRAILING)
 
 
 def _unicode(text: str) -> str:

@@ -39,8 +39,9 @@ _SCALING_WORDS = """
     grand doubled tripled halved quartered inverted negated rounded inverse reciprocal conjugate complement
     power exponent root log binary ternary octal decimal hexadecimal hex radix modulus remainder rem residue
     to till until through thru between from into off short ago too
-    kilo mega giga tera milli micro nano pico deci deca hecto mio mrd mln mlrd mil mill bn tn
+    kilo mega giga tera milli centi micro nano pico deci deca hecto mio mrd mln mlrd mil mill mn bil bn tn th ths debt
     lakh crore myriad dz doz tens twenty thirty forty fifty sixty seventy eighty ninety seventeen eighteen nineteen
+    hundredweight
     million billion trillion tausend hundert dutzend mille millones millionen milliard
     half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
     fifteenth sixteenth twentieth thirtieth fortieth fiftieth hundredth thousandth millionth billionth trillionth
