@@ -421,6 +421,9 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
 DOUBTFUL: dict[str, list[str]] = {
     "5": [
         "5 mn",
+        "5 invalid",
+        "5 lower",
+        "5 ignoring signs",
         "5 bil",
         r"5\text{ centi}",
         "5 ths",
@@ -503,6 +506,8 @@ DOUBTFUL: dict[str, list[str]] = {
     ],
     "A": [
         "A eliminated",
+        "(A) wait B",
+        "(A) 3 <B> 4",
         "(A) unlikely",
         "A ruled out",
         "(A) cannot be right",

@@ -100,7 +100,7 @@ _UNDECIDED = re.compile(
     r"|(?<![a-zA-Z])(?:(?i:or|not|no|nor|is|isn't|are|was|wrong|incorrect|false|but|if|unless|maybe|perhaps|possibly"
     r"|neither|either|both|instead|rather|except|option|choice|answer|xor|vs|versus|can't|cannot|fails?|failed|invalid"
     r"|eliminated|excluded|ruled|crossed|rejected|discarded|unlikely|doubtful)|and\s+[A-Z])(?![a-zA-Z])"
-    r"|^\s*\\times\s*$|[✗✘✕✖❌❎☒]"
+    r"|^\s*\\times\s*$|[✗✘✕✖❌❎☒]|[\[<]\s*[A-Z]\s*[\]>]|\s[A-E]\s*$|(?<![a-zA-Z])(?i:wait|hmm|oops|actually)(?![a-zA-Z])"
 )
 _OF_CHOICES = re.compile(  # texts that choices have, with such words in them
     r"\s*(?:(?:it\s+)?can(?:not|'t) be (?:determined|found|known|solved)"

@@ -41,7 +41,7 @@ _SCALING_WORDS = """
     to till until through thru between from into off short ago too
     kilo mega giga tera milli centi micro nano pico deci deca hecto mio mrd mln mlrd mil mill mn bil bn tn th ths debt
     lakh crore myriad dz doz tens twenty thirty forty fifty sixty seventy eighty ninety seventeen eighteen nineteen
-    hundredweight
+    hundredweight ignoring lower higher transpose invalid impossible rejected extraneous discarded eliminated fail idk
     million billion trillion tausend hundert dutzend mille millones millionen milliard
     half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
     fifteenth sixteenth twentieth thirtieth fortieth fiftieth hundredth thousandth millionth billionth trillionth
