@@ -84,9 +84,9 @@ _ELEMENT = re.compile(r"(?P<name>[a-zA-Z]|\\[a-z]+)\s*(?:\\in\s*\\mathbb\{R\})?"
 _POINTS = re.compile(r"(?:\([^()]*,[^()]*\)\s*){2,}")
 _ADJACENT = re.compile(r"\)\s*\(")
 _CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:[ap]m)?", re.ASCII)
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
+_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
 _WORD = re.compile(
-    r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|(?i:yes|no|odd|all|any|not|the|of|is|to)|[B-DF-HJ-NP-TV-Z]{2,})(?![a-zA-Z])"
+    r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|(?i:yes|no|odd|all|any|not|the|of|is|to)|[B-DF-HJ-NP-TV-Z]{3,})(?![a-zA-Z])|^[B-DF-HJ-NP-TV-Z]{2}$"
 )
 
 

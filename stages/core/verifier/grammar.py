@@ -73,7 +73,7 @@ def is_tower(text: str) -> bool:
     for base, exponent in re.findall(r"\^\{\(?(\d+)\^\{(\d+)", text, re.ASCII):
         if len(base) > 6 or len(exponent) > 2 or int(base) ** int(exponent) > 10**5:
             return True
-    return any(int(n) > 5000 for n in re.findall(r"(\d+)\)?!", text, re.ASCII))
+    return any(int(n) > 5000 for n in re.findall(r"(?<!\d)(\d+)\)?!", text, re.ASCII))
 
 
 class _Reader:

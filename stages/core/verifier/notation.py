@@ -152,7 +152,7 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\lbrace(?![a-zA-Z])", r"\\{"),
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
     (r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])|\.\.\.+", r"\\ldots "),
-    (r"\\bigcup(?![a-zA-Z])", r"\\cup "),
+    (r"\\bigcup(?![a-zA-Z]|\s*_)", r"\\cup "),
     (r"\\(?:colon|mathrel\{:\})(?![a-zA-Z])", ":"),
     (r"\\(?:simeq|thickapprox|doteq)(?![a-zA-Z])", r"\\approx "),
     (r"\\degree(?![a-zA-Z])", r"^\\circ "),
