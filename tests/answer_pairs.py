@@ -303,6 +303,7 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("9", r"\text{Area}=9", T),
     ],
     "expression": [
+        (r"\sqrt{\frac{2GM}{R}}", r"\sqrt{2GM/R}", T),
         (r"\frac{n(n-1)}{2}", r"{n \choose 2}", T),
         ("(x-2)(x+2)", "x^2-4", T),
         ("(x-2)(x+2)", "x^2+4", F),
@@ -402,6 +403,15 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"\infty", "1000000", F),
     ],
     "decoration": [
+        ("|x-1|", r"\lvert x-1\rvert", T),
+        ("|x-1|", r"\left\vert x-1\right\vert", T),
+        ("(1,2)", r"\bigl(1,2\bigr)", T),
+        ("x<3", r"x\lt 3", T),
+        (r"\{1,2\}", r"\lbrace 1,2\rbrace", T),
+        ("12", r"\operatorname{lcm}(4,6)", T),
+        ("4200", "4.2*10^3", T),
+        ("2ab", "2*a*b", T),
+        (r"x\ne 1", r"x\not= 1", T),
         ("3", r"\mathbf{3}", T),
         ("3", r"\text{3}", T),
         ("3", r"\color{red}{3}", T),

@@ -103,60 +103,59 @@ _VERBAL = """
 """
 VERBAL = frozenset(_VERBAL.split())
 
+_OTHER_NAMES = {
+    **dict.fromkeys(["dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"], r"\frac"),
+    **dict.fromkeys(["dbinom", "tbinom"], r"\binom"),
+    **dict.fromkeys(["leq", "leqq", "leqslant"], r"\le "),
+    **dict.fromkeys(["geq", "geqq", "geqslant"], r"\ge "),
+    **dict.fromkeys(["dots", "cdots", "dotsc", "dotsb"], r"\ldots "),
+    "neq": r"\ne ",
+    "lt": "<",
+    "gt": ">",
+    "vert": "|",
+    "lbrace": r"\{",
+    "rbrace": r"\}",
+    "colon": ":",
+    "degree": r"^\circ ",
+    "varnothing": r"\emptyset ",
+}
+
 # Applied in this order; each brings many spellings to one.
 _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\x0c(?=rac)", r"\\f"),  # a backslash lost to a string escape: form feed, tab and backspace are no answer's
     (r"\t(?=ext\{|imes|frac|heta)", r"\\t"),
-    (r"\x08(?=inom|egin|oxed|eta|ar\{)", r"\\b"),
     (r"[\x00-\x20\x7f\u00a0]+", " "),
     (r"^\s*~", r"\\sim "),  # about, or not
     (r"(?<!\\)\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
     (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\ "),  # a row's distance to the next
     (r"\\[([\])]", " "),  # \( \) \[ \]
-    (r"\\[lr]?vert(?![a-zA-Z])", "|"),
-    (r"\\not\s*=", r"\\ne "),
-    (r"\\(?:left|right|middle)(?![a-zA-Z])\s*\.?", ""),
-    (r"\\[bB]igg?[lrm]?(?![a-zA-Z])", ""),
+    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
     (
         r"(?<![\d.,}])[1-9]\d{0,2}(?:(\\[,;:! ]|\{,\}|~|\{ \})\d{3}(?!\d))(?:\1\d{3}(?!\d))*",
         lambda m: m.group().replace(m.group(1), ""),  # thousands
     ),
-    (r",\s*\\!\s*(?=\d)", ","),
     (r"(?<=\d)\{,\}(?=\d)", "."),
-    (r"\{,\}", ","),
     (r"(?<!\\)\\!", ""),
     (
         r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace|hfill|displaystyle|textstyle|limits|nolimits)"
         r"(?![a-zA-Z])|\\[hv]space\*?\{[^{}]*\}|~",
         " ",
     ),
-    (r"\\(?:dfrac|tfrac|cfrac|nicefrac|sfrac)(?![a-zA-Z])", r"\\frac"),
+    (r"\\([a-zA-Z]+)", lambda m: _OTHER_NAMES.get(m.group(1), m.group())),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\\mathrm\s*\{\s*~?\s*([ied])\s*\}", r" \1 "),
-    (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
     (r"\\textcolor\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}", ""),
     (
         r"\\(?:underline|boxed|fbox|mathop|ensuremath|mathbf|mathit|mathnormal|boldsymbol|bm|bf|it|rm|bold)(?![a-zA-Z])",
         "",
     ),
     (r"\\(?:mathrm|text(?:bf|it|rm|tt|sf|normal|up|md)?|mbox|hbox|mathsf|mathtt|emph)\s*\{", r"\\text{"),
-    (r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}", lambda m: _operator(m.group(1))),
-    (r"\\text\{\s*(?:%s)\s*\}" % "|".join(FUNCTIONS), lambda m: "\\" + m.group()[6:-1].strip() + " "),  # noqa: UP031
-    (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|<=", r"\\le "),
-    (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|>=", r"\\ge "),
-    (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
-    (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"),
-    (r"\\(?:varnothing|emptyset)(?![a-zA-Z])", r"\\emptyset "),
-    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-    (r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])|\.\.\.+", r"\\ldots "),
+    (r"\\(?:text|operatorname\*?)\s*\{\s*(%s)\s*\}" % "|".join(FUNCTIONS), r"\\\1 "),  # noqa: UP031
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"\\not\s*=|!=", r"\\ne "),
+    (r"\.\.\.+", r"\\ldots "),
     (r"\\bigcup(?![a-zA-Z]|\s*_)", r"\\cup "),
-    (r"\\(?:colon|mathrel\{:\})(?![a-zA-Z])", ":"),
-    (r"\\(?:simeq|thickapprox|doteq)(?![a-zA-Z])", r"\\approx "),
-    (r"\\degree(?![a-zA-Z])", r"^\\circ "),
-    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
     (r"\\(?:R|Z|Q|N|C)(?![a-zA-Z])", lambda m: "\\mathbb{%s}" % m.group()[1]),  # noqa: UP031
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
     (r"(?<![a-zA-Z\\])(?:np|numpy|math|sympy|sp)\.(?=[a-z])", ""),
@@ -168,8 +167,6 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\+\s*\\infty", r"\\infty"),
     (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
     (r"(?<=[\w)\]}])\s*\*\*\s*(?=[\w({+-])", "^"),
-    (r"\*\*|__", ""),
-    (r"(?<=[\w)\]}])\s*\*\s*(?=[\w(\\{+-])", r"\\cdot "),
     (r"(?i:\\text\{\s*(?:percent|per cent|pct)\s*\})|\\%|(?<=[\d\s}])(?i:percent|per cent|pct)(?![a-zA-Z])", "%"),
     (r"(?<=\d)\s*[eE]([+-]?\d{1,3})(?![\d.a-zA-Z])", r"\\cdot 10^{\1}"),
     (r"(?<=\d)\.(?![\d\\])", ""),
@@ -184,10 +181,6 @@ _JOINER = re.compile(
 )
 _LISTED = re.compile(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+")
 _UNIT_BEFORE = re.compile(r"(?:[\d})\]/]|\\circ)\s*$")
-
-
-def _operator(name: str) -> str:
-    return f"\\{name} " if name in FUNCTIONS else f"\\operatorname{{{name}}}"
 
 
 @lru_cache(2048)

@@ -103,7 +103,7 @@ _NUMBERS = [
     re.compile(pattern, re.ASCII)
     for pattern in (
         rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})",
-        rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})\s*\\(?:cdot|times)\s*10\s*\^\s*\{{\s*(?P<exp>[+-]?\d{{1,4}})\s*\}}",
+        rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})\s*(?:\\cdot|\\times|\*)\s*10\s*\^\s*\{{\s*(?P<exp>[+-]?\d{{1,4}})\s*\}}",
         r"(?P<sign>[+-]?)\s*10\s*\^\s*\{\s*(?P<exp>[+-]?\d{1,4})\s*\}",
         rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s*)?\\frac\s*"
         rf"\{{\s*(?P<num>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<den>[+-]?{_DECIMAL})\s*\}}",
