@@ -48,16 +48,6 @@ def closing(text: str, start: int) -> int | None:
     return None
 
 
-def is_balanced(text: str) -> bool:
-    """Whether every bracket that is closed was opened, and the reverse."""
-    depth = 0
-    for _, token, depth in tokens(text):
-        if depth < 0:
-            return False
-        depth += token in _OPEN
-    return depth == 0
-
-
 def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
     """The pieces of `text` between those separators that stand outside of all brackets, and the separators."""
     pieces, found, begin = [], [], 0
