@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from stages.core.records import Verdict
 from stages.core.verifier import Verifier, comparison, grammar, notation, quantities
-from stages.core.verifier.extraction import extract
+from stages.core.verifier.extraction import boxed, extract
 from stages.core.verifier.latex import Refused
 
 
@@ -229,7 +229,7 @@ not ¦\neq ¦\text{not }¦at least ¦<¦\ge ¦\pm ¦x\ne ¦-x=¦half of ¦\neg �
 """
 PREFIXES = _rows(_PREFIXES)
 _SUFFIXES = r"""
-'¦''¦!!¦^{T}¦_2¦_{7}¦_000¦i¦x¦^{2}¦!¦T¦\infty¦|¦^¦\%0¦\overline{3}¦k¦K5
+'¦''¦!!¦^{T}¦_2¦_{7}¦_000¦i¦x¦^{2}¦!¦T¦\infty¦|¦^¦\%0¦\overline{3}5¦k¦K5
 """
 SUFFIXES = _rows(_SUFFIXES)
 _WRAPS = r"""
@@ -345,10 +345,10 @@ def beside(draw: random.Random, text: str) -> str | None:
         return None
     other, sign, gap = draw.randint(3, 9), draw.choice(OPERATORS), draw.choice(["", " "])
     value = quantities.number(text)
-    if other == value or (sign in ("|", r"\mod", ",") and not gap):
+    if value is None or other in (value, 2 * value, value**2) or (sign in ("|", r"\mod", ",") and not gap):
         return None
     pair = [text, str(other)] if draw.random() < 0.7 or sign == r"\mod" else [str(other), text]
-    return f"{pair[0]}{gap}{sign if sign[0] != chr(92) else sign + ' '}{gap}{pair[1]}" if value != other else None
+    return f"{pair[0]}{gap}{sign if sign[0] != chr(92) else sign + ' '}{gap}{pair[1]}"
 
 
 def adjacent(draw: random.Random, text: str) -> str | None:
@@ -523,7 +523,8 @@ def main() -> None:
     answers = ANSWERS
     if options.answers:
         lines = [line for name in options.answers for line in Path(name).read_text().splitlines()]
-        answers = list(dict.fromkeys(json.loads(line)["answer"] for line in lines))
+        read = (json.loads(line)["answer"] for line in lines)
+        answers = list(dict.fromkeys(boxed(answer) or answer for answer in read))
     print(f"{len(answers)} answers, seed {options.seed}")
     faults = search_border(answers, options.seconds / 2, options.seed)
     faults += search_values(answers, options.seconds / 2, options.seed)

@@ -72,6 +72,11 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("5000000", "5 millions", T),
     ],
     "fraction": [
+        (r"\frac{3}{8}", r"{3 \over 8}", T),
+        (r"\frac{3}{8}", r"\nicefrac{3}{8}", T),
+        (r"\frac{3}{8}", r"\frac{3}{8} \text{ or } 0.375", T),
+        (r"\frac{3}{8}", r"\frac{3}{8} \text{ or } 0.37", F),
+        (r"3\frac12", r"3+\frac12", T),
         (r"\frac{3}{8}", "3/8", T),
         (r"\frac{3}{8}", r"\dfrac38", T),
         (r"\frac{3}{8}", r"\tfrac{3}8", T),
@@ -149,6 +154,7 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("3", "€3", T),
     ],
     "angle": [
+        ("-5", r"-5^\circ\text{C}", T),
         (r"45^\circ", "45", T),
         ("45", r"45^{\circ}", T),
         ("45", "45°", T),
@@ -158,6 +164,7 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"\frac12", r"\cos 30^\circ", F),
     ],
     "radical": [
+        (r"\sqrt[3]{2}", "∛2", T),
         (r"3\sqrt{5}", r"\sqrt{45}", T),
         (r"3\sqrt{5}", r"\sqrt5\cdot3", T),
         (r"3\sqrt{5}", "3sqrt(5)", T),
@@ -188,6 +195,11 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"25\pi", "25", F),
     ],
     "interval": [
+        (r"(-\infty,0)\cup(1,\infty)", r"\{x \mid x<0 \text{ or } x>1\}", T),
+        (r"(-\infty,0)\cup(1,\infty)", r"x<0 \lor x>1", T),
+        (r"(-\infty,0)\cup(1,\infty)", r"(-\infty,0)\bigcup(1,\infty)", T),
+        (r"(-1,2)", r"\{x \mid x>-1 \text{ or } x<2\}", F),
+        ("(1,4)", r"\langle 1,4]", F),
         ("(1,4]", "(1, 4]", T),
         ("(1,4]", r"\left(1,4\right]", T),
         ("(1,4]", "[1,4]", F),
@@ -255,6 +267,8 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"\langle 2,7\rangle", r"\langle 2, 7 \rangle", T),
     ],
     "matrix": [
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\\frac{6}{2}&4\end{pmatrix}", T),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\[2pt]3&4\end{pmatrix}", T),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}", T),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", F),
         (r"\begin{pmatrix}1/2\\3\end{pmatrix}", r"\begin{pmatrix}0.5\\3\end{pmatrix}", T),
@@ -263,6 +277,10 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"\begin{pmatrix}5\\6\end{pmatrix}", r"\begin{pmatrix}5&6\end{pmatrix}^T", T),
     ],
     "equation": [
+        ("y=3x", "y=6x/2=3x", T),
+        ("y=3x", "y=4x=3x", F),
+        ("6", "S=ab=6", T),
+        (r"\frac{x}{2}", r"f^{-1}(x)=\frac{x}{2}", T),
         ("4", "x=4", T),
         ("4", "x=5", F),
         ("x=4", "4", T),
@@ -285,6 +303,8 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("9", r"\text{Area}=9", T),
     ],
     "expression": [
+        (r"\sqrt{\frac{2GM}{R}}", r"\sqrt{2GM/R}", T),
+        (r"\frac{n(n-1)}{2}", r"{n \choose 2}", T),
         ("(x-2)(x+2)", "x^2-4", T),
         ("(x-2)(x+2)", "x^2+4", F),
         ("2x+2y", "2(x+y)", T),
@@ -307,6 +327,7 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("3t^2+6t", "3t(t+2)", T),
     ],
     "complex": [
+        ("2+5i", r"2+5\mathrm{i}", T),
         ("2+5i", "5i+2", T),
         ("2+5i", "2-5i", F),
         ("-4", "(2i)^2", T),
@@ -340,6 +361,9 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("5", r"5\approx 7", F),
     ],
     "choice": [
+        ("C", "(C) -2", T),
+        ("C", "(C) Cannot be determined", T),
+        ("C", "(C) Not enough information", T),
         ("C", "C", T),
         ("C", "(C)", T),
         ("C", r"\text{(C)}", T),
@@ -364,6 +388,7 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("2", "10_2", T),
     ],
     "ratio": [
+        ("2:5", "2∶5", T),
         ("2:5", "2:5", T),
         ("2:5", "5:2", F),
         ("2:5", r"\frac{2}{5}", T),
@@ -378,6 +403,15 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"\infty", "1000000", F),
     ],
     "decoration": [
+        ("|x-1|", r"\lvert x-1\rvert", T),
+        ("|x-1|", r"\left\vert x-1\right\vert", T),
+        ("(1,2)", r"\bigl(1,2\bigr)", T),
+        ("x<3", r"x\lt 3", T),
+        (r"\{1,2\}", r"\lbrace 1,2\rbrace", T),
+        ("12", r"\operatorname{lcm}(4,6)", T),
+        ("4200", "4.2*10^3", T),
+        ("2ab", "2*a*b", T),
+        (r"x\ne 1", r"x\not= 1", T),
         ("3", r"\mathbf{3}", T),
         ("3", r"\text{3}", T),
         ("3", r"\color{red}{3}", T),
@@ -396,6 +430,15 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
 # What must never be rewarded for the answer: it says something else, or its reading is in doubt.
 DOUBTFUL: dict[str, list[str]] = {
     "5": [
+        "5 mn",
+        "5 invalid",
+        "5 lower",
+        "5 ignoring signs",
+        "5 bil",
+        r"5\text{ centi}",
+        "5 ths",
+        "5 hundredweight",
+        "5 debt",
         "5 millions",
         "5 tenths",
         "5 permille",
@@ -472,6 +515,16 @@ DOUBTFUL: dict[str, list[str]] = {
         "5 complement",
     ],
     "A": [
+        "A eliminated",
+        "(A) wait B",
+        "(A) 3 <B> 4",
+        "(A) unlikely",
+        "A ruled out",
+        "(A) cannot be right",
+        "(A) fails",
+        r"(A) \times",
+        "(A) ✗",
+        "(A) - 2",
         "(A) or (B)",
         "(A), (B)",
         "(A) and (B)",
@@ -537,6 +590,8 @@ DOUBTFUL: dict[str, list[str]] = {
         "2 5",
     ],
     "x": [
+        "x^{(1)}",
+        "x^{(2)}",
         "x'",
         "x''",
         "x^{T}",
@@ -554,6 +609,9 @@ DOUBTFUL: dict[str, list[str]] = {
         "y^{T}=x^2",
     ],
     r"\{2n \mid n\in\mathbb{Z}\}": [
+        r"\{2N \mid n\in\mathbb{Z}\}",
+        r"\{2,n \mid n\in\mathbb{Z}\}",
+        r"\{2n \mid n\in\{\mathbb{Z}\}\}",
         r"\{3n \mid n\in\mathbb{Z}\}",
         r"\mathbb{Z}",
         r"\{n \mid n\in\mathbb{Z}\}",
@@ -694,6 +752,10 @@ DOUBTFUL: dict[str, list[str]] = {
         r"x=5\text{ tenths}",
     ],
     "y=2x+1": [
+        r"y=3x \Rightarrow y=2x+1",
+        r"y=3x : y=2x+1",
+        r"y=3x \quad y=2x+1",
+        "y=3x=2x+1",
         "y=2x+1'",
         "y=2x'+1",
         "y'=2x+1",
@@ -746,6 +808,7 @@ DOUBTFUL: dict[str, list[str]] = {
         "45''",
     ],
     r"\text{Tuesday}": [
+        r"\text{Monday}\in\text{Tuesday}",
         "Tuesday?",
         "Tuesday'",
     ],

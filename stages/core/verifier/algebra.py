@@ -32,7 +32,7 @@ from math_verify import verify
 
 from stages.core.records import Verdict
 from stages.core.verifier import comparison, grammar, quantities
-from stages.core.verifier.latex import Refused
+from stages.core.verifier.latex import Refused, letters
 
 DEADLINE_S = 2.0  # an honest pair takes 2 to 60 ms, a few times as much when its kind is new to the parser
 BACKSTOP_S = 2
@@ -94,7 +94,7 @@ def parse(text: str) -> Any:
         raise Refused("a tower of powers or factorials")
     if grammar.judge(text) is not grammar.Kind.EXPRESSION:
         raise _Unreadable(text)
-    is_complex = "i" in _letters(text)
+    is_complex = "i" in letters(text)
     text = re.sub(r"(\\[a-zA-Z]+)|([EI]|[ei](?=_))", _own_symbol, text)
     text = re.sub(r"(\d+!)(?=\^)", r"(\1)", text)
     try:
@@ -116,12 +116,6 @@ def parse(text: str) -> Any:
 def _own_symbol(match: re.Match[str]) -> str:
     """E, I and e_1 as symbols of their own: to the parser they are the base of the logarithm and the imaginary unit."""
     return match.group(1) or f"\\mathit{{{match.group(2)}}}"
-
-
-def _letters(text: str) -> set[str]:
-    """Letters that stand alone, outside of commands and environments."""
-    text = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
-    return set(re.findall(r"[a-zA-Z]", text))
 
 
 def _exact(found: Any) -> Any:

@@ -36,7 +36,7 @@ from stages.core.verifier.forms import (
     read,
     read_canonical,
 )
-from stages.core.verifier.latex import MAX_LENGTH, Refused
+from stages.core.verifier.latex import MAX_LENGTH, Refused, letters
 from stages.core.verifier.quantities import number
 
 Leaf = Callable[[Literal["value", "equation", "inequality", "decimal"], str, str], bool]
@@ -88,6 +88,7 @@ def equal(answer: str, prediction: str, leaf: Leaf) -> bool:
 
 
 _SYMBOL = re.compile(r"-?(?:[a-zA-Z]|\\(?:pi|infty|theta|alpha|beta|lambda|omega))")
+_CAPITAL = re.compile("[A-Z]")
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
 _LABELLED = re.compile(
     r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.:)](?=\s|$)|([A-Z])$)(?P<rest>.*)",
@@ -95,9 +96,16 @@ _LABELLED = re.compile(
 )
 # What behind a label leaves in doubt whether it is chosen: a further label, a word of doubt, a comma.
 _UNDECIDED = re.compile(
-    r"^\s*(?:[,;/&|+?!'_^=<>-]|\\(?:approx|ne|sim|to|mid|pm|cup|cap)(?![a-zA-Z])|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
+    r"^\s*(?:[,;/&|+?!'_^=<>]|(?<!\s)-|-(?![\d\\])|\\(?:approx|ne|sim|to|mid|pm|cup|cap)(?![a-zA-Z])|\(?[A-Z]\)?\s*$)|\(\s*[A-Z]\s*\)|(?<![a-zA-Z])[A-Z]\s*(?:[:)]|\.\s)|,\s*[A-Z]\s*$|[?]"
     r"|(?<![a-zA-Z])(?:(?i:or|not|no|nor|is|isn't|are|was|wrong|incorrect|false|but|if|unless|maybe|perhaps|possibly"
-    r"|neither|either|both|instead|rather|except|option|choice|answer|xor|vs|versus)|and\s+[A-Z])(?![a-zA-Z])"
+    r"|neither|either|both|instead|rather|except|option|choice|answer|xor|vs|versus|can't|cannot|fails?|failed|invalid"
+    r"|eliminated|excluded|ruled|crossed|rejected|discarded|unlikely|doubtful)|and\s+[A-Z])(?![a-zA-Z])"
+    r"|^\s*\\times\s*$|[✗✘✕✖❌❎☒]|[\[<]\s*[A-Z]\s*[\]>]|\s[A-E]\s*$|(?<![a-zA-Z])(?i:wait|hmm|oops|actually)(?![a-zA-Z])"
+)
+_OF_CHOICES = re.compile(  # texts that choices have, with such words in them
+    r"\s*(?:(?:it\s+)?can(?:not|'t) be (?:determined|found|known|solved)"
+    r"|(?:there is )?(?:no|not) (?:enough|sufficient) \w+|none of [a-z ]+|no (?:real )?\w+)[\s.]*",
+    re.I,
 )
 
 
@@ -109,7 +117,8 @@ def _choice(text: str, labelled: bool = False) -> str | None:
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", notation.canonical(text)).strip().rstrip(".")
     match = (_LABELLED if labelled else _CHOICE).fullmatch(text)
     letter = next(filter(None, match.groups()), None) if match else None
-    if match and labelled and _UNDECIDED.search(match.group("rest")):
+    rest = match.group("rest") if match and labelled else ""
+    if _UNDECIDED.search(rest) and not _OF_CHOICES.fullmatch(rest):
         return None
     return letter if letter and letter.isupper() else None
 
@@ -175,18 +184,14 @@ def _all(golds: Iterable[Form], preds: Iterable[Form], leaf: Leaf) -> bool:
 
 
 def _equal_values(gold: Value, pred: Value, leaf: Leaf) -> bool:
-    if gold.unit and pred.unit and gold.unit != pred.unit:
-        return False
+    if gold.unit != pred.unit and ((gold.unit and pred.unit) or _CAPITAL.fullmatch(gold.text)):
+        return False  # B eliminated: what stands behind a choice is no unit
     if gold.is_percent != pred.is_percent:  # 50% is 0.5, and 50 where the other side leaves the percent sign out
         whole = gold._replace(is_percent=False), pred._replace(is_percent=False)
         return _equal_values(*whole, leaf) or _equal_values(_hundredth(gold), _hundredth(pred), leaf)
     if gold.number is not None and pred.number is not None:
         return gold.number == pred.number or _is_rounded(gold, pred) or _is_rounded(pred, gold)
-    if (based := forms.BASED.fullmatch(gold.text)) and based.group("digits") == pred.text:
-        return True
     if gold.text == pred.text and _SYMBOL.fullmatch(gold.text):
-        return True
-    if gold.unit and gold.number is not None and re.sub(r"[{}]", "", pred.text) == gold.text + gold.unit:  # 6 m^2
         return True
     if {gold.text, pred.text} & {r"\infty", r"-\infty"} and (gold.number is not None or pred.number is not None):
         return False
@@ -194,8 +199,9 @@ def _equal_values(gold: Value, pred: Value, leaf: Leaf) -> bool:
 
 
 def _algebraic(value: Value) -> str:
-    """The text of a value for algebra, which knows no base but ten."""
-    return str(value.number) if value.number is not None and forms.BASED.fullmatch(value.text) else value.text
+    """The text of a value for algebra, which knows neither mixed numbers nor a base but ten."""
+    literal = value.number is None or re.fullmatch(r"[+-]?\s*[\d.]+", value.text)
+    return value.text if literal else str(value.number)
 
 
 def _hundredth(value: Value) -> Value:
@@ -214,6 +220,8 @@ def _equal_several(gold: Form, pred: Form, leaf: Leaf) -> bool:
     golds, preds = _items(gold), _items(pred)
     if isinstance(gold, Ordered) or isinstance(pred, Ordered):
         return _equal_tuple_and_list(gold, pred, leaf)
+    if isinstance(gold, Value) and isinstance(pred, Several) and not pred.braces:  # 3/4 or 0.75
+        return bool(preds) and _all([gold] * len(preds), preds, leaf) and _all(preds[:1] * len(preds), preds, leaf)
     if len(golds) != len(preds):
         return False
     variables = [{name.partition("_")[0] for name in _names(items)} for items in (golds, preds)]  # x_1, x_2: one
@@ -339,7 +347,7 @@ _VARIABLE = re.compile(r"(?:[a-zA-Z]+|\\[a-zA-Z]+)(?:_\w+)?(?:\(\w+\))?", re.ASC
 def _side(relation: Relation, leaf: Leaf) -> Form | None:
     """What a relation says of its name: the value behind "x = ", or the interval of an inequality; else None.
 
-    In a chain behind a name every member that is a number must equal the last: x = 1 = 2 says nothing.
+    In a chain behind a name every member without letters of its own must equal the last: x = 1 = 2 says nothing.
     """
     if set(relation.signs) != {"="}:
         found = _interval(relation)
@@ -350,10 +358,13 @@ def _side(relation: Relation, leaf: Leaf) -> Form | None:
     if not is_name(members[0]):
         return None
     last = read_canonical(members[-1])
-    if any("\\text" in member for member in members[1:-1]):
+    if not all(grammar.judge(_text(member)) is grammar.Kind.EXPRESSION for member in members[1:-1]):
         return None
-    numbers = [member for member in members[1:-1] if not re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", member)]
-    return last if all(_equal(last, read_canonical(member), leaf) for member in numbers) else None
+    names, known = letters(members[0]), letters(members[-1])
+    if any(names & letters(member) for member in members[1:-1]):  # y = 4x y = 3x: two relations, no chain
+        return None
+    compared = [member for member in members[1:-1] if letters(member) <= known]
+    return last if all(_equal(last, read_canonical(member), leaf) for member in compared) else None
 
 
 def _interval(relation: Relation) -> tuple[str, Form] | None:

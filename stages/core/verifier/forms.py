@@ -81,12 +81,9 @@ BASED = re.compile(
 )
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)(?:\s*:\s*\d+(?:\.\d+)?)+", re.ASCII)
 _ELEMENT = re.compile(r"(?P<name>[a-zA-Z]|\\[a-z]+)\s*(?:\\in\s*\\mathbb\{R\})?")
-_POINTS = re.compile(r"(?:\([^()]*,[^()]*\)\s*){2,}")
-_ADJACENT = re.compile(r"\)\s*\(")
-_CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:[ap]m)?", re.ASCII)
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
+_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
 _WORD = re.compile(
-    r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|(?i:yes|no|odd|all|any|not|the|of|is|to)|[B-DF-HJ-NP-TV-Z]{2,})(?![a-zA-Z])"
+    r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|(?i:yes|no|odd|all|any|not|the|of|is|to)|[B-DF-HJ-NP-TV-Z]{3,})(?![a-zA-Z])|^[B-DF-HJ-NP-TV-Z]{2}$"
 )
 
 
@@ -101,11 +98,10 @@ def read_canonical(text: str, depth: int = 1) -> Form:
     text = notation.strip_outer(text)
     if depth > 6:
         raise Refused("nested too deeply")
-    text = _ADJACENT.sub("),(", text) if _POINTS.fullmatch(text) else text
     for reader in (_union, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
         if (found := reader(text, depth)) is not None:
             return found
-    return value(text, depth)
+    return value(text)
 
 
 def _several(items: Iterable[Form], braces: bool) -> Form:
@@ -125,7 +121,7 @@ def _union(text: str, depth: int) -> Form | None:
 
 def _list(text: str, depth: int) -> Form | None:
     pieces, signs = latex.split(text, _COMMA)
-    if signs and (not all(pieces) or _COMMA_TWICE.fullmatch(text)):
+    if signs and _COMMA_TWICE.fullmatch(text):
         return Words(plain(text))
     return _several(map(read_canonical, _bounded(pieces), repeat(depth + 1)), False) if signs else None
 
@@ -162,11 +158,16 @@ def _builder(inside: str, depth: int) -> Form | None:
     if len(split) == 1:
         return None
     of, condition = (part.strip() for part in split)
-    if (named := _ELEMENT.fullmatch(of)) and (found := read_canonical(condition, depth + 1)):
-        name = re.sub(r"\s", "", named.group("name"))
-        if isinstance(found, Relation) and name in (re.sub(r"\s", "", member) for member in found.members):
+    if named := _ELEMENT.fullmatch(of):
+        name, found = _spaceless(named.group("name")), read_canonical(condition, depth + 1)
+        said = found.items if isinstance(found, Several) and not found.braces else (found,)
+        if all(isinstance(item, Relation) and name in map(_spaceless, item.members) for item in said):
             return found
-    return Ordered("\\{", "\\}", (Words(plain(of)), Words(plain(condition))))
+    return Ordered("\\{", "\\}", (Words(_spaceless(of)), Words(_spaceless(condition))))
+
+
+def _spaceless(text: str) -> str:
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def _bracketed_thousands(text: str) -> str:
@@ -177,18 +178,14 @@ def _bracketed_thousands(text: str) -> str:
 
 
 def _plus_minus(text: str, depth: int) -> Form | None:
-    count = len(re.findall(r"\\[pm]m(?![a-zA-Z])", text))
+    count = len(re.findall(r"\\pm(?![a-zA-Z])", text))
     if not count:
         return None
     if count > MAX_SIGNS:
         raise Refused(f"more than {MAX_SIGNS} plus-minus signs")
-    if r"\mp" in text:
-        choices = [("+", "-"), ("-", "+")]
-        variants = [re.sub(r"\\pm(?![a-zA-Z])", a, re.sub(r"\\mp(?![a-zA-Z])", b, text)) for a, b in choices]
-    else:
-        variants = [text]
-        for _ in range(count):
-            variants = [re.sub(r"\\pm(?![a-zA-Z])", sign, item, count=1) for item in variants for sign in "+-"]
+    variants = [text]
+    for _ in range(count):
+        variants = [re.sub(r"\\pm(?![a-zA-Z])", sign, item, count=1) for item in variants for sign in "+-"]
     return _several(
         (read_canonical(re.sub(r"(^|[=({\[,])\s*\+\s*", r"\1", item), depth + 1) for item in variants), False
     )
@@ -198,35 +195,28 @@ def _relation(text: str, depth: int) -> Form | None:
     members, signs = latex.split(text, _SIGNS)
     if not signs:
         return None
-    if not members[-1] or not members[0]:
-        return Words(plain(text))
     if signs == [r"\in"] and is_name(members[0]):
         found = read_canonical(members[1], depth + 1)
-        return Words(plain(text)) if isinstance(found, Value) else found
+        is_set = not isinstance(found, Value | Words) or "\\mathbb" in members[1]
+        return found if is_set else Words(plain(text))
     if signs[-1] == r"\approx" and set(signs[:-1]) <= {"="}:
         if not is_name(members[-2]):
             exact = read_canonical("=".join(members[:-1]), depth + 1)
             return Approximation(exact, read_canonical(members[-1], depth + 1))
         if number(quantities.split_unit(members[-1])[0]) is not None:
             signs = [*signs[:-1], "="]
-    if r"\approx" in signs:
-        return Words(plain(text))
-    right = read_canonical(members[-1], depth + 1)
-    if isinstance(right, Several) and not right.braces and set(signs) == {"="} and len(members) == 2:
-        items = [f"{members[0]}={piece}" for piece in latex.split(members[1], _COMMA | _UNION)[0]]
-        return _several((read_canonical(item, depth + 1) for item in items), False) if len(items) > 1 else right
     return Relation(tuple(members), tuple(signs))
 
 
 def _brackets(text: str, depth: int) -> Form | None:
     opening = next((mark for mark in ("(", "[", r"\langle") if text.startswith(mark)), None)
     closing = next((mark for mark in (")", "]", r"\rangle") if text.endswith(mark)), None)
-    if opening is None or closing is None or latex.closing(text, 0) != len(text) - len(closing):
+    if opening is None or closing is None or (opening == r"\langle") != (closing == r"\rangle"):
+        return None
+    if latex.closing(text, 0) != len(text) - len(closing):
         return None
     inside = text[len(opening) : len(text) - len(closing)].strip()
     pieces, signs = latex.split(_bracketed_thousands(inside), _COMMA)
-    if signs and not all(pieces):
-        return Words(plain(text))
     if signs:
         marks = ("(", ")") if opening == r"\langle" else (opening, closing)
         return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in _bounded(pieces)))
@@ -235,10 +225,10 @@ def _brackets(text: str, depth: int) -> Form | None:
 
 def _matrix(text: str, depth: int) -> Form | None:
     match = _MATRIX.fullmatch(text)
-    if match is None or "\\begin" in match.group(2):
+    if match is None:
         return None
     rows = [row.split("&") for row in re.split(r"\\\\", match.group(2)) if row.strip()]
-    if sum(map(len, rows)) > MAX_ITEMS or not rows or any(len(row) != len(rows[0]) for row in rows):
+    if sum(map(len, rows)) > MAX_ITEMS or any(len(row) != len(rows[0]) for row in rows):
         raise Refused("a matrix that is ragged or too large")
     cells = tuple(tuple(read_canonical(cell, depth + 1) for cell in row) for row in rows)
     return Matrix(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
@@ -251,9 +241,7 @@ def _constant(text: str, depth: int) -> Form | None:
 
 
 def _ratio(text: str, depth: int) -> Form | None:
-    """3:4 is the number 3/4; 2:4:6 is 1:2:3; what may be a time of day is words."""
-    if _CLOCK.fullmatch(plain(text)):
-        return Words(plain(text))
+    """3:4 is the number 3/4; 2:4:6 is 1:2:3."""
     if not _RATIO.fullmatch(text):
         return None
     pieces = [piece.strip() for piece in text.split(":")]
@@ -265,22 +253,15 @@ def _ratio(text: str, depth: int) -> Form | None:
     return Ordered(":", ":", tuple(Value(str(part / parts[0]), "", False, part / parts[0]) for part in parts))
 
 
-def value(text: str, depth: int = 1) -> Form:
+def value(text: str) -> Form:
     """One expression with its unit; words, where it is none."""
     bare, unit, factor = quantities.split_unit(text)
-    if unit or factor > 1:
-        inner = read_canonical(_join_thousands(bare), depth + 1)
-        if not isinstance(inner, Value) or inner.unit:
-            return Words(plain(text))
-        bare = inner.text + "%" * inner.is_percent
     is_percent = bare.endswith("%")
     bare = expression(bare.removesuffix("%").strip())
     if based := BASED.fullmatch(bare):
         return _in_base(based.group("digits"), quantities.spelled_number(based.group("base")))
     if not bare or "%" in bare or _is_verbal(bare) or _WORD.search(bare):
         return Words(plain(text))
-    if not latex.is_balanced(bare):
-        raise Refused("brackets that do not match")
     known = number(bare)
     if known is None and grammar.is_tower(bare):
         raise Refused("a tower of powers or factorials")
@@ -334,7 +315,7 @@ def plain(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
 
 
-_SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)|'|\^\{(?:\\prime|\*)+\}")
+_SUBSCRIPT = re.compile(r"(?<=[a-zA-Z])\^\{-1\}(?=\()|_(?:\{[^{}]*\}|\w)|'|\^\{(?:\\prime|\*)+\}")
 _ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
 _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
 _NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5

@@ -47,6 +47,7 @@ _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
 _ACCENTED = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z]) ?)+(?:_\{[a-zA-Z0-9]+\})?", re.ASCII)
 _SUBSCRIPT = re.compile(r"[a-zA-Z0-9+\- ]+|\\[a-zA-Z]+", re.ASCII)
 _DROPPED = re.compile(r"T|\\top|(?:\\prime|\\circ|\*|\\dagger)+")  # exponents that the parser drops or misreads
+_DERIVATIVE = re.compile(r"\(\d+\)", re.ASCII)  # y^{(2)}
 _DIGITS = re.compile(r"\{\d+\}\{\d+\}", re.ASCII)
 _BOUND = re.compile(r"[a-zA-Z]\s*(=|\\to(?![a-zA-Z]))\s*(.+)", re.DOTALL)
 
@@ -72,7 +73,7 @@ def is_tower(text: str) -> bool:
     for base, exponent in re.findall(r"\^\{\(?(\d+)\^\{(\d+)", text, re.ASCII):
         if len(base) > 6 or len(exponent) > 2 or int(base) ** int(exponent) > 10**5:
             return True
-    return any(int(n) > 5000 for n in re.findall(r"(\d+)\)?!", text, re.ASCII))
+    return any(int(n) > 5000 for n in re.findall(r"(?<!\d)(\d+)\)?!", text, re.ASCII))
 
 
 class _Reader:
@@ -137,6 +138,8 @@ class _Reader:
         elif token == "^":
             inside = self._group()
             if self._last == "power" or _DROPPED.fullmatch(inside):
+                raise _Odd
+            if self._last == "name" and _DERIVATIVE.fullmatch(inside):
                 raise _Odd
             self._nested(inside)
             self._last = "power"

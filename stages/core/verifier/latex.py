@@ -48,16 +48,6 @@ def closing(text: str, start: int) -> int | None:
     return None
 
 
-def is_balanced(text: str) -> bool:
-    """Whether every bracket that is closed was opened, and the reverse."""
-    depth = 0
-    for _, token, depth in tokens(text):
-        if depth < 0:
-            return False
-        depth += token in _OPEN
-    return depth == 0
-
-
 def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
     """The pieces of `text` between those separators that stand outside of all brackets, and the separators."""
     pieces, found, begin = [], [], 0
@@ -67,3 +57,8 @@ def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
             found.append(token)
             begin = position + len(token)
     return [*pieces, text[begin:].strip()], found
+
+
+def letters(text: str) -> set[str]:
+    """Letters that stand for something, not those of commands and environments."""
+    return set(re.findall(r"[a-zA-Z]", re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)))

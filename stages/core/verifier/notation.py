@@ -48,6 +48,7 @@ _SYMBOLS = {
     "±": r"\pm ",
     "∓": r"\mp ",
     "√": r"\sqrt ",
+    "∛": r"\sqrt[3] ",
     "°": r"^\circ ",
     "…": r"\ldots ",
     "⟨": r"\langle ",
@@ -60,6 +61,7 @@ _SYMBOLS = {
     "，": ",",
     "。": ".",
     "；": ";",
+    "∶": ":",
     "、": ",",
     "′": "'",
     "“": '"',
@@ -101,56 +103,59 @@ _VERBAL = """
 """
 VERBAL = frozenset(_VERBAL.split())
 
+_OTHER_NAMES = {
+    **dict.fromkeys(["dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"], r"\frac"),
+    **dict.fromkeys(["dbinom", "tbinom"], r"\binom"),
+    **dict.fromkeys(["leq", "leqq", "leqslant"], r"\le "),
+    **dict.fromkeys(["geq", "geqq", "geqslant"], r"\ge "),
+    **dict.fromkeys(["dots", "cdots", "dotsc", "dotsb"], r"\ldots "),
+    "neq": r"\ne ",
+    "lt": "<",
+    "gt": ">",
+    "vert": "|",
+    "lbrace": r"\{",
+    "rbrace": r"\}",
+    "colon": ":",
+    "degree": r"^\circ ",
+    "varnothing": r"\emptyset ",
+}
+
 # Applied in this order; each brings many spellings to one.
 _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\x0c(?=rac)", r"\\f"),  # a backslash lost to a string escape: form feed, tab and backspace are no answer's
     (r"\t(?=ext\{|imes|frac|heta)", r"\\t"),
-    (r"\x08(?=inom|egin|oxed|eta|ar\{)", r"\\b"),
     (r"[\x00-\x20\x7f\u00a0]+", " "),
     (r"^\s*~", r"\\sim "),  # about, or not
-    (r"\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
+    (r"(?<!\\)\\\\(?=circ|[dt]?frac|sqrt|text|pi|boxed|cdot|times|left|right)", r"\\"),
+    (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\ "),  # a row's distance to the next
     (r"\\[([\])]", " "),  # \( \) \[ \]
-    (r"\\[lr]?vert(?![a-zA-Z])", "|"),
-    (r"\\not\s*=", r"\\ne "),
-    (r"\\(?:left|right|middle)(?![a-zA-Z])\s*\.?", ""),
-    (r"\\[bB]igg?[lrm]?(?![a-zA-Z])", ""),
+    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
     (
         r"(?<![\d.,}])[1-9]\d{0,2}(?:(\\[,;:! ]|\{,\}|~|\{ \})\d{3}(?!\d))(?:\1\d{3}(?!\d))*",
         lambda m: m.group().replace(m.group(1), ""),  # thousands
     ),
-    (r",\s*\\!\s*(?=\d)", ","),
     (r"(?<=\d)\{,\}(?=\d)", "."),
-    (r"\{,\}", ","),
     (r"(?<!\\)\\!", ""),
     (
         r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace|hfill|displaystyle|textstyle|limits|nolimits)"
         r"(?![a-zA-Z])|\\[hv]space\*?\{[^{}]*\}|~",
         " ",
     ),
-    (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
+    (r"\\([a-zA-Z]+)", lambda m: _OTHER_NAMES.get(m.group(1), m.group())),
+    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\textcolor\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}", ""),
     (
-        r"\\(?:underline|boxed|fbox|mathop|ensuremath|mathbf|mathit|mathnormal|boldsymbol|bm|bf|it|rm|bold|mathrm"
-        r"(?=\s*\{\s*~?\s*[ied]\s*\}))(?![a-zA-Z])",
+        r"\\(?:underline|boxed|fbox|mathop|ensuremath|mathbf|mathit|mathnormal|boldsymbol|bm|bf|it|rm|bold)(?![a-zA-Z])",
         "",
     ),
     (r"\\(?:mathrm|text(?:bf|it|rm|tt|sf|normal|up|md)?|mbox|hbox|mathsf|mathtt|emph)\s*\{", r"\\text{"),
-    (r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}", lambda m: _operator(m.group(1))),
-    (r"\\text\{\s*(?:%s)\s*\}" % "|".join(FUNCTIONS), lambda m: "\\" + m.group()[6:-1].strip() + " "),  # noqa: UP031
-    (r"\\(?:leqslant|leqq|leq)(?![a-zA-Z])|<=", r"\\le "),
-    (r"\\(?:geqslant|geqq|geq)(?![a-zA-Z])|>=", r"\\ge "),
-    (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
-    (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"),
-    (r"\\(?:varnothing|emptyset)(?![a-zA-Z])", r"\\emptyset "),
-    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-    (r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])|\.\.\.+", r"\\ldots "),
-    (r"\\(?:colon|mathrel\{:\})(?![a-zA-Z])", ":"),
-    (r"\\(?:simeq|thickapprox|doteq)(?![a-zA-Z])", r"\\approx "),
-    (r"\\degree(?![a-zA-Z])", r"^\\circ "),
-    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+    (r"\\(?:text|operatorname\*?)\s*\{\s*(%s)\s*\}" % "|".join(FUNCTIONS), r"\\\1 "),  # noqa: UP031
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"\\not\s*=|!=", r"\\ne "),
+    (r"\.\.\.+", r"\\ldots "),
+    (r"\\bigcup(?![a-zA-Z]|\s*_)", r"\\cup "),
     (r"\\(?:R|Z|Q|N|C)(?![a-zA-Z])", lambda m: "\\mathbb{%s}" % m.group()[1]),  # noqa: UP031
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
     (r"(?<![a-zA-Z\\])(?:np|numpy|math|sympy|sp)\.(?=[a-z])", ""),
@@ -162,25 +167,20 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\+\s*\\infty", r"\\infty"),
     (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
     (r"(?<=[\w)\]}])\s*\*\*\s*(?=[\w({+-])", "^"),
-    (r"\*\*|__", ""),
-    (r"(?<=[\w)\]}])\s*\*\s*(?=[\w(\\{+-])", r"\\cdot "),
     (r"(?i:\\text\{\s*(?:percent|per cent|pct)\s*\})|\\%|(?<=[\d\s}])(?i:percent|per cent|pct)(?![a-zA-Z])", "%"),
     (r"(?<=\d)\s*[eE]([+-]?\d{1,3})(?![\d.a-zA-Z])", r"\\cdot 10^{\1}"),
     (r"(?<=\d)\.(?![\d\\])", ""),
     (r"(?<![\d.])\.(?=\d)", "0."),
 ]
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
-_OUTER = re.compile(r"^[\s:=]+(?=\S)|^[.,;]+(?![.,;\d])(?=.)|^\*+|[\s.,;:*]+$|\\+\s*$|^(?:\\displaystyle)", re.DOTALL)
+_LEADING = re.compile(r"[\s:=*.,;]*")
+_TRAILING = " .,;:*\\"
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _JOINER = re.compile(
-    r"(?<!^)(?:,?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|(?<!\{),?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z]))(?=[^}])"
+    r"(?<!^)(?:\s*\\(?:lor|vee)(?![a-zA-Z])|,?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|(?<!\{),?\s+(?:and|or)\s+|,\s*(?:and|or)(?![a-zA-Z]))(?=[^}])"
 )
 _LISTED = re.compile(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+")
-_UNIT_BEFORE = re.compile(r"[\d})\]/]\s*$")
-
-
-def _operator(name: str) -> str:
-    return f"\\{name} " if name in FUNCTIONS else f"\\operatorname{{{name}}}"
+_UNIT_BEFORE = re.compile(r"(?:[\d})\]/]|\\circ)\s*$")
 
 
 @lru_cache(2048)
@@ -209,12 +209,20 @@ def canonical(text: str) -> str:
 def strip_outer(text: str) -> str:
     """Without the punctuation, and the braces around everything, that carry no meaning."""
     while True:
-        stripped = _OUTER.sub("", text.strip()).strip()
+        stripped = _trim(text)
         if stripped[:1] == "{" and closing(stripped, 0) == len(stripped) - 1:
             stripped = stripped[1:-1].strip()
         if stripped == text:
             return text
         text = stripped
+
+
+def _trim(text: str) -> str:
+    """Without punctuation at both ends; in ",5" it is no idle one."""
+    leading = _LEADING.match(text).group()  # type: ignore[union-attr]
+    if text[len(leading) : len(leading) + 1].isdigit():
+        leading = leading.rstrip(".,;")
+    return text[len(leading) :].rstrip(_TRAILING)
 
 
 def _unicode(text: str) -> str:

@@ -39,8 +39,9 @@ _SCALING_WORDS = """
     grand doubled tripled halved quartered inverted negated rounded inverse reciprocal conjugate complement
     power exponent root log binary ternary octal decimal hexadecimal hex radix modulus remainder rem residue
     to till until through thru between from into off short ago too
-    kilo mega giga tera milli micro nano pico deci deca hecto mio mrd mln mlrd mil mill bn tn
+    kilo mega giga tera milli centi micro nano pico deci deca hecto mio mrd mln mlrd mil mill mn bil bn tn th ths debt
     lakh crore myriad dz doz tens twenty thirty forty fifty sixty seventy eighty ninety seventeen eighteen nineteen
+    hundredweight ignoring lower higher transpose invalid impossible rejected extraneous discarded eliminated fail idk
     million billion trillion tausend hundert dutzend mille millones millionen milliard
     half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
     fifteenth sixteenth twentieth thirtieth fortieth fiftieth hundredth thousandth millionth billionth trillionth
@@ -102,7 +103,7 @@ _NUMBERS = [
     re.compile(pattern, re.ASCII)
     for pattern in (
         rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})",
-        rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})\s*\\(?:cdot|times)\s*10\s*\^\s*\{{\s*(?P<exp>[+-]?\d{{1,4}})\s*\}}",
+        rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})\s*(?:\\cdot|\\times|\*)\s*10\s*\^\s*\{{\s*(?P<exp>[+-]?\d{{1,4}})\s*\}}",
         r"(?P<sign>[+-]?)\s*10\s*\^\s*\{\s*(?P<exp>[+-]?\d{1,4})\s*\}",
         rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s*)?\\frac\s*"
         rf"\{{\s*(?P<num>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<den>[+-]?{_DECIMAL})\s*\}}",
