@@ -27,6 +27,7 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
 IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
 PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
 _LAYER = re.compile(r".*?\.\d+\.")  # what the names of a layer's weights begin with
+MAX_CONTEXT = 2**24  # tokens; the longest of any policy is 10 million
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families of models call their number
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -174,7 +175,13 @@ def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 def context_length(path: Path) -> int:
     """The most tokens, prompt and completion together, that the policy was built for."""
-    return _positive(path, load_config(path), "max_position_embeddings")
+    length = _positive(path, load_config(path), "max_position_embeddings")
+    if length > MAX_CONTEXT:
+        raise InputError(
+            f"policy {path}: config.json: max_position_embeddings {length} is above {MAX_CONTEXT}: lower it to what "
+            "the policy was built for, since vLLM keeps a table of that many positions"
+        )
+    return length
 
 
 def load_config(path: Path) -> Any:

@@ -127,7 +127,7 @@ def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
 
     Raises InputError if only the verifier that graded it was another one: nothing need be drawn again.
     """
-    found = read_json(out / "manifest.json")
+    found = provenance.read_manifest(out / "manifest.json")
     if found.get("stage") != "eval" or found.get("policies") != policies:
         return False
     if replace(identity, versions=provenance.versions()).differences(found):
@@ -225,7 +225,7 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     """Grade stored rollouts with today's verifier into `out`, and show what changed."""
     start = time.monotonic()
     files = _stored_files(source)
-    former = read_json(source / "manifest.json")
+    former = provenance.read_manifest(source / "manifest.json")
     digests = {str(file): provenance.digest(file) for file in files.values()}
     identity = Identity(
         "eval",
