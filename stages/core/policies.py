@@ -268,10 +268,10 @@ def check_shapes(path: Path) -> None:
     missing = expected.keys() - found.keys() - set(model.all_tied_weights_keys)
     if missing and found.keys() <= expected.keys():  # other names mean that the loader renames weights
         raise InputError(f"policy {path}: {len(missing)} weights are missing, such as {min(missing)}")
-    _check_finite(path)
+    check_finite(path)
 
 
-def _check_finite(path: Path) -> None:
+def check_finite(path: Path) -> None:
     """Raise InputError where a weight is NaN or infinite: such a policy writes noise up to the token limit.
 
     Streams over the files, a tensor at a time: least and greatest value show both, ten times as fast as isfinite.
