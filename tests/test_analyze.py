@@ -10,7 +10,7 @@ import pytest
 
 from stages import analyze
 from stages.analyze import dynamics, similarity
-from stages.core import jsonl
+from stages.core import jsonl, runs
 from stages.core.errors import InputError
 
 BASE = "runs/0/policy"
@@ -231,3 +231,17 @@ def test_an_eval_that_is_not_finished_is_none(tmp_path):
     evaluate(tmp_path / "eval/.valid.partial", {BASE: {"p": [("a b", 1)]}})
     with pytest.raises(InputError, match=r"no results\.jsonl"):
         analyze.run(evals=[str(tmp_path / "eval")], out=str(tmp_path / "out"))
+
+
+def test_evals_below_the_root_are_found_past_what_is_the_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for place in ("proc/1", "work/proc", "work/.x.partial"):
+        evaluate(tmp_path / place, {BASE: {"p": [("a b", 1)]}})
+    (tmp_path / "work/round").symlink_to(tmp_path)
+    assert runs.find_evals([tmp_path]) == [tmp_path / "work/proc"]
+
+
+def test_a_directory_too_large_to_hold_evals_only_is_refused(two, monkeypatch):
+    monkeypatch.setattr(runs, "MAX_DIRECTORIES", 1)
+    with pytest.raises(InputError, match="more than 1 directories below it: name the --out of an eval"):
+        analyze.run(evals=[str(two)], out=str(two / "out"))

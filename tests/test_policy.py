@@ -148,6 +148,7 @@ def test_a_policy_without_a_pad_token_gets_none(copied):
         ("config.json", {"num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
         ("config.json", {"vocab_size": "all"}, "config.json does not load"),
         ("config.json", {"max_position_embeddings": 0}, "config.json names no max_position_embeddings"),
+        ("config.json", {"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000 is above 16777216"),
         ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "expected a weight_map that names the files"),
         ("model.safetensors.index.json", {"weight_map": {"a": []}}, "expected a weight_map that names the files"),
         ("model.safetensors.index.json", {"weight_map": {"a": "x" * 300}}, "the weights are missing"),

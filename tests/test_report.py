@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from stages import report
-from stages.core import jsonl, runs, tabular
+from stages.core import figures, jsonl, runs, tabular
 from stages.core.errors import InputError
 from stages.report import browser, curves, page, study, summaries
 
@@ -483,3 +483,35 @@ def test_page_can_be_clicked_through_in_a_browser(made, chromium):
     assert len(printed) > 1000
     assert chromium.run("[...document.querySelectorAll('details')].every((fold) => fold.open)")
     assert [entry for entry in chromium.call("/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.parametrize("part", ["parameters", "inputs", "versions"])
+@pytest.mark.parametrize("place", ["1/rl", "1/policy", "vanilla/rl"])
+def test_a_manifest_whose_parts_are_no_objects_is_named(made, tmp_path, part, place):
+    copy = Path(shutil.copytree(made, tmp_path / "runs"))
+    file = copy / place / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: [1]}))
+    with pytest.raises(InputError, match=rf"{place}/manifest\.json: {part} must be an object, found \[1\]"):
+        studied(copy).settings()
+
+
+@pytest.mark.parametrize("step", ["1e30", "inf", "-2", "nan"])
+def test_steps_that_no_run_reaches_are_named(tmp_path, step):
+    (tmp_path / "log.tsv").write_text(f"step\tloss\n{step}\t0.5\n")
+    with pytest.raises(InputError, match=r"log\.tsv: no run has .* steps"):
+        runs.num_steps(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"parameters": {"steps": 4000000000000000000}}')
+    with pytest.raises(InputError, match=r"manifest\.json: no run has 4e\+18 steps"):
+        runs.num_steps(tmp_path)
+
+
+def test_a_checkpoint_whose_number_no_run_reaches_stands_for_itself():
+    policy = f"runs/vanilla/rl/checkpoints/step_1{'0' * 5000}"
+    assert runs.places([policy]) == [runs.Place(policy, policy, 0, policy)]
+
+
+@pytest.mark.parametrize("log_scale", [False, True])
+def test_figures_are_drawn_whatever_the_size_of_steps_and_values(log_scale):
+    sizes = [1e30, 1e308, float("inf"), float("nan")]
+    series = [figures.Series(name, [0, *sizes], [0.1, *sizes], [0.0, *sizes], [0.2, *sizes]) for name in "ab"]
+    assert figures.lines("a", "t", "c", series, y_label="y", log_scale=log_scale).svg.startswith("<?xml")

@@ -337,9 +337,10 @@ def test_sharded_over_two_processes_in_bfloat16_the_weights_are_those_of_one_wit
 
 
 @pytest.mark.slow
-def test_a_collapsed_run_leaves_nothing_behind(files):
+@pytest.mark.parametrize(("lr", "batch_size"), [(1e30, 8), (1e300, 8), (1e300, len(EXAMPLES))])
+def test_a_collapsed_run_leaves_nothing_behind_be_it_in_its_last_step(files, lr, batch_size):
     with pytest.raises(CollapseError, match="lower --lr"):
-        tune(files, files.root / "collapsed", lr=1e30, max_grad_norm=0.0)
+        tune(files, files.root / "collapsed", lr=lr, batch_size=batch_size, max_grad_norm=0.0)
     assert not list(files.root.glob("*collapsed*"))
 
 

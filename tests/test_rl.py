@@ -322,3 +322,11 @@ def test_the_paper_s_combination_goes_on_after_a_kill_as_if_nothing_had_happened
         assert 1e-4 < row["mismatch"] < 0.05  # nats a token: that of bfloat16
     config = json.loads((out / "checkpoints/step_000002/config.json").read_text())
     assert config["dtype"] == "bfloat16"
+
+
+def test_a_learning_rate_that_overflows_the_weights_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):
+    from stages.rl import run as rl
+
+    with pytest.raises(InputError, match=r"--lr 1e\+300: must be at most 1"):
+        rl(str(tiny_policy), easy, tmp_path / "rl", Options(lr=1e300, template="none"))
+    assert not (tmp_path / "rl").exists()

@@ -41,6 +41,7 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+MAX_DRAWN = 1e100
 MAX_WRITTEN = 12  # a matrix with more rows than this shows colours only, and every second or third label
 
 
@@ -108,14 +109,20 @@ def lines(
 
 def _plot(axes: Axes, line: Series, colour: str) -> None:
     few = len(line.x) <= 40
-    axes.plot(line.x, line.y, color=colour, linewidth=1.6, label=line.label)
+    x, y = _drawable(line.x), _drawable(line.y)
+    axes.plot(x, y, color=colour, linewidth=1.6, label=line.label)
     if len(line.low):
-        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(x, _drawable(line.low), _drawable(line.high), color=colour, alpha=0.15, linewidth=0)
     if few:
         hollow = np.array(line.hollow if len(line.hollow) else [False] * len(line.x), dtype=bool)
-        x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
         axes.plot(x[~hollow], y[~hollow], "o", color=colour, markersize=3.5)
         axes.plot(x[hollow], y[hollow], "D", color=colour, markersize=5, markerfacecolor="none")
+
+
+def _drawable(values: Sequence[float]) -> NDArray[Any]:
+    """As floats, with a gap for what is on no scale: matplotlib's ticks overflow near the largest float."""
+    found = np.asarray(values, dtype=float)
+    return np.where(np.abs(found) < MAX_DRAWN, found, np.nan)
 
 
 def _rows(line: Series, x_label: str, y_label: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from stages.core import provenance
 from stages.core.errors import InputError
-from stages.core.outputs import read_json
+from stages.core.provenance import read_manifest
 from stages.core.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
@@ -73,7 +73,7 @@ class Line:
         self.root, self.wanted = root, iterations
         self._told: dict[str, None] = {}
         self._faults: dict[Path, str] = {}
-        self._manifests = {directory: read_json(directory / "manifest.json") for directory in evals}
+        self._manifests = {directory: read_manifest(directory / "manifest.json") for directory in evals}
         self._known = self._recorded_digests()
         self.base = ""
         self.base = self._base_digest()
@@ -184,10 +184,10 @@ class Line:
     def _sources(self, place: Path) -> list[tuple[Path, str]]:
         """What `place` was made from, as far as that lies below the directory of runs, with the digests of then."""
         if place.name == "examples.jsonl":
-            inputs = _inputs(read_json(place.with_suffix(".manifest.json")))
+            inputs = _inputs(read_manifest(place.with_suffix(".manifest.json")))
             return [(source, digest) for path, digest in inputs.items() if (source := self._find(path)) is not None]
-        manifest = read_json(place / "manifest.json")
-        if begun := read_json(place / "state" / "run.json"):  # a run that is still going on has no manifest yet
+        manifest = read_manifest(place / "manifest.json")
+        if begun := read_manifest(place / "state" / "run.json"):  # a run that is still going on has no manifest yet
             return self._sources_of_rl(place, manifest, _inputs(begun))
         if manifest.get("stage") == "rl":
             return self._sources_of_rl(place, manifest, _inputs(manifest))
@@ -290,7 +290,7 @@ class Line:
 
     def _recorded_digests(self) -> dict[str, str]:
         """Stamp -> digest, from the evaluations and the examples."""
-        manifests = [*self._manifests.values(), *map(read_json, self._below("*/examples.manifest.json"))]
+        manifests = [*self._manifests.values(), *map(read_manifest, self._below("*/examples.manifest.json"))]
         return {
             mark: inputs[path]
             for manifest in manifests

@@ -27,6 +27,7 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
 IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
 PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
 _LAYER = re.compile(r".*?\.\d+\.")  # what the names of a layer's weights begin with
+MAX_CONTEXT = 2**24  # tokens; the longest of any policy is 10 million
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families of models call their number
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -174,7 +175,13 @@ def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 def context_length(path: Path) -> int:
     """The most tokens, prompt and completion together, that the policy was built for."""
-    return _positive(path, load_config(path), "max_position_embeddings")
+    length = _positive(path, load_config(path), "max_position_embeddings")
+    if length > MAX_CONTEXT:
+        raise InputError(
+            f"policy {path}: config.json: max_position_embeddings {length} is above {MAX_CONTEXT}: lower it to what "
+            "the policy was built for, since vLLM keeps a table of that many positions"
+        )
+    return length
 
 
 def load_config(path: Path) -> Any:
@@ -261,11 +268,11 @@ def check_shapes(path: Path) -> None:
     missing = expected.keys() - shapes.keys() - set(model.all_tied_weights_keys)
     if missing and shapes.keys() <= expected.keys():  # other names mean that the loader renames weights
         raise InputError(f"policy {path}: {len(missing)} weights are missing, such as {min(missing)}")
-    _check_finite(path)
+    check_finite(path)
 
 
-def _check_finite(path: Path) -> None:
-    """Raise InputError if a weight is NaN or infinite: such a policy writes noise up to the token limit.
+def check_finite(path: Path) -> None:
+    """Raise InputError where a weight is NaN or infinite: such a policy writes noise up to the token limit.
 
     Streams over the files, a tensor at a time: min and max show both, ten times as fast as isfinite.
     """

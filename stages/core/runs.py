@@ -10,6 +10,7 @@
 Any of these may be missing.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +21,18 @@ from stages.core.errors import InputError
 from stages.core.metrics import by_policy, check_results
 from stages.core.outputs import read_json
 from stages.core.progress import warn
+from stages.core.provenance import read_manifest
 from stages.core.records import Result, Rollout
 from stages.core.tabular import read_tsv
 
 BASE, RLOOP, RL = "Base", "RLoop", "RL"
 FINE_TUNED = "+RFT"
+MAX_STEPS = 10**9 - 1
+MAX_DIRECTORIES = 100_000  # below the directory that evaluations are looked for in
+ROOT = Path("/")
+KERNELS = ("dev", "proc", "sys")  # below ROOT: no files, and in /proc a directory for every thread
 
-_CHECKPOINT = re.compile(r"^(?P<run>.*)/checkpoints/step_0*(?P<step>\d+)$")
+_CHECKPOINT = re.compile(r"^(?P<run>.*)/checkpoints/step_0*(?P<step>\d{1,9})$")
 _ITERATION = re.compile(r"^(?:.*/)?(?P<iteration>\d+)/(?P<part>rl|policy)$")
 
 
@@ -156,11 +162,15 @@ def _offsets(policies: Sequence[str], root: str | Path | None) -> dict[int, int]
 
 
 def num_steps(run: Path) -> int:
-    """RL steps of an rl output by its manifest or its log; 0 if it has neither."""
-    steps = (read_json(run / "manifest.json").get("parameters") or {}).get("steps", 0)
-    if isinstance(steps, int) and steps > 0:
-        return steps
-    return int(max((row["step"] for row in read_tsv(run / "log.tsv") if "step" in row), default=0))
+    """RL steps of an rl output by its manifest or its log; 0 where it has neither, InputError for what no run has."""
+    path = run / "manifest.json"
+    steps = (read_manifest(path).get("parameters") or {}).get("steps", 0)
+    if not (isinstance(steps, int) and steps > 0):
+        path = run / "log.tsv"
+        steps = max((row["step"] for row in read_tsv(path) if "step" in row), default=0)
+    if not 0 <= steps <= MAX_STEPS:
+        raise InputError(f"{path}: no run has {steps:g} steps: restore it, or remove it")
+    return int(steps)
 
 
 def find_evals(directories: Iterable[str | Path]) -> list[Path]:
@@ -176,8 +186,21 @@ def find_evals(directories: Iterable[str | Path]) -> list[Path]:
 
 
 def evals_below(directory: Path) -> list[Path]:
-    """Every directory at or below `directory` with a results.jsonl, unfinished ones left out, by name."""
-    directories = (path.parent for path in directory.rglob("results.jsonl"))
+    """Every directory at or below `directory` with a results.jsonl, unfinished ones left out, by name.
+
+    Links are not followed, and what can't be read or is the kernel's is passed over; InputError where there is more to
+    look through than any directory of runs holds.
+    """
+    directories: list[Path] = []
+    for count, (place, below, files) in enumerate(os.walk(directory)):
+        if count == MAX_DIRECTORIES:
+            raise InputError(
+                f"{directory}: there are more than {MAX_DIRECTORIES:,} directories below it: name the --out of an "
+                "eval, or a directory of them"
+            )
+        below[:] = [name for name in below if name not in KERNELS or Path(place).resolve() != ROOT]
+        if "results.jsonl" in files:
+            directories.append(Path(place))
     return sorted(path for path in directories if not any(part.endswith(".partial") for part in path.parts))
 
 

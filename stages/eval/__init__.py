@@ -127,7 +127,7 @@ def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
 
     Raises InputError if only the version of the verifier differs: --regrade is enough.
     """
-    known = read_json(out / "manifest.json")
+    known = provenance.read_manifest(out / "manifest.json")
     if known.get("stage") != "eval" or known.get("policies") != policies:
         return False
     if replace(identity, versions=provenance.versions()).differences(known):
@@ -225,7 +225,7 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     """Grade stored rollouts with today's verifier into `out`, and show what changed."""
     start = time.monotonic()
     files = _stored_files(source)
-    former = read_json(source / "manifest.json")
+    former = provenance.read_manifest(source / "manifest.json")
     digests = {str(file): provenance.digest(file) for file in files.values()}
     identity = Identity(
         "eval",

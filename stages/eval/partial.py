@@ -14,8 +14,7 @@ import orjson
 
 from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.outputs import read_json
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, read_manifest
 from stages.core.records import Rollout
 
 SETTINGS = "settings.json"
@@ -34,7 +33,7 @@ def directory(out: Path, identity: Identity) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         outputs.write_json(path / SETTINGS, identity.record | {"inputs": {}})
     groups = replace(identity, inputs={})  # policies and problems are in the names of the files
-    if changes := groups.differences(read_json(path / SETTINGS), free=NO_MATTER):
+    if changes := groups.differences(read_manifest(path / SETTINGS), free=NO_MATTER):
         raise InputError(
             f"{path} holds an interrupted evaluation with other settings: {'; '.join(changes)}. Repeat it as it was "
             f"begun, or remove {path} to begin anew"

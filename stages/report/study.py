@@ -18,6 +18,7 @@ from stages.core import metrics
 from stages.core.errors import InputError
 from stages.core.lineage import Line, chosen
 from stages.core.outputs import read_json
+from stages.core.provenance import read_manifest
 from stages.core.runs import (
     RL,
     RLOOP,
@@ -87,7 +88,7 @@ class Study:
         """The parameters and versions of every manifest that is on the line."""
         rows = []
         for path in self._manifests():
-            manifest = read_json(path)
+            manifest = read_manifest(path)
             run = path.relative_to(self.runs).as_posix().removesuffix("manifest.json").rstrip("/.")
             versions = {f"version of {name}": value for name, value in (manifest.get("versions") or {}).items()}
             for name, value in ((manifest.get("parameters") or {}) | versions).items():
@@ -119,7 +120,7 @@ class Study:
 
     def stale(self, directory: Path, content: dict[str, Any]) -> str:
         """Why a file of an analysis is not shown: made from other evaluations, or of policies not on the line."""
-        for path, digest in (read_json(directory / "manifest.json").get("inputs") or {}).items():
+        for path, digest in (read_manifest(directory / "manifest.json").get("inputs") or {}).items():
             if self.line.changed(path, digest):
                 return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
         policies = [*content.get("policies", ()), *(row.get("policy", "") for row in content.get("steps", ()))]

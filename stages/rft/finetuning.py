@@ -97,12 +97,22 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
     model.config, model.generation_config = configs  # the trainer writes its own pad token and tags into them
     dtype = "bfloat16" if trainer.args.bf16 else "float32"
     save_policy(trainer.accelerator, model, tokenizer, out, getattr(torch, dtype))
+    if out is not None:
+        _refuse_collapsed(out)
     return Tuned(
         log=watch.log,
         num_tokens=sum(counts),
         padding_share=_padding_share([[len(rows[number]) for number in step] for step in steps], size),
         settings={"dtype": dtype, "microbatch_size": size, "num_processes": num_processes},
     )
+
+
+def _refuse_collapsed(out: Path) -> None:
+    """Raise CollapseError where the weights that were written are not finite: no loss follows the last update."""
+    try:
+        policies.check_finite(out)
+    except InputError as error:
+        raise CollapseError("the last step left weights that are not finite: lower --lr") from error
 
 
 def _config(options: Options, size: int, accumulation: int, scratch: str) -> SFTConfig:

@@ -58,7 +58,7 @@ class Options(OptionGroup):
     importance_cap: Annotated[
         float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off", at_least(0)
     ] = 2.0
-    lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0)] = 1e-6
+    lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0), at_most(1)] = 1e-6
     warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value", at_least(0)] = (
         10
     )

@@ -15,7 +15,7 @@ from typing import Any
 from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.outputs import read_json, whole_file, write_json
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, read_manifest
 from stages.core.records import Rollout
 from stages.core.tabular import append_tsv, read_tsv
 
@@ -149,7 +149,7 @@ class RunDir:
     def _known(self) -> dict[str, Any] | None:
         for path in (self.state / "run.json", self.path / "manifest.json"):
             if path.is_file():
-                manifest = read_json(path)
+                manifest = read_manifest(path)
                 if path.parent == self.path and manifest.get("stage") != "rl":  # other software writes manifests, too
                     return None
                 return manifest
