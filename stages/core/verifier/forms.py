@@ -80,6 +80,7 @@ BASED = re.compile(
     r"(?P<digits>\d[0-9A-Z]*|[A-Z]+\d[0-9A-Z]*)_\{\s*(?:\\text\{)?\s*(?:base)?\s*(?P<base>\w+?)\s*\}?\s*\}", re.ASCII
 )
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)(?:\s*:\s*\d+(?:\.\d+)?)+", re.ASCII)
+_TIME = re.compile(r"\d{1,2}:[0-5]\d", re.ASCII)
 _ELEMENT = re.compile(r"(?P<name>[a-zA-Z]|\\[a-z]+)\s*(?:\\in\s*\\mathbb\{R\})?")
 _DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
 _WORD = re.compile(
@@ -241,14 +242,16 @@ def _constant(text: str, depth: int) -> Form | None:
 
 
 def _ratio(text: str, depth: int) -> Form | None:
-    """3:4 is the number 3/4; 2:4:6 is 1:2:3."""
+    """3:4 is the number 3/4; 2:4:6 is 1:2:3, 6:1 is no plain 6; what may be a time of day is words."""
     if not _RATIO.fullmatch(text):
         return None
+    if _TIME.fullmatch(text):
+        return Words(text)
     pieces = [piece.strip() for piece in text.split(":")]
     parts = [Fraction(piece) for piece in pieces]
     if 0 in parts:
         return Words(text)
-    if len(parts) == 2:
+    if len(parts) == 2 and parts[0] % parts[1]:
         return Value(f"\\frac{{{pieces[0]}}}{{{pieces[1]}}}", "", False, parts[0] / parts[1])
     return Ordered(":", ":", tuple(Value(str(part / parts[0]), "", False, part / parts[0]) for part in parts))
 
@@ -319,7 +322,14 @@ _SUBSCRIPT = re.compile(r"(?<=[a-zA-Z])\^\{-1\}(?=\()|_(?:\{[^{}]*\}|\w)|'|\^\{(
 _ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
 _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
 _NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5
-_NAMING_COMMANDS = (notation.READABLE - {"to", "circ"}) | {"text", "angle", "triangle", "mathcal", "mathfrak", "tilde"}
+_NAMING_COMMANDS = (notation.READABLE - {"to", "circ", "sqrt"}) | {
+    "text",
+    "angle",
+    "triangle",
+    "mathcal",
+    "mathfrak",
+    "tilde",
+}
 
 
 @lru_cache(2048)

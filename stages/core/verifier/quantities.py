@@ -34,7 +34,7 @@ _CHANGING_WORDS = """
 """
 # Words that say how large the number is: nouns, which may well name a quantity ("remainder = 5").
 _SCALING_WORDS = """
-    pct percentile
+    pct percentile prime hat bar
     permille promille permil permyriad ppm ppb ppt bps basis fold ish
     grand doubled tripled halved quartered inverted negated rounded inverse reciprocal conjugate complement
     power exponent root log binary ternary octal decimal hexadecimal hex radix modulus remainder rem residue
