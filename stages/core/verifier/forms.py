@@ -322,7 +322,8 @@ _SUBSCRIPT = re.compile(r"(?<=[a-zA-Z])\^\{-1\}(?=\()|_(?:\{[^{}]*\}|\w)|'|\^\{(
 _ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
 _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
 _NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5
-_NAMING_COMMANDS = (notation.READABLE - {"to", "circ", "sqrt"}) | {
+_NAMING_COMMANDS = notation.READABLE - {"to", "circ", "sqrt"}
+_NAMING_COMMANDS |= {"text", "angle", "triangle", "mathcal", "mathfrak", "tilde"}
     "text",
     "angle",
     "triangle",
