@@ -324,13 +324,6 @@ _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdo
 _NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5
 _NAMING_COMMANDS = notation.READABLE - {"to", "circ", "sqrt"}
 _NAMING_COMMANDS |= {"text", "angle", "triangle", "mathcal", "mathfrak", "tilde"}
-    "text",
-    "angle",
-    "triangle",
-    "mathcal",
-    "mathfrak",
-    "tilde",
-}
 
 
 @lru_cache(2048)
