@@ -333,7 +333,7 @@ def test_sharded_over_two_processes_in_bfloat16_the_weights_are_those_of_one_wit
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-3)
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=0.1)
     apart = distance(weights(half), weights(out))
-    assert apart < 0.15 * distance(weights(half), weights(files.policy))  # 6 % when measured, as the gradients differ
+    assert apart < 0.15 * distance(weights(half), weights(files.policy))  # single tensors: 1 to 12 %
 
 
 @pytest.mark.slow
