@@ -278,6 +278,7 @@ def test_what_once_raised_or_could_has_a_verdict(answer: str, prediction: str) -
     assert unforeseen.messages == []
 
 
+@pytest.mark.slow
 def test_every_mutation_that_changes_an_answer_costs_the_reward(verifier: Verifier) -> None:
     made = fuzz.mutants(random.Random(11), fuzz.ANSWERS)
     batch = [next(made) for _ in range(1500)]

@@ -119,6 +119,7 @@ def test_a_call_without_a_seed_for_each_prompt_is_refused():
         engine.generate([[1, 2]], Sampling(1, 1))
 
 
+@pytest.mark.slow
 def test_every_request_of_the_engine_has_a_seed_of_its_own():
     from vllm.v1.engine.parallel_sampling import ParentRequest
 

@@ -75,6 +75,7 @@ def test_a_stage_ends_with_what_started_it(command, tmp_path):
 
 
 @pytest.mark.parametrize("command", [f"nohup {ENDS['a stage']}", f"nohup {ENDS['a stage under a launcher']}"])
+@pytest.mark.slow
 def test_under_nohup_a_stage_outlives_its_starter(command, tmp_path):
     starter, stage = tree(command, tmp_path / "mark")
     starter.kill()
@@ -85,6 +86,7 @@ def test_under_nohup_a_stage_outlives_its_starter(command, tmp_path):
 
 
 @pytest.mark.parametrize("command", ENDS.values(), ids=ENDS)
+@pytest.mark.slow
 def test_in_a_session_of_its_own_a_command_outlives_its_starter(command, tmp_path):
     starter, stage = tree(command, tmp_path / "mark", SETSID="1")
     starter.kill()

@@ -14,6 +14,8 @@ from stages.core.sampling import Plan
 from tests.made_up import Runs
 from tests.scripted import ScriptedEngine
 
+pytestmark = pytest.mark.slow  # each writes reports, with their figures
+
 
 @pytest.fixture(scope="module")
 def whole(tiny_policy, tmp_path_factory):

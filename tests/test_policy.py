@@ -72,6 +72,7 @@ def mutated(text, rng):
     return json.dumps(value).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_of_a_policy_whose_files_were_changed_at_random_nothing_but_one_line_comes_out(copied, name):
     rng = random.Random(name)

@@ -272,6 +272,7 @@ def test_what_no_report_wrote_is_never_removed(made, tmp_path):
     assert (tmp_path / "thesis.docx").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_or_a_table_of_someone_else_is_never_replaced(made, tmp_path):
     target = tmp_path / "page.html"
     for out in (target, tmp_path / "second.html", target):  # its own and the other's

@@ -81,6 +81,7 @@ def test_every_problem_gets_its_own_prompt_from_a_chat_template(tiny_policy):
     assert template.render_all(["1"]) == [template.render("1")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "fault"),
     [

@@ -34,6 +34,7 @@ def test_integers_words_and_fractions_start_no_worker() -> None:
         assert verifier.worker_pids == []
 
 
+@pytest.mark.slow
 def test_scores_come_in_the_order_of_the_pairs(verifier: Verifier) -> None:
     pairs = [HARD, ("\\boxed{3}", "3"), HARD_WRONG, ("nothing", "3"), HARD, ("\\boxed{4}", "3")]
     assert [score.reward for score in verifier.verify(pairs)] == [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
@@ -51,6 +52,7 @@ def test_batches_may_be_collected_in_any_order(verifier: Verifier) -> None:
     assert [score.reward for score in first.result()] == [0.0, 1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_number_of_workers_and_order_of_pairs_change_no_verdict(verifier: Verifier) -> None:
     pairs = [(f"\\boxed{{{n}\\pi+\\sqrt{{{m}}}}}", "2\\pi+\\sqrt{12}") for n in (1, 2) for m in (3, 12)]
     pairs += [("\\boxed{2\\sqrt{3}+2\\pi}", "2\\pi+\\sqrt{12}"), HARD, HARD_WRONG]
@@ -87,6 +89,7 @@ def test_a_bare_expression_counts_only_on_demand() -> None:
         assert lenient.verify([(text, "42"), ("I have no answer to question 42", "42")])[0].verdict == "correct"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_closing_ends_its_heir() -> None:
     with Verifier(workers=1) as verifier:
         verifier.verify([HARD])
@@ -190,6 +193,7 @@ def test_neither_side_imports_torch_and_the_caller_no_sympy() -> None:
     assert _python(code.format("verifier.algebra", {"torch", "transformers", "vllm"})).split() == []
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_parent_that_is_killed_and_need_no_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"  # no `if __name__ == "__main__"`: starting a worker must not run it again
     script.write_text(
