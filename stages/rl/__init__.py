@@ -6,7 +6,6 @@ that OUT/state/, 12 bytes a parameter, is kept. As in DAPO there is no KL term, 
 """
 
 import importlib.util
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,6 +133,7 @@ def run(
 
     from stages.core import outputs, policies, verifier
     from stages.core.lifetime import end_with_parent
+    from stages.rl.rundir import RunDir
 
     if problems == Path("-"):
         raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
@@ -153,7 +153,14 @@ def run(
         template_digest=asked.template.digest,
     )
     with outputs.locked(out) if accelerator.is_main_process else nullcontext():
-        _go_on(accelerator, out, identity, {"policy": policy, "problems": str(problems)}, path, asked, given)
+        finished, done = _begin(accelerator, directory := RunDir(out), identity, restart_if_changed)
+        if not finished:
+            paths = {"policy": policy, "problems": str(problems)}
+            _go_on(accelerator, directory, done, identity, paths, path, asked, options)
+        elif accelerator.is_main_process:
+            warn(f"{out} already holds this run, finished: nothing to do")
+        if accelerator.is_main_process and not options.keep_state:
+            directory.forget_state()
 
 
 class Asked(NamedTuple):
@@ -181,29 +188,20 @@ def _asked(path: Path, problems: Path, options: Options) -> Asked:
 
 def _go_on(
     accelerator: "Accelerator",
-    out: Path,
+    directory: "RunDir",
+    done: int,
     identity: Identity,
     paths: dict[str, str],
     path: Path,
     asked: Asked,
-    given: Mapping[str, Any],
+    options: Options,
 ) -> None:
-    """Do the steps that are left of the run in `out`, and finish it."""
-    from stages.rl.rundir import RunDir
-
-    directory, options = RunDir(out), given["options"]
-    finished, done = _begin(accelerator, directory, identity, given["restart_if_changed"])
-    if finished:
-        if accelerator.is_main_process:
-            warn(f"{out} already holds this run, finished: nothing to do")
-            _let_go(directory, options)
-        return
+    """Do the steps after `done`, and finish the run."""
     if options.tracker != "none":
         accelerator.init_trackers("rloop-rl", config=asdict(options))
     _explore(accelerator, directory, done, paths["policy"], path, identity.inputs["policy"], asked, options)
     if accelerator.is_main_process:
         _finish(directory, identity, paths, options, asked.left_out)
-        _let_go(directory, options)
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -306,11 +304,6 @@ def _finish(
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
     paths |= {"template_digest": identity.parameters["template_digest"]}
     directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
-
-
-def _let_go(directory: "RunDir", options: Options) -> None:
-    if not options.keep_state:
-        directory.forget_state()
 
 
 def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
