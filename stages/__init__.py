@@ -6,6 +6,7 @@ rl        policy + problems                      -> rollouts/, checkpoints/, log
 sample    policies + problems                    -> rollouts.jsonl
 filter    rollouts                               -> examples.jsonl (successes on problems that stayed hard)
 rft       start policy + examples                -> policy (the next start policy)
+merge     policies + weights                     -> policy (their weighted average, instead of rft)
 eval      policies + problems                    -> rollouts.jsonl, results.jsonl, metrics.json
 analyze   evals                                  -> learning, forgetting and similarity matrices
 report    a directory of runs                    -> tables and figures
@@ -14,7 +15,7 @@ report    a directory of runs                    -> tables and figures
 from importlib import import_module
 from types import ModuleType
 
-STAGES = ("prepare", "toy", "rl", "sample", "filter", "rft", "eval", "analyze", "report")
+STAGES = ("prepare", "toy", "rl", "sample", "filter", "rft", "merge", "eval", "analyze", "report")
 
 
 def load(stage: str) -> ModuleType:
