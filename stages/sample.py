@@ -39,7 +39,7 @@ def run(
     --max-tokens 72 --num-samples 4
     """
     end_with_parent()
-    ranks = Ranks()
+    ranks = Ranks(options.tensor_parallel)
     plan = ranks.together(lambda: _plan(policy, problems, out, num_samples, options, ranks))
     if not ranks.is_alone:
         ranks.refuse_differences({str(path): digest(path) for path in (problems, *plan.policies.values())})

@@ -15,11 +15,18 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from stages.core.errors import CollapseError, InputError
+from stages.core.options import WITHOUT_EFFECT, at_least
 
 T = TypeVar("T")
+TensorParallel = Annotated[
+    int,
+    "processes in a row that share one engine, each with a part of every weight, for a policy that one GPU cannot hold",
+    at_least(1),
+    WITHOUT_EFFECT,
+]  # an option's type
 
 
 def _launched(variable: str, alone: int) -> int:
@@ -66,6 +73,15 @@ class Ranks:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Those of `items` that this rank's engine draws: every so many, since neighbours are often of one length."""
         return items[self.engine :: self.num_engines]
+
+    def refuse_uneven(self) -> None:
+        """Raise InputError if the ranks cannot be divided into engines."""
+        if self.num_ranks % self.tensor_parallel:
+            launched = "one process" if self.is_alone else f"{self.num_ranks} processes"
+            raise InputError(
+                f"--tensor-parallel {self.tensor_parallel}: must divide the number of processes, and this was launched "
+                f"as {launched}: see accelerate launch --num_processes"
+            )
 
     def gather(self, mine: T) -> list[T]:
         """What each rank has, by rank, on every rank; waits for all.

@@ -2,7 +2,7 @@
 
 `plan` reads and checks everything without an engine: policies that cannot share one, prompts that do not fit, a
 template that a policy was not trained with. `rollouts` then samples them all, `draw_scored` one policy. Of several
-ranks each has an engine and draws its share of a policy's prompts.
+ranks each has an engine, or some in a row have one, and each engine draws its share of a policy's prompts.
 
 The samples of a problem come from a generator seeded by (seed, problem id, sample), never from a stream that several
 problems share. So they depend neither on the order nor on the choice of the problems, nor on the other policies of
@@ -25,7 +25,7 @@ from stages.core.errors import InputError
 from stages.core.options import WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, one_of
 from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
-from stages.core.ranks import ALONE, Ranks
+from stages.core.ranks import ALONE, Ranks, TensorParallel
 from stages.core.records import Problem, Rollout
 from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
 from stages.core.templates import Template
@@ -57,6 +57,7 @@ class Options(OptionGroup):
     memory_fraction: Annotated[
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.9
+    tensor_parallel: TensorParallel = 1
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Plan:
             dtype=self.options.dtype,
             memory_fraction=self.options.memory_fraction,
             distributed=not self.ranks.is_alone,
+            tensor_parallel=self.ranks.tensor_parallel,
         )
 
     def parts(self, asked: Sequence[T], num_engines: int = 1) -> Iterator[Sequence[T]]:
@@ -117,7 +119,7 @@ def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Itera
                 share = plan.ranks.share(part)
                 groups: dict[int, Group] = {}
                 draw_scored(engine, verifier, share, plan.seeded(share), meter, groups.__setitem__)
-                mine = [groups[number].rollouts(name) for number in range(len(share))]
+                mine = [groups[number].rollouts(name) for number in sorted(groups)]
                 for group in _in_order(plan.ranks, mine, len(part)):
                     yield from group
 
@@ -138,7 +140,10 @@ def draw_scored(
     meter: "Meter",
     keep: Callable[[int, Group], None],
 ) -> None:
-    """Draw a group for each prompt; `keep` gets each with its prompt's number as soon as it is scored."""
+    """Draw a group for each prompt; `keep` gets each with its prompt's number as soon as it is scored.
+
+    Of the ranks that share an engine only the first scores and keeps.
+    """
     waiting: deque[tuple[int, Group]] = deque()
 
     def hand_over(max_waiting: int) -> None:
@@ -198,6 +203,7 @@ def plan(
     """Read and check everything that sample or eval needs; InputError for the first fault."""
     if options.temperature == 0 and num_samples > 1:
         raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
+    ranks.refuse_uneven()
     problems = _read_sets(problem_files, options.limit)
     paths = _resolve(names)
     tokenizers = {name: policies.load_tokenizer(path) for name, path in paths.items()}
@@ -210,6 +216,9 @@ def plan(
         sets[name], too_long = make_prompts(own, template, tokenizer, options.max_tokens, context)
         left_out += too_long
     _check_alike(paths, tokenizers, template, [prompt for prompts in sets.values() for prompt in prompts])
+    for path in paths.values():
+        policies.check_shapes(path)
+    policies.check_divisible(paths[first], ranks.tensor_parallel)
     stop_token_ids, stop = template.end_tokens(tokenizer)
     sampling = Sampling(
         num_samples,
@@ -253,7 +262,7 @@ def checkpoints(name: str) -> list[str]:
 def _check_alike(
     paths: dict[str, Path], tokenizers: dict[str, Any], template: Template, prompts: Sequence[Prompt]
 ) -> None:
-    """Raise InputError if a policy cannot take the first one's place in the engine, or lacks weights."""
+    """Raise InputError if a policy cannot take the first one's place in the engine."""
     first = next(iter(paths))
     texts, token_ids = [prompt.text for prompt in prompts], [prompt.token_ids for prompt in prompts]
     for name, path in paths.items():
@@ -265,7 +274,6 @@ def _check_alike(
             fault = "their chat templates differ"
         if fault:
             raise InputError(f"policies {first} and {name} cannot share one engine: {fault}; use two calls")
-        policies.check_shapes(path)
 
 
 def warn_of_templates(plan: Plan) -> None:

@@ -65,7 +65,7 @@ def run(
     """
     given = locals()
     end_with_parent()
-    ranks = Ranks()
+    ranks = Ranks(options.tensor_parallel)
     if regrade is not None:
         ranks.together(lambda: _refuse_drawing(out, policy, problems, options.limit))
         regrade_rollouts(regrade, out, k, select, options.bare, ranks)
