@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 TOTALS = (
     *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
-    *("grad_alarms", "mismatch_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
+    *(
+        "grad_alarms",
+        "mismatch_alarms",
+        "timeouts",
+        "seconds",
+        "generate_s",
+        "verify_s",
+        "update_s",
+        "handover_s",
+        "valid_s",
+    ),
 )  # the columns of log.tsv whose sums metrics.json holds
 
 
@@ -96,6 +106,15 @@ class Options(OptionGroup):
     keep_state: Annotated[
         bool, "keep the last state of a finished run, so that more --steps can go on from it", WITHOUT_EFFECT
     ] = True
+    valid_every: Annotated[
+        int,
+        "training steps between measurements on --valid; start policy and last step are measured too",
+        at_least(1),
+        WITHOUT_EFFECT,
+    ] = 10
+    valid_samples: Annotated[
+        int, "rollouts for each problem of --valid: the k of its avg@k", at_least(1), WITHOUT_EFFECT
+    ] = 4
     tracker: Annotated[
         str,
         "also log to an accelerate tracker: tensorboard, wandb, or none",
@@ -118,6 +137,11 @@ def run(
     problems: Annotated[Path, "problems to train on (JSONL)", PLACE],
     out: Annotated[Path, "directory to write", PLACE],
     options: Options,
+    valid: Annotated[
+        Path | None,
+        "problems to measure avg@k on while it trains (JSONL), in log.tsv; the run stays the same to the last bit",
+        WITHOUT_EFFECT,
+    ] = None,
     restart_if_changed: Annotated[
         bool,
         "if OUT holds a run with other settings, remove that and start over; more --steps alone go on",
@@ -140,10 +164,11 @@ def run(
     outputs.refuse_unwritable(out)
     end_with_parent()
     path = policies.resolve(policy)
-    asked = _asked(path, problems, options)
+    asked = _asked(path, problems, valid, options)
     accelerator = _accelerator(options, out)
-    if asked.left_out and accelerator.is_main_process:
-        _say_left_out(asked.left_out, options.max_tokens, asked.context)
+    if accelerator.is_main_process:
+        _say_left_out(asked, options.max_tokens)
+        _say_in_both(asked)
     identity = identify(
         run,
         given,
@@ -156,6 +181,8 @@ def run(
         finished, done = _begin(accelerator, directory := RunDir(out), identity, restart_if_changed)
         if not finished:
             paths = {"policy": policy, "problems": str(problems)}
+            if valid is not None:
+                paths |= {"valid": str(valid), "valid_digest": digest(valid)}
             _go_on(accelerator, directory, done, identity, paths, path, asked, options)
         elif accelerator.is_main_process:
             warn(f"{out} already holds this run, finished: nothing to do")
@@ -164,26 +191,32 @@ def run(
 
 
 class Asked(NamedTuple):
-    """What the policy is asked: the prompts that fit its `context` (in tokens), and the ids of those that don't."""
+    """What the policy is asked: the prompts that fit its `context` (in tokens), and the ids of those that don't.
+
+    `valid` are the prompts of the validation set, all of which fit.
+    """
 
     prompts: "list[Prompt]"
+    valid: "list[Prompt]"
     left_out: list[str]
     template: "Template"
     ends: tuple[list[int], list[str]]
     context: int
 
 
-def _asked(path: Path, problems: Path, options: Options) -> Asked:
+def _asked(path: Path, problems: Path, valid: Path | None, options: Options) -> Asked:
     """Read and check policy and problems, without an engine."""
     from stages.core import policies, records, templates
     from stages.core.rollouts import make_prompts
+    from stages.rl import validation
 
     tokenizer = policies.load_tokenizer(path)
     template = templates.load(options.template, tokenizer)
     policies.check_shapes(path)
     context = policies.context_length(path)
     prompts, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
-    return Asked(prompts, left_out, template, template.end_tokens(tokenizer), context)
+    asked_too = validation.read(valid, template, tokenizer, options.max_tokens, context) if valid is not None else []
+    return Asked(prompts, asked_too, left_out, template, template.end_tokens(tokenizer), context)
 
 
 def _go_on(
@@ -220,12 +253,13 @@ def _explore(
     from stages.core.engine import Sampling, VllmEngine
     from stages.core.lifetime import stop_signal
     from stages.core.verifier import Verifier
+    from stages.rl import validation
     from stages.rl.explorer import Explorer
     from stages.rl.trainer import Trainer
 
     engine = VllmEngine(
         path,
-        max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts) + options.max_tokens,
+        max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts + asked.valid) + options.max_tokens,
         dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
         memory_fraction=options.memory_fraction,
         sleeps=True,
@@ -238,6 +272,7 @@ def _explore(
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
         explorer = Explorer(options, accelerator, engine, verifier, trainer, asked.prompts, sampling, origin)
+        explorer.validation = validation.of(asked.valid, sampling, options)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:
             warn(
@@ -286,6 +321,7 @@ def _finish(
     directory: "RunDir", identity: Identity, paths: dict[str, str], options: Options, left_out: list[str]
 ) -> None:
     """Check that every step was done, and write metrics.json and manifest.json."""
+    from stages.rl import validation
     from stages.rl.rundir import step_name
 
     rows = directory.log_rows()
@@ -300,16 +336,29 @@ def _finish(
         "pass_rate_last": rows[-1]["pass_rate"],
         "entropy_last": rows[-1].get("entropy"),
         "grad_norm_max": max((row["grad_norm_max"] for row in rows if "grad_norm_max" in row), default=None),
+        **validation.figures(rows),
     }
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
     paths |= {"template_digest": identity.parameters["template_digest"]}
     directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
 
 
-def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
+def _say_left_out(asked: Asked, max_tokens: int) -> None:
     from stages.core import tabular
 
-    warn(
-        f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
-        f"policy's context of {context} tokens ({tabular.some(left_out)})"
-    )
+    if asked.left_out:
+        warn(
+            f"{len(asked.left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer "
+            f"than the policy's context of {asked.context} tokens ({tabular.some(asked.left_out)})"
+        )
+
+
+def _say_in_both(asked: Asked) -> None:
+    from stages.core import tabular
+    from stages.rl import validation
+
+    if ids := validation.in_both(asked.prompts, asked.valid):
+        warn(
+            f"{len(ids)} of {len(asked.valid)} problems of --valid are trained on, too ({tabular.some(ids)}): the "
+            "figure will flatter the policy"
+        )
