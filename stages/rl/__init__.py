@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stages.rl.rundir import RunDir
 
 TOTALS = (
+    *("num_groups", "num_kept", "num_surplus", "num_dropped", "num_rounds"),
     *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
     *(
         "grad_alarms",
@@ -45,14 +46,16 @@ class Options(OptionGroup):
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
     problems_per_step: Annotated[
-        int, "groups in a full batch (dynamic sampling refills up to this number)", at_least(1)
+        int, "groups in a full batch; dynamic sampling draws more, and the first informative ones fill it", at_least(1)
     ] = 512
     group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
     temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
     template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
     max_rounds: Annotated[
-        int, "rounds of drawing in a step before a batch that is not full is taken as it is", at_least(1)
+        int,
+        "rounds of drawing in a step, and full batches drawn in all of them, before one not full is taken as it is",
+        at_least(1),
     ] = 10
     minibatches: Annotated[int, "optimizer updates on each step's rollouts", at_least(1)] = 16
     clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low", above(0), below(1)] = 0.2

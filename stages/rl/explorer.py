@@ -1,16 +1,20 @@
 """The loop of the rl stage: draw, verify, update, hand the weights over; resumable after every kill.
 
 A step is a function of the weights, the optimizer, the position in the stream of problems and the seed. So the state
-on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them goes the
-difference between engine and trainer that the run began with, which later steps are held against.
+on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them go the
+running acceptance, which says how many groups to draw, and the difference between engine and trainer that the run began
+with, which later steps are held against.
 
+Of the informative groups of a step the first in the order of the stream fill the batch, for the first to be finished
+would be the short ones. The surplus is drawn and not trained on, like the groups that teach nothing: it is written,
+counts in the filter as all rollouts do, and its problems come again in the next epoch, as those of the others do.
 """
 
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
 import orjson
@@ -29,21 +33,22 @@ from stages.core.verifier import Verifier
 from stages.rl import Options, agreement, dapo, validation
 from stages.rl.agreement import Bound, Difference
 from stages.rl.batching import ProblemStream
+from stages.rl.rounds import Acceptance, Rounds
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
 from stages.rl.validation import NOT_MEASURED, Measured, Validation
 
 MAX_COLLAPSED_STEPS = 3  # in a row: every update was non-finite, or the engine was far from the trainer
-PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, difference at the start
+PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, acceptance, first difference
 
 
 @dataclass
 class Batch:
-    """One step's groups: all that were drawn, the informative ones among them, and the seconds that took."""
+    """One step's groups: all that were drawn, those that fill the batch, and the seconds that took."""
 
+    rounds: Rounds
     drawn: list[Group] = field(default_factory=list)
     kept: list[Group] = field(default_factory=list)
-    num_rounds: int = 0
     generate_s: float = 0.0
     verify_s: float = 0.0
 
@@ -85,6 +90,7 @@ class Explorer:
         self.origin = origin
         self.validation: Validation | None = None
         self.stream = ProblemStream(len(prompts), options.seed)
+        self.acceptance = Acceptance()
         self.stop = StopSignal()
         self.bound = Bound(accelerator.mixed_precision == "no", options.mismatch_bound)
         self.saved = 0  # the step whose state is on disk
@@ -159,7 +165,7 @@ class Explorer:
 
     def _step(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> dict[str, Any]:
         clock = Clock()
-        self._position_before = self.stream.position
+        self._before = self.stream.position, self.acceptance
         self.trainer.release()
         self.engine.wake()
         self.hand_over()
@@ -204,25 +210,27 @@ class Explorer:
         return Measured(value, clock.lap())
 
     def _collect(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> Batch:
-        """Dynamic sampling: draw, drop the groups that teach nothing, draw fresh problems in their place.
+        """Dynamic sampling: draw ahead, keep the first groups that teach something, draw again if some are missing.
 
         All ranks decide on the same gathered groups. Every rollout is on disk before the decision.
         """
-        batch = Batch()
-        while len(batch.kept) < self.options.problems_per_step and batch.num_rounds < self.options.max_rounds:
-            batch.num_rounds += 1
-            progress.note(f"generate {len(batch.kept)}/{self.options.problems_per_step} groups")
-            wanted = self.stream.take(self.options.problems_per_step - len(batch.kept))
-            groups = self._draw(wanted, step, batch)
+        rounds = Rounds(self.options.problems_per_step, self.options.max_rounds, self.acceptance.faded())
+        batch = Batch(rounds)
+        while num_wanted := rounds.num_wanted:
+            progress.note(f"generate {len(batch.kept)}/{rounds.batch_size} groups")
+            groups = self._draw(self.stream.take(num_wanted), step, batch)
             batch.drawn += groups
             self._write(step, directory, batch.drawn, [], policy)
-            batch.kept += [group for group in groups if dapo.is_informative(group.rewards)]
-        if len(batch.kept) < self.options.problems_per_step and not self.num_short and self.accelerator.is_main_process:
+            informative = [group for group in groups if dapo.is_informative(group.rewards)]
+            batch.kept += informative[: rounds.num_missing]
+            rounds.count(len(informative), len(groups))
+        self.acceptance = rounds.acceptance
+        if rounds.num_missing and not self.num_short and self.accelerator.is_main_process:
             warn(
-                f"step {step}: {len(batch.kept)} of {self.options.problems_per_step} groups after --max-rounds "
-                f"{batch.num_rounds}; a batch not full is trained on as it is (log.tsv counts them: short_batch)"
+                f"step {step}: {len(batch.kept)} of {rounds.batch_size} groups after --max-rounds "
+                f"{rounds.max_rounds}; a batch not full is trained on as it is (log.tsv counts them: short_batch)"
             )
-        self.num_short += len(batch.kept) < self.options.problems_per_step
+        self.num_short += bool(rounds.num_missing)
         return batch
 
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
@@ -285,7 +293,11 @@ class Explorer:
     def _row(
         self, step: int, batch: Batch, stats: UpdateStats, trained: Sequence[Group], seconds: dict[str, float]
     ) -> dict[str, Any]:
-        """The step's line of log.tsv; means are over all rollouts drawn, or over the tokens trained on."""
+        """The step's line of log.tsv; means are over all rollouts drawn, or over the tokens trained on.
+
+        `acceptance` is the running one, by which the next step draws.
+        """
+        rounds = batch.rounds
         rollouts = [rollout for group in batch.drawn for rollout in group.rollouts("", step)]
         lengths = [rollout["num_tokens"] for rollout in rollouts]
         shaped = [reward for group in batch.drawn for reward in self._shaped(group)]
@@ -297,9 +309,11 @@ class Explorer:
             "pass_rate": _mean([rollout["reward"] for rollout in rollouts]),
             "num_groups": len(batch.drawn),
             "num_kept": len(batch.kept),
-            "num_dropped": len(batch.drawn) - len(batch.kept),
-            "num_rounds": batch.num_rounds,
-            "short_batch": int(len(batch.kept) < self.options.problems_per_step),
+            "num_surplus": rounds.num_informative - len(batch.kept),
+            "num_dropped": rounds.num_drawn - rounds.num_informative,
+            "num_rounds": rounds.num_rounds,
+            "acceptance": rounds.acceptance.share,
+            "short_batch": int(rounds.num_missing > 0),
             "num_rollouts": len(rollouts),
             "num_trained": sum(len(group.completions) for group in trained),
             "loss": stats.mean("loss"),
@@ -358,7 +372,11 @@ class Explorer:
     def _save_state(self, path: Any) -> None:
         self.trainer.save_state(path)
         if self.accelerator.is_main_process:
-            place = {"position": self.stream.position, "start_mismatch": self.start_mismatch}
+            place = {
+                "position": self.stream.position,
+                "acceptance": asdict(self.acceptance),
+                "start_mismatch": self.start_mismatch,
+            }
             (path / PLACE).write_bytes(orjson.dumps(place))
 
     def _write_whole(self, path: Any, write: Callable[[Any], None]) -> None:
@@ -378,6 +396,7 @@ class Explorer:
         self.trainer.load_state(path)
         place = orjson.loads((path / PLACE).read_bytes())
         self.stream.position, self.start_mismatch = place["position"], place["start_mismatch"]
+        self.acceptance = Acceptance(**place["acceptance"])
         self.saved = step
 
     def _recent_rows(self, directory: RunDir) -> deque[dict[str, Any]]:
@@ -399,7 +418,7 @@ class Explorer:
     def _abandon(self, directory: RunDir, step: int) -> NoReturn:
         """Leave a step in which nothing was updated yet, with the state of the one before on disk."""
         self.engine.sleep()
-        self.stream.position = self._position_before
+        self.stream.position, self.acceptance = self._before
         if self.accelerator.is_main_process:
             directory.forget_rollouts(step)
         if self.saved < step - 1:
