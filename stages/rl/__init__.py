@@ -51,7 +51,11 @@ class Options(OptionGroup):
     group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
     temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
-    template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
+    template: Annotated[
+        str,
+        "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none, or a file: the text of a prompt, in which "
+        "{problem} stands once for the problem",
+    ] = "boxed"
     max_rounds: Annotated[
         int,
         "rounds of drawing in a step, and full batches drawn in all of them, before one not full is taken as it is",
