@@ -65,7 +65,7 @@ def test_options_without_effect_are_few_and_known():
     assert recorded == {
         *((stage, "memory_fraction") for stage in ("rl", "sample", "eval")),
         *(("rl", name) for name in ("save_every", "keep_state", "alarm_grad_norm", "mismatch_bound", "tracker")),
-        ("rl", "restart_if_changed"),
+        *(("rl", name) for name in ("restart_if_changed", "valid", "valid_every", "valid_samples")),
         ("filter", "dry_run"),
         *(("report", name) for name in ("table", "tsv")),
     }

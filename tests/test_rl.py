@@ -4,6 +4,7 @@ import filecmp
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -143,12 +144,15 @@ def test_killed_terminated_and_made_longer_a_run_ends_bit_for_bit_as_if_nothing_
         lambda: (out / "rollouts/step_000001.jsonl").exists(),  # in the first step, before any state
         lambda: (out / "checkpoints/step_000004").exists() and not (out / "state/step_000004").exists(),
     ]
-    for moment in moments:
+    for moment, ending in zip(moments, (signal.SIGKILL, signal.SIGINT), strict=True):
         process = warm.start([*arguments, "4"], tmp_path, tmp_path / "killed.log")
         wait_for(moment, process.is_alive)
-        process.kill()
+        os.kill(process.pid, ending)
         process.join()
         assert not (out / "manifest.json").exists()
+    assert process.exitcode == 130
+    last = (tmp_path / "killed.log").read_text().splitlines()[-1]
+    assert re.fullmatch(r"rloop: interrupted; the same command goes on after step [24]", last)
     code, printed = run([*arguments, "4"], tmp_path / "rl.log")
     assert code == 0, printed
     assert json.loads((out / "metrics.json").read_bytes())["steps"] == 4
@@ -169,7 +173,7 @@ def test_killed_terminated_and_made_longer_a_run_ends_bit_for_bit_as_if_nothing_
 
     code, printed = run([*arguments, "8", "--valid", str(held_out), "--valid-every", "5"], tmp_path / "rl.log")
     assert code == 0, printed
-    for kind in ("rollouts/*", "checkpoints/*/*", "state/*/*"):
+    for kind in ("rollouts/*", "checkpoints/*/*", "state/*/[!.]*"):  # torch notes a path and a random name in .metadata
         names = sorted(str(path.relative_to(whole_run)) for path in whole_run.glob(kind))
         assert names == sorted(str(path.relative_to(out)) for path in out.glob(kind))
         assert all(filecmp.cmp(whole_run / name, out / name, shallow=False) for name in names)

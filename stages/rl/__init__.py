@@ -163,7 +163,7 @@ def run(
     given = locals()
 
     from stages.core import outputs, policies, verifier
-    from stages.core.lifetime import end_with_parent
+    from stages.core.lifetime import end_with_parent, going_on
     from stages.rl.rundir import RunDir
 
     if problems == Path("-"):
@@ -190,7 +190,8 @@ def run(
             paths = {"policy": policy, "problems": str(problems)}
             if valid is not None:
                 paths |= {"valid": str(valid), "valid_digest": digest(valid)}
-            _go_on(accelerator, directory, done, identity, paths, path, asked, options)
+            with going_on(directory.where_it_goes_on):
+                _go_on(accelerator, directory, done, identity, paths, path, asked, options)
         elif accelerator.is_main_process:
             warn(f"{out} already holds this run, finished: nothing to do")
         if accelerator.is_main_process and not options.keep_state:
