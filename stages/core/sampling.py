@@ -45,7 +45,11 @@ class Options(OptionGroup):
 
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
     temperature: Annotated[float, "sampling temperature", at_least(0)] = 1.0
-    template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
+    template: Annotated[
+        str,
+        "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none, or a file: the text of a prompt, in which "
+        "{problem} stands once for the problem",
+    ] = "boxed"
     seed: Annotated[int, "seed of sampling"] = 0
     limit: Annotated[int, "ask only the first problems, so many; 0 asks all", at_least(0)] = 0
     bare: Annotated[bool, "a completion without box and 'Answer:' line counts by its bare final expression"] = False

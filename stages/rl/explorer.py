@@ -31,12 +31,13 @@ from stages.core.ranks import Ranks
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw
 from stages.core.verifier import Verifier
-from stages.rl import Options, agreement, dapo
+from stages.rl import Options, agreement, dapo, validation
 from stages.rl.agreement import Bound, Difference
 from stages.rl.batching import ProblemStream
 from stages.rl.rounds import Acceptance, Rounds
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
+from stages.rl.validation import NOT_MEASURED, Measured, Validation
 
 MAX_COLLAPSED_STEPS = 3  # in a row: every update was non-finite, or the engine was far from the trainer
 PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, acceptance, first difference
@@ -82,12 +83,14 @@ class Explorer:
         """`origin` is the digest of the start policy; it enters the seeds, so two iterations draw different samples."""
         self.options = options
         self.accelerator = accelerator
+        self.ranks = Ranks(options.tensor_parallel, accelerator.process_index, accelerator.num_processes)
         self.engine = engine
         self.verifier = verifier
         self.trainer = trainer
         self.prompts = prompts
         self.sampling = sampling
         self.origin = origin
+        self.validation: Validation | None = None
         self.stream = ProblemStream(len(prompts), options.seed)
         self.acceptance = Acceptance()
         self.stop = StopSignal()
@@ -95,6 +98,7 @@ class Explorer:
         self.saved = 0  # the step whose state is on disk
         self.start_mismatch = 0.0  # nats a token between engine and trainer, on average, when the run began
         self.warned_of_grace = False
+        self.last_valid = ""  # for the progress line: the last measurement of the validation set
         self.num_short = 0  # steps of this process whose batch was not full; the first gives a warning
 
     def run(self, directory: RunDir, stop: StopSignal, done: int, policy: str) -> None:
@@ -109,10 +113,13 @@ class Explorer:
         recent = self._recent_rows(directory)
         with StepProgress("rl", self.options.steps, done, quiet=not self.accelerator.is_main_process) as progress:
             for step in range(done + 1, self.options.steps + 1):
+                start = self._validate(0, progress) if step == 1 else NOT_MEASURED
                 try:
                     row = self._step(step, directory, progress, policy)
                 except Stopped:
                     self._abandon(directory, step)
+                row |= validation.columns(start, self._validate(step, progress))
+                row["seconds"] += row["valid_s"]
                 recent.append(row)
                 self._report(row, directory, progress)
                 has_collapsed = _all_of(recent, _is_collapsed)
@@ -183,7 +190,26 @@ class Explorer:
             directory.append_log(row)
             self._warn_of_short_grace(row)
         self.accelerator.log({name: value for name, value in row.items() if value == value}, step=step)
-        progress.step(step, f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s")
+        note = f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s{self.last_valid}"
+        progress.step(step, note)
+
+    def _validate(self, step: int, progress: StepProgress) -> Measured:
+        """Measure the policy after `step` on the validation set, if that is due and no one is to stop."""
+        due = self.validation is not None and self.validation.is_due(step, self.options.steps)
+        if self.validation is None or not due or self._any(self.stop.received):
+            return NOT_MEASURED
+        progress.note("validate")
+        clock = Clock()
+        self.trainer.release()
+        self.engine.wake()
+        self.hand_over()
+        value = self.validation.measure(self.ranks, self.engine, self.verifier, self.stop.is_received)
+        self.engine.sleep()
+        if value == value:
+            self.last_valid = f"  valid {value:.2f} (step {step})"
+            if step == 0:
+                self.accelerator.log({"valid": value}, step=0)
+        return Measured(value, clock.lap())
 
     def _collect(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> Batch:
         """Dynamic sampling: draw ahead, keep the first groups that teach something, draw again if some are missing.
@@ -211,13 +237,12 @@ class Explorer:
 
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
         """Draw a group for each problem number, every engine its share; all ranks get all groups, in order."""
-        ranks = Ranks(self.options.tensor_parallel, self.accelerator.process_index, self.accelerator.num_processes)
         clock = Clock()
         first = self.stream.position - len(wanted)  # where in the stream they were taken
         seeds = [self.draw_seed(step, first + place) for place in range(len(wanted))]
-        sampling = replace(self.sampling, seeds=ranks.share(seeds))
+        sampling = replace(self.sampling, seeds=self.ranks.share(seeds))
         try:
-            share = [self.prompts[i] for i in ranks.share(wanted)]
+            share = [self.prompts[i] for i in self.ranks.share(wanted)]
             mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
         except Stopped:
             mine = []
@@ -226,9 +251,9 @@ class Explorer:
             raise Stopped
         settled = [group.settled() for group in mine]
         batch.verify_s += clock.lap()
-        if ranks.is_alone:
+        if self.ranks.is_alone:
             return settled
-        places = ranks.share(range(len(wanted))) if ranks.keeps else []
+        places = self.ranks.share(range(len(wanted))) if self.ranks.keeps else []
         gathered: dict[int, Group] = dict(gather_object(list(zip(places, settled, strict=True))))
         return [gathered[place] for place in range(len(wanted))]
 
