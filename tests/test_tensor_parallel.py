@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from stages.core import jsonl, policies, records, sampling
 from stages.core.errors import InputError
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
+from stages.core.verifier import Verifier
 from stages.rl.rundir import RunDir
 from tests import ranks as launched
 
@@ -20,10 +22,10 @@ SHARED = ("--tensor-parallel", 2)
 
 
 @pytest.fixture
-def place(tmp_path, tiny_policy, tied_policy, make_policy):
-    """A directory with problems and with policies, two of which need an engine each."""
+def place(tmp_path, tiny_policy, other_policy, make_policy):
+    """A directory with problems and policies, of which only two can share an engine."""
     three_heads = make_policy(hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
-    for name, policy in {"policy": tiny_policy, "tied": tied_policy, "three": three_heads}.items():
+    for name, policy in {"policy": tiny_policy, "other": other_policy, "three": three_heads}.items():
         (tmp_path / name).symlink_to(policy)
     sums = [(a, b) for a in range(1, 8) for b in range(1, 4)]
     problems = ({"id": f"{a}+{b}", "problem": f"{a}+{b}=?", "answer": "7", "source": "sums"} for a, b in sums)
@@ -65,19 +67,28 @@ def check_alike(found, expected):
     assert sum(found[key] == expected[key] for key in expected) > 0.97 * len(expected) > 100
 
 
+@pytest.fixture
+def expected(place, engine, tiny_policy, monkeypatch):
+    """What an engine of one process draws from both policies."""
+    monkeypatch.chdir(place)
+    options = sampling.Options(template="none", max_tokens=48)
+    plan = sampling.plan(["policy", "other"], [Path("sums.jsonl")], 8, options)
+    with Verifier() as verifier:
+        jsonl.write(place / "one.jsonl", sampling.rollouts(plan, lambda _: engine, verifier))
+    engine.load(policies.disk_weights(tiny_policy))
+    return texts(place / "one.jsonl")
+
+
 @pytest.mark.slow
-def test_an_engine_of_two_ranks_draws_what_one_process_draws_also_after_it_was_started_anew(place):
-    """A tied and an untied policy need an engine each, and the ranks meet again after the first has ended."""
-    asked = ("--policy", "policy", "--policy", "tied", "--problems", "sums.jsonl", "--num-samples", 8, *HOW)
-    alone(place, "sample", *asked, "--out", "one.jsonl")
+def test_an_engine_of_two_ranks_draws_what_one_process_draws_also_with_weights_swapped_in(place, expected):
+    asked = ("--policy", "policy", "--policy", "other", "--problems", "sums.jsonl", "--num-samples", 8, *HOW)
     codes, (first, second) = together(place, "eval", *asked, "--k", 8, *SHARED, "--out", "two")
     assert codes == [0, 0], first + second
     assert "pass@8" in first and "groups 42/42" in first and not second
-    check_alike(texts(place / "two/rollouts.jsonl"), texts(place / "one.jsonl"))
+    check_alike(texts(place / "two/rollouts.jsonl"), expected)
     codes, (first, second) = together(place, "sample", *asked[2:], *SHARED, "--out", "two.jsonl")
     assert codes == [0, 0], first + second
-    expected = {key: text for key, text in texts(place / "one.jsonl").items() if key[1] == "tied"}
-    check_alike(texts(place / "two.jsonl"), expected)
+    check_alike(texts(place / "two.jsonl"), {key: text for key, text in expected.items() if key[1] == "other"})
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ class VllmEngine:
     def _distributed(self, is_distributed: bool) -> dict[str, Any]:
         """vLLM's arguments for many ranks: as the launcher numbers them, each `tensor_parallel` of them make a group.
 
-        One engine and its neighbours are no data parallel group to vLLM: each draws when it likes.
+        To vLLM the groups are independent: none waits for another after the start.
         """
         if not is_distributed:
             return {}

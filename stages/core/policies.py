@@ -277,7 +277,7 @@ def check_divisible(path: Path, num_parts: int) -> None:
     Fewer key/value heads than ranks are held several times over.
     """
     config = load_config(path).get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)
     shared = getattr(config, "num_key_value_heads", None) or heads
     if heads % num_parts:
         raise InputError(f"--tensor-parallel {num_parts}: must divide the {heads} attention heads of policy {path}")
