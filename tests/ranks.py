@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType
 
 from rloop_cli import warm
 from rloop_cli.app import main as rloop
+from rloop_cli.app import prepare_libraries
 from stages import rl
 from stages.core.acceleration import STEP_LIMIT
 from stages.rl.trainer import Trainer
@@ -43,6 +44,7 @@ def start(arguments, *directories):
     """Start `rloop ARGUMENTS` as one gloo rank in each of `directories`, forked; each writes to log-<rank> there."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    prepare_libraries()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([warm.IMPORTS])
     processes = []
