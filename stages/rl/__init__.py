@@ -15,6 +15,7 @@ from stages.core.errors import InputError
 from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
+from stages.core.ranks import Ranks, TensorParallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,6 +98,7 @@ class Options(OptionGroup):
     memory_fraction: Annotated[
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.5
+    tensor_parallel: TensorParallel = 1
     mismatch_bound: Annotated[
         float,
         "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
@@ -169,7 +171,8 @@ def run(
     outputs.refuse_unwritable(out)
     end_with_parent()
     path = policies.resolve(policy)
-    asked = _asked(path, problems, valid, options)
+    ranks = Ranks(options.tensor_parallel)
+    asked = ranks.together(lambda: _asked(path, problems, valid, options, ranks))
     accelerator = _accelerator(options, out)
     if accelerator.is_main_process:
         _warn_of(asked, options.max_tokens)
@@ -203,7 +206,7 @@ class Asked(NamedTuple):
     context: int
 
 
-def _asked(path: Path, problems: Path, valid: Path | None, options: Options) -> Asked:
+def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ranks: Ranks) -> Asked:
     """Read and check policy and problems, without an engine."""
     from stages.core import policies, records, templates
     from stages.core.rollouts import make_prompts
@@ -211,7 +214,9 @@ def _asked(path: Path, problems: Path, valid: Path | None, options: Options) -> 
 
     tokenizer = policies.load_tokenizer(path)
     template = templates.load(options.template, tokenizer)
+    ranks.refuse_uneven()
     policies.check_shapes(path)
+    policies.check_divisible(path, ranks.tensor_parallel)
     context = policies.context_length(path)
     prompts, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
     asked_too = validation.read(valid, template, tokenizer, options.max_tokens, context) if valid is not None else []
@@ -263,6 +268,7 @@ def _explore(
         memory_fraction=options.memory_fraction,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
+        tensor_parallel=options.tensor_parallel,
     )
     trainer = Trainer(path, accelerator, options)
     stop_ids, stop = asked.ends

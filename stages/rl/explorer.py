@@ -27,6 +27,7 @@ from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
 from stages.core.outputs import whole_dir
 from stages.core.progress import StepProgress, warn
+from stages.core.ranks import Ranks
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw
 from stages.core.verifier import Verifier
@@ -201,7 +202,8 @@ class Explorer:
         self.trainer.release()
         self.engine.wake()
         self.hand_over()
-        value = self.validation.measure(self.accelerator, self.engine, self.verifier, self.stop.is_received)
+        ranks = Ranks(self.options.tensor_parallel, self.accelerator.process_index, self.accelerator.num_processes)
+        value = self.validation.measure(ranks, self.engine, self.verifier, self.stop.is_received)
         self.engine.sleep()
         if value == value:
             self.last_valid = f"  valid {value:.2f} (step {step})"
@@ -234,14 +236,14 @@ class Explorer:
         return batch
 
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
-        """Draw a group for each problem number, every rank its share; all ranks get all groups, in order."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        """Draw a group for each problem number, every engine its share; all ranks get all groups, in order."""
+        ranks = Ranks(self.options.tensor_parallel, self.accelerator.process_index, self.accelerator.num_processes)
         clock = Clock()
         first = self.stream.position - len(wanted)  # where in the stream they were taken
         seeds = [self.draw_seed(step, first + place) for place in range(len(wanted))]
-        sampling = replace(self.sampling, seeds=seeds[rank::ranks])
+        sampling = replace(self.sampling, seeds=ranks.share(seeds))
         try:
-            share = [self.prompts[i] for i in wanted[rank::ranks]]
+            share = [self.prompts[i] for i in ranks.share(wanted)]
             mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
         except Stopped:
             mine = []
@@ -250,9 +252,9 @@ class Explorer:
             raise Stopped
         settled = [group.settled() for group in mine]
         batch.verify_s += clock.lap()
-        if ranks == 1:
+        if ranks.is_alone:
             return settled
-        places = list(range(len(wanted)))[rank::ranks]
+        places = ranks.share(range(len(wanted))) if ranks.keeps else []
         gathered: dict[int, Group] = dict(gather_object(list(zip(places, settled, strict=True))))
         return [gathered[place] for place in range(len(wanted))]
 

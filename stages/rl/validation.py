@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
 from stages.core import records, tabular
 from stages.core.engine import Engine, Sampling, ShouldStop, seed_of
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
+from stages.core.ranks import Ranks
 from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
 from stages.core.templates import Template
 from stages.core.verifier import Verifier
@@ -48,20 +46,17 @@ class Validation:
         """Whether the policy after `step` is measured: the start policy (0), each of the `every`-th, and the last."""
         return step % self.every == 0 or step == last
 
-    def measure(self, accelerator: Accelerator, engine: Engine, verifier: Verifier, should_stop: ShouldStop) -> float:
-        """avg@k of the weights in the engine; NaN if any rank had to stop. Every rank calls it, and draws its share."""
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        share = self.prompts[rank::ranks]
-        seeds = [seed_of(self.seed, prompt.problem["id"]) for prompt in share]
+    def measure(self, ranks: Ranks, engine: Engine, verifier: Verifier, should_stop: ShouldStop) -> float:
+        """avg@k of the weights in the engine; NaN if any rank had to stop. All ranks call it; an engine has a share."""
+        share = ranks.share(self.prompts)
+        sampling = replace(self.sampling, seeds=[seed_of(self.seed, prompt.problem["id"]) for prompt in share])
         groups: list[Group] = []
         try:
-            sampling = replace(self.sampling, seeds=seeds)
             draw_each(engine, verifier, share, sampling, lambda _, group: groups.append(group), should_stop)
             mine = sum(sum(group.rewards) for group in groups)
         except Stopped:
             mine = math.nan
-        num_correct = sum(gather_object([mine]) if ranks > 1 else [mine])
-        return num_correct / (len(self.prompts) * self.sampling.num_samples)
+        return sum(ranks.gather(mine)) / (len(self.prompts) * self.sampling.num_samples)
 
 
 def of(prompts: Sequence[Prompt], sampling: Sampling, options: Options) -> Validation | None:
