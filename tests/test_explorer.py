@@ -350,7 +350,7 @@ class RowTrainer:
 def check(takes, error=0.0, precision="no", is_main=True, **options):
     options = Options(group_size=GROUP, max_tokens=8, overlong_buffer=0, **options)
     prompts = [Prompt({"id": "p", "problem": "", "answer": "7", "source": ""}, "", [0])]
-    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=is_main, num_processes=1)
+    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=is_main, process_index=0, num_processes=1)
     sampling = Sampling(GROUP, 8)
     return Explorer(options, ranks, TakingEngine(takes), None, RowTrainer(error), prompts, sampling).check_hand_over()
 

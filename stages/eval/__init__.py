@@ -54,8 +54,9 @@ def run(
     """Evaluate policies: avg@k and pass@k with their intervals, and which differences between policies are real.
 
     Several policies share one engine, so they need one architecture and one tokenizer. A call that was interrupted
-    goes on where it stopped when it is repeated. The same call gives the same samples, whatever the order of the
-    problems and the other policies, up to the rounding of floats in the engine's batches.
+    goes on where it stopped when it is repeated, with any number of processes. The same call gives the same samples,
+    whatever the order of the problems, the other policies and the number of processes, up to the rounding of floats in
+    the engine's batches.
 
     With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
     OUT is written from them, and what changed is shown. The stored rollouts stay as they are.

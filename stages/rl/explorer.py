@@ -83,6 +83,7 @@ class Explorer:
         """`origin` is the digest of the start policy; it enters the seeds, so two iterations draw different samples."""
         self.options = options
         self.accelerator = accelerator
+        self.ranks = Ranks(options.tensor_parallel, accelerator.process_index, accelerator.num_processes)
         self.engine = engine
         self.verifier = verifier
         self.trainer = trainer
@@ -202,8 +203,7 @@ class Explorer:
         self.trainer.release()
         self.engine.wake()
         self.hand_over()
-        ranks = Ranks(self.options.tensor_parallel, self.accelerator.process_index, self.accelerator.num_processes)
-        value = self.validation.measure(ranks, self.engine, self.verifier, self.stop.is_received)
+        value = self.validation.measure(self.ranks, self.engine, self.verifier, self.stop.is_received)
         self.engine.sleep()
         if value == value:
             self.last_valid = f"  valid {value:.2f} (step {step})"
@@ -237,13 +237,12 @@ class Explorer:
 
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
         """Draw a group for each problem number, every engine its share; all ranks get all groups, in order."""
-        ranks = Ranks(self.options.tensor_parallel, self.accelerator.process_index, self.accelerator.num_processes)
         clock = Clock()
         first = self.stream.position - len(wanted)  # where in the stream they were taken
         seeds = [self.draw_seed(step, first + place) for place in range(len(wanted))]
-        sampling = replace(self.sampling, seeds=ranks.share(seeds))
+        sampling = replace(self.sampling, seeds=self.ranks.share(seeds))
         try:
-            share = [self.prompts[i] for i in ranks.share(wanted)]
+            share = [self.prompts[i] for i in self.ranks.share(wanted)]
             mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
         except Stopped:
             mine = []
@@ -252,9 +251,9 @@ class Explorer:
             raise Stopped
         settled = [group.settled() for group in mine]
         batch.verify_s += clock.lap()
-        if ranks.is_alone:
+        if self.ranks.is_alone:
             return settled
-        places = ranks.share(range(len(wanted))) if ranks.keeps else []
+        places = self.ranks.share(range(len(wanted))) if self.ranks.keeps else []
         gathered: dict[int, Group] = dict(gather_object(list(zip(places, settled, strict=True))))
         return [gathered[place] for place in range(len(wanted))]
 
