@@ -99,7 +99,7 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
         except KeyboardInterrupt as interruption:
             if os.environ.get("RANK", "0") != "0":  # of the processes of a launch the first says it
                 raise typer.Exit(INTERRUPTED) from None
-            _fail(f"interrupted; {interruption or 'nothing is written before the end'}", INTERRUPTED, debug)
+            _fail(f"interrupted; {str(interruption) or 'nothing is written before the end'}", INTERRUPTED, debug)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise

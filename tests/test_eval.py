@@ -117,7 +117,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, othe
     both = [tiny_policy, other_policy]
     run(both, problems, tmp_path / "whole")
     engines.dies_after = NUM_PROBLEMS + 5
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="what was drawn is kept: the same command draws the rest"):
         run(both, problems, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     engines.dies_after = None

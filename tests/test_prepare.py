@@ -196,6 +196,14 @@ def test_the_nested_columns_of_verl_are_guessed_and_can_be_named(tmp_path, capsy
         run(tmp_path, str(tmp_path / "verl.parquet"), out="none.jsonl", problem_column="prompt[2].content")
 
 
+def test_a_path_leads_into_lists_and_objects_and_not_into_texts(tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", {"prompt": "1 + 1?", "a": [[{"b": "2 + 2?"}]], "answer": "2"})
+    assert run(tmp_path, path, problem_column="a[-1][0].b")[0]["problem"] == "2 + 2?"
+    for column in ("prompt[0]", "prompt.b", "a.b", "a[0].b", "a[1]"):
+        with pytest.raises(InputError, match="no column"):
+            run(tmp_path, path, out="none.jsonl", problem_column=column)
+
+
 def test_a_column_that_earlier_rows_have_is_missed_in_a_path_too(tmp_path):
     chats = [[{"role": "user", "content": "1 + 1?"}], []]
     path = write_jsonl(tmp_path / "mine.jsonl", *({"prompt": chat, "answer": "2"} for chat in chats))

@@ -1,7 +1,9 @@
 """--valid of rl: what is measured and when, that the run stays the same, how it is told."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from accelerate import Accelerator
@@ -122,15 +124,22 @@ def test_sigterm_while_the_start_policy_is_measured_begins_no_step(tmp_path):
     assert explore(tmp_path).rows[0]["valid_start"] == 0
 
 
-def test_each_rank_draws_a_share_and_the_shares_make_the_whole(monkeypatch):
-    monkeypatch.setattr(Ranks, "gather", lambda ranks, mine: [mine])
+class Meeting(Ranks):
+    """Ranks that run one after another; `others` is what they have to add."""
+
+    others: ClassVar = ()
+
+    def gather(self, mine):
+        return [mine, *self.others]
+
+
+def test_each_engine_draws_a_share_and_the_shares_make_the_whole():
     asked, parts = [], []
     many = validation.of(prompts(range(7)), Sampling(GROUP, 8), Options(valid_samples=K, seed=3))
     with Verifier() as verifier:
-        for rank in range(3):
+        for rank in range(0, 6, 2):  # two ranks an engine, of which the first keeps what it draws
             engine = SeedKeepingEngine(lambda number: number % (K + 1))
-            ranks = Ranks(1, rank, 3)
-            parts.append(many.measure(ranks, engine, verifier, lambda: False))
+            parts.append(many.measure(Meeting(2, rank, 6), engine, verifier, lambda: False))
             asked += zip(engine.asked, engine.seeds, strict=True)
         alone = many.measure(ALONE, engine, verifier, lambda: False)
     assert sum(parts) == pytest.approx(alone)
@@ -149,15 +158,15 @@ def test_one_rank_that_stops_leaves_the_measurement_empty_on_all(monkeypatch):
         raise Stopped
 
     some = validation.of(prompts(range(2)), Sampling(GROUP, 8), Options(valid_samples=K))
-    ranks, engine = Ranks(1, 1, 2), ScriptedEngine(lambda number: K)
+    ranks, engine = Meeting(1, 1, 2), ScriptedEngine(lambda number: K)
     with Verifier() as verifier:
-        monkeypatch.setattr(Ranks, "gather", lambda ranks, mine: [float("nan"), mine])
-        elsewhere = some.measure(ranks, engine, verifier, lambda: False)
-        monkeypatch.setattr(Ranks, "gather", lambda ranks, mine: [float(K), mine])
+        monkeypatch.setattr(Meeting, "others", (float(K),))
+        assert some.measure(ranks, engine, verifier, lambda: False) == 3 * K / (2 * K)
+        monkeypatch.setattr(Meeting, "others", (math.nan,))
+        assert math.isnan(some.measure(ranks, engine, verifier, lambda: False))
         engine.generate = stopped
-        here = some.measure(ranks, engine, verifier, lambda: False)
-    assert elsewhere != elsewhere
-    assert here != here
+        monkeypatch.setattr(Meeting, "others", (float(K),))
+        assert math.isnan(some.measure(ranks, engine, verifier, lambda: False))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 from stages.core import jsonl, lineage, outputs, provenance, sampling, verifier
 from stages.core.engine import Engine
 from stages.core.errors import InputError
-from stages.core.lifetime import end_with_parent
+from stages.core.lifetime import end_with_parent, going_on
 from stages.core.metrics import KS
 from stages.core.options import PLACE, at_least, checked
 from stages.core.outputs import read_json
@@ -120,7 +120,8 @@ def evaluate(
             return
         ranks.refuse_unseen(place / partial.SETTINGS)
         stems = _stems(plan, problem_files, identity.inputs)
-        _draw_missing(plan, place, stems, start_engine)
+        with going_on(lambda: "what was drawn is kept: the same command draws the rest"):
+            _draw_missing(plan, place, stems, start_engine)
         ranks.wait()
         if not ranks.is_first:
             return

@@ -34,17 +34,10 @@ def run(
     *,
     rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable", PLACE],
     out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", PLACE] = "",
-    problems: Annotated[
-        Path | None,
-        "write the hard ones of these problems (JSONL, those that the rollouts are of), for rl, and no examples",
-        PLACE,
-    ] = None,
+    problems: Annotated[Path | None, "write the hard ones of these problems (JSONL), not examples", PLACE] = None,
     policy: Annotated[str, "take only the rollouts of this policy; needed where there are several"] = "",
     max_pass_rate: Annotated[
-        float,
-        "a problem is hard if its pass rate lies strictly below this; 10 % is 0.1, 1 is no bound",
-        above(0),
-        at_most(1),
+        float, "a problem is hard if its pass rate is below this; 10 % is 0.1, 1 is no bound", above(0), at_most(1)
     ] = 0.1,
     max_per_problem: Annotated[
         int, "keep at most so many successes of a problem, drawn at random; 0 keeps all", at_least(0)
@@ -63,8 +56,8 @@ def run(
     input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
     Beside FILE.jsonl FILE.manifest.json says how it came about.
 
-    With --problems the problems themselves are written, each with its pass rate: those strictly below --max-pass-rate
-    that were solved at least once, truncated or not. The options on which successes are kept have no part in that.
+    With --problems, the file that the rollouts are of, its hard problems are written in the place of examples, for rl:
+    those below --max-pass-rate that were solved at least once, each with its pass rate.
 
     Example: rloop filter --rollouts loop/1/rl --out loop/1/examples.jsonl --max-pass-rate 0.5
     """
@@ -79,10 +72,7 @@ def run(
         return
     manifest_file = Path(out).with_suffix(".manifest.json")
     with outputs.claimed(out, manifest_file):
-        if problems is None:
-            counts = _choose(sources, out, parameters)
-        else:
-            counts = _choose_problems(sources, problems, out, parameters)
+        counts = (_choose if problems is None else _choose_problems)(sources, out, parameters)
         if out != "-":
             read = lineage.recorded([*_inputs(rollouts), *([problems] if problems else [])])
             identity = identify(run, given, read["inputs"])
@@ -115,9 +105,9 @@ def _choose(sources: list["_Source"], out: str, parameters: dict[str, Any]) -> d
     return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
 
 
-def _choose_problems(sources: list["_Source"], file: Path, out: str, parameters: dict[str, Any]) -> dict[str, int]:
-    """Write the hard problems of `file`, in its order, each with its pass rate; return the counts of the manifest."""
-    max_pass_rate = parameters["max_pass_rate"]
+def _choose_problems(sources: list["_Source"], out: str, parameters: dict[str, Any]) -> dict[str, int]:
+    """Write the hard ones of --problems, in their order, each with its pass rate; return the counts of the manifest."""
+    max_pass_rate, file = parameters["max_pass_rate"], parameters["problems"]
     by_id = {problem["id"]: problem for problem in records.read_problems(file)}
     tallies, _ = _count(sources, True, parameters["policy"])
     if strange := [name for name in tallies if name not in by_id]:

@@ -19,6 +19,8 @@ from stages.core.verifier import Verifier
 from stages.prepare import curation, sources
 from stages.prepare.sources import Source
 
+PROBLEM_DEFAULT = f"if not given, the first of {', '.join(sources.PROBLEM_COLUMNS)}"
+ANSWER_DEFAULT = f"if not given, the first of {', '.join(sources.ANSWER_COLUMNS)}"
 CHECKED_AT_ONCE = 128  # answers between two moves of the bar
 
 
@@ -34,15 +36,9 @@ def run(
         str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PLACE
     ],
     from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PLACE] = "",
-    problem_column: Annotated[
-        str,
-        f"column of the problem; if not given, the first of {', '.join(sources.PROBLEM_COLUMNS)}; a.b is field b of "
-        "column a, and prompt[0].content the text of the first message of a chat",
-    ] = "",
+    problem_column: Annotated[str, f"column of the problem, such as prompt[0].content; {PROBLEM_DEFAULT}"] = "",
     answer_column: Annotated[
-        str,
-        "column of the answer, or of a solution with the answer in its last \\boxed{}; if not given, the first of "
-        f"{', '.join(sources.ANSWER_COLUMNS)}",
+        str, f"column of the answer, or of a solution with the answer in its last \\boxed{{}}; {ANSWER_DEFAULT}"
     ] = "",
     keep_column: Annotated[list[str], "keep this column in the records, under its name; repeatable"] = [],  # noqa: B006
     config: Annotated[str, "configuration of a hub id"] = "",

@@ -304,8 +304,11 @@ def _inner(row: Row, path: str) -> Any:
     """The value at a path such as "a.b" or "a[0].b"; _MISSING if there is none."""
     inner: Any = row
     for part in re.findall(r"\[-?\d+\]|[^.\[\]]+", path):
+        key = int(part[1:-1]) if part.startswith("[") else part
+        if not isinstance(inner, list if isinstance(key, int) else Mapping):
+            return _MISSING
         try:
-            inner = inner[int(part[1:-1]) if part.startswith("[") else part]
-        except (LookupError, TypeError):
+            inner = inner[key]
+        except LookupError:
             return _MISSING
     return inner

@@ -147,9 +147,7 @@ def run(
     out: Annotated[Path, "directory to write", PLACE],
     options: Options,
     valid: Annotated[
-        Path | None,
-        "problems to measure avg@k on while it trains (JSONL), in log.tsv; the run stays the same to the last bit",
-        WITHOUT_EFFECT,
+        Path | None, "problems to measure avg@k on while it trains (JSONL); the run stays the same", WITHOUT_EFFECT
     ] = None,
     restart_if_changed: Annotated[
         bool,
@@ -177,22 +175,15 @@ def run(
     asked = ranks.together(lambda: _asked(path, problems, valid, options, ranks))
     accelerator = _accelerator(options, out)
     if accelerator.is_main_process:
-        _say_left_out(asked, options.max_tokens)
-        _say_in_both(asked)
-    identity = identify(
-        run,
-        given,
-        {"policy": digest(path), "problems": digest(problems)},
-        versions() | verifier.VERSION,
-        processes=accelerator.num_processes,
-        template_digest=asked.template.digest,
-    )
+        _warn_of(asked, options.max_tokens)
+    inputs = {"policy": digest(path), "problems": digest(problems)}
+    came_to = {"processes": accelerator.num_processes, "template_digest": asked.template.digest}
+    identity = identify(run, given, inputs, versions() | verifier.VERSION, **came_to)
     with outputs.locked(out) if accelerator.is_main_process else nullcontext():
         finished, done = _begin(accelerator, directory := RunDir(out), identity, restart_if_changed)
         if not finished:
             paths = {"policy": policy, "problems": str(problems)}
-            if valid is not None:
-                paths |= {"valid": str(valid), "valid_digest": digest(valid)}
+            paths |= {"valid": str(valid), "valid_digest": digest(valid)} if valid else {}
             with going_on(directory.where_it_goes_on):
                 _go_on(accelerator, directory, done, identity, paths, path, asked, options)
         elif accelerator.is_main_process:
@@ -357,20 +348,16 @@ def _finish(
     directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
 
 
-def _say_left_out(asked: Asked, max_tokens: int) -> None:
+def _warn_of(asked: Asked, max_tokens: int) -> None:
+    """Name the problems that are left out, and those of the validation set that are trained on, too."""
     from stages.core import tabular
+    from stages.rl import validation
 
     if asked.left_out:
         warn(
             f"{len(asked.left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer "
             f"than the policy's context of {asked.context} tokens ({tabular.some(asked.left_out)})"
         )
-
-
-def _say_in_both(asked: Asked) -> None:
-    from stages.core import tabular
-    from stages.rl import validation
-
     if ids := validation.in_both(asked.prompts, asked.valid):
         warn(
             f"{len(ids)} of {len(asked.valid)} problems of --valid are trained on, too ({tabular.some(ids)}): the "

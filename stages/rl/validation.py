@@ -47,18 +47,16 @@ class Validation:
         return step % self.every == 0 or step == last
 
     def measure(self, ranks: Ranks, engine: Engine, verifier: Verifier, should_stop: ShouldStop) -> float:
-        """avg@k of the weights in the engine; NaN if any rank had to stop. Every rank calls it; engines draw shares."""
+        """avg@k of the weights in the engine; NaN if any rank had to stop. All ranks call it; an engine has a share."""
         share = ranks.share(self.prompts)
-        seeds = [seed_of(self.seed, prompt.problem["id"]) for prompt in share]
+        sampling = replace(self.sampling, seeds=[seed_of(self.seed, prompt.problem["id"]) for prompt in share])
         groups: list[Group] = []
         try:
-            sampling = replace(self.sampling, seeds=seeds)
             draw_each(engine, verifier, share, sampling, lambda _, group: groups.append(group), should_stop)
             mine = sum(sum(group.rewards) for group in groups)
         except Stopped:
             mine = math.nan
-        num_correct = sum(ranks.gather(mine))
-        return num_correct / (len(self.prompts) * self.sampling.num_samples)
+        return sum(ranks.gather(mine)) / (len(self.prompts) * self.sampling.num_samples)
 
 
 def of(prompts: Sequence[Prompt], sampling: Sampling, options: Options) -> Validation | None:
