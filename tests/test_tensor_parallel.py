@@ -129,6 +129,20 @@ def test_ranks_that_cannot_share_an_engine_all_end_and_one_says_why(place, polic
         assert not (place / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_run_whose_ranks_see_different_problems_ends_on_all(place):
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "policy").symlink_to(place / "policy")
+    jsonl.write(elsewhere / "sums.jsonl", list(records.read_problems(place / "sums.jsonl"))[1:])
+    run = ["rl", "--policy", "policy", "--problems", "sums.jsonl", *RL, "--out", "out"]
+    codes = launched.finish(launched.start(run, place, elsewhere))
+    assert codes == [2, 2]
+    text = (place / "log-0").read_text() + (elsewhere / "log-1").read_text()
+    assert text.count("\n") == 1 and "sees another problems than rank 0" in text
+    assert not (place / "out").exists()
+
+
 def test_one_process_cannot_share_an_engine(place):
     options = sampling.Options(template="none", max_tokens=48, tensor_parallel=2)
     with pytest.raises(InputError, match=r"--tensor-parallel 2: must divide .* launched as one process"):

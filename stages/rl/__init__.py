@@ -179,6 +179,7 @@ def run(
     inputs = {"policy": digest(path), "problems": digest(problems)}
     came_to = {"processes": accelerator.num_processes, "template_digest": asked.template.digest}
     identity = identify(run, given, inputs, versions() | verifier.VERSION, **came_to)
+    _refuse_differences(ranks, identity, valid)
     with outputs.locked(out) if accelerator.is_main_process else nullcontext():
         finished, done = _begin(accelerator, directory := RunDir(out), identity, restart_if_changed)
         if not finished:
@@ -190,6 +191,12 @@ def run(
             warn(f"{out} already holds this run, finished: nothing to do")
         if accelerator.is_main_process and not options.keep_state:
             directory.forget_state()
+
+
+def _refuse_differences(ranks: Ranks, identity: Identity, valid: Path | None) -> None:
+    """Raise InputError if ranks see different files or packages: they would draw, and train on, different prompts."""
+    seen = {**identity.inputs, **identity.versions, "template": identity.parameters["template_digest"]}
+    ranks.refuse_differences(seen | ({"valid": digest(valid)} if valid else {}))
 
 
 class Asked(NamedTuple):
