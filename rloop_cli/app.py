@@ -24,6 +24,7 @@ from stages.core.options import Option
 
 RUN_ERROR = 1
 USER_ERROR = 2
+INTERRUPTED = 130
 REFUSED = (  # by the machine, so no bug of ours
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ENOMEM),
@@ -81,8 +82,8 @@ def root(
 def command(run: Callable[..., Any]) -> Callable[..., None]:
     """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
 
-    Raises typer.Exit: 2 for an InputError, a missing permission or a full disk; 1 for a CollapseError. Any other
-    exception is a bug of ours and passes on as a traceback.
+    Raises typer.Exit: 2 for an InputError, a missing permission or a full disk; 1 for a CollapseError; 130 for Ctrl-C.
+    Any other exception is a bug of ours and passes on as a traceback.
     """
     groups = options.groups(run)
 
@@ -95,6 +96,10 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
             _fail(error, USER_ERROR, debug)
         except CollapseError as error:
             _fail(error, RUN_ERROR, debug)
+        except KeyboardInterrupt as interruption:
+            if os.environ.get("RANK", "0") != "0":  # of the processes of a launch the first says it
+                raise typer.Exit(INTERRUPTED) from None
+            _fail(f"interrupted; {str(interruption) or 'nothing is written before the end'}", INTERRUPTED, debug)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise

@@ -14,9 +14,9 @@ import typer
 from typer.testing import CliRunner
 
 from rloop_cli import warm
-from rloop_cli.app import app
+from rloop_cli.app import app, command
 from stages import STAGES, load
-from stages.core import jsonl, outputs
+from stages.core import jsonl, lifetime, outputs
 
 ROLLOUT = {
     "problem_id": "p/1",
@@ -268,6 +268,23 @@ def test_a_stage_works_in_a_pipe_and_a_reader_that_goes_away_ends_it_quietly(rol
         run.stdout.readline()
         run.stdout.close()
         assert "Traceback" not in run.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [("", "nothing is written before the end"), ("the same command goes on after step 3",) * 2],
+)
+def test_ctrl_c_ends_in_one_line_that_says_what_is_kept_from_the_first_rank_alone(said, line, capsys, monkeypatch):
+    def run():
+        with lifetime.going_on(lambda: said):
+            raise KeyboardInterrupt
+
+    for rank, shown in (("0", f"rloop: interrupted; {line}\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(typer.Exit) as ended:
+            command(run)(debug=False)
+        assert ended.value.exit_code == 130
+        assert capsys.readouterr().err == shown
 
 
 def test_help_answers_within_three_times_a_bare_typer_app():

@@ -1,5 +1,6 @@
 """Dynamic sampling with scripted rewards: what is drawn, what is kept, what is written, when it stops."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from stages.core.rollouts import Prompt
 from stages.core.verifier import Verifier
 from stages.rl import Options
 from stages.rl import explorer as explorer_module
+from stages.rl.batching import ProblemStream
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import UpdateStats
@@ -23,7 +25,7 @@ GROUP = 4
 
 
 class ScriptedEngine:
-    """Answers problem i by `num_correct(i)` correct completions out of the group."""
+    """Answers problem i by `num_correct(i)` correct completions out of the group; the last group is done first."""
 
     def __init__(self, num_correct):
         self.num_correct = num_correct
@@ -41,10 +43,10 @@ class ScriptedEngine:
         self.released = False
 
     def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
-        for index, (number,) in enumerate(prompts):
+        self.asked += [number for (number,) in prompts]
+        for index, (number,) in reversed(list(enumerate(prompts))):
             if should_stop():
                 raise Stopped
-            self.asked.append(number)
             right = self.num_correct(number)
             texts = ["\\boxed{7}"] * right + ["\\boxed{8}"] * (sampling.num_samples - right)
             on_group(index, [Completion(text, [5, 6, 1], [-1.0] * 3, "stop") for text in texts])
@@ -100,30 +102,44 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
     return SimpleNamespace(engine=engine, trainer=trainer, rows=directory.log_rows(), written=written, out=directory)
 
 
-def test_groups_that_differ_fill_the_batch_in_one_round(tmp_path):
+def trained_problems(rollouts):
+    """The ids of the problems trained on, in the order in which they were drawn."""
+    return list(dict.fromkeys(rollout["problem_id"] for rollout in rollouts if rollout["trained"]))
+
+
+def test_more_groups_than_are_missing_fill_the_batch_in_one_round_in_the_order_of_the_stream(tmp_path):
     found = explore(tmp_path, lambda number: 2)
-    assert len(found.engine.asked) == 4
+    assert len(found.engine.asked) == 12
+    assert trained_problems(found.written[0]) == [f"p{number}" for number in found.engine.asked[:4]]
     assert len(found.trainer.batches[0]) == 4 * GROUP
-    assert found.rows[0]["num_dropped"] == found.rows[0]["short_batch"] == 0
-    assert all(rollout["trained"] for rollout in found.written[0])
+    assert len(found.written[0]) == 12 * GROUP
+    row = found.rows[0]
+    assert (row["num_rounds"], row["num_kept"], row["num_surplus"], row["num_dropped"]) == (1, 4, 8, 0)
+    assert row["short_batch"] == 0
+    assert row["rollout_tokens"] == 3 * row["update_tokens"]
 
 
-def test_groups_with_equal_rewards_are_replaced_by_fresh_problems_and_still_written(tmp_path):
+def test_groups_with_equal_rewards_are_passed_over_and_still_written(tmp_path):
     found = explore(tmp_path, lambda number: GROUP if number % 2 else 1, max_rounds=10)
-    kept = [number for number in found.engine.asked if number % 2 == 0]
-    assert len(kept) == 4
+    informative = [number for number in found.engine.asked if number % 2 == 0]
     assert len(set(found.engine.asked)) == len(found.engine.asked)
     assert len(found.written[0]) == GROUP * len(found.engine.asked)
-    trained = {rollout["problem_id"] for rollout in found.written[0] if rollout["trained"]}
-    assert trained == {f"p{number}" for number in kept}
-    assert found.rows[0]["num_dropped"] == len(found.engine.asked) - 4
+    assert trained_problems(found.written[0]) == [f"p{number}" for number in informative[:4]]
+    assert found.rows[0]["num_dropped"] == len(found.engine.asked) - len(informative)
+    assert found.rows[0]["num_surplus"] == len(informative) - 4
 
 
 def test_at_the_cap_the_batch_is_trained_as_it_is_and_the_log_says_so(tmp_path):
     found = explore(tmp_path, lambda number: int(number == 3), num_problems=12, max_rounds=3)
-    assert found.rows[0]["num_rounds"] == 3
-    assert found.rows[0]["short_batch"] == 1
-    assert found.rows[0]["num_trained"] == len(found.trainer.batches[0]) == GROUP * found.engine.asked.count(3)
+    row = found.rows[0]
+    assert row["num_groups"] == 3 * 4 == len(found.engine.asked)
+    assert row["short_batch"] == row["num_kept"] == 1
+    assert row["num_trained"] == len(found.trainer.batches[0]) == GROUP
+
+
+def test_one_round_draws_one_full_batch_as_without_dynamic_sampling(tmp_path):
+    found = explore(tmp_path, lambda number: number % 2, max_rounds=1, steps=3)
+    assert [row["num_groups"] for row in found.rows] == [4] * 3
 
 
 def test_a_step_with_nothing_to_train_on_makes_no_update_and_the_run_goes_on(tmp_path):
@@ -136,12 +152,14 @@ def test_a_step_with_nothing_to_train_on_makes_no_update_and_the_run_goes_on(tmp
 
 def test_the_pool_is_exhausted_and_a_new_epoch_begins_without_losing_or_repeating(tmp_path):
     found = explore(tmp_path, lambda number: 1, num_problems=6, steps=3)
-    assert len(found.engine.asked) == 12
-    assert sorted(found.engine.asked[:6]) == sorted(found.engine.asked[6:]) == list(range(6))
+    assert sum(row["num_surplus"] for row in found.rows) > 0, "what is left over is not drawn again in its epoch"
+    epochs = [found.engine.asked[start : start + 6] for start in range(0, len(found.engine.asked) - 5, 6)]
+    assert len(epochs) > 2
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
 
 
 def test_a_problem_that_comes_twice_in_a_step_counts_its_samples_on(tmp_path):
-    found = explore(tmp_path, lambda number: 1, num_problems=3, problems_per_step=6)
+    found = explore(tmp_path, lambda number: 1, num_problems=3, problems_per_step=6, max_rounds=1)
     samples = [rollout["sample"] for rollout in found.written[0] if rollout["problem_id"] == "p0"]
     assert samples == list(range(2 * GROUP))
 
@@ -183,27 +201,69 @@ def test_sigterm_in_an_update_finishes_the_step_saves_and_exits_with_143(tmp_pat
     assert not (tmp_path / "rl/checkpoints").exists(), "an uninterrupted run would have none of this step"
 
 
+LONG = {"num_problems": 2000, "problems_per_step": 6, "max_rounds": 10, "steps": 30}
+
+
+def informative(share):
+    """A script by which so many of the problems teach something, and none of forty in a row."""
+    dry = set(ProblemStream(LONG["num_problems"], seed=0).take(340)[300:])
+    return lambda number: int(number not in dry and random.Random(number).random() < share)
+
+
+def last_step_of_several_rounds(rows):
+    """Its number, and how many groups were drawn before its second round."""
+    step = max(int(row["step"]) for row in rows if row["num_rounds"] > 1)
+    assert step > 1
+    before = sum(int(row["num_groups"]) for row in rows[: step - 1])
+    return step, before
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.5, 0.6])
+def test_a_full_batch_takes_hardly_more_than_a_round_and_a_killed_run_ends_as_an_unbroken_one(tmp_path, share):
+    whole = explore(tmp_path / "whole", informative(share), save_every=3, **LONG)
+    assert all(row["num_kept"] == 6 and not row["short_batch"] for row in whole.rows)
+    assert sum(row["num_rounds"] for row in whole.rows) <= 1.3 * len(whole.rows)
+    assert whole.rows[-1]["acceptance"] == pytest.approx(share, abs=0.15)
+
+    step, num_before = last_step_of_several_rounds(whole.rows)
+    asked = []
+
+    def die_in_the_second_round(number):
+        asked.append(number)
+        if len(asked) > num_before and (tmp_path / f"rl/rollouts/step_{step:06d}.jsonl").exists():
+            raise KeyboardInterrupt
+        return informative(share)(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        explore(tmp_path, die_in_the_second_round, save_every=3, **LONG)
+    rest = explore(tmp_path, informative(share), save_every=3, done=(step - 1) // 3 * 3, **LONG)
+    for file in ("rollouts/*", "state/step_000030/place.json"):
+        names = sorted(path.relative_to(whole.out.path) for path in whole.out.path.glob(file))
+        assert names
+        assert names == sorted(path.relative_to(rest.out.path) for path in rest.out.path.glob(file))
+        assert all((whole.out.path / name).read_bytes() == (rest.out.path / name).read_bytes() for name in names)
+    assert without_seconds(rest.rows) == without_seconds(whole.rows)
+
+
 @pytest.mark.parametrize("save_every", [1, 10], ids=["its state is on disk", "its state is only in memory"])
 def test_sigterm_in_the_middle_of_drawing_leaves_the_step_before_and_the_rest_comes_out_the_same(tmp_path, save_every):
-    def right(number):
-        return number % 2  # half of the groups are dropped, so a step draws several rounds
-
-    def terminate_in_step_3(number):
-        asked.append(number)
-        stop.received |= len(asked) > num_before
-        return right(number)
-
-    whole = explore(tmp_path / "whole", right, steps=4, save_every=save_every)
-    assert whole.rows[2]["num_rounds"] > 1
-    num_before = sum(int(row["num_groups"]) for row in whole.rows[:2]) + 4  # the first round of step 3 is on disk
+    right = informative(0.6)
+    whole = explore(tmp_path / "whole", right, save_every=save_every, **LONG)
+    step, num_before = last_step_of_several_rounds(whole.rows)
     stop, asked = StopSignal(), []
     broken = tmp_path / "broken"
+
+    def terminate_in_the_second_round(number):
+        asked.append(number)
+        stop.received |= len(asked) > num_before and (broken / f"rl/rollouts/step_{step:06d}.jsonl").exists()
+        return right(number)
+
     with pytest.raises(SystemExit) as ended:
-        explore(broken, terminate_in_step_3, stop=stop, steps=4, save_every=save_every)
+        explore(broken, terminate_in_the_second_round, stop=stop, save_every=save_every, **LONG)
     assert ended.value.code == 143
-    assert len(RunDir(broken / "rl").log_rows()) == len(list((broken / "rl/rollouts").iterdir())) == 2
-    assert [path.name for path in (broken / "rl/state").glob("step_*")] == ["step_000002"]
-    rest = explore(broken, right, steps=4, done=2, save_every=save_every)
+    assert len(RunDir(broken / "rl").log_rows()) == len(list((broken / "rl/rollouts").iterdir())) == step - 1
+    assert [path.name for path in (broken / "rl/state").glob("step_*")] == [f"step_{step - 1:06d}"]
+    rest = explore(broken, right, done=step - 1, save_every=save_every, **LONG)
     assert rest.written == whole.written
     assert without_seconds(rest.rows) == without_seconds(whole.rows)
 
@@ -290,7 +350,7 @@ class RowTrainer:
 def check(takes, error=0.0, precision="no", is_main=True, **options):
     options = Options(group_size=GROUP, max_tokens=8, overlong_buffer=0, **options)
     prompts = [Prompt({"id": "p", "problem": "", "answer": "7", "source": ""}, "", [0])]
-    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=is_main, num_processes=1)
+    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=is_main, process_index=0, num_processes=1)
     sampling = Sampling(GROUP, 8)
     return Explorer(options, ranks, TakingEngine(takes), None, RowTrainer(error), prompts, sampling).check_hand_over()
 

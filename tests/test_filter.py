@@ -11,7 +11,7 @@ import pytest
 from stages import filter as stage
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
-from stages.core.records import Example, read
+from stages.core.records import Example, read, read_problems
 from stages.filter.selection import Choice, Positions, Tally, yield_table
 
 
@@ -328,6 +328,59 @@ def test_the_manifest_says_what_was_chosen_and_how(tmp_path):
     assert found["stage"] == "filter" and found["parameters"]["max_pass_rate"] == 0.3
     assert found["counts"]["examples"] == len(list(read(tmp_path / "out.jsonl", Example)))
     assert found["counts"]["rollouts"] == 1500
+
+
+def problems_of(path, *names):
+    jsonl.write(path, ({"id": name, "problem": name, "answer": "1", "source": "s", "level": 3} for name in names))
+    return path
+
+
+def test_with_problems_the_hard_ones_are_written_as_they_were_for_rl_to_take(tmp_path, capsys):
+    rollouts = list(random_rollouts(seed=6))
+    file = problems_of(tmp_path / "problems.jsonl", *(f"p/{number}" for number in reversed(range(42))))
+    jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
+    out = tmp_path / "hard.jsonl"
+    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file, max_pass_rate=0.3)
+    rewards = defaultdict(list)
+    for one in rollouts:
+        rewards[one["problem_id"]].append(one["reward"])
+    rates = {name: sum(given) / len(given) for name, given in rewards.items()}
+    hard = read_problems(out)
+    assert [problem["id"] for problem in hard] == [
+        problem["id"] for problem in read_problems(file) if 0 < rates.get(problem["id"], 0) < 0.3
+    ]
+    assert all(problem["pass_rate"] == rates[problem["id"]] and problem["level"] == 3 for problem in hard)
+    never = sum(rate == 0 for rate in rates.values())
+    assert f"of 40 problems with rollouts {len(hard)} are solved, with a pass rate below 0.3; {never} were never" in (
+        capsys.readouterr().err
+    )
+    manifest = orjson.loads((tmp_path / "hard.manifest.json").read_bytes())
+    assert manifest["counts"] == {"rollouts": 1500, "problems": 40, "hard_problems": len(hard)}
+    assert set(manifest["inputs"]) == {str(tmp_path / "rollouts.jsonl"), str(file)}
+
+
+def test_a_problem_that_was_solved_beyond_the_token_limit_only_is_hard_too(tmp_path):
+    rollouts = [rollout("a", 1.0, finish_reason="length"), *[rollout("a", 0.0)] * 10, *[rollout("b", 0.0)] * 11]
+    jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
+    file, out = problems_of(tmp_path / "problems.jsonl", "a", "b"), tmp_path / "hard.jsonl"
+    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file)
+    assert [problem["id"] for problem in read_problems(out)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("names", "reward", "fault"),
+    [
+        (["b"], 1.0, "problems.jsonl: lacks a: name the file that the rollouts are of"),
+        (["a"], 1.0, "no problem with a success has a pass rate below --max-pass-rate 0.5"),
+        (["a"], 0.0, "no rollout succeeded"),
+    ],
+)
+def test_problems_that_are_not_those_of_the_rollouts_or_none_of_them_hard_are_an_error(tmp_path, names, reward, fault):
+    jsonl.write(tmp_path / "rollouts.jsonl", [rollout("a", reward)] * 3)
+    file, out = problems_of(tmp_path / "problems.jsonl", *names), tmp_path / "hard.jsonl"
+    with pytest.raises(InputError, match=fault):
+        stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file, max_pass_rate=0.5)
+    assert not out.exists()
 
 
 def test_the_choice_among_copies_depends_on_the_texts_and_not_on_their_places(tmp_path):

@@ -136,7 +136,8 @@ def test_ten_steps_take_no_more_memory_than_two(pair):
 
 @gpu
 @needs_two
-def test_two_gpus_draw_and_train_together(policy, tmp_path):
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_two_gpus_draw_and_train_together(policy, tmp_path, tensor_parallel):
     problems = tmp_path / "problems.jsonl"
     sums = [(a, b) for a in range(1, 9) for b in range(1, 9)]
     jsonl.write(
@@ -145,7 +146,7 @@ def test_two_gpus_draw_and_train_together(policy, tmp_path):
     options = (
         f"--policy {policy} --problems {problems} --out {tmp_path / 'rl'} --template none --steps 2 --max-rounds 2 "
         "--problems-per-step 8 --group-size 16 --max-tokens 32 --overlong-buffer 0 --minibatches 2 --dtype bfloat16 "
-        "--gradient-checkpointing --memory-fraction 0.2 --save-every 1"
+        f"--gradient-checkpointing --memory-fraction 0.2 --save-every 1 --tensor-parallel {tensor_parallel}"
     )
     launch = "accelerate.commands.launch --config_file configs/accelerate/gpu8-fsdp2.yaml --num_processes 2"
     done = subprocess.run(

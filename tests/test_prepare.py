@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import random
 import sys
@@ -97,6 +98,7 @@ def run(tmp_path, source, out="out.jsonl", **options):
 
 
 def write_jsonl(path, *rows):
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -133,24 +135,29 @@ def test_without_a_network_a_preset_says_how_to_use_a_local_file(tmp_path, monke
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_local_files_of_every_kind_give_the_same_problems(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "separator"),
+    [("jsonl", ""), ("json", ""), ("csv", ","), ("csv", ";"), ("csv", "\t"), ("tsv", "\t"), ("parquet", ""),
+     ("jsonl.gz", ""), ("json.gz", ""), ("csv.gz", ";"), ("TSV.GZ", "\t"), ("parquet.gz", "")],
+)  # fmt: skip
+def test_local_files_of_every_kind_give_the_same_problems(tmp_path, suffix, separator):
     rows = [
         HUB_SHAPES["HuggingFaceH4/aime_2024"](*cell) for cell in flatten(enumerate(zip(TEXTS, ANSWERS, strict=True)))
     ]
-    path = tmp_path / f"aime.{suffix}"
-    if suffix == "jsonl":
+    path, packed = tmp_path / "aime", tmp_path / f"aime.{suffix}"
+    if suffix.startswith("jsonl"):
         write_jsonl(path, *rows)
-    elif suffix == "json":
+    elif suffix.startswith("json"):
         path.write_text(json.dumps(rows, indent=1))
-    elif suffix == "csv":
+    elif separator:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[0], delimiter=separator)
             writer.writeheader()
             writer.writerows(rows)
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    problems = run(tmp_path, "aime-2024", from_=str(path))
+    packed.write_bytes(gzip.compress(path.read_bytes()) if suffix.lower().endswith("gz") else path.read_bytes())
+    problems = run(tmp_path, "aime-2024", from_=str(packed))
     assert [(one["id"], one["problem"], one["answer"]) for one in problems] == [
         (f"aime-2024/{60 + number}", text, answer)
         for number, (text, answer) in enumerate(zip(TEXTS, ANSWERS, strict=True))
@@ -165,6 +172,64 @@ def test_a_json_file_may_hold_one_object_a_line(tmp_path):
 def test_columns_can_be_named_nested_ones_too(tmp_path):
     path = write_jsonl(tmp_path / "mine.jsonl", {"text": "1 + 1?", "meta": {"gold": 2}, "answer": "9"})
     assert run(tmp_path, path, problem_column="Text", answer_column="meta.gold")[0]["answer"] == "2"
+
+
+def test_the_nested_columns_of_verl_are_guessed_and_can_be_named(tmp_path, capsys):
+    rows = [{"prompt": [{"role": "user", "content": text}, {"role": "assistant", "content": "Hm."}],
+             "reward_model": {"style": "rule", "ground_truth": answer}, "extra_info": {"index": text[8:]}}
+            for text, answer in zip(TEXTS, ANSWERS, strict=True)]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "verl.parquet")
+    guessed = run(tmp_path, str(tmp_path / "verl.parquet"))
+    assert "problems are read from column prompt, answers from reward_model.ground_truth, ids from a hash" in (
+        capsys.readouterr().err
+    )
+    named = run(
+        tmp_path,
+        str(tmp_path / "verl.parquet"),
+        out="named.jsonl",
+        problem_column="prompt[0].content",
+        answer_column="reward_model.ground_truth",
+    )
+    assert guessed == named
+    assert [(problem["problem"], problem["answer"]) for problem in named] == list(zip(TEXTS, ANSWERS, strict=True))
+    with pytest.raises(InputError, match=r"no column 'prompt\[2\]\.content' among prompt, reward_model"):
+        run(tmp_path, str(tmp_path / "verl.parquet"), out="none.jsonl", problem_column="prompt[2].content")
+
+
+def test_a_path_leads_into_lists_and_objects_and_not_into_texts(tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", {"prompt": "1 + 1?", "a": [[{"b": "2 + 2?"}]], "answer": "2"})
+    assert run(tmp_path, path, problem_column="a[-1][0].b")[0]["problem"] == "2 + 2?"
+    for column in ("prompt[0]", "prompt.b", "a.b", "a[0].b", "a[1]"):
+        with pytest.raises(InputError, match="no column"):
+            run(tmp_path, path, out="none.jsonl", problem_column=column)
+
+
+def test_a_column_that_earlier_rows_have_is_missed_in_a_path_too(tmp_path):
+    chats = [[{"role": "user", "content": "1 + 1?"}], []]
+    path = write_jsonl(tmp_path / "mine.jsonl", *({"prompt": chat, "answer": "2"} for chat in chats))
+    with pytest.raises(InputError, match=r"mine\.jsonl:2: no column 'prompt\[0\]\.content', which earlier rows have"):
+        run(tmp_path, path, problem_column="prompt[0].content")
+
+
+def test_columns_are_kept_as_they_are_when_asked(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        '{"problem": "1 + 1?", "answer": 2, "level": 0.10, "meta": {"tags": ["sum", null]}, "rest": 1}\n'
+        '{"problem": "1 + 2?", "answer": 3, "level": "hard", "meta": {"tags": []}, "rest": 2}\n'
+    )
+    first, second = run(tmp_path, str(path), keep_column=["Level", "meta.tags"])
+    assert (first["level"], first["meta.tags"]) == (0.1, ["sum", None])
+    assert (second["level"], second["meta.tags"]) == ("hard", [])
+    assert "rest" not in first
+    assert list(run(tmp_path, str(path), out="plain.jsonl")[0]) == ["id", "problem", "answer", "source"]
+
+
+def test_a_copys_kept_columns_do_not_depend_on_the_order_of_the_rows(tmp_path):
+    rows = [{"problem": "1 + 1?", "answer": "2", "level": level} for level in (3, 1, 2)]
+    orders = (rows, rows[::-1])
+    files = [write_jsonl(tmp_path / f"{number}/mine.jsonl", *order) for number, order in enumerate(orders)]
+    kept = [run(tmp_path, file, out=f"{file}.out.jsonl", keep_column=["level"]) for file in files]
+    assert kept[0] == kept[1]
 
 
 def test_integers_are_exact_whatever_their_length_and_way_of_writing(tmp_path):
@@ -344,6 +409,10 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         ("a.csv", 'problem,answer\n"a,1\n', "not valid CSV"),
         ("a.parquet", "no parquet", "a.parquet: not a parquet file"),
         ("a.txt", "a", "must end in one of .jsonl"),
+        ("a.txt.gz", "a", "must end in one of .jsonl"),
+        ("a.csv.gz", "problem,answer\n", "a.csv.gz: not a whole gzip file"),
+        ("a.jsonl.gz", "\x1f", "a.jsonl.gz: not a whole gzip file"),
+        ("a.tsv", "problem\tanswer\nb\n", "a.tsv:2: expected 2 fields"),
     ],
 )
 def test_a_fault_in_a_file_is_told_with_its_place_and_nothing_is_written(tmp_path, name, content, fault):
@@ -352,6 +421,23 @@ def test_a_fault_in_a_file_is_told_with_its_place_and_nothing_is_written(tmp_pat
         run(tmp_path, str(tmp_path / name))
     assert fault in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("column", "fault"),
+    [
+        ("Source", "--keep-column source: a problem has a field of that name already: rename the column"),
+        ("level", "no column 'level' among problem, answer, source, big; name another with --keep-column"),
+        ("big", "a.jsonl:1: --keep-column big: Integer exceeds 64-bit range: store it as text"),
+    ],
+)
+def test_a_column_that_can_not_be_kept_is_refused(tmp_path, column, fault):
+    row = {"problem": "a", "answer": "1", "source": "me", "big": 10**30}
+    path = write_jsonl(tmp_path / "a.jsonl", row)
+    with pytest.raises(InputError) as caught:
+        run(tmp_path, path, keep_column=[column])
+    assert fault in str(caught.value)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize(

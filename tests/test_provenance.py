@@ -63,9 +63,9 @@ def test_options_without_effect_are_few_and_known():
     free = {(stage, name) for stage, name in OPTIONS if not declared(load(stage).run)[name].has_effect}
     recorded = {(stage, name) for stage, name in free if not declared(load(stage).run)[name].is_place}
     assert recorded == {
-        *((stage, "memory_fraction") for stage in ("rl", "sample", "eval")),
+        *((stage, name) for stage in ("rl", "sample", "eval") for name in ("memory_fraction", "tensor_parallel")),
         *(("rl", name) for name in ("save_every", "keep_state", "alarm_grad_norm", "mismatch_bound", "tracker")),
-        ("rl", "restart_if_changed"),
+        *(("rl", name) for name in ("restart_if_changed", "valid", "valid_every", "valid_samples")),
         ("filter", "dry_run"),
         *(("report", name) for name in ("table", "tsv")),
     }

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import orjson
 import pytest
 
@@ -85,3 +87,21 @@ def test_a_duplicate_problem_id_is_an_error_that_names_both_lines(tmp_path):
     path = write(tmp_path / "file.jsonl", PROBLEM, {**PROBLEM, "id": "mine/2"}, PROBLEM)
     with pytest.raises(InputError, match=r"file.jsonl:3: problem id 'mine/1' was already used on line 1"):
         records.read_problems(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", [ROLLOUT, EXAMPLE, RESULT], ids=["rollouts", "examples", "results"])
+def test_records_open_in_one_line_of_pandas_and_datasets_as_the_readme_says(record, tmp_path, monkeypatch):
+    import datasets
+    import pandas
+
+    lines = [{**record, "problem_id": "025"}, {**record, "problem_id": "7"}]
+    for place in ("runs/1/examples.jsonl", "runs/1/rl/rollouts/step_000001.jsonl"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / place, *lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    readme = (Path(records.__file__).parents[2] / "README.md").read_text().splitlines()
+    by_pandas, by_datasets = (line for line in readme if line.startswith(("pandas.", "datasets.")))
+    assert eval(by_pandas, {"pandas": pandas}).to_dict("records") == lines
+    assert eval(by_datasets, {"datasets": datasets}).to_list() == lines

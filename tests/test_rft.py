@@ -13,6 +13,7 @@ from rloop_cli import warm
 from stages import rft
 from stages.core import jsonl, policies, provenance
 from stages.core.errors import CollapseError, InputError
+from stages.rft import card as cards
 from stages.rft import examples as ready
 from tests import ranks
 
@@ -239,7 +240,7 @@ def test_the_loss_falls_and_the_log_holds_every_step(tuned):
 def test_the_output_is_a_checkpoint_and_its_account_and_nothing_else(files, tuned):
     from transformers import AutoModelForCausalLM
 
-    account = {"log.tsv", "metrics.json", "manifest.json"}
+    account = {"log.tsv", "metrics.json", "manifest.json", "README.md"}
     assert {path.name for path in tuned.iterdir()} == {path.name for path in Path(files.policy).iterdir()} | account
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (tuned / name).read_text() == (Path(files.policy) / name).read_text()
@@ -252,6 +253,48 @@ def test_the_output_is_a_checkpoint_and_its_account_and_nothing_else(files, tune
         "examples": provenance.digest(files.examples),
     }
     assert not list(tuned.parent.glob(".*"))
+
+
+@pytest.mark.slow
+def test_the_model_card_is_read_by_the_hub_and_says_base_method_data_and_figures(files, tuned):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(tuned / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["rloop", "rejection-fine-tuning", "math"],
+    }
+    metrics = json.loads((tuned / "metrics.json").read_text())
+    for told in (
+        f"**Base**: `{files.policy}`.",
+        "rejection fine-tuning",
+        f"`{files.examples}`, 24 completions of 24 problems.\n",
+        f"| loss_last | {metrics['loss_last']:.4g} |",
+        "| lr | 0.003 |",
+        f"    {EXAMPLES[0]['prompt']}\n",
+    ):
+        assert told in card.text
+
+
+def test_a_card_names_the_hub_id_that_the_policy_goes_back_to_and_how_its_examples_were_chosen(tmp_path):
+    from huggingface_hub import ModelCard
+
+    assert cards.base_of("org/model") == "org/model"
+    assert cards.base_of(str(tmp_path)) == ""
+    (tmp_path / "manifest.json").write_text(json.dumps({"base_model": "org/model"}))
+    assert cards.base_of(str(tmp_path)) == "org/model"
+    filtered = {"stage": "filter", "parameters": {"max_pass_rate": 0.1}, "counts": {"rollouts": 9000}}
+    (tmp_path / "e.manifest.json").write_text(json.dumps(filtered))
+    manifest = {"policy": "runs/1/policy", "examples": str(tmp_path / "e.jsonl"), "base_model": "org/model"}
+    manifest["parameters"] = dict.fromkeys(cards.SETTINGS, 1)
+    prompt = "---\n```\n{problem}: é\n\n# 1+1=\n"
+    written = ModelCard(cards.card(manifest, {"loss": 0.5}, [example(prompt, "2")]))
+    assert written.data.base_model == "org/model"
+    assert "`runs/1/policy`, from `org/model`" in written.text
+    assert "the successes among 9,000 rollouts" in written.text
+    assert "rate in that phase was below 0.1." in written.text
+    assert "    ---\n    ```\n    {problem}: é\n    \n    # 1+1=\n" in written.text
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import filecmp
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from stages.rl import Options
 from stages.rl.rundir import RunDir
 from tests import ranks
 
-TIMINGS = ("seconds", "handover_s", "update_s", "generate_s", "verify_s", "tokens_per_s")
+TIMINGS = ("seconds", "handover_s", "update_s", "generate_s", "verify_s", "valid_s", "tokens_per_s")
 SMALL = (  # noqa: SIM905
     "--template none --problems-per-step 8 --group-size 16 --max-tokens 32 --overlong-buffer 0 --minibatches 2 "
     "--lr 2e-3 --warmup-steps 0 --max-rounds 3"
@@ -34,6 +35,15 @@ def easy(tmp_path_factory):
     path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
     sums = [(a, b) for a in range(1, 10) for b in range(1, 5)]
     jsonl.write(path, ({"id": f"{a}+{b}", "problem": f"{a}+{b}=?", "answer": "7", "source": "easy"} for a, b in sums))
+    return path
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """A validation set whose prompts are longer than those of `easy`."""
+    path = tmp_path_factory.mktemp("held_out") / "held_out.jsonl"
+    sums = [f"{a}+{b}+{a}+1=?" for a in range(1, 5) for b in range(1, 3)]
+    jsonl.write(path, ({"id": text, "problem": text, "answer": "7", "source": "held_out"} for text in sums))
     return path
 
 
@@ -58,10 +68,11 @@ def wait_for(condition, is_alive, limit_s=300):
 
 
 @pytest.fixture(scope="module")
-def whole_run(toy, easy, tmp_path_factory):
-    """An uninterrupted run of 8 steps."""
+def whole_run(toy, easy, held_out, tmp_path_factory):
+    """An uninterrupted run of 8 steps, measured on a validation set."""
     out = tmp_path_factory.mktemp("whole") / "rl"
-    arguments = command(toy / "policy", easy, out, "--steps", 8, "--save-every", 2, "--checkpoint-every", 4)
+    options = ("--steps", 8, "--save-every", 2, "--checkpoint-every", 4, "--valid", held_out, "--valid-every", 4)
+    arguments = command(toy / "policy", easy, out, *options)
     code, printed = run(arguments, out.with_suffix(".log"))
     assert code == 0, printed
     return out
@@ -106,26 +117,48 @@ def test_a_finished_run_leaves_checkpoints_metrics_and_the_last_state(whole_run)
 
 
 @pytest.mark.slow
+def test_while_it_trains_a_run_measures_what_eval_does_of_its_checkpoints(whole_run, toy, held_out, tmp_path):
+    policies = ("--policy", toy / "policy", "--policy", whole_run / "checkpoints")
+    shape = ("--template", "none", "--max-tokens", 32, "--num-samples", 4, "--k", 4)
+    arguments = ["eval", *policies, "--problems", held_out, "--out", tmp_path / "eval", *shape]
+    code, printed = run(list(map(str, arguments)), tmp_path / "eval.log")
+    assert code == 0, printed
+    of_policies = json.loads((tmp_path / "eval/metrics.json").read_bytes())["policies"].values()
+    rows, metrics = RunDir(whole_run).log_rows(), json.loads((whole_run / "metrics.json").read_bytes())
+    assert [row["step"] for row in rows if "valid" in row] == [4, 8]
+    measured = [rows[0]["valid_start"], rows[3]["valid"], rows[7]["valid"]]
+    assert measured == pytest.approx([of_policy["avg@4"]["value"] for of_policy in of_policies], abs=1e-5)
+    assert measured[2] > measured[0]
+    assert metrics["valid_start"] == measured[0]
+    assert metrics["valid_last"] == measured[2]
+
+
+@pytest.mark.slow
 def test_killed_terminated_and_made_longer_a_run_ends_bit_for_bit_as_if_nothing_had_happened(
-    whole_run, toy, easy, tmp_path
+    whole_run, toy, easy, held_out, tmp_path
 ):
+    """Nor do measurements change anything: this run makes others than `whole_run` does."""
     out = tmp_path / "rl"
     arguments = command(toy / "policy", easy, out, "--save-every", 2, "--checkpoint-every", 4, "--steps")
     moments = [
         lambda: (out / "rollouts/step_000001.jsonl").exists(),  # in the first step, before any state
         lambda: (out / "checkpoints/step_000004").exists() and not (out / "state/step_000004").exists(),
     ]
-    for moment in moments:
+    for moment, ending in zip(moments, (signal.SIGKILL, signal.SIGINT), strict=True):
         process = warm.start([*arguments, "4"], tmp_path, tmp_path / "killed.log")
         wait_for(moment, process.is_alive)
-        process.kill()
+        os.kill(process.pid, ending)
         process.join()
         assert not (out / "manifest.json").exists()
+    assert process.exitcode == 130
+    last = (tmp_path / "killed.log").read_text().splitlines()[-1]
+    assert re.fullmatch(r"rloop: interrupted; the same command goes on after step [24]", last)
     code, printed = run([*arguments, "4"], tmp_path / "rl.log")
     assert code == 0, printed
     assert json.loads((out / "metrics.json").read_bytes())["steps"] == 4
 
-    process = warm.start([*arguments, "8"], tmp_path, tmp_path / "terminated.log")
+    other = [*arguments, "8", "--valid", str(easy), "--valid-every", "1"]
+    process = warm.start(other, tmp_path, tmp_path / "terminated.log")
     wait_for(lambda: len(RunDir(out).log_rows()) == 5, process.is_alive)
     code, printed = run([*arguments, "8"], tmp_path / "second.log")
     assert code == 2
@@ -138,18 +171,22 @@ def test_killed_terminated_and_made_longer_a_run_ends_bit_for_bit_as_if_nothing_
     assert len(list((out / "rollouts").iterdir())) == done
     assert not (out / "manifest.json").exists()
 
-    code, printed = run([*arguments, "8", "--no-keep-state"], tmp_path / "rl.log")
+    code, printed = run([*arguments, "8", "--valid", str(held_out), "--valid-every", "5"], tmp_path / "rl.log")
     assert code == 0, printed
-    assert not (out / "state").exists()
-    for kind in ("rollouts/*", "checkpoints/*/*"):
+    for kind in ("rollouts/*", "checkpoints/*/*", "state/*/[!.]*"):  # torch notes a path and a random name in .metadata
         names = sorted(str(path.relative_to(whole_run)) for path in whole_run.glob(kind))
         assert names == sorted(str(path.relative_to(out)) for path in out.glob(kind))
         assert all(filecmp.cmp(whole_run / name, out / name, shallow=False) for name in names)
-    stripped = [
-        [{name: value for name, value in row.items() if name not in TIMINGS} for row in RunDir(path).log_rows()]
-        for path in (whole_run, out)
-    ]
+    rows = [RunDir(path).log_rows() for path in (whole_run, out)]
+    assert rows[0][7]["valid"] == rows[1][7]["valid"]
+    assert "36 of 36 problems of --valid are trained on, too" in (tmp_path / "terminated.log").read_text()
+    assert "valid" in rows[1][4], "step 5, of the part that was terminated"
+    apart = {*TIMINGS, "valid", "valid_start"}
+    stripped = [[{name: row[name] for name in row.keys() - apart} for row in of_run] for of_run in rows]
     assert stripped[0] == stripped[1]
+    code, printed = run([*arguments, "8", "--no-keep-state"], tmp_path / "rl.log")
+    assert code == 0, printed
+    assert not (out / "state").exists()
 
 
 @pytest.mark.slow
@@ -230,10 +267,6 @@ def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_po
     assert not (tmp_path / "rl").exists()
 
 
-DDP = (
-    *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
-    *("--config_file", str(ranks.ROOT / "configs/accelerate/cpu2.yaml"), "-m", "rloop_cli"),
-)
 STARTER = (  # under nohup a run is meant to outlive its starter, so SIGHUP is put back
     "import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     "subprocess.Popen(['bash', '-c', '\"$@\"; true', *sys.argv]); input()"
@@ -263,7 +296,7 @@ def check_the_ranks_work(out, steps):
 def test_two_processes_end_with_the_starter_of_their_launcher_and_go_on_when_started_again(toy, easy, tmp_path):
     out, environment = tmp_path / "rl", os.environ | ranks.ENVIRONMENT
     arguments = command(toy / "policy", easy, out, "--save-every", 100, "--steps")
-    launch = [*DDP, *arguments]
+    launch = [*ranks.DDP, *arguments]
     log = (tmp_path / "log").open("w")
     starter = subprocess.Popen(
         [sys.executable, "-c", STARTER, *launch, "500"],
@@ -296,10 +329,11 @@ def test_two_processes_end_with_the_starter_of_their_launcher_and_go_on_when_sta
 
 
 @pytest.mark.slow
-def test_the_paper_s_combination_goes_on_after_a_kill_as_if_nothing_had_happened(toy, easy, tmp_path):
+def test_the_paper_s_combination_goes_on_after_a_kill_as_if_nothing_had_happened(toy, easy, held_out, tmp_path):
     """Two ranks, bfloat16, FSDP2, gradient checkpointing, mini-batches; a copy of what lay on disk after step 1."""
     out, killed = tmp_path / "rl", tmp_path / "killed"
     options = ("--steps", 2, "--save-every", 1, "--checkpoint-every", 1, "--dtype", "bfloat16")
+    options = (*options, "--valid", held_out, "--valid-every", 1, "--valid-samples", 3)
     launch = [*ranks.LAUNCH, *command(toy / "policy", easy, out, *options, "--gradient-checkpointing")]
     environment = os.environ | ranks.ENVIRONMENT
     with (tmp_path / "log").open("w") as log:
@@ -320,6 +354,9 @@ def test_the_paper_s_combination_goes_on_after_a_kill_as_if_nothing_had_happened
         assert row["num_kept"] >= 1
         assert row["skipped_updates"] == 0
         assert 1e-4 < row["mismatch"] < 0.05  # nats a token: that of bfloat16
+    measured = [row["valid"] for row in RunDir(out).log_rows()] + [RunDir(out).log_rows()[0]["valid_start"]]
+    assert all(24 * value == pytest.approx(round(24 * value), abs=1e-3) for value in measured)
+    assert any(measured)
     config = json.loads((out / "checkpoints/step_000002/config.json").read_text())
     assert config["dtype"] == "bfloat16"
 

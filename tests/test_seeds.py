@@ -88,8 +88,15 @@ class Ranks:
         )  # fmt: skip
 
 
-def engine():
-    made = VllmEngine.__new__(VllmEngine)
+class Follower(VllmEngine):
+    """The engine on a rank that shares it with the one before, which keeps what is drawn."""
+
+    keeps = False
+
+
+def engine(keeps=True):
+    kind = VllmEngine if keeps else Follower
+    made = kind.__new__(kind)
     made._asleep = made.sleeps = False
     made.tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: ["\\boxed{7}"] * len(ids))
     made.load = lambda weights: None
@@ -101,17 +108,17 @@ def engine():
 def explore(tmp_path, monkeypatch):
     """Run `steps` steps on so many ranks; the (problem, sample, seed) that each rank asked for."""
 
-    def run(out="rl", num_ranks=1, steps=2, done=0, seed=0, origin="start"):
+    def run(out="rl", num_ranks=1, steps=2, done=0, seed=0, origin="start", shared=1):
         ranks = Ranks(num_ranks)
         directory = RunDir(tmp_path / out)
         if not done:
             directory.begin(Identity("rl", {}, {}, {}), False)
         monkeypatch.setattr(explorer_module, "gather_object", lambda given: list(chain(*ranks.exchange(given))))
         options = Options(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
-                      max_rounds=1, save_every=1, seed=seed)  # fmt: skip
+                      max_rounds=1, save_every=1, seed=seed, tensor_parallel=shared)  # fmt: skip
         problems = [{"id": f"p{i}", "problem": "", "answer": "7", "source": ""} for i in range(NUM_PROBLEMS)]
         prompts = [Prompt(problem, "", [number]) for number, problem in enumerate(problems)]
-        engines = [engine() for _ in range(num_ranks)]
+        engines = [engine(keeps=rank % shared == 0) for rank in range(num_ranks)]
 
         def work(rank):
             ranks.here.rank = rank
@@ -145,6 +152,17 @@ def test_two_ranks_draw_what_one_draws_each_its_share(explore):
     first, second = explore("both", num_ranks=2)
     assert first and second and not seeds(first) & seeds(second)
     assert sorted(first + second) == sorted(alone)
+
+
+def test_four_ranks_with_two_engines_draw_what_one_draws_each_pair_the_same(explore, tmp_path):
+    (alone,) = explore("alone")
+    first, second, third, fourth = explore("pairs", num_ranks=4, shared=2)
+    assert first == second != third == fourth
+    assert sorted(first + third) == sorted(alone)
+    files = sorted((tmp_path / "pairs/rollouts").iterdir())
+    assert [file.read_bytes() for file in files] == [
+        (tmp_path / "alone/rollouts" / file.name).read_bytes() for file in files
+    ]
 
 
 def test_another_seed_and_another_start_policy_draw_other_noise(explore):

@@ -1,4 +1,5 @@
 """When to stop: on SIGTERM, noticed between two steps of the engine, and when the process that started a stage dies.
+On Ctrl-C at once; `going_on` then says what is kept.
 
 What sends SIGTERM kills a while later: torchelastic (`accelerate launch`, `torchrun`) after the seconds of
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 if that is not set, Slurm after KillWait, 30 by default.
@@ -8,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def stop_signal() -> Iterator[StopSignal]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def going_on(where: Callable[[], str]) -> Iterator[None]:
+    """Let a Ctrl-C within the block say `where` the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(where()) from None
 
 
 def granted_s() -> int | None:

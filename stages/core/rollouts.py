@@ -126,6 +126,7 @@ def draw(
 
     `on_group` is called with the number of tokens of each finished group, for progress bars. The scores may still be
     under way when this returns; the first look at `Group.scores` waits for them. Raises Stopped once `should_stop`.
+    Of the ranks that share an engine the first gets the groups, the others none.
     """
     groups: dict[int, Group] = {}
 
@@ -135,7 +136,7 @@ def draw(
             on_group(group.num_tokens)
 
     draw_each(engine, verifier, prompts, sampling, finished, should_stop)
-    return [groups[index] for index in range(len(prompts))]
+    return [groups[index] for index in sorted(groups)]
 
 
 def draw_each(

@@ -18,7 +18,7 @@ from typing import Annotated, Any, BinaryIO
 
 import orjson
 
-from stages.core import jsonl, lineage, outputs, records
+from stages.core import jsonl, lineage, outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, checked, values
 from stages.core.progress import warn
@@ -34,12 +34,10 @@ def run(
     *,
     rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable", PLACE],
     out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", PLACE] = "",
+    problems: Annotated[Path | None, "write the hard ones of these problems (JSONL), not examples", PLACE] = None,
     policy: Annotated[str, "take only the rollouts of this policy; needed where there are several"] = "",
     max_pass_rate: Annotated[
-        float,
-        "a problem is hard if its pass rate lies strictly below this; 10 % is 0.1, 1 is no bound",
-        above(0),
-        at_most(1),
+        float, "a problem is hard if its pass rate is below this; 10 % is 0.1, 1 is no bound", above(0), at_most(1)
     ] = 0.1,
     max_per_problem: Annotated[
         int, "keep at most so many successes of a problem, drawn at random; 0 keeps all", at_least(0)
@@ -58,6 +56,9 @@ def run(
     input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
     Beside FILE.jsonl FILE.manifest.json says how it came about.
 
+    With --problems, the file that the rollouts are of, its hard problems are written in the place of examples, for rl:
+    those below --max-pass-rate that were solved at least once, each with its pass rate.
+
     Example: rloop filter --rollouts loop/1/rl --out loop/1/examples.jsonl --max-pass-rate 0.5
     """
     given, start = locals(), time.monotonic()
@@ -71,9 +72,9 @@ def run(
         return
     manifest_file = Path(out).with_suffix(".manifest.json")
     with outputs.claimed(out, manifest_file):
-        counts = _choose(sources, out, parameters)
+        counts = (_choose if problems is None else _choose_problems)(sources, out, parameters)
         if out != "-":
-            read = lineage.recorded(_inputs(rollouts))
+            read = lineage.recorded([*_inputs(rollouts), *([problems] if problems else [])])
             identity = identify(run, given, read["inputs"])
             record = manifest(identity, counts, time.monotonic() - start, rollouts=rollouts, stamps=read["stamps"])
             outputs.write_json(manifest_file, record)
@@ -102,6 +103,29 @@ def _choose(sources: list["_Source"], out: str, parameters: dict[str, Any]) -> d
     print(_summary(tallies, hard, sum(choice.num_candidates().values()), count, max_pass_rate, out), file=sys.stderr)
     num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
     return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
+
+
+def _choose_problems(sources: list["_Source"], out: str, parameters: dict[str, Any]) -> dict[str, int]:
+    """Write the hard ones of --problems, in their order, each with its pass rate; return the counts of the manifest."""
+    max_pass_rate, file = parameters["max_pass_rate"], parameters["problems"]
+    by_id = {problem["id"]: problem for problem in records.read_problems(file)}
+    tallies, _ = _count(sources, True, parameters["policy"])
+    if strange := [name for name in tallies if name not in by_id]:
+        raise InputError(f"--problems {file}: lacks {tabular.some(strange)}: name the file that the rollouts are of")
+    hard = [
+        name for name in by_id if (tally := tallies.get(name)) and tally.num_correct and tally.is_below(max_pass_rate)
+    ]
+    if not hard:
+        raise InputError(_nothing_selected(tallies, max_pass_rate))
+    count = jsonl.write(out, ({**by_id[name], "pass_rate": tallies[name].pass_rate} for name in hard))
+    unsolved = sum(not tally.num_correct for tally in tallies.values())
+    print(
+        f"filter: of {len(tallies):,} problems with rollouts {count:,} are solved, with a pass rate below "
+        f"{max_pass_rate:g}; {unsolved:,} were never solved -> {'stdout' if out == '-' else out}",
+        file=sys.stderr,
+    )
+    num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
+    return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": count}
 
 
 def _check_out(out: str) -> None:

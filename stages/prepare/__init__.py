@@ -19,6 +19,8 @@ from stages.core.verifier import Verifier
 from stages.prepare import curation, sources
 from stages.prepare.sources import Source
 
+PROBLEM_DEFAULT = f"if not given, the first of {', '.join(sources.PROBLEM_COLUMNS)}"
+ANSWER_DEFAULT = f"if not given, the first of {', '.join(sources.ANSWER_COLUMNS)}"
 CHECKED_AT_ONCE = 128  # answers between two moves of the bar
 
 
@@ -28,14 +30,17 @@ def run(
     source: Annotated[
         str,
         "a preset (dapo-17k, aime-2024, minerva-math, omni-math, math-500, gsm8k-train, gsm8k-test), a hub id, or a "
-        "local .jsonl, .json, .csv or .parquet",
+        "local .jsonl, .json, .csv (comma, semicolon or tab), .tsv or .parquet, or one of these with .gz",
     ],
     out: Annotated[
         str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PLACE
     ],
     from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PLACE] = "",
-    problem_column: Annotated[str, "column of the problem; a.b is field b of column a"] = "",
-    answer_column: Annotated[str, "column of the answer, or of a solution with the answer in its last \\boxed{}"] = "",
+    problem_column: Annotated[str, f"column of the problem, such as prompt[0].content; {PROBLEM_DEFAULT}"] = "",
+    answer_column: Annotated[
+        str, f"column of the answer, or of a solution with the answer in its last \\boxed{{}}; {ANSWER_DEFAULT}"
+    ] = "",
+    keep_column: Annotated[list[str], "keep this column in the records, under its name; repeatable"] = [],  # noqa: B006
     config: Annotated[str, "configuration of a hub id"] = "",
     split: Annotated[str, "split of a hub id, train[:100] included"] = "",
     limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all", at_least(0)] = 0,
@@ -75,7 +80,7 @@ def run(
 def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:
     """The problems to write; InputError if none is left."""
     limit, seed, drop_unparseable = (parameters[name] for name in ("limit", "seed", "drop_unparseable"))
-    rows = _rows(origin, parameters["problem_column"], parameters["answer_column"])
+    rows = _rows(origin, parameters["problem_column"], parameters["answer_column"], parameters["keep_column"])
     with Verifier() as grader:
         curated = curation.collect(rows, origin.name, partial(_same_answer, grader))
         curation.decontaminate(curated, _problem_texts(others))
@@ -90,19 +95,27 @@ def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) ->
     return curated
 
 
-def _rows(source: Source, problem_column: str, answer_column: str) -> Iterator[tuple[str, str, str]]:
-    """(problem, answer, the row's own id or "") of every row; the first row decides which columns these are."""
+def _rows(source: Source, problem_column: str, answer_column: str, keep: list[str]) -> Iterator[curation.Row]:
+    """What is taken of every row; the first row decides which columns these are."""
     id_column = None
     for where, row in _shown(sources.rows(source)):
         if id_column is None:
             problem_column = sources.problem_column(row, problem_column, where)
             answer_column = sources.answer_column(row, answer_column, where)
             id_column = sources.id_column(row)
-        yield (
+            keep = sources.kept_columns(row, keep, where)
+            _say_columns(problem_column, answer_column, id_column)
+        yield curation.Row(
             curation.problem_text(sources.value(row, problem_column, where), where),
             curation.answer_text(sources.value(row, answer_column, where), source.is_integers, where),
             str(row[id_column]) if row.get(id_column) is not None else "",
+            curation.kept_fields({name: sources.value(row, name, where) for name in keep}, where),
         )
+
+
+def _say_columns(problem: str, answer: str, own_id: str) -> None:
+    ids = f"ids from {own_id}" if own_id else "ids from a hash of the problem"
+    print(f"problems are read from column {problem}, answers from {answer}, {ids}", file=sys.stderr)
 
 
 def _same_answer(verifier: Verifier, first: str, second: str) -> bool:

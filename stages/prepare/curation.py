@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple, cast
+
+import orjson
 
 from stages.core.errors import InputError
 from stages.core.records import Problem
@@ -40,6 +42,18 @@ TITLES = {
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _INTEGER_WITH_POINT = re.compile(r"([+-]?[0-9]+)\.0*")
 _LAYOUT = re.compile(r"\\left|\\right|[^\w+\-*/()=<>^]|_")
+
+
+class Row(NamedTuple):
+    """What is taken of a row: problem and answer as texts, "" if there is none; `own_id` is the source's, or "".
+
+    `kept` are other columns that go into the record, as a JSON object.
+    """
+
+    problem: str
+    answer: str
+    own_id: str = ""
+    kept: bytes = b"{}"
 
 
 def problem_text(value: Any, where: str) -> str:
@@ -98,6 +112,21 @@ def _decimal_text(value: float | Decimal, where: str) -> str:
     return str(int(value)) if is_exact and value == int(value) else str(value)
 
 
+def kept_fields(fields: Mapping[str, Any], where: str) -> bytes:
+    """Further columns of a row as JSON; InputError for one that has the name of a Problem's field, or can't be JSON."""
+    if taken := sorted(fields.keys() & Problem.__annotations__.keys()):
+        raise InputError(f"--keep-column {taken[0]}: a problem has a field of that name already: rename the column")
+    try:
+        return orjson.dumps(fields, default=_as_json)
+    except orjson.JSONEncodeError as error:
+        raise InputError(f"{where}: --keep-column {', '.join(fields)}: {error}: store it as text") from None
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON has no type for: an exact decimal as a number, a date and the like as text."""
+    return float(value) if isinstance(value, Decimal) else str(value)
+
+
 def same_text(text: str) -> str:
     """What two problems share if one is a copy of the other: everything but white space."""
     return " ".join(text.split())
@@ -132,53 +161,56 @@ class Curated:
         return aligned([(title, f"{self.counts[name]:,}", shown[name]) for name, title in TITLES.items()], "lrl")
 
 
-def collect(rows: Iterable[tuple[str, str, str]], source: str, same_answer: Callable[[str, str], bool]) -> Curated:
-    """Every problem once, from rows of (problem, answer, the row's own id or "").
+def collect(rows: Iterable[Row], source: str, same_answer: Callable[[str, str], bool]) -> Curated:
+    """Every problem once.
 
     A text with contradictory answers is dropped: none of them can be trusted. Ids are
     `source`/own id if every problem has one of its own, else `source`/hash of the text: they don't depend on the
     order of the rows.
     """
     counts: Counter[str] = Counter()
-    kept: dict[bytes, tuple[str, str, str]] = {}
+    kept: dict[bytes, Row] = {}
     contradictory: set[bytes] = set()
-    for raw, answer, own_id in rows:
+    for raw in rows:
         counts["rows"] += 1
-        problem = raw.replace(LOST_FRAC, "\\frac{")
-        key = _hash(same_text(problem))
-        if not problem or not answer:
-            counts["empty_answer" if problem else "empty_problem"] += 1
+        row = raw._replace(problem=raw.problem.replace(LOST_FRAC, "\\frac{"))
+        key = _hash(same_text(row.problem))
+        if not row.problem or not row.answer:
+            counts["empty_answer" if row.problem else "empty_problem"] += 1
         elif key not in kept:
-            kept[key] = (problem, answer, own_id)
-            counts["mended"] += problem != raw
+            kept[key] = row
+            counts["mended"] += row.problem != raw.problem
         else:
             counts["duplicate"] += 1
-            if kept[key][1] != answer and not same_answer(kept[key][1], answer):
+            if kept[key].answer != row.answer and not same_answer(kept[key].answer, row.answer):
                 contradictory.add(key)
-            kept[key] = min(kept[key], (problem, answer, own_id), key=_rank)
+            kept[key] = min(kept[key], row, key=_rank)
     curated = Curated(_problems(kept, source), counts)
     keys = dict(zip((problem["id"] for problem in curated.problems), kept, strict=True))
     _drop(curated, "contradictory", lambda problem: keys[problem["id"]] in contradictory)
     return curated
 
 
-def _rank(copy: tuple[str, str, str]) -> tuple[bool, str, str, str]:
+def _rank(copy: Row) -> tuple[bool, str, str, str, bytes]:
     """Which of equal problems is kept, whatever the order of the rows: the one with the first id of its own."""
-    problem, answer, own_id = copy
-    return not own_id, own_id, answer, problem
+    return not copy.own_id, copy.own_id, copy.answer, copy.problem, copy.kept
 
 
-def _problems(kept: Mapping[bytes, tuple[str, str, str]], source: str) -> list[Problem]:
-    own = {own_id for _, _, own_id in kept.values()}
+def _problems(kept: Mapping[bytes, Row], source: str) -> list[Problem]:
+    own = {row.own_id for row in kept.values()}
     has_own = "" not in own and len(own) == len(kept)
     return [
-        Problem(
-            id=f"{source}/{own_id.removeprefix(source + '/') if has_own else key.hex()}",
-            problem=problem,
-            answer=answer,
-            source=source,
+        cast(
+            Problem,
+            {
+                "id": f"{source}/{row.own_id.removeprefix(source + '/') if has_own else key.hex()}",
+                "problem": row.problem,
+                "answer": row.answer,
+                "source": source,
+                **orjson.loads(row.kept),
+            },
         )
-        for key, (problem, answer, own_id) in kept.items()
+        for key, row in kept.items()
     ]
 
 

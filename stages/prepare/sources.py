@@ -5,24 +5,31 @@ into 25, 0.10 into 0.1 and integers beyond 64 bits into floats, and none names t
 """
 
 import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.provenance import digest as digest_of
 
 Row = Mapping[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+GZIP = ".gz"  # may follow each of these
+SEPARATORS = ",;\t"  # of a .csv: the one that cuts its header into most columns
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer")
+MAX_HEADER = 2**16  # characters of it that are looked at
 BATCH_ROWS = 1000
 ID_COLUMNS = ("unique_id", "id")
 
@@ -66,8 +73,8 @@ def find(name: str, file: str = "", config: str = "", split: str = "", option: s
         raise InputError(f"{option} {name} is a directory: name a file in it")
     if name in PRESETS:
         source = PRESETS[name]
-    elif name.lower().endswith(SUFFIXES) or Path(name).is_file():
-        source = Source(Path(name).stem, path=_local(name))
+    elif _suffix(Path(name)) in SUFFIXES or Path(name).is_file():
+        source = Source(Path(Path(name).name.removesuffix(GZIP)).stem, path=_local(name))
     elif "/" in name:
         source = Source(name, name)
     else:
@@ -89,14 +96,33 @@ def _local(file: str) -> Path:
     path = Path(file)
     if not path.is_file():
         raise InputError(f"{file}: no such file")
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{file}: its name must end in one of {', '.join(SUFFIXES)}")
+    if _suffix(path) not in SUFFIXES:
+        raise InputError(f"{file}: its name must end in one of {', '.join(SUFFIXES)}, or in that and {GZIP}")
     return path
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says how to read it: ".csv" of "a.CSV" and of "a.csv.gz"."""
+    return Path(path.name.lower().removesuffix(GZIP)).suffix
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked if it is a .gz; InputError if it cannot be."""
+    with jsonl.opened(path) as file:
+        if path.suffix.lower() != GZIP:
+            yield file
+            return
+        try:
+            with gzip.open(file) as unpacked:
+                yield unpacked  # type: ignore[misc]
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: not a whole gzip file ({error})") from None
 
 
 def rows(source: Source) -> Iterator[tuple[str, Row]]:
     """Yield (place such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
-    stream = _READERS[source.path.suffix.lower()](source.path) if source.path is not None else _hub(source)
+    stream = _READERS[_suffix(source.path)](source.path) if source.path is not None else _hub(source)
     empty = True
     for row in stream:
         empty = False
@@ -125,7 +151,7 @@ def _load(source: Source) -> Any:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{source.hub_id}: {reason}; to read a local copy use --source {source.name} --from FILE, "
-            "a .jsonl, .json, .csv or .parquet with the hub's columns"
+            "a file of {', '.join(SUFFIXES)} with the hub's columns"
         ) from None
 
 
@@ -141,16 +167,17 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet  # only here is it needed; `datasets` reads through it, but leaves a copy in its cache
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            yield f"{path} row {number}", row
+        with _opened(path) as file:
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows):
+                yield f"{path} row {number}", row
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file ({str(error).partition('.')[0]})") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    with jsonl.opened(path) as file:
+    with _opened(path) as file:
         lines = iter(partial(file.readline, jsonl.MAX_LINE_BYTES + 1), b"")
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
@@ -159,7 +186,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
-    data = path.read_bytes()
+    with _opened(path) as file:
+        data = file.read()
     if not data.lstrip().startswith(b"["):
         yield from _json_lines(path)
         return
@@ -183,9 +211,11 @@ def _parse_exactly(text: bytes, where: str) -> Any:
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(jsonl.MAX_LINE_BYTES)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    with _opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         try:
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True, delimiter=_separator(path, header))
             if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
                 raise InputError(f"{path}:1: two columns are called {twice[0]!r}: rename one")
             for row in reader:
@@ -198,10 +228,18 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
 
 
+def _separator(path: Path, header: str) -> str:
+    """What stands between the cells: a tab in a .tsv; in a .csv what gives most columns, a comma if that is open."""
+    if _suffix(path) == ".tsv":
+        return "\t"
+    return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header[:MAX_HEADER]], delimiter=separator), [])))
+
+
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
 }
 
@@ -209,7 +247,8 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 def problem_column(row: Row, wanted: str, where: str, remedy: str = "name one with --problem-column") -> str:
     """The name of the column of problems in `row`: `wanted`, or, if that is "", the first of the usual ones.
 
-    Names are taken whatever their case; "a.b" is field b of column a. Raises InputError with the columns there are.
+    Names are taken whatever their case; "a[0].b" is field b of the first item of column a. Raises InputError with the
+    columns there are.
     """
     return _column(row, wanted, PROBLEM_COLUMNS, remedy, where)
 
@@ -219,11 +258,18 @@ def answer_column(row: Row, wanted: str, where: str) -> str:
     return _column(row, wanted, ANSWER_COLUMNS, "name one with --answer-column", where)
 
 
+def kept_columns(row: Row, wanted: Sequence[str], where: str) -> list[str]:
+    """The names of the columns that --keep-column names; InputError for one that is not there."""
+    return [_column(row, name, (), "name another with --keep-column", where) for name in wanted]
+
+
 def _column(row: Row, wanted: str, usual: tuple[str, ...], remedy: str, where: str) -> str:
     names = _names(row)
     for candidate in (wanted,) if wanted else usual:
         if candidate.lower() in names:
             return names[candidate.lower()]
+    if wanted and _inner(row, wanted) is not _MISSING:
+        return wanted
     missing = f"no column {wanted!r}" if wanted else f"no column named {' or '.join(usual)}"
     raise InputError(f"{where}: {missing} among {', '.join(row)}; {remedy}")
 
@@ -240,12 +286,29 @@ def _names(row: Row) -> dict[str, str]:
     return {name.lower(): name for name in reversed(names)}
 
 
+_MISSING = object()
+
+
 def value(row: Row, name: str, where: str) -> Any:
-    """The value of the column `name` ("a.b" is field b of column a) in `row`; InputError if it is missing."""
-    if name in row:
-        return row[name]
-    outer, _, field = name.partition(".")
-    inner = row.get(outer)
-    if isinstance(inner, Mapping) and field in inner:
-        return inner[field]
-    raise InputError(f"{where}: no column {name!r}, which earlier rows have")
+    """The value of the column `name` ("a[0].b" is field b of the first item of column a) in `row`.
+
+    Raises InputError if it is missing.
+    """
+    inner = row[name] if name in row else _inner(row, name)
+    if inner is _MISSING:
+        raise InputError(f"{where}: no column {name!r}, which earlier rows have")
+    return inner
+
+
+def _inner(row: Row, path: str) -> Any:
+    """The value at a path such as "a.b" or "a[0].b"; _MISSING if there is none."""
+    inner: Any = row
+    for part in re.findall(r"\[-?\d+\]|[^.\[\]]+", path):
+        key = int(part[1:-1]) if part.startswith("[") else part
+        if not isinstance(inner, list if isinstance(key, int) else Mapping):
+            return _MISSING
+        try:
+            inner = inner[key]
+        except LookupError:
+            return _MISSING
+    return inner

@@ -16,6 +16,7 @@ COLUMNS = ["set", "method", "step", "after_rft", "metric", "value", "low", "high
 TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
     "pass_rate": ("Training pass rate", "share correct", "1"),
     "reward": ("Training reward (shaped)", "mean reward", "1"),
+    "valid": ("Validation while it trains", "avg@k", ""),
     "entropy": ("Entropy of the policy", "nats a token", "5c"),
     "grad_norm": ("Gradient norm", "norm before clipping", "6"),
     "mean_tokens": ("Length of completions", "mean tokens", ""),

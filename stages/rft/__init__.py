@@ -1,8 +1,8 @@
 """Fine-tune the start policy on the examples: the next start policy.
 
-Writes OUT as a checkpoint directory that transformers and vLLM load as it is, with log.tsv, metrics.json and
-manifest.json beside the weights. The loss is on the completion alone, its end token included. Weights and optimizer are
-float32 while it trains; what is written is in the compute type. OUT appears whole or not at all.
+Writes OUT as a checkpoint directory that transformers and vLLM load as it is, with log.tsv, metrics.json, manifest.json
+and a model card, README.md, beside the weights. The loss is on the completion alone, its end token included. Weights
+and optimizer are float32 while it trains; what is written is in the compute type. OUT appears whole or not at all.
 """
 
 import time
@@ -67,10 +67,11 @@ def run(
 
     from stages.core import policies
     from stages.core.lifetime import end_with_parent
+    from stages.rft.card import base_of, card
     from stages.rft.examples import tokenize_fitting
 
     end_with_parent()
-    path = policies.resolve(policy)
+    path, base = policies.resolve(policy), base_of(policy)
     policies.check_shapes(path)
     tokenizer = policies.load_tokenizer(path)
     context = policies.context_length(path)
@@ -93,8 +94,9 @@ def run(
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
         identity = identify(run, given, inputs, **tuned.settings)
-        record = manifest(identity, counts, seconds, policy=policy, examples=str(examples))
+        record = manifest(identity, counts, seconds, policy=policy, examples=str(examples), base_model=base)
         outputs.write_json(beside / "manifest.json", record)
+        (beside / "README.md").write_text(card(record, figures, chosen), encoding="utf-8")
 
 
 def _say_left_out(left_out: list[str], max_tokens: int) -> None:

@@ -15,6 +15,7 @@ from stages.core.errors import InputError
 from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
+from stages.core.ranks import Ranks, TensorParallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,8 +25,19 @@ if TYPE_CHECKING:
     from stages.rl.rundir import RunDir
 
 TOTALS = (
+    *("num_groups", "num_kept", "num_surplus", "num_dropped", "num_rounds"),
     *("num_rollouts", "num_trained", "rollout_tokens", "update_tokens", "short_batch", "skipped_updates"),
-    *("grad_alarms", "mismatch_alarms", "timeouts", "seconds", "generate_s", "verify_s", "update_s", "handover_s"),
+    *(
+        "grad_alarms",
+        "mismatch_alarms",
+        "timeouts",
+        "seconds",
+        "generate_s",
+        "verify_s",
+        "update_s",
+        "handover_s",
+        "valid_s",
+    ),
 )  # the columns of log.tsv whose sums metrics.json holds
 
 
@@ -35,14 +47,20 @@ class Options(OptionGroup):
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
     problems_per_step: Annotated[
-        int, "groups in a full batch (dynamic sampling refills up to this number)", at_least(1)
+        int, "groups in a full batch; dynamic sampling draws more, and the first informative ones fill it", at_least(1)
     ] = 512
     group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
     temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
-    template: Annotated[str, "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none or a file"] = "boxed"
+    template: Annotated[
+        str,
+        "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none, or a file: the text of a prompt, in which "
+        "{problem} stands once for the problem",
+    ] = "boxed"
     max_rounds: Annotated[
-        int, "rounds of drawing in a step before a batch that is not full is taken as it is", at_least(1)
+        int,
+        "rounds of drawing in a step, and full batches drawn in all of them, before one not full is taken as it is",
+        at_least(1),
     ] = 10
     minibatches: Annotated[int, "optimizer updates on each step's rollouts", at_least(1)] = 16
     clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low", above(0), below(1)] = 0.2
@@ -80,6 +98,7 @@ class Options(OptionGroup):
     memory_fraction: Annotated[
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.5
+    tensor_parallel: TensorParallel = 1
     mismatch_bound: Annotated[
         float,
         "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
@@ -96,6 +115,15 @@ class Options(OptionGroup):
     keep_state: Annotated[
         bool, "keep the last state of a finished run, so that more --steps can go on from it", WITHOUT_EFFECT
     ] = True
+    valid_every: Annotated[
+        int,
+        "training steps between measurements on --valid; start policy and last step are measured too",
+        at_least(1),
+        WITHOUT_EFFECT,
+    ] = 10
+    valid_samples: Annotated[
+        int, "rollouts for each problem of --valid: the k of its avg@k", at_least(1), WITHOUT_EFFECT
+    ] = 4
     tracker: Annotated[
         str,
         "also log to an accelerate tracker: tensorboard, wandb, or none",
@@ -118,6 +146,9 @@ def run(
     problems: Annotated[Path, "problems to train on (JSONL)", PLACE],
     out: Annotated[Path, "directory to write", PLACE],
     options: Options,
+    valid: Annotated[
+        Path | None, "problems to measure avg@k on while it trains (JSONL); the run stays the same", WITHOUT_EFFECT
+    ] = None,
     restart_if_changed: Annotated[
         bool,
         "if OUT holds a run with other settings, remove that and start over; more --steps alone go on",
@@ -132,7 +163,7 @@ def run(
     given = locals()
 
     from stages.core import outputs, policies, verifier
-    from stages.core.lifetime import end_with_parent
+    from stages.core.lifetime import end_with_parent, going_on
     from stages.rl.rundir import RunDir
 
     if problems == Path("-"):
@@ -140,50 +171,63 @@ def run(
     outputs.refuse_unwritable(out)
     end_with_parent()
     path = policies.resolve(policy)
-    asked = _asked(path, problems, options)
+    ranks = Ranks(options.tensor_parallel)
+    asked = ranks.together(lambda: _asked(path, problems, valid, options, ranks))
     accelerator = _accelerator(options, out)
-    if asked.left_out and accelerator.is_main_process:
-        _say_left_out(asked.left_out, options.max_tokens, asked.context)
-    identity = identify(
-        run,
-        given,
-        {"policy": digest(path), "problems": digest(problems)},
-        versions() | verifier.VERSION,
-        processes=accelerator.num_processes,
-        template_digest=asked.template.digest,
-    )
+    if accelerator.is_main_process:
+        _warn_of(asked, options.max_tokens)
+    inputs = {"policy": digest(path), "problems": digest(problems)}
+    came_to = {"processes": accelerator.num_processes, "template_digest": asked.template.digest}
+    identity = identify(run, given, inputs, versions() | verifier.VERSION, **came_to)
+    _refuse_differences(ranks, identity, valid)
     with outputs.locked(out) if accelerator.is_main_process else nullcontext():
         finished, done = _begin(accelerator, directory := RunDir(out), identity, restart_if_changed)
         if not finished:
             paths = {"policy": policy, "problems": str(problems)}
-            _go_on(accelerator, directory, done, identity, paths, path, asked, options)
+            paths |= {"valid": str(valid), "valid_digest": digest(valid)} if valid else {}
+            with going_on(directory.where_it_goes_on):
+                _go_on(accelerator, directory, done, identity, paths, path, asked, options)
         elif accelerator.is_main_process:
             warn(f"{out} already holds this run, finished: nothing to do")
         if accelerator.is_main_process and not options.keep_state:
             directory.forget_state()
 
 
+def _refuse_differences(ranks: Ranks, identity: Identity, valid: Path | None) -> None:
+    """Raise InputError if ranks see different files or packages: they would draw, and train on, different prompts."""
+    seen = {**identity.inputs, **identity.versions, "template": identity.parameters["template_digest"]}
+    ranks.refuse_differences(seen | ({"valid": digest(valid)} if valid else {}))
+
+
 class Asked(NamedTuple):
-    """What the policy is asked: the prompts that fit its `context` (in tokens), and the ids of those that don't."""
+    """What the policy is asked: the prompts that fit its `context` (in tokens), and the ids of those that don't.
+
+    `valid` are the prompts of the validation set, all of which fit.
+    """
 
     prompts: "list[Prompt]"
+    valid: "list[Prompt]"
     left_out: list[str]
     template: "Template"
     ends: tuple[list[int], list[str]]
     context: int
 
 
-def _asked(path: Path, problems: Path, options: Options) -> Asked:
+def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ranks: Ranks) -> Asked:
     """Read and check policy and problems, without an engine."""
     from stages.core import policies, records, templates
     from stages.core.rollouts import make_prompts
+    from stages.rl import validation
 
     tokenizer = policies.load_tokenizer(path)
     template = templates.load(options.template, tokenizer)
+    ranks.refuse_uneven()
     policies.check_shapes(path)
+    policies.check_divisible(path, ranks.tensor_parallel)
     context = policies.context_length(path)
     prompts, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
-    return Asked(prompts, left_out, template, template.end_tokens(tokenizer), context)
+    asked_too = validation.read(valid, template, tokenizer, options.max_tokens, context) if valid is not None else []
+    return Asked(prompts, asked_too, left_out, template, template.end_tokens(tokenizer), context)
 
 
 def _go_on(
@@ -220,16 +264,18 @@ def _explore(
     from stages.core.engine import Sampling, VllmEngine
     from stages.core.lifetime import stop_signal
     from stages.core.verifier import Verifier
+    from stages.rl import validation
     from stages.rl.explorer import Explorer
     from stages.rl.trainer import Trainer
 
     engine = VllmEngine(
         path,
-        max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts) + options.max_tokens,
+        max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts + asked.valid) + options.max_tokens,
         dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
         memory_fraction=options.memory_fraction,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
+        tensor_parallel=options.tensor_parallel,
     )
     trainer = Trainer(path, accelerator, options)
     stop_ids, stop = asked.ends
@@ -238,6 +284,7 @@ def _explore(
     )
     with Verifier() as verifier, stop_signal() as stop_flag:
         explorer = Explorer(options, accelerator, engine, verifier, trainer, asked.prompts, sampling, origin)
+        explorer.validation = validation.of(asked.valid, sampling, options)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:
             warn(
@@ -286,6 +333,7 @@ def _finish(
     directory: "RunDir", identity: Identity, paths: dict[str, str], options: Options, left_out: list[str]
 ) -> None:
     """Check that every step was done, and write metrics.json and manifest.json."""
+    from stages.rl import validation
     from stages.rl.rundir import step_name
 
     rows = directory.log_rows()
@@ -300,16 +348,25 @@ def _finish(
         "pass_rate_last": rows[-1]["pass_rate"],
         "entropy_last": rows[-1].get("entropy"),
         "grad_norm_max": max((row["grad_norm_max"] for row in rows if "grad_norm_max" in row), default=None),
+        **validation.figures(rows),
     }
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
     paths |= {"template_digest": identity.parameters["template_digest"]}
     directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
 
 
-def _say_left_out(left_out: list[str], max_tokens: int, context: int) -> None:
+def _warn_of(asked: Asked, max_tokens: int) -> None:
+    """Name the problems that are left out, and those of the validation set that are trained on, too."""
     from stages.core import tabular
+    from stages.rl import validation
 
-    warn(
-        f"{len(left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer than the "
-        f"policy's context of {context} tokens ({tabular.some(left_out)})"
-    )
+    if asked.left_out:
+        warn(
+            f"{len(asked.left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer "
+            f"than the policy's context of {asked.context} tokens ({tabular.some(asked.left_out)})"
+        )
+    if ids := validation.in_both(asked.prompts, asked.valid):
+        warn(
+            f"{len(ids)} of {len(asked.valid)} problems of --valid are trained on, too ({tabular.some(ids)}): the "
+            "figure will flatter the policy"
+        )

@@ -1,16 +1,20 @@
 """The loop of the rl stage: draw, verify, update, hand the weights over; resumable after every kill.
 
 A step is a function of the weights, the optimizer, the position in the stream of problems and the seed. So the state
-on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them goes the
-difference between engine and trainer that the run began with, which later steps are held against.
+on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them go the
+running acceptance, which says how many groups to draw, and the difference between engine and trainer that the run began
+with, which later steps are held against.
 
+Of the informative groups of a step the first in the order of the stream fill the batch, for the first to be finished
+would be the short ones. The surplus is drawn and not trained on, like the groups that teach nothing: it is written,
+counts in the filter as all rollouts do, and its problems come again in the next epoch, as those of the others do.
 """
 
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
 import orjson
@@ -23,26 +27,29 @@ from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
 from stages.core.outputs import whole_dir
 from stages.core.progress import StepProgress, warn
+from stages.core.ranks import Ranks
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt, draw
 from stages.core.verifier import Verifier
-from stages.rl import Options, agreement, dapo
+from stages.rl import Options, agreement, dapo, validation
 from stages.rl.agreement import Bound, Difference
 from stages.rl.batching import ProblemStream
+from stages.rl.rounds import Acceptance, Rounds
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
+from stages.rl.validation import NOT_MEASURED, Measured, Validation
 
 MAX_COLLAPSED_STEPS = 3  # in a row: every update was non-finite, or the engine was far from the trainer
-PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, difference at the start
+PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, acceptance, first difference
 
 
 @dataclass
 class Batch:
-    """One step's groups: all that were drawn, the informative ones among them, and the seconds that took."""
+    """One step's groups: all that were drawn, those that fill the batch, and the seconds that took."""
 
+    rounds: Rounds
     drawn: list[Group] = field(default_factory=list)
     kept: list[Group] = field(default_factory=list)
-    num_rounds: int = 0
     generate_s: float = 0.0
     verify_s: float = 0.0
 
@@ -76,18 +83,22 @@ class Explorer:
         """`origin` is the digest of the start policy; it enters the seeds, so two iterations draw different samples."""
         self.options = options
         self.accelerator = accelerator
+        self.ranks = Ranks(options.tensor_parallel, accelerator.process_index, accelerator.num_processes)
         self.engine = engine
         self.verifier = verifier
         self.trainer = trainer
         self.prompts = prompts
         self.sampling = sampling
         self.origin = origin
+        self.validation: Validation | None = None
         self.stream = ProblemStream(len(prompts), options.seed)
+        self.acceptance = Acceptance()
         self.stop = StopSignal()
         self.bound = Bound(accelerator.mixed_precision == "no", options.mismatch_bound)
         self.saved = 0  # the step whose state is on disk
         self.start_mismatch = 0.0  # nats a token between engine and trainer, on average, when the run began
         self.warned_of_grace = False
+        self.last_valid = ""  # for the progress line: the last measurement of the validation set
         self.num_short = 0  # steps of this process whose batch was not full; the first gives a warning
 
     def run(self, directory: RunDir, stop: StopSignal, done: int, policy: str) -> None:
@@ -102,10 +113,13 @@ class Explorer:
         recent = self._recent_rows(directory)
         with StepProgress("rl", self.options.steps, done, quiet=not self.accelerator.is_main_process) as progress:
             for step in range(done + 1, self.options.steps + 1):
+                start = self._validate(0, progress) if step == 1 else NOT_MEASURED
                 try:
                     row = self._step(step, directory, progress, policy)
                 except Stopped:
                     self._abandon(directory, step)
+                row |= validation.columns(start, self._validate(step, progress))
+                row["seconds"] += row["valid_s"]
                 recent.append(row)
                 self._report(row, directory, progress)
                 has_collapsed = _all_of(recent, _is_collapsed)
@@ -153,7 +167,7 @@ class Explorer:
 
     def _step(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> dict[str, Any]:
         clock = Clock()
-        self._position_before = self.stream.position
+        self._before = self.stream.position, self.acceptance
         self.trainer.release()
         self.engine.wake()
         self.hand_over()
@@ -176,39 +190,59 @@ class Explorer:
             directory.append_log(row)
             self._warn_of_short_grace(row)
         self.accelerator.log({name: value for name, value in row.items() if value == value}, step=step)
-        progress.step(step, f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s")
+        note = f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s{self.last_valid}"
+        progress.step(step, note)
+
+    def _validate(self, step: int, progress: StepProgress) -> Measured:
+        """Measure the policy after `step` on the validation set, if that is due and no one is to stop."""
+        due = self.validation is not None and self.validation.is_due(step, self.options.steps)
+        if self.validation is None or not due or self._any(self.stop.received):
+            return NOT_MEASURED
+        progress.note("validate")
+        clock = Clock()
+        self.trainer.release()
+        self.engine.wake()
+        self.hand_over()
+        value = self.validation.measure(self.ranks, self.engine, self.verifier, self.stop.is_received)
+        self.engine.sleep()
+        if value == value:
+            self.last_valid = f"  valid {value:.2f} (step {step})"
+            if step == 0:
+                self.accelerator.log({"valid": value}, step=0)
+        return Measured(value, clock.lap())
 
     def _collect(self, step: int, directory: RunDir, progress: StepProgress, policy: str) -> Batch:
-        """Dynamic sampling: draw, drop the groups that teach nothing, draw fresh problems in their place.
+        """Dynamic sampling: draw ahead, keep the first groups that teach something, draw again if some are missing.
 
         All ranks decide on the same gathered groups. Every rollout is on disk before the decision.
         """
-        batch = Batch()
-        while len(batch.kept) < self.options.problems_per_step and batch.num_rounds < self.options.max_rounds:
-            batch.num_rounds += 1
-            progress.note(f"generate {len(batch.kept)}/{self.options.problems_per_step} groups")
-            wanted = self.stream.take(self.options.problems_per_step - len(batch.kept))
-            groups = self._draw(wanted, step, batch)
+        rounds = Rounds(self.options.problems_per_step, self.options.max_rounds, self.acceptance.faded())
+        batch = Batch(rounds)
+        while num_wanted := rounds.num_wanted:
+            progress.note(f"generate {len(batch.kept)}/{rounds.batch_size} groups")
+            groups = self._draw(self.stream.take(num_wanted), step, batch)
             batch.drawn += groups
             self._write(step, directory, batch.drawn, [], policy)
-            batch.kept += [group for group in groups if dapo.is_informative(group.rewards)]
-        if len(batch.kept) < self.options.problems_per_step and not self.num_short and self.accelerator.is_main_process:
+            informative = [group for group in groups if dapo.is_informative(group.rewards)]
+            batch.kept += informative[: rounds.num_missing]
+            rounds.count(len(informative), len(groups))
+        self.acceptance = rounds.acceptance
+        if rounds.num_missing and not self.num_short and self.accelerator.is_main_process:
             warn(
-                f"step {step}: {len(batch.kept)} of {self.options.problems_per_step} groups after --max-rounds "
-                f"{batch.num_rounds}; a batch not full is trained on as it is (log.tsv counts them: short_batch)"
+                f"step {step}: {len(batch.kept)} of {rounds.batch_size} groups after --max-rounds "
+                f"{rounds.max_rounds}; a batch not full is trained on as it is (log.tsv counts them: short_batch)"
             )
-        self.num_short += len(batch.kept) < self.options.problems_per_step
+        self.num_short += bool(rounds.num_missing)
         return batch
 
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
-        """Draw a group for each problem number, every rank its share; all ranks get all groups, in order."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        """Draw a group for each problem number, every engine its share; all ranks get all groups, in order."""
         clock = Clock()
         first = self.stream.position - len(wanted)  # where in the stream they were taken
         seeds = [self.draw_seed(step, first + place) for place in range(len(wanted))]
-        sampling = replace(self.sampling, seeds=seeds[rank::ranks])
+        sampling = replace(self.sampling, seeds=self.ranks.share(seeds))
         try:
-            share = [self.prompts[i] for i in wanted[rank::ranks]]
+            share = [self.prompts[i] for i in self.ranks.share(wanted)]
             mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
         except Stopped:
             mine = []
@@ -217,9 +251,9 @@ class Explorer:
             raise Stopped
         settled = [group.settled() for group in mine]
         batch.verify_s += clock.lap()
-        if ranks == 1:
+        if self.ranks.is_alone:
             return settled
-        places = list(range(len(wanted)))[rank::ranks]
+        places = self.ranks.share(range(len(wanted))) if self.ranks.keeps else []
         gathered: dict[int, Group] = dict(gather_object(list(zip(places, settled, strict=True))))
         return [gathered[place] for place in range(len(wanted))]
 
@@ -260,7 +294,11 @@ class Explorer:
     def _row(
         self, step: int, batch: Batch, stats: UpdateStats, trained: Sequence[Group], seconds: dict[str, float]
     ) -> dict[str, Any]:
-        """The step's line of log.tsv; means are over all rollouts drawn, or over the tokens trained on."""
+        """The step's line of log.tsv; means are over all rollouts drawn, or over the tokens trained on.
+
+        `acceptance` is the running one, by which the next step draws.
+        """
+        rounds = batch.rounds
         rollouts = [rollout for group in batch.drawn for rollout in group.rollouts("", step)]
         lengths = [rollout["num_tokens"] for rollout in rollouts]
         shaped = [reward for group in batch.drawn for reward in self._shaped(group)]
@@ -272,9 +310,11 @@ class Explorer:
             "pass_rate": _mean([rollout["reward"] for rollout in rollouts]),
             "num_groups": len(batch.drawn),
             "num_kept": len(batch.kept),
-            "num_dropped": len(batch.drawn) - len(batch.kept),
-            "num_rounds": batch.num_rounds,
-            "short_batch": int(len(batch.kept) < self.options.problems_per_step),
+            "num_surplus": rounds.num_informative - len(batch.kept),
+            "num_dropped": rounds.num_drawn - rounds.num_informative,
+            "num_rounds": rounds.num_rounds,
+            "acceptance": rounds.acceptance.share,
+            "short_batch": int(rounds.num_missing > 0),
             "num_rollouts": len(rollouts),
             "num_trained": sum(len(group.completions) for group in trained),
             "loss": stats.mean("loss"),
@@ -333,7 +373,11 @@ class Explorer:
     def _save_state(self, path: Any) -> None:
         self.trainer.save_state(path)
         if self.accelerator.is_main_process:
-            place = {"position": self.stream.position, "start_mismatch": self.start_mismatch}
+            place = {
+                "position": self.stream.position,
+                "acceptance": asdict(self.acceptance),
+                "start_mismatch": self.start_mismatch,
+            }
             (path / PLACE).write_bytes(orjson.dumps(place))
 
     def _write_whole(self, path: Any, write: Callable[[Any], None]) -> None:
@@ -353,6 +397,7 @@ class Explorer:
         self.trainer.load_state(path)
         place = orjson.loads((path / PLACE).read_bytes())
         self.stream.position, self.start_mismatch = place["position"], place["start_mismatch"]
+        self.acceptance = Acceptance(**place["acceptance"])
         self.saved = step
 
     def _recent_rows(self, directory: RunDir) -> deque[dict[str, Any]]:
@@ -374,7 +419,7 @@ class Explorer:
     def _abandon(self, directory: RunDir, step: int) -> NoReturn:
         """Leave a step in which nothing was updated yet, with the state of the one before on disk."""
         self.engine.sleep()
-        self.stream.position = self._position_before
+        self.stream.position, self.acceptance = self._before
         if self.accelerator.is_main_process:
             directory.forget_rollouts(step)
         if self.saved < step - 1:

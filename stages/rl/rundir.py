@@ -101,6 +101,11 @@ class RunDir:
         self._cut_log(step)
         return step
 
+    def where_it_goes_on(self) -> str:
+        """What to tell who interrupts the run."""
+        saved = max(self._saved_steps(), default=0)
+        return f"the same command goes on after step {saved}" if saved else "the same command starts over"
+
     def state_dir(self, step: int) -> Path:
         return self.state / step_name(step)
 

@@ -1,0 +1,102 @@
+"""avg@k of a small validation set while rl trains, by the engine that is there.
+
+Each measurement draws the samples that `rloop eval` draws from the checkpoint of that step with the same --seed, up to
+the rounding of floats, so the steps of a run are compared on the same draws. Nothing of the run depends on it: the
+stream of problems, the seeds of the rollouts and the weights stay as they are. The completions are not kept: to read
+them, run eval on a checkpoint.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.core import records, tabular
+from stages.core.engine import Engine, Sampling, ShouldStop, seed_of
+from stages.core.errors import InputError
+from stages.core.lifetime import Stopped
+from stages.core.ranks import Ranks
+from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
+from stages.core.templates import Template
+from stages.core.verifier import Verifier
+from stages.rl import Options
+
+
+class Measured(NamedTuple):
+    """avg@k of one policy, NaN if it was not measured, and the seconds that took."""
+
+    value: float = math.nan
+    seconds: float = 0.0
+
+
+NOT_MEASURED = Measured()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The prompts of the validation set, how to sample them, and every how many steps; `seed` is the run's."""
+
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    every: int
+    seed: int
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether the policy after `step` is measured: the start policy (0), each of the `every`-th, and the last."""
+        return step % self.every == 0 or step == last
+
+    def measure(self, ranks: Ranks, engine: Engine, verifier: Verifier, should_stop: ShouldStop) -> float:
+        """avg@k of the weights in the engine; NaN if any rank had to stop. All ranks call it; an engine has a share."""
+        share = ranks.share(self.prompts)
+        sampling = replace(self.sampling, seeds=[seed_of(self.seed, prompt.problem["id"]) for prompt in share])
+        groups: list[Group] = []
+        try:
+            draw_each(engine, verifier, share, sampling, lambda _, group: groups.append(group), should_stop)
+            mine = sum(sum(group.rewards) for group in groups)
+        except Stopped:
+            mine = math.nan
+        return sum(ranks.gather(mine)) / (len(self.prompts) * self.sampling.num_samples)
+
+
+def of(prompts: Sequence[Prompt], sampling: Sampling, options: Options) -> Validation | None:
+    """The validation of a run that draws by `sampling`; None without prompts."""
+    sampling = replace(sampling, num_samples=options.valid_samples, log_probs=False)
+    return Validation(prompts, sampling, options.valid_every, options.seed) if prompts else None
+
+
+def read(path: Path, template: Template, tokenizer: Any, max_tokens: int, context: int) -> list[Prompt]:
+    """The prompts of the validation set; InputError if one does not fit, for fewer problems give another figure."""
+    if path == Path("-"):
+        raise InputError("--valid -: name a file, for an interrupted run must find the same problems again")
+    prompts, left_out = make_prompts(records.read_problems(path), template, tokenizer, max_tokens, context)
+    if left_out:
+        raise InputError(
+            f"--valid {path}: {len(left_out)} problems ({tabular.some(left_out)}) leave no room for --max-tokens "
+            f"{max_tokens} in the policy's context of {context} tokens: lower it, or remove them"
+        )
+    return prompts
+
+
+def in_both(train: Iterable[Prompt], valid: Iterable[Prompt]) -> list[str]:
+    """The ids of the validation problems whose prompt is trained on, too."""
+    seen = {prompt.text for prompt in train}
+    return [prompt.problem["id"] for prompt in valid if prompt.text in seen]
+
+
+def columns(start: Measured, after: Measured) -> dict[str, float]:
+    """What log.tsv says of it in a step's row: the policy after the step and, in the first, the start policy."""
+    return {"valid": after.value, "valid_start": start.value, "valid_s": start.seconds + after.seconds}
+
+
+def figures(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What metrics.json says of it, from log.tsv; nothing if no step was measured."""
+    by_step = {int(row["step"]): row["valid"] for row in rows if "valid" in row}
+    if not by_step:
+        return {}
+    if "valid_start" in rows[0]:
+        by_step = {0: rows[0]["valid_start"], **by_step}
+    best = max(by_step, key=lambda step: by_step[step])  # the earliest of equals
+    start = {"valid_start": by_step[0]} if 0 in by_step else {}
+    last = by_step[max(by_step)]
+    return {**start, "valid_last": last, "valid_best": by_step[best], "valid_best_step": best}
