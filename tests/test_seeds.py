@@ -36,6 +36,9 @@ class RecordingCore:
     def has_unfinished_requests(self):
         return bool(self.waiting)
 
+    def get_num_unfinished_requests(self):
+        return len(self.waiting)
+
     def step(self):
         return [self.waiting.pop()]
 
@@ -91,6 +94,8 @@ class Ranks:
 def engine():
     made = VllmEngine.__new__(VllmEngine)
     made._asleep = made.sleeps = False
+    made._under_way = made.num_preemptions = None
+    made.max_sequences = 2
     made.tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: ["\\boxed{7}"] * len(ids))
     made.load = lambda weights: None
     made._llm = SimpleNamespace(llm_engine=RecordingCore(), reset_prefix_cache=lambda: True)

@@ -52,6 +52,12 @@ class Options(OptionGroup):
     memory_fraction: Annotated[
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.9
+    max_sequences: Annotated[
+        int,
+        "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
+        at_least(0),
+        WITHOUT_EFFECT,
+    ] = 0
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,15 @@ class Plan:
     def start_engine(self, policy: Path) -> Engine:
         """The engine, with room for the longest prompt and completion."""
         longest = max(len(prompt.token_ids) for prompts in self.sets.values() for prompt in prompts)
-        return VllmEngine(
+        engine = VllmEngine(
             policy,
             max_model_len=longest + self.options.max_tokens,
             dtype=self.options.dtype,
             memory_fraction=self.options.memory_fraction,
+            max_sequences=self.options.max_sequences,
         )
+        warn(engine.capacity)
+        return engine
 
     def parts(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Sampling]]:
         """`prompts` in parts that one call of the engine can hold, each with how to sample it."""
