@@ -101,9 +101,13 @@ def test_a_policy_that_vllm_does_not_know_or_cannot_hold_is_refused_in_one_line(
     strange = shutil.copytree(tiny_policy, tmp_path / "strange")
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForNothing"]}))
-    for policy, length, reason in ((strange, 96, "Qwen9ForNothing"), (tiny_policy, 10**9, "max_model_len")):
+    for policy, length, sequences, reason in (
+        (strange, 96, 0, "Qwen9ForNothing"),
+        (tiny_policy, 10**9, 0, "max_model_len"),
+        (tiny_policy, 96, 10**9, "max_num_seqs"),
+    ):
         with pytest.raises(InputError, match=f"vLLM .* does not start with it .*{reason}") as refused:
-            VllmEngine(policy, max_model_len=length)
+            VllmEngine(policy, max_model_len=length, max_sequences=sequences)
         assert "\n" not in str(refused.value)
 
 

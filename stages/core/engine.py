@@ -145,8 +145,7 @@ class VllmEngine:
         self.tokenizer = policies.load_tokenizer(policy)
         extra: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if distributed else {}
         if not self.on_gpu:  # a prompt cut in two can't take back its seeded draw: "CPU Generator does not use offset"
-            most = max(max_model_len, MAX_BATCHED_TOKENS, max_sequences)
-            extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": most}
+            extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
         self._llm = _start(
             policy,
             dtype=dtype,
