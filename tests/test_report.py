@@ -82,6 +82,11 @@ def made(tmp_path_factory) -> Path:
     steps = [{"run": "RL", "step": step, "within": 0.5, "after_rft": 0} for step in (0, 2)]
     (root / "analysis").mkdir()
     (root / "analysis/forgetting_RL.json").write_text(json.dumps(matrix | {"values": [[0, 0.5], [0, 0]]}))
+    rows = [
+        {"series": "RL", "x": step, "y": 0.5, "low": 0.4, "high": None, "policy": "runs/0/policy"} for step in (0, 2)
+    ]
+    curve = {"name": "retention", "set": "valid", "definition": "kept", "x_label": "RL steps", "rows": rows}
+    (root / "analysis/retention.json").write_text(json.dumps(curve))
     (root / "analysis/similarity_by_step.json").write_text(json.dumps({"steps": steps}))
     make(root)
     return root
@@ -191,7 +196,7 @@ def test_iterations_count_by_number_where_no_steps_are_known():
 def test_every_figure_lies_there_as_png_and_svg_with_its_data(made):
     names = {path.stem for path in (made / "figures").iterdir()} - {"written"}
     expected = {"steps_valid_avg4", "steps_far_pass4", "iterations_far", "overfitting", "training_grad_norm"}
-    assert expected | {"forgetting_RL", "similarity_by_step"} <= names
+    assert expected | {"forgetting_RL", "similarity_by_step", "retention"} <= names
     assert "training_mismatch" not in names, "a column without a number makes no figure"
     for name in names:
         xml.etree.ElementTree.parse(made / "figures" / f"{name}.svg")

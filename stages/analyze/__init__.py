@@ -1,8 +1,10 @@
 """Analyze: what a run learns, forgets and repeats, from the evaluations of its checkpoints (the paper's section 3).
 
 For each method in the evaluations (RLoop over its iterations, vanilla RL): the learning, forgetting and similarity
-matrices over its checkpoints, and similarity by step. For RLoop against vanilla RL: the differential forgetting matrix
-over the steps that both have. Everything is computed from stored counts and texts, without torch or an engine.
+matrices over its checkpoints, similarity by step, retention and turnover of the problems that the base solves, and
+pass@k with samples of several checkpoints (temporal sampling). For RLoop against vanilla RL: the differential
+forgetting matrix over the steps that both have. Everything is computed from stored counts and texts, without torch or
+an engine.
 """
 
 import time
@@ -10,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.analyze import dynamics, similarity
+from stages.analyze import dynamics, similarity, temporal
 from stages.core import lineage, outputs
 from stages.core.errors import InputError
+from stages.core.metrics import KS, Interval, interval
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
@@ -40,6 +43,11 @@ DEFINITIONS = {
     "similarity": "mean Jaccard similarity of bigrams over all pairs of completions of steps i and j",
     "differential_forgetting": "forgetting of {0} minus forgetting of {1}; positive where {1} forgets less",
 }
+CURVES = {
+    "retention": "of the problems that the base solves, the share that each later policy solves",
+    "turnover": "of the problems that each policy solves, the share that the base doesn't",
+    "temporal": "pass@{0} if the {0} samples are spread over the latest 1, 2, ... policies of a run, back to the base",
+}
 NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}
 
 
@@ -53,11 +61,12 @@ def run(
     min_correct: Annotated[
         int, "a problem is solved where at least so many of its samples are correct", at_least(1)
     ] = 1,
+    ks: Annotated[list[int], "the k of pass@k with samples of several checkpoints (repeatable)", at_least(1)] = [*KS],  # noqa: B006
     compare: Annotated[
         list[str], "run to compare with another; twice, for differential forgetting; default: RL and RLoop"
     ] = [],  # noqa: B006
 ) -> None:
-    """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
+    """Compute learning, forgetting and similarity, retention and temporal sampling of checkpoints from eval outputs.
 
     What does not descend from the base and the runs as they are now is left out, and named.
 
@@ -77,8 +86,9 @@ def run(
     ways = _ways(places(evaluation.results, root, line.bases))
     pair = _pair(ways, compare)
     matrices, steps = _matrices(evaluation, ways, min_correct, pair)
+    curves = _curves(evaluation, ways, min_correct, ks)
     with outputs.claimed(out), outputs.whole_dir(out) as directory:
-        _write(directory, matrices, steps)
+        _write(directory, matrices, curves, steps)
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)
         inputs = {str(path / "results.jsonl"): digest(path / "results.jsonl") for path in directories}
@@ -127,6 +137,8 @@ def _pair(ways: Mapping[str, list[Place]], wanted: Sequence[str]) -> tuple[str, 
 
 # {"name", "set", "run", "number", "definition", "labels", "policies", "values" [labels, labels]}
 Matrix = dict[str, Any]
+# {"name", "set", "definition", "x_label", "rows": [{"series", "x", "y", "low", "high", "policy", ...}]}
+Curve = dict[str, Any]
 
 
 def _matrices(
@@ -151,6 +163,53 @@ def _matrices(
     if pair:
         matrices += _differential(pair, ways, forgotten)
     return [matrix | {"set": evaluation.problem_set} for matrix in matrices], steps
+
+
+def _curves(
+    evaluation: Evaluation, ways: Mapping[str, list[Place]], min_correct: int, ks: Sequence[int]
+) -> list[Curve]:
+    """Retention, turnover and temporal sampling, a line a run; those that no run has are left out."""
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("retention", "turnover", *(f"temporal_pass@{k}" for k in ks))
+    }
+    for run, on_way in ways.items():
+        results = [evaluation.results[place.policy] for place in on_way]
+        is_solved = dynamics.solved(results, min_correct)
+        if on_way[0].method == BASE:
+            rows["retention"] += _steps(run, on_way, dynamics.retention(is_solved))
+            rows["turnover"] += _steps(run, on_way, dynamics.turnover(is_solved))
+        for k in ks:
+            rows[f"temporal_pass@{k}"] += _spread(run, on_way, results, k)
+    return [_curve(evaluation.problem_set, name, of_curve) for name, of_curve in rows.items() if of_curve]
+
+
+def _curve(problem_set: str, name: str, rows: list[dict[str, Any]]) -> Curve:
+    kind, _, k = name.partition("_pass@")
+    x_label = "RL steps" if kind != "temporal" else "policies sampled from, the latest first"
+    return {"name": name, "set": problem_set, "definition": CURVES[kind].format(k), "x_label": x_label, "rows": rows}
+
+
+def _steps(run: str, on_way: Sequence[Place], values: Sequence[Interval]) -> list[dict[str, Any]]:
+    """A row a policy on the way of a run, as `figures.lines` takes them."""
+    return [
+        _row(run, place.step, value) | {"after_rft": int(place.fine_tuned), "policy": place.policy}
+        for place, value in zip(on_way, values, strict=True)
+    ]
+
+
+def _spread(run: str, on_way: Sequence[Place], results: Sequence[Sequence[Result]], k: int) -> list[dict[str, Any]]:
+    """pass@k of the latest 1, 2, ... policies of a run together, if they have samples enough, up to k of them."""
+    n, c = (dynamics.counts(results, field)[::-1] for field in ("num_samples", "num_correct"))
+    rows = []
+    for t in range(1, min(k, len(on_way)) + 1):
+        if n[:t].min() >= max(temporal.quotas(k, t)):
+            policies = " | ".join(place.policy for place in on_way[: -t - 1 : -1])
+            rows.append(_row(run, t, interval(temporal.pass_at_k(n[:t], c[:t], k))) | {"policy": policies})
+    return rows
+
+
+def _row(run: str, x: int, value: Interval) -> dict[str, Any]:
+    return {"series": run, "x": x, "y": value["value"], "low": value["low"], "high": value["high"]}
 
 
 def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
@@ -183,7 +242,7 @@ def _matrix(name: str, run: str, on_way: Sequence[Place], values: "NDArray[Any]"
         "definition": DEFINITIONS[name],
         "labels": [place.label for place in on_way],
         "policies": [place.policy for place in on_way],
-        "values": values,
+        "values": values.tolist(),
     }
 
 
@@ -245,7 +304,7 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
 
     metrics: dict[str, Any] = {}
     for matrix in matrices:
-        above = matrix["values"][np.triu_indices(len(matrix["labels"]), 1)]
+        above = np.asarray(matrix["values"])[np.triu_indices(len(matrix["labels"]), 1)]
         metrics.setdefault(matrix["run"] or matrix["compared"], {})[f"mean_{matrix['name']}"] = float(above.mean())
     for method in dict.fromkeys(row["run"] for row in steps):
         within = [row["within"] for row in steps if row["run"] == method]
@@ -253,11 +312,14 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
     return metrics
 
 
-def _write(directory: Path, matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> None:
+def _write(
+    directory: Path, matrices: Sequence[Matrix], curves: Sequence[Curve], steps: Sequence[Mapping[str, Any]]
+) -> None:
     from stages.core import figures
 
-    for matrix, figure in zip(matrices, figures.of_matrices(matrices), strict=True):
-        outputs.write_json(directory / f"{figure.name}.json", matrix | {"values": matrix["values"].tolist()})
+    plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, curves)]
+    for record, figure in zip([*matrices, *curves], plotted, strict=True):
+        outputs.write_json(directory / f"{figure.name}.json", record)
         figures.save(figure, directory)
     if steps:
         outputs.write_json(directory / "similarity_by_step.json", {"steps": list(steps)})

@@ -43,6 +43,7 @@ STYLE: Any = {
     "axes.facecolor": "none",
 }
 MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
+CURVE_KEYS = {"name", "set", "definition", "x_label", "rows"}
 MAX_DRAWN = 1e100
 MAX_MARKED = 40  # a line with more points than this has no marks
 MAX_WRITTEN = 12  # a matrix with more rows than this shows colours only, and every second or third label
@@ -120,10 +121,19 @@ def _drawable(values: "pd.Series[Any]") -> NDArray[Any]:
 
 
 def of_analysis(records: Iterable[Mapping[str, Any]]) -> list[Figure]:
-    """The figures of what analyze writes: a matrix each, and one of similarity by step; other records have none."""
+    """The figures of what analyze writes: matrices, curves and similarity by step; other records have none."""
     records = list(records)
-    steps = [of_similarity(record["steps"]) for record in records if record.keys() >= {"steps"}]
-    return steps + of_matrices([record for record in records if record.keys() >= MATRIX_KEYS])
+    matrices = of_matrices([record for record in records if record.keys() >= MATRIX_KEYS])
+    curves = [of_curve(record) for record in records if record.keys() >= CURVE_KEYS]
+    return matrices + curves + [of_similarity(record["steps"]) for record in records if "steps" in record]
+
+
+def of_curve(record: Mapping[str, Any]) -> Figure:
+    """Shares as analyze writes them: {"name", "set", "definition", "x_label", "rows"}, rows as for `lines`."""
+    title = f"{record['name'].replace('_', ' ').capitalize()} on {record['set']}"
+    panel = Panel("share", x_label=record["x_label"], top=1)
+    caption = f"{title}: {record['definition']}."
+    return lines(file_name(record["name"]), title, caption, pd.DataFrame(record["rows"]), panel)
 
 
 def of_matrices(records: Sequence[Mapping[str, Any]]) -> list[Figure]:

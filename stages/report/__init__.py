@@ -194,4 +194,4 @@ def _analysis(study: "Study") -> list["Figure"]:
         kept = [content for content, why in zip(contents, stale, strict=True) if not why]
         prefix = "".join(f"{figures.file_name(part)}_" for part in directory.relative_to(root).parts)
         plotted += [replace(figure, name=prefix + figure.name) for figure in figures.of_analysis(kept)]
-    return sorted(plotted, key=lambda figure: figure.number)
+    return sorted(plotted, key=lambda figure: figure.number or "9")
