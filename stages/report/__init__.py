@@ -20,7 +20,6 @@ from stages.core.metrics import KS
 from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
-from stages.core.runs import RL, RLOOP
 
 if TYPE_CHECKING:
     from stages.core.figures import Figure
@@ -87,10 +86,10 @@ def _write(page: Path, choices: Choices, study: "Study") -> None:
 
     pictures = page.parent / FIGURES
     before = _refuse_strangers(pictures, [page, *(page.parent / name for name in BESIDE)])
-    content, texts = _content(study, choices)
-    texts[page.name] = render(name=str(study.runs), unequal=study.unequal(), left_out=study.left_out, **content)
+    content, texts, plotted = _content(study, choices)
+    texts[page.name] = render(content)
     with outputs.whole_dir(pictures, replacing=True) as beside:
-        for figure in chain(*content["figures"].values()):
+        for figure in plotted:
             figures.save(figure, beside)
         names = sorted(path.name for path in beside.iterdir())
         files = sorted({*before, *(f"../{name}" for name in texts)})
@@ -114,8 +113,8 @@ def _refuse_strangers(pictures: Path, files: Collection[Path]) -> list[str]:
     return list(written.get("files", []))
 
 
-def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the page shows, and the texts of the files beside it."""
+def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str], list["Figure"]]:
+    """What the page shows, the texts of the files beside it, and all figures."""
     from stages.report import browser, curves, summaries
     from stages.report.study import AVERAGE
 
@@ -128,57 +127,54 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
     labels = {place.policy: place.label for place in study.places}
     best = {f"{m}, step {labels[p]}": p for m, p in curves.best_on(on_sets, choices.valid, order).items()}
     resets = sorted({place.step for place in study.places if place.fine_tuned})
+    first = curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)
     figures = {
-        "first": curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order),
-        "over_steps": curves.of_evaluations(on_sets, resets, order[::-1]),
-        "iterations": curves.of_iterations(on_sets),
-        "analysis": _analysis(study),
-        "training": curves.overfitting(on_sets, logs, choices.valid, order) + curves.of_logs(logs, resets),
+        "RLoop against RL over steps": curves.of_evaluations(on_sets, resets, order[::-1]),
+        "Over iterations": curves.of_iterations(on_sets),
+        "Learning, forgetting and similarity": _analysis(study),
+        "Training": curves.overfitting(on_sets, logs, choices.valid, order) + curves.of_logs(logs, resets),
     }
+    sections = {
+        "Results": summaries.nested(rows),
+        "Which differences are real": summaries.nested(apart.rename(columns={"policy": "method"})),
+        **figures,
+        "Compute": summaries.costs(logs).to_dict("records"),
+        "Rollouts": browser.build(study.evaluations, study.places, choices.max_problems, choices.max_samples),
+        "Parameters": summaries.settings(study.settings()),
+        "Not like for like": study.unequal(),
+    }
+    study.left_out += [*_missing(study, choices, sections), *summaries.unlike(scores, chosen)]
+    notes = [*(f"Left out: {line}." for line in study.left_out), *study.unequal()]
     content = {
+        "name": str(study.runs),
         "headline": summaries.headline(rows, apart, order),
         "whole": summaries.nested(summaries.overall(rows)),
-        "results": summaries.nested(rows),
+        "first": first,
         "selected": summaries.nested(summaries.results(table, best)),
-        "differences": summaries.nested(apart.rename(columns={"policy": "method"})),
-        "valid": choices.valid,
-        "order": order,
-        "figures": figures,
-        "costs": summaries.costs(logs).to_dict("records"),
-        "rollouts": browser.build(study.evaluations, study.places, choices.max_problems, choices.max_samples),
-        "settings": summaries.settings(study.settings()),
+        "chosen_by": f"{choices.valid} by {', then '.join(order)}",
+        "sections": sections | {"Left out": study.left_out},
     }
-    study.left_out += [*_missing(study, choices, content), *summaries.unlike(scores, chosen)]
-    notes = [*(f"Left out: {line}." for line in study.left_out), *study.unequal()]
-    return content, {
-        "results.md": "".join(
-            [summaries.markdown(rows) if len(rows) else "No results.\n", *(f"\n{note}\n" for note in notes)]
+    texts = {
+        "results.md": "\n".join(
+            [summaries.markdown(rows) if len(rows) else "No results.\n", *(f"{n}\n" for n in notes)]
         ),
         "results.tsv": summaries.tsv(rows),
         "results.json": orjson.dumps(summaries.for_dvc(rows), option=INDENTED).decode(),
         "curves.tsv": on_sets.to_csv(sep="\t", index=False, float_format="%.6g"),
     }
+    return content, texts, [*first, *chain(*figures.values())]
 
 
-def _missing(study: "Study", choices: Choices, content: Mapping[str, Any]) -> list[str]:
-    """A line for each part of the page that is empty, with the reason."""
-    figures, some, no_log = content["figures"], bool(study.evaluations), f"no log.tsv under {study.runs}"
-    methods = {place.method for place in study.places}
-    missing = [
-        (some and not figures["over_steps"], "metrics over steps: no run has two evaluated checkpoints"),
-        (not content["costs"], f"training curves: {no_log}"),
-        (
-            not figures["analysis"],
-            f"learning, forgetting and similarity: nothing of analyze under {study.runs / 'analysis'}",
-        ),
-        (some and not {RL, RLOOP} <= methods, "RLoop against RL: not both were evaluated"),
-        (not content["costs"], f"compute: {no_log}"),
-        (
-            some and choices.max_problems and choices.max_samples and not content["rollouts"],
-            "rollouts: the evaluations hold no rollouts.jsonl",
-        ),
-    ]
-    return [line for is_so, line in missing if is_so]
+def _missing(study: "Study", choices: Choices, sections: Mapping[str, Any]) -> list[str]:
+    """A line for each section that is empty, with the reason."""
+    no_log = f"no log.tsv under {study.runs}"
+    reasons = {"Learning, forgetting and similarity": f"nothing of analyze under {study.runs / 'analysis'}"}
+    reasons |= {"Training": no_log, "Compute": no_log}
+    if study.evaluations:
+        reasons |= {"RLoop against RL over steps": "no run has two evaluated checkpoints"}
+    if study.evaluations and choices.max_problems and choices.max_samples:
+        reasons |= {"Rollouts": "the evaluations hold no rollouts.jsonl"}
+    return [f"{title}: {reason}" for title, reason in reasons.items() if not sections[title]]
 
 
 def _analysis(study: "Study") -> list["Figure"]:

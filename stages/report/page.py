@@ -5,6 +5,7 @@ given but figures and embedded records, which are made safe here, and the page's
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -14,14 +15,14 @@ from markupsafe import Markup, escape
 from stages.core.figures import INK, Figure
 
 
-def render(**content: Any) -> str:
+def render(content: Mapping[str, Any]) -> str:
     """The whole page."""
     loader = jinja2.PackageLoader("stages", "report")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"plain": _plain, "svg": inline_svg, "embedded": embedded}
-    return environment.get_template("page.html.j2").render(**content) + "\n"
+    return environment.get_template("page.html.j2").render(content) + "\n"
 
 
 def embedded(records: Any) -> Markup:

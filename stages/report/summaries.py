@@ -197,11 +197,10 @@ def _quotient(above: "pd.Series[Any]", below: "pd.Series[Any]") -> "pd.Series[An
 def settings(frame: pd.DataFrame) -> dict[str, list[dict[str, str]]]:
     """Stage -> a line a parameter: {"parameter", "value"}; if runs differ it names them: "30 (1/rl), 90 (2/rl)"."""
     brief = frame.assign(value=frame["value"].str.replace(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1…", regex=True))
-    num_runs = frame.groupby("stage")["run"].nunique()
-    by_value = brief.groupby(["stage", "parameter", "value"], sort=False)["run"].agg(list).reset_index()
-    by_value["value"] = [
-        value if len(runs) == num_runs[stage] else f"{value} ({', '.join(runs)})"
-        for stage, _, value, runs in by_value.itertuples(index=False)
-    ]
-    lines = by_value.groupby(["stage", "parameter"], sort=False)["value"].agg(", ".join).reset_index("parameter")
+    lines = (
+        brief.groupby(["stage", "parameter", "value"], sort=False)["run"].agg(runs=", ".join, num="size").reset_index()
+    )
+    everywhere = lines["num"] == lines["stage"].map(frame.groupby("stage")["run"].nunique())
+    lines["value"] = lines["value"].where(everywhere, lines["value"] + " (" + lines["runs"] + ")")
+    lines = lines.groupby(["stage", "parameter"], sort=False)["value"].agg(", ".join).reset_index("parameter")
     return {stage: of_stage.to_dict("records") for stage, of_stage in lines.groupby("stage", sort=False)}
