@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.analyze import dynamics, similarity, temporal
+from stages.analyze import curves, dynamics, similarity
 from stages.core import lineage, outputs
 from stages.core.errors import InputError
-from stages.core.metrics import KS, Interval, interval
+from stages.core.metrics import KS
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
@@ -42,11 +42,6 @@ DEFINITIONS = {
     "forgetting": "share of problems solved at step i and not at step j",
     "similarity": "mean Jaccard similarity of bigrams over all pairs of completions of steps i and j",
     "differential_forgetting": "forgetting of {0} minus forgetting of {1}; positive where {1} forgets less",
-}
-CURVES = {
-    "retention": "of the problems that the base solves, the share that each later policy solves",
-    "turnover": "of the problems that each policy solves, the share that the base doesn't",
-    "temporal": "pass@{0} if the {0} samples are spread over the latest 1, 2, ... policies of a run, back to the base",
 }
 NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}
 
@@ -86,9 +81,9 @@ def run(
     ways = _ways(places(evaluation.results, root, line.bases))
     pair = _pair(ways, compare)
     matrices, steps = _matrices(evaluation, ways, min_correct, pair)
-    curves = _curves(evaluation, ways, min_correct, ks)
+    of_steps = curves.measure(evaluation, ways, min_correct, ks)
     with outputs.claimed(out), outputs.whole_dir(out) as directory:
-        _write(directory, matrices, curves, steps)
+        _write(directory, matrices, of_steps, steps)
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)
         inputs = {str(path / "results.jsonl"): digest(path / "results.jsonl") for path in directories}
@@ -137,8 +132,6 @@ def _pair(ways: Mapping[str, list[Place]], wanted: Sequence[str]) -> tuple[str, 
 
 # {"name", "set", "run", "number", "definition", "labels", "policies", "values" [labels, labels]}
 Matrix = dict[str, Any]
-# {"name", "set", "definition", "x_label", "rows": [{"series", "x", "y", "low", "high", "policy", ...}]}
-Curve = dict[str, Any]
 
 
 def _matrices(
@@ -163,53 +156,6 @@ def _matrices(
     if pair:
         matrices += _differential(pair, ways, forgotten)
     return [matrix | {"set": evaluation.problem_set} for matrix in matrices], steps
-
-
-def _curves(
-    evaluation: Evaluation, ways: Mapping[str, list[Place]], min_correct: int, ks: Sequence[int]
-) -> list[Curve]:
-    """Retention, turnover and temporal sampling, a line a run; those that no run has are left out."""
-    rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("retention", "turnover", *(f"temporal_pass@{k}" for k in ks))
-    }
-    for run, on_way in ways.items():
-        results = [evaluation.results[place.policy] for place in on_way]
-        is_solved = dynamics.solved(results, min_correct)
-        if on_way[0].method == BASE:
-            rows["retention"] += _steps(run, on_way, dynamics.retention(is_solved))
-            rows["turnover"] += _steps(run, on_way, dynamics.turnover(is_solved))
-        for k in ks:
-            rows[f"temporal_pass@{k}"] += _spread(run, on_way, results, k)
-    return [_curve(evaluation.problem_set, name, of_curve) for name, of_curve in rows.items() if of_curve]
-
-
-def _curve(problem_set: str, name: str, rows: list[dict[str, Any]]) -> Curve:
-    kind, _, k = name.partition("_pass@")
-    x_label = "RL steps" if kind != "temporal" else "policies sampled from, the latest first"
-    return {"name": name, "set": problem_set, "definition": CURVES[kind].format(k), "x_label": x_label, "rows": rows}
-
-
-def _steps(run: str, on_way: Sequence[Place], values: Sequence[Interval]) -> list[dict[str, Any]]:
-    """A row a policy on the way of a run, as `figures.lines` takes them."""
-    return [
-        _row(run, place.step, value) | {"after_rft": int(place.fine_tuned), "policy": place.policy}
-        for place, value in zip(on_way, values, strict=True)
-    ]
-
-
-def _spread(run: str, on_way: Sequence[Place], results: Sequence[Sequence[Result]], k: int) -> list[dict[str, Any]]:
-    """pass@k of the latest 1, 2, ... policies of a run together, if they have samples enough, up to k of them."""
-    n, c = (dynamics.counts(results, field)[::-1] for field in ("num_samples", "num_correct"))
-    rows = []
-    for t in range(1, min(k, len(on_way)) + 1):
-        if n[:t].min() >= max(temporal.quotas(k, t)):
-            policies = " | ".join(place.policy for place in on_way[: -t - 1 : -1])
-            rows.append(_row(run, t, interval(temporal.pass_at_k(n[:t], c[:t], k))) | {"policy": policies})
-    return rows
-
-
-def _row(run: str, x: int, value: Interval) -> dict[str, Any]:
-    return {"series": run, "x": x, "y": value["value"], "low": value["low"], "high": value["high"]}
 
 
 def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
@@ -313,12 +259,12 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
 
 
 def _write(
-    directory: Path, matrices: Sequence[Matrix], curves: Sequence[Curve], steps: Sequence[Mapping[str, Any]]
+    directory: Path, matrices: Sequence[Matrix], of_steps: Sequence[curves.Curve], steps: Sequence[Mapping[str, Any]]
 ) -> None:
     from stages.core import figures
 
-    plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, curves)]
-    for record, figure in zip([*matrices, *curves], plotted, strict=True):
+    plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, of_steps)]
+    for record, figure in zip([*matrices, *of_steps], plotted, strict=True):
         outputs.write_json(directory / f"{figure.name}.json", record)
         figures.save(figure, directory)
     if steps:

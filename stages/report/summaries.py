@@ -133,16 +133,14 @@ def unlike(scores: pd.DataFrame, chosen: Mapping[str, str]) -> list[str]:
     asked = scores.groupby(["set", "policy"], observed=True)["problem_id"].agg(frozenset)
     lines = []
     for name in scores["set"].unique():
-        problems = {method: asked.get((name, policy)) for method, policy in chosen.items()}
-        (first, of_first), *others = [(method, ids) for method, ids in problems.items() if ids] or [("", None)]
-        for method, theirs in others:
-            if theirs != of_first:
-                counts = f"{len(theirs)} and {len(of_first)}"
+        ids = {method: asked.get((name, policy), frozenset()) for method, policy in chosen.items()}
+        first = next((method for method in ids if ids[method]), "")
+        for method in ids:
+            if not ids[method]:
+                lines.append(f"{method} on {name}: not evaluated, so no difference and no average over the sets")
+            elif ids[method] != ids[first]:
+                counts = f"{len(ids[method])} and {len(ids[first])}"
                 lines.append(f"{method} and {first} on {name}: asked different problems ({counts}), so no difference")
-        if absent := [method for method, ids in problems.items() if ids is None]:
-            lines.append(
-                f"{' and '.join(absent)} on {name}: not evaluated, so no difference and no average over the sets"
-            )
     return lines
 
 
