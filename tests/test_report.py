@@ -87,6 +87,7 @@ def made(tmp_path_factory) -> Path:
     ]
     curve = {"name": "retention", "set": "valid", "definition": "kept", "x_label": "RL steps", "rows": rows}
     (root / "analysis/retention.json").write_text(json.dumps(curve))
+    (root / "analysis/metrics.json").write_text('{"steps": {"mean_learning": 0.5}}')  # a run of this name
     (root / "analysis/similarity_by_step.json").write_text(json.dumps({"steps": steps}))
     make(root)
     return root

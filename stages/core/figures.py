@@ -125,7 +125,8 @@ def of_analysis(records: Iterable[Mapping[str, Any]]) -> list[Figure]:
     records = list(records)
     matrices = of_matrices([record for record in records if record.keys() >= MATRIX_KEYS])
     curves = [of_curve(record) for record in records if record.keys() >= CURVE_KEYS]
-    return matrices + curves + [of_similarity(record["steps"]) for record in records if "steps" in record]
+    steps = [record["steps"] for record in records if isinstance(record.get("steps"), list)]  # no run of this name
+    return matrices + curves + list(map(of_similarity, steps))
 
 
 def of_curve(record: Mapping[str, Any]) -> Figure:

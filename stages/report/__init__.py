@@ -127,12 +127,12 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
     labels = {place.policy: place.label for place in study.places}
     best = {f"{m}, step {labels[p]}": p for m, p in curves.best_on(on_sets, choices.valid, order).items()}
     resets = sorted({place.step for place in study.places if place.fine_tuned})
-    first = curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)
+    first = [*curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)]
     figures = {
-        "RLoop against RL over steps": curves.of_evaluations(on_sets, resets, order[::-1]),
-        "Over iterations": curves.of_iterations(on_sets),
+        "RLoop against RL over steps": [*curves.of_evaluations(on_sets, resets, order[::-1])],
+        "Over iterations": [*curves.of_iterations(on_sets)],
         "Learning, forgetting and similarity": _analysis(study),
-        "Training": curves.overfitting(on_sets, logs, choices.valid, order) + curves.of_logs(logs, resets),
+        "Training": [*curves.overfitting(on_sets, logs, choices.valid, order), *curves.of_logs(logs, resets)],
     }
     sections = {
         "Results": summaries.nested(rows),

@@ -4,7 +4,7 @@
 fine-tuned policy that the next iteration starts from (`after_rft`); the line between them is the reset.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import pandas as pd
@@ -47,9 +47,8 @@ def best_on(rows: pd.DataFrame, valid: str, order: Sequence[str]) -> dict[str, s
     return ranked.groupby("method")["policy"].first().to_dict()
 
 
-def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[str]) -> list[Figure]:
+def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[str]) -> Iterator[Figure]:
     """RLoop against RL over steps (the paper's figure 4): a panel a set and metric `wanted`, all on one scale."""
-    plotted = []
     rows = rows[rows["metric"].isin(wanted)]
     for name, metric in product(rows["set"].unique(), wanted):
         panel = rows[(rows["set"] == name) & (rows["metric"] == metric)]
@@ -58,29 +57,25 @@ def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[s
             caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop starts anew from a fine-tuned policy."
             style = Panel(f"{metric} (%)", resets=resets, number="4", top=rows["high"].max())
             file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
-            plotted.append(lines(file, title, caption, _series(panel, "method"), style))
-    return plotted
+            yield lines(file, title, caption, _series(panel, "method"), style)
 
 
-def of_iterations(rows: pd.DataFrame) -> list[Figure]:
+def of_iterations(rows: pd.DataFrame) -> Iterator[Figure]:
     """Metrics of RLoop's start policies over iterations (the paper's figure 3), a panel for each set, on one scale."""
     starts = rows[(rows["method"] == RLOOP) & rows["metric"].str.contains("@")]
     starts = starts[(starts["after_rft"] == 1) | (starts["step"] == 0)]
     starts = starts.assign(iteration=starts["policy"].map(iteration_of))
     style = Panel("%", x_label="iteration", number="3", top=starts["high"].max())
-    plotted = []
     for name, panel in starts.groupby("set", observed=True):
         if panel["iteration"].nunique() > 1:
             title = f"RLoop over iterations on {name}"
             caption = f"Metrics of the policy fine-tuned after each iteration on {name}; 0 is the base."
             series = _series(panel, "metric", x="iteration")
-            plotted.append(lines(f"iterations_{file_name(name)}", title, caption, series, style))
-    return plotted
+            yield lines(f"iterations_{file_name(name)}", title, caption, series, style)
 
 
-def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> list[Figure]:
+def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> Iterator[Figure]:
     """A panel for each known column of the logs over steps, both methods."""
-    plotted = []
     of_rl = logs[logs["method"] != ""].sort_values("method", kind="stable")  # RL before RLoop
     for column, (title, axis, number) in TRAINING.items():
         known = of_rl.reindex(columns=["method", "step", column]).dropna()
@@ -88,22 +83,20 @@ def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> list[Figure]:
             explodes = column == "grad_norm" and bool(0 < 100 * known[column].min() < known[column].max())
             style = Panel(axis, resets=resets, number=number, log_scale=explodes)
             caption = f"{title} at each RL step, from log.tsv."
-            plotted.append(lines(f"training_{column}", title, caption, _series(known, "method", y=column), style))
-    return plotted
+            yield lines(f"training_{column}", title, caption, _series(known, "method", y=column), style)
 
 
-def overfitting(rows: pd.DataFrame, logs: pd.DataFrame, valid: str, wanted: Sequence[str]) -> list[Figure]:
+def overfitting(rows: pd.DataFrame, logs: pd.DataFrame, valid: str, wanted: Sequence[str]) -> Iterator[Figure]:
     """Training pass rate against the metrics `wanted` on the validation set for RL alone (the paper's figure 1)."""
     trained = logs[logs["method"] == RL].reindex(columns=["step", "pass_rate"]).dropna()
     rates = trained.assign(metric="training pass rate", value=100 * trained["pass_rate"])
     here = rows[(rows["set"] == valid) & (rows["method"] == RL) & rows["metric"].isin(wanted)]
     measured = here.assign(metric=here["metric"] + f" on {valid}")
     both = pd.concat([rates, measured]).groupby("metric", sort=False).filter(lambda line: len(line) > 1)
-    if both["metric"].nunique() < 2:
-        return []
-    caption = f"RL alone: the pass rate that it trains on, and what it is worth on {valid}."
-    title = "RL alone: training and validation"
-    return [lines("overfitting", title, caption, _series(both, "metric"), Panel("%", number="1"))]
+    if both["metric"].nunique() > 1:
+        caption = f"RL alone: the pass rate that it trains on, and what it is worth on {valid}."
+        title = "RL alone: training and validation"
+        yield lines("overfitting", title, caption, _series(both, "metric"), Panel("%", number="1"))
 
 
 def _series(rows: pd.DataFrame, by: str, x: str = "step", y: str = "value") -> pd.DataFrame:

@@ -124,7 +124,7 @@ class Study:
         for path, digest in (read_manifest(directory / "manifest.json").get("inputs") or {}).items():
             if self.line.changed(path, digest):
                 return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
-        rows = [*content.get("steps", ()), *content.get("rows", ())]
+        rows = [row for name in ("steps", "rows") for row in content.get(name, ()) if isinstance(row, dict)]
         policies = [*content.get("policies", ()), *(row.get("policy", "") for row in rows)]
         named = (policy for several in policies for policy in several.split(" | "))
         return next((fault for policy in named if (fault := self.line.fault_of_policy(policy))), "")
