@@ -2,14 +2,15 @@
 
 import csv
 import json
-from itertools import pairwise
+from itertools import combinations, pairwise, product
+from math import comb, prod
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stages import analyze
-from stages.analyze import dynamics, similarity
+from stages.analyze import dynamics, similarity, temporal
 from stages.core import jsonl, runs
 from stages.core.errors import InputError
 
@@ -97,6 +98,69 @@ def test_each_matrix_is_there_as_json_tsv_and_figures_with_labels(out):
     steps = list(csv.DictReader((out / "similarity_by_step.tsv").open(), delimiter="\t"))
     assert [float(row["within"]) for row in steps] == pytest.approx([5 / 6, 0.5, 0.5], abs=1e-5)
     assert [float(row["within_distinct"]) for row in steps] == pytest.approx([2 / 3, 0, 0], abs=1e-5)
+
+
+def test_what_is_kept_of_the_bases_problems_and_what_is_new_equal_those_worked_out_by_hand(out):
+    # solved (p, q): base yes no, step 5 no yes, step 10 yes yes
+    kept = json.loads((out / "retention.json").read_text())
+    assert [(row["x"], row["y"]) for row in kept["rows"]] == [(0, 1), (5, 0), (10, 1)]
+    new = json.loads((out / "turnover.json").read_text())
+    assert [(row["x"], row["y"]) for row in new["rows"]] == [(0, 0), (5, 1), (10, 0.5)]
+    assert (new["rows"][2]["low"], new["rows"][2]["high"]) == (0, 1), "two problems say little"
+    assert new["rows"][1]["policy"] == "runs/vanilla/rl/checkpoints/step_000005"
+    assert "<svg" in (out / "turnover.svg").read_text()
+    assert next(csv.DictReader((out / "retention.tsv").open(), delimiter="\t"))["RL steps"] == "0"
+
+
+def test_intervals_of_a_share_move_with_both_of_its_parts():
+    is_solved = np.random.default_rng(1).random((2, 200)) < [[0.5], [0.6]]
+    (_, found), rng = dynamics.retention(is_solved), np.random.default_rng(2)
+    picks = [is_solved[:, rng.integers(200, size=200)] for _ in range(4000)]
+    shares = [(first & later).sum() / first.sum() for first, later in picks]
+    assert found["value"] == (is_solved[0] & is_solved[1]).sum() / is_solved[0].sum()
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
+
+
+def test_a_base_that_solves_nothing_has_no_retention():
+    (first, second) = dynamics.retention(np.array([[False, False], [True, False]]))
+    assert all(np.isnan(value) for value in (*first.values(), *second.values()))
+    assert dynamics.turnover(np.array([[False, False], [True, False]]))[1]["value"] == 1
+
+
+@pytest.mark.parametrize("correct", [(0, 1, 2), (4, 0, 0), (1, 1, 1), (0, 0, 0)])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7])
+def test_samples_of_several_checkpoints_pass_as_often_as_all_choices_of_them_do(correct, k):
+    samples = [[index < count for index in range(4)] for count in correct]
+    quotas = [sum(turn % 3 == checkpoint for turn in range(k)) for checkpoint in range(3)]
+    assert temporal.quotas(k, 3) == quotas
+    choices = product(*(combinations(of_one, quota) for of_one, quota in zip(samples, quotas, strict=True)))
+    passed = [any(map(any, choice)) for choice in choices]
+    found = temporal.pass_at_k(np.full((3, 1), 4), np.array(correct)[:, None], k)
+    assert found == pytest.approx([sum(passed) / len(passed)], abs=1e-12)
+
+
+def test_temporal_sampling_is_right_on_average_whatever_an_evaluation_draws():
+    rates, num_samples, k = (0.3, 0.05), 4, 5
+    expected = 1 - (1 - rates[0]) ** 3 * (1 - rates[1]) ** 2
+    total = 0.0
+    for counts in product(range(num_samples + 1), repeat=2):
+        weight = prod(
+            comb(num_samples, c) * p**c * (1 - p) ** (num_samples - c) for c, p in zip(counts, rates, strict=True)
+        )
+        total += weight * temporal.pass_at_k(np.full((2, 1), num_samples), np.array(counts)[:, None], k)[0]
+    assert total == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_latest_policies_take_turns_as_far_as_their_samples_go(tmp_path):
+    analyze.run(evals=[str(by_hand(tmp_path))], out=str(tmp_path / "out"), ks=[2, 3, 8])
+    # correct of 2 for (p, q): step 10 (1, 1), step 5 (0, 2), base (1, 0)
+    two = json.loads((tmp_path / "out/temporal_pass_2.json").read_text())["rows"]
+    assert [(row["x"], row["y"]) for row in two] == [(1, 1), (2, (1 / 2 + 1) / 2)]
+    three = json.loads((tmp_path / "out/temporal_pass_3.json").read_text())["rows"]
+    assert [row["x"] for row in three] == [2, 3], "one policy has no three samples"
+    assert three[1]["y"] == pytest.approx((3 / 4 + 1) / 2)
+    assert three[1]["policy"].split(" | ")[::2] == ["runs/vanilla/rl/checkpoints/step_000010", BASE]
+    assert not (tmp_path / "out/temporal_pass_8.json").exists()
 
 
 def test_more_correct_samples_can_be_asked_for():

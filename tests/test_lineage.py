@@ -40,7 +40,7 @@ def graph(whole, tiny_policy, tmp_path, monkeypatch):
 def table(capsys, **options):
     """Method -> the policy that stands for it in the table, and the lines on what was left out."""
     capsys.readouterr()
-    report.run(**{"paths": report.Paths(), "choices": report.Choices(ks=[2]), "tsv": True} | options)
+    report.run(**{"choices": report.Choices(ks=[2]), "tsv": True} | options)
     told = capsys.readouterr()
     rows = [line.split("\t")[1:3] for line in told.out.splitlines()[1:]]
     lines = [line.removeprefix("rloop: left out: ") for line in told.err.splitlines() if "left out: " in line]
@@ -67,7 +67,7 @@ def test_an_iteration_that_was_taken_out_is_in_no_table_figure_or_sum(graph, cap
     assert table(capsys, choices=choices) == (FIRST, [gone])
     analyze.run(evals=["runs/eval"], runs="runs", out="runs/analysis", iterations="1")
     assert json.loads(Path("runs/analysis/learning_RLoop.json").read_text())["labels"] == ["0", "2", "2+RFT"]
-    report.run(paths=report.Paths(), choices=choices)
+    report.run(choices=choices)
     assert f"Left out: {gone}." in Path("runs/results.md").read_text()
     for name in ("curves.tsv", "results.tsv", "figures/training_pass_rate.tsv"):
         assert "runs/2" not in Path("runs", name).read_text()
@@ -195,12 +195,12 @@ def test_by_hand_the_base_is_what_the_first_iteration_started_from_whatever_its_
 
 def test_an_analysis_of_evaluations_of_before_is_not_shown(graph, capsys):
     analyze.run(evals=["runs/eval"], out="runs/analysis")
-    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]))
+    report.run(choices=report.Choices(ks=[2]))
     assert Path("runs/figures/learning_RL.svg").exists()
     results = Path("runs/eval/vanilla/results.jsonl")
     results.write_text("".join(reversed(results.read_text().splitlines(keepends=True))))
     capsys.readouterr()
-    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]))
+    report.run(choices=report.Choices(ks=[2]))
     stale = f"runs/analysis: analyzed another runs/eval/vanilla/results.jsonl {OTHER}: analyze again"
     assert stale in capsys.readouterr().err and not Path("runs/figures/learning_RL.svg").exists()
 
@@ -211,7 +211,7 @@ def test_evaluations_without_their_runs_are_taken_as_they_are(graph, tmp_path, m
     monkeypatch.chdir(tmp_path / "away")
     for options in ({}, {"runs": "nowhere"}):
         assert table(capsys, evals=["eval"], **options)[0] == WHOLE
-    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]), evals=["eval"])
+    report.run(choices=report.Choices(ks=[2]), evals=["eval"])
     assert Path("report.html").exists()
 
 
@@ -225,7 +225,7 @@ def test_where_nothing_is_left_it_is_said(graph):
 
 def test_unequal_numbers_of_steps_are_named(graph, capsys):
     graph.rl("vanilla", "runs/0/policy", 3)
-    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]))
+    report.run(choices=report.Choices(ks=[2]))
     unequal = "RL has 3 steps and RLoop 4: to compare them give RL --steps 4"
     assert unequal in capsys.readouterr().err and unequal in Path("runs/results.md").read_text()
 
@@ -234,7 +234,7 @@ def test_evaluations_with_unlike_settings_are_named(graph, capsys):
     file = Path("runs/eval/vanilla/manifest.json")
     file.write_text(file.read_text().replace('"max_tokens": 32', '"max_tokens": 40'))
     table(capsys)
-    report.run(paths=report.Paths(), choices=report.Choices(ks=[2]))
+    report.run(choices=report.Choices(ks=[2]))
     unlike = (
         "evaluations of valid differ in max_tokens: 32 (runs/eval/0, runs/eval/1, runs/eval/2), 40 (runs/eval/vanilla)"
     )
@@ -290,7 +290,7 @@ def test_what_lies_in_the_working_directory_changes_no_byte(graph, tmp_path, mon
             out, evals = tmp_path / f"of_{here}" / name.split("/")[0], [str(tmp_path / name)]
             analyze.run(evals=evals, out=str(out / "analysis"))
             named = {"runs": str(tmp_path / "runs")} if name == "runs/eval" else {"evals": evals}
-            report.run(report.Paths(), report.Choices(ks=[2]), out=str(out / "page.html"), **named)
+            report.run(report.Choices(ks=[2]), out=str(out / "page.html"), **named)
         found.append(outcome(tmp_path / f"of_{here}"))
         shutil.rmtree(tmp_path / f"of_{here}")
     assert found[0] == found[1] and len(found[0]) > 40

@@ -82,6 +82,12 @@ def made(tmp_path_factory) -> Path:
     steps = [{"run": "RL", "step": step, "within": 0.5, "after_rft": 0} for step in (0, 2)]
     (root / "analysis").mkdir()
     (root / "analysis/forgetting_RL.json").write_text(json.dumps(matrix | {"values": [[0, 0.5], [0, 0]]}))
+    rows = [
+        {"series": "RL", "x": step, "y": 0.5, "low": 0.4, "high": None, "policy": "runs/0/policy"} for step in (0, 2)
+    ]
+    curve = {"name": "retention", "set": "valid", "definition": "kept", "x_label": "RL steps", "rows": rows}
+    (root / "analysis/retention.json").write_text(json.dumps(curve))
+    (root / "analysis/metrics.json").write_text('{"steps": {"mean_learning": 0.5}}')  # a run of this name
     (root / "analysis/similarity_by_step.json").write_text(json.dumps({"steps": steps}))
     make(root)
     return root
@@ -89,7 +95,7 @@ def made(tmp_path_factory) -> Path:
 
 def make(root: Path, **options) -> None:
     choices = report.Choices(ks=[2, 4, 8])
-    report.run(**{"paths": report.Paths(), "choices": choices, "runs": str(root)} | options)
+    report.run(**{"choices": choices, "runs": str(root)} | options)
 
 
 def studied(root: Path) -> study.Study:
@@ -191,7 +197,7 @@ def test_iterations_count_by_number_where_no_steps_are_known():
 def test_every_figure_lies_there_as_png_and_svg_with_its_data(made):
     names = {path.stem for path in (made / "figures").iterdir()} - {"written"}
     expected = {"steps_valid_avg4", "steps_far_pass4", "iterations_far", "overfitting", "training_grad_norm"}
-    assert expected | {"forgetting_RL", "similarity_by_step"} <= names
+    assert expected | {"forgetting_RL", "similarity_by_step", "retention"} <= names
     assert "training_mismatch" not in names, "a column without a number makes no figure"
     for name in names:
         xml.etree.ElementTree.parse(made / "figures" / f"{name}.svg")
@@ -266,10 +272,11 @@ def test_of_an_empty_directory_all_outputs_are_written_and_say_what_is_missing(t
 
 
 def test_what_no_report_wrote_is_never_removed(made, tmp_path):
-    (tmp_path / "thesis.docx").write_text("years of work")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/thesis.docx").write_text("years of work")
     with pytest.raises(InputError, match=r"thesis\.docx"):
-        make(made, paths=report.Paths(figures=str(tmp_path)), out=str(tmp_path / "page.html"))
-    assert (tmp_path / "thesis.docx").exists()
+        make(made, out=str(tmp_path / "page.html"))
+    assert (tmp_path / "figures/thesis.docx").exists()
 
 
 @pytest.mark.slow
@@ -296,6 +303,51 @@ def test_methods_asked_different_problems_are_named(made, tmp_path, capsys):
     assert "left out: RL and Base on valid: asked different problems (2 and 3), so no difference" in (
         capsys.readouterr().err
     )
+
+
+def without(made: Path, copy: Path, problem_set: str, policies: list[str]) -> Path:
+    """The runs, as if these policies had not been evaluated on the set."""
+    shutil.copytree(made, copy)
+    for file in copy.glob(f"eval/*/{problem_set}/*.jsonl"):
+        kept = [row for _, row in jsonl.read(file) if row["policy"].removeprefix("runs/") not in policies]
+        file.unlink()
+        jsonl.write(file, kept)
+    return copy
+
+
+def test_curves_show_the_checkpoints_that_a_set_has_and_averages_those_that_have_all_sets(made, tmp_path):
+    copy = without(made, tmp_path / "runs", "far", [VANILLA[0], RLOOP[0], RLOOP[1]])
+    make(copy)
+    labels = {
+        name: [(row["method"], row["step"], row["after_rft"]) for row in read_tsv(copy / "curves.tsv")
+               if (row["set"], row["metric"]) == (name, "avg@4")]
+        for name in ("valid", "far")
+    }  # fmt: skip
+    ends = [("RL", "0", "0"), ("RL", "4", "0"), ("RLoop", "0", "0"), ("RLoop", "4", "0"), ("RLoop", "4", "1")]
+    assert labels["far"] == ends and len(labels["valid"]) == 8
+    average = read_tsv(copy / "figures/steps_Average_avg4.tsv")
+    assert [(row["series"], row["RL steps"], row["after_rft"]) for row in average] == ends
+    iterations = read_tsv(copy / "figures/iterations_far.tsv")
+    assert {row["iteration"] for row in iterations} == {"0", "2"}, "not numbered by what is there"
+    assert (copy / "results.tsv").read_text() == (made / "results.tsv").read_text()
+
+
+def test_a_method_that_lacks_a_set_has_no_average_and_is_named(made, tmp_path, capsys):
+    copy = without(made, tmp_path / "runs", "far", [VANILLA[1], RLOOP[2]])
+    make(copy, table=True)
+    table, said = capsys.readouterr()
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
+    methods = ["Base", "RL", "RLoop", "RLoop, last RL endpoint"]
+    assert [method for _, method in rows] == [*methods, "Base", "RLoop", "Base", "RLoop"]
+    for method in ("RL", "RLoop, last RL endpoint"):
+        assert f"left out: {method} on far: not evaluated, so no difference and no average over the sets" in said
+    found = studied(copy)
+    scores, chosen = found.scores([2]), summaries.methods(found.places)
+    apart = summaries.differences(scores, chosen)
+    pairs = apart[apart["metric"] == "avg@4"].groupby("policy")["set"].agg(list).to_dict()
+    assert pairs["RLoop − Base"] == ["valid", "far", "Average"] and pairs["RLoop − RL"] == ["valid"]
+    headline = summaries.headline(summaries.results(summaries.summarise(scores), chosen), apart, ["avg@4"])
+    assert headline[0].startswith("RLoop leads in avg@4 on average over 2 sets") and "against" not in headline[0]
 
 
 def test_a_validation_set_that_there_is_not_is_named_and_no_rollouts_are_no_fault(made, tmp_path, capsys):
@@ -514,5 +566,6 @@ def test_a_checkpoint_whose_number_no_run_reaches_stands_for_itself():
 @pytest.mark.parametrize("log_scale", [False, True])
 def test_figures_are_drawn_whatever_the_size_of_steps_and_values(log_scale):
     sizes = [1e30, 1e308, float("inf"), float("nan")]
-    series = [figures.Series(name, [0, *sizes], [0.1, *sizes], [0.0, *sizes], [0.2, *sizes]) for name in "ab"]
-    assert figures.lines("a", "t", "c", series, y_label="y", log_scale=log_scale).svg.startswith("<?xml")
+    lines = {"x": [0, *sizes], "y": [0.1, *sizes], "low": [0.0, *sizes], "high": [0.2, *sizes]}
+    table = pd.concat(pd.DataFrame({"series": name} | lines) for name in "ab")
+    assert figures.lines("a", "t", "c", table, figures.Panel("y", log_scale=log_scale)).svg.startswith("<?xml")

@@ -1,8 +1,10 @@
 """Analyze: what a run learns, forgets and repeats, from the evaluations of its checkpoints (the paper's section 3).
 
 For each method in the evaluations (RLoop over its iterations, vanilla RL): the learning, forgetting and similarity
-matrices over its checkpoints, and similarity by step. For RLoop against vanilla RL: the differential forgetting matrix
-over the steps that both have. Everything is computed from stored counts and texts, without torch or an engine.
+matrices over its checkpoints, similarity by step, retention and turnover of the problems that the base solves, and
+pass@k with samples of several checkpoints (temporal sampling). For RLoop against vanilla RL: the differential
+forgetting matrix over the steps that both have. Everything is computed from stored counts and texts, without torch or
+an engine.
 """
 
 import time
@@ -10,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.analyze import dynamics, similarity
+from stages.analyze import curves, dynamics, similarity
 from stages.core import lineage, outputs
 from stages.core.errors import InputError
+from stages.core.metrics import KS
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
@@ -53,11 +56,12 @@ def run(
     min_correct: Annotated[
         int, "a problem is solved where at least so many of its samples are correct", at_least(1)
     ] = 1,
+    ks: Annotated[list[int], "the k of pass@k with samples of several checkpoints (repeatable)", at_least(1)] = [*KS],  # noqa: B006
     compare: Annotated[
         list[str], "run to compare with another; twice, for differential forgetting; default: RL and RLoop"
     ] = [],  # noqa: B006
 ) -> None:
-    """Compute learning, forgetting and similarity matrices between checkpoints from eval outputs.
+    """Compute learning, forgetting and similarity, retention and temporal sampling of checkpoints from eval outputs.
 
     What does not descend from the base and the runs as they are now is left out, and named.
 
@@ -77,8 +81,9 @@ def run(
     ways = _ways(places(evaluation.results, root, line.bases))
     pair = _pair(ways, compare)
     matrices, steps = _matrices(evaluation, ways, min_correct, pair)
+    of_steps = curves.measure(evaluation, ways, min_correct, ks)
     with outputs.claimed(out), outputs.whole_dir(out) as directory:
-        _write(directory, matrices, steps)
+        _write(directory, matrices, of_steps, steps)
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)
         inputs = {str(path / "results.jsonl"): digest(path / "results.jsonl") for path in directories}
@@ -183,7 +188,7 @@ def _matrix(name: str, run: str, on_way: Sequence[Place], values: "NDArray[Any]"
         "definition": DEFINITIONS[name],
         "labels": [place.label for place in on_way],
         "policies": [place.policy for place in on_way],
-        "values": values,
+        "values": values.tolist(),
     }
 
 
@@ -245,7 +250,7 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
 
     metrics: dict[str, Any] = {}
     for matrix in matrices:
-        above = matrix["values"][np.triu_indices(len(matrix["labels"]), 1)]
+        above = np.asarray(matrix["values"])[np.triu_indices(len(matrix["labels"]), 1)]
         metrics.setdefault(matrix["run"] or matrix["compared"], {})[f"mean_{matrix['name']}"] = float(above.mean())
     for method in dict.fromkeys(row["run"] for row in steps):
         within = [row["within"] for row in steps if row["run"] == method]
@@ -253,11 +258,14 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
     return metrics
 
 
-def _write(directory: Path, matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> None:
+def _write(
+    directory: Path, matrices: Sequence[Matrix], of_steps: Sequence[curves.Curve], steps: Sequence[Mapping[str, Any]]
+) -> None:
     from stages.core import figures
 
-    for matrix, figure in zip(matrices, figures.of_matrices(matrices), strict=True):
-        outputs.write_json(directory / f"{figure.name}.json", matrix | {"values": matrix["values"].tolist()})
+    plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, of_steps)]
+    for record, figure in zip([*matrices, *of_steps], plotted, strict=True):
+        outputs.write_json(directory / f"{figure.name}.json", record)
         figures.save(figure, directory)
     if steps:
         outputs.write_json(directory / "similarity_by_step.json", {"steps": list(steps)})

@@ -3,10 +3,12 @@
 A checkpoint solves a problem if at least `min_correct` of its samples are correct (the paper: at least one of 32).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from stages.core import metrics
 from stages.core.errors import InputError
+from stages.core.metrics import Interval
 from stages.core.records import Result
 
 if TYPE_CHECKING:
@@ -15,21 +17,26 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
-def solved(checkpoints: Sequence[Sequence[Result]], min_correct: int = 1) -> "Array":
-    """Whether each checkpoint solves each problem, bool [checkpoints, problems], problems in order of their ids.
+def counts(checkpoints: Sequence[Sequence[Result]], field: str) -> "Array":
+    """A count of each checkpoint and problem, int [checkpoints, problems], problems in order of their ids.
 
     Raises InputError if the checkpoints were not all evaluated on the same problems.
     """
     import numpy as np
 
-    counts: list[Mapping[str, int]] = [{r["problem_id"]: r["num_correct"] for r in results} for results in checkpoints]
-    problems = sorted(counts[0])
-    for results, count in zip(checkpoints, counts, strict=True):
-        if count.keys() != counts[0].keys():
-            odd = sorted(count.keys() ^ counts[0].keys())[0]
+    by_problem = [{r["problem_id"]: r[field] for r in results} for results in checkpoints]  # type: ignore[literal-required]
+    problems = sorted(by_problem[0])
+    for results, of_checkpoint in zip(checkpoints, by_problem, strict=True):
+        if of_checkpoint.keys() != by_problem[0].keys():
+            odd = sorted(of_checkpoint.keys() ^ by_problem[0].keys())[0]
             names = f"{checkpoints[0][0]['policy']} and {results[0]['policy']}"
             raise InputError(f"{names} were not evaluated on the same problems ({odd}): name evals of one set")
-    return np.array([[count[problem] >= min_correct for problem in problems] for count in counts], dtype=bool)
+    return np.array([[of_checkpoint[problem] for problem in problems] for of_checkpoint in by_problem])
+
+
+def solved(checkpoints: Sequence[Sequence[Result]], min_correct: int = 1) -> "Array":
+    """Whether each checkpoint solves each problem, bool [checkpoints, problems]; raises InputError as `counts` does."""
+    return counts(checkpoints, "num_correct") >= min_correct
 
 
 def learning(is_solved: "Array") -> "Array":
@@ -43,3 +50,13 @@ def forgetting(is_solved: "Array") -> "Array":
 
     yes = is_solved.astype(np.float64)
     return yes @ (1 - yes).T / yes.shape[1]
+
+
+def retention(is_solved: "Array") -> list[Interval]:
+    """Of the problems that the first checkpoint solves, the share that each one solves; NaN if it solves none."""
+    return [metrics.share_interval(is_solved[0] & later, is_solved[0]) for later in is_solved]
+
+
+def turnover(is_solved: "Array") -> list[Interval]:
+    """Of the problems that each checkpoint solves, the share that the first one doesn't; NaN if it solves none."""
+    return [metrics.share_interval(later & ~is_solved[0], later) for later in is_solved]

@@ -1,8 +1,8 @@
 """Figures: lines over steps and matrices, each saved as PNG and SVG with its data beside it as .tsv.
 
-Build a Figure with `lines` or `matrix`, then `save` it. Same data, same bytes: pyplot and its global state are not
+Build a Figure with `lines` or `of_matrices`, then `save` it. Same data, same bytes: pyplot and its global state are not
 used. A figure is one panel, small enough for a phone; the report sets them side by side. This module imports
-matplotlib, so only import it to plot.
+matplotlib and pandas, so only import it to plot.
 """
 
 import io
@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from stages.core import tabular
 
 INK = "#20242a"  # text and axes; inside a page it becomes the colour of the page's text, so that dark pages work
-COLOURS = {"Base": "#7d838c", "RL": "#d9483b", "RLoop": "#2f74d8"}
+COLOURS = {"Base": "#7d838c", "RL": "#d9483b", "RLoop": "#2f74d8", "training pass rate": "#7d838c"}
 MORE_COLOURS = ("#e08a1e", "#2a9d76", "#8f5fc6", "#b0578d", "#4b9fbf", "#8a7a3d")
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -41,21 +42,11 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
+CURVE_KEYS = {"name", "set", "definition", "x_label", "rows"}
 MAX_DRAWN = 1e100
+MAX_MARKED = 40  # a line with more points than this has no marks
 MAX_WRITTEN = 12  # a matrix with more rows than this shows colours only, and every second or third label
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line: `y` over `x`, with its interval if it has one, and a hollow mark at the points named in `hollow`."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    hollow: Sequence[bool] = ()
-    colour: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,141 +62,119 @@ class Figure:
     png: bytes = field(repr=False)
 
 
-def lines(
-    name: str,
-    title: str,
-    caption: str,
-    series: Sequence[Series],
-    *,
-    y_label: str,
-    x_label: str = "RL steps",
-    resets: Iterable[float] = (),
-    number: str = "",
-    log_scale: bool = False,
-    top: float | None = None,
-) -> Figure:
-    """Lines over steps; `resets` are the steps at which RLoop starts anew, shown as dotted verticals.
+@dataclass(frozen=True)
+class Panel:
+    """The axes of lines. `resets` are the steps at which RLoop starts anew, shown as dotted verticals.
 
-    `top` is the largest value of all panels that are read side by side: their scales run from 0 to there.
+    `top` is the largest value of all panels that are read side by side: they run from 0 to there.
     """
+
+    y_label: str
+    x_label: str = "RL steps"
+    resets: Iterable[float] = ()
+    number: str = ""
+    log_scale: bool = False
+    top: float | None = None
+
+
+def lines(name: str, title: str, caption: str, table: pd.DataFrame, style: Panel) -> Figure:
+    """A line for each `series` of a table with the columns series, x, y, and low, high, after_rft if they are known.
+
+    low and high are an interval; points after RFT are hollow.
+    """
+    series = [(str(label), rows) for label, rows in table.groupby("series", sort=False)]
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6, 3.1))
         axes = canvas.add_axes((0.165, 0.15, 0.805, 0.67))
-        for step in resets:
+        for step in style.resets:
             axes.axvline(step, color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
-        for index, line in enumerate(series):
-            _plot(axes, line, line.colour or COLOURS.get(line.label) or MORE_COLOURS[index % len(MORE_COLOURS)])
-        axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_scale else "linear")
+        for index, (label, rows) in enumerate(series):
+            _plot(axes, label, rows, COLOURS.get(label) or MORE_COLOURS[index % len(MORE_COLOURS)])
+        axes.set(xlabel=style.x_label, ylabel=style.y_label, yscale="log" if style.log_scale else "linear")
         axes.set_title(title, pad=22 if len(series) > 1 else 6)
-        if top is not None:
-            axes.set_ylim(0, 1.04 * top or 1)
+        if style.top is not None:
+            axes.set_ylim(0, 1.04 * style.top or 1)
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
             axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=4, columnspacing=1)
-    data = [row for line in series for row in _rows(line, x_label, y_label)]
-    return _render(Figure(name, title, caption, data, number, "", b""), canvas)
+    named = table.rename(columns={"x": style.x_label, "y": style.y_label})
+    data = [row for label in named["series"].unique() for row in named[named["series"] == label].to_dict("records")]
+    return _render(Figure(name, title, caption, data, style.number, "", b""), canvas)
 
 
-def _plot(axes: Axes, line: Series, colour: str) -> None:
-    few = len(line.x) <= 40
-    x, y = _drawable(line.x), _drawable(line.y)
-    axes.plot(x, y, color=colour, linewidth=1.6, label=line.label)
-    if len(line.low):
-        axes.fill_between(x, _drawable(line.low), _drawable(line.high), color=colour, alpha=0.15, linewidth=0)
-    if few:
-        hollow = np.array(line.hollow if len(line.hollow) else [False] * len(line.x), dtype=bool)
+def _plot(axes: Axes, label: str, rows: pd.DataFrame, colour: str) -> None:
+    x, y = _drawable(rows["x"]), _drawable(rows["y"])
+    axes.plot(x, y, color=colour, linewidth=1.6, label=label)
+    if "low" in rows and rows["low"].notna().any():
+        axes.fill_between(x, _drawable(rows["low"]), _drawable(rows["high"]), color=colour, alpha=0.15, linewidth=0)
+    if len(rows) <= MAX_MARKED:
+        hollow = rows["after_rft"].to_numpy(dtype=bool) if "after_rft" in rows else np.zeros(len(rows), dtype=bool)
         axes.plot(x[~hollow], y[~hollow], "o", color=colour, markersize=3.5)
         axes.plot(x[hollow], y[hollow], "D", color=colour, markersize=5, markerfacecolor="none")
 
 
-def _drawable(values: Sequence[float]) -> NDArray[Any]:
+def _drawable(values: "pd.Series[Any]") -> NDArray[Any]:
     """As floats, with a gap for what is on no scale: matplotlib's ticks overflow near the largest float."""
-    found = np.asarray(values, dtype=float)
-    return np.where(np.abs(found) < MAX_DRAWN, found, np.nan)
+    floats = values.to_numpy(dtype=float)
+    return np.where(np.abs(floats) < MAX_DRAWN, floats, np.nan)
 
 
-def _rows(line: Series, x_label: str, y_label: str) -> list[dict[str, Any]]:
-    rows = []
-    for index, (x, y) in enumerate(zip(line.x, line.y, strict=True)):
-        row = {"series": line.label, x_label: x, y_label: y}
-        if len(line.low):
-            row |= {"low": line.low[index], "high": line.high[index]}
-        if len(line.hollow):
-            row |= {"after_rft": int(line.hollow[index])}
-        rows.append(row)
-    return rows
+def of_analysis(records: Iterable[Mapping[str, Any]]) -> list[Figure]:
+    """The figures of what analyze writes: matrices, curves and similarity by step; other records have none."""
+    records = list(records)
+    matrices = of_matrices([record for record in records if record.keys() >= MATRIX_KEYS])
+    curves = [of_curve(record) for record in records if record.keys() >= CURVE_KEYS]
+    steps = [record["steps"] for record in records if isinstance(record.get("steps"), list)]  # no run of this name
+    return matrices + curves + list(map(of_similarity, steps))
 
 
-def matrix(
-    name: str,
-    title: str,
-    caption: str,
-    labels: Sequence[str],
-    values: NDArray[Any],
-    *,
-    unit: str = "share of problems",
-    above_diagonal: bool = False,
-    signed: bool = False,
-    bound: float = 1.0,
-    number: str = "",
-) -> Figure:
-    """A matrix of checkpoints by checkpoints (row i, column j) as colours; `signed` centres them on zero.
+def of_curve(record: Mapping[str, Any]) -> Figure:
+    """Shares as analyze writes them: {"name", "set", "definition", "x_label", "rows"}, rows as for `lines`."""
+    title = f"{record['name'].replace('_', ' ').capitalize()} on {record['set']}"
+    panel = Panel("share", x_label=record["x_label"], top=1)
+    caption = f"{title}: {record['definition']}."
+    return lines(file_name(record["name"]), title, caption, pd.DataFrame(record["rows"]), panel)
 
-    `above_diagonal` shows i < j only: the rest of a learning or forgetting matrix repeats the other one. `bound` is
-    the value of the last colour.
+
+def of_matrices(records: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Matrices as analyze writes them: {"name", "set", "run", "number", "definition", "labels", "values"}.
+
+    All of one name share their colours, so that a darker cell is a smaller value in every run. A learning or
+    forgetting matrix is shown above the diagonal only: the rest repeats the other one.
     """
-    shown = _shown(values, above_diagonal)
-    limits: dict[str, Any] = {"cmap": "RdBu" if signed else "viridis", "vmin": -bound if signed else 0, "vmax": bound}
+    shown = [_shown(record) for record in records]
+    largest = pd.Series([float(np.ma.filled(np.abs(values), 0).max()) for values in shown])
+    bounds = largest.groupby([record["name"] for record in records]).transform("max").replace(0, 1)
+    return list(map(_matrix, records, shown, bounds))
+
+
+def _shown(record: Mapping[str, Any]) -> Any:
+    values = np.asarray(record["values"], dtype=float)
+    return np.ma.masked_array(values, record["name"] != "similarity" and np.tril(np.ones_like(values, dtype=bool)))
+
+
+def _matrix(record: Mapping[str, Any], shown: Any, bound: float) -> Figure:
+    """A matrix of checkpoints by checkpoints (row i, column j) as colours up to `bound`, around zero if signed."""
+    kind, labels, is_signed = record["name"], record["labels"], record["name"] == "differential_forgetting"
+    limits: dict[str, Any] = {"cmap": "RdBu" if is_signed else "viridis", "vmin": -bound if is_signed else 0}
+    unit = "Jaccard similarity" if kind == "similarity" else "share of problems"
+    title = f"{kind.replace('_', ' ').capitalize()}{', ' + record['run'] if record['run'] else ''}"
+    title += f" on {record['set']}" if record.get("set") else ""
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6, 3.9))
         axes = canvas.add_axes((0.15, 0.21, 0.64, 0.72))
-        mesh = axes.pcolormesh(shown, **limits)
+        mesh = axes.pcolormesh(shown, vmax=bound, **limits)
         canvas.colorbar(mesh, cax=canvas.add_axes((0.82, 0.28, 0.025, 0.56)), ticks=MaxNLocator(5)).set_label(unit)
         _label(axes, labels)
         if len(labels) <= MAX_WRITTEN:
             _write_values(axes, shown, mesh)
         axes.set(title=title, xlabel="step j", ylabel="step i", aspect="equal")
         axes.invert_yaxis()
-    data = [
-        {"step": label} | dict(zip(labels, row.tolist(), strict=True))
-        for label, row in zip(labels, values, strict=True)
-    ]
-    return _render(Figure(name, title, caption, data, number, "", b""), canvas)
-
-
-def _shown(values: NDArray[Any], above_diagonal: bool) -> Any:
-    return np.ma.masked_array(values, np.tril(np.ones_like(values, dtype=bool)) if above_diagonal else False)
-
-
-def of_matrices(records: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Matrices as analyze writes them: {"name", "set", "run", "number", "definition", "labels", "values"}.
-
-    All of one name share their colours, so that a darker cell is a smaller value in every run.
-    """
-    bounds: dict[str, float] = {}
-    for each in records:
-        shown = np.abs(_shown(np.asarray(each["values"], dtype=float), each["name"] != "similarity"))
-        bounds[each["name"]] = max(bounds.get(each["name"], 0), float(shown.max()) if shown.count() else 0)
-    return [_of_matrix(each, bounds[each["name"]] or 1.0) for each in records]
-
-
-def _of_matrix(record: Mapping[str, Any], bound: float) -> Figure:
-    kind = record["name"]
-    title = f"{kind.replace('_', ' ').capitalize()}{', ' + record['run'] if record['run'] else ''}"
-    on_set = f" on {record['set']}" if record.get("set") else ""
-    return matrix(
-        "_".join(file_name(part) for part in (kind, record["run"]) if part),
-        title + on_set,
-        f"{title}{on_set}: {record['definition']}.",
-        record["labels"],
-        np.asarray(record["values"], dtype=float),
-        unit="Jaccard similarity" if kind == "similarity" else "share of problems",
-        above_diagonal=kind != "similarity",
-        signed=kind == "differential_forgetting",
-        bound=bound,
-        number=record["number"],
-    )
+    name = "_".join(file_name(part) for part in (kind, record["run"]) if part)
+    rows = zip(labels, shown.data.tolist(), strict=True)
+    data = [{"step": label} | dict(zip(labels, row, strict=True)) for label, row in rows]
+    return _render(Figure(name, title, f"{title}: {record['definition']}.", data, record["number"], "", b""), canvas)
 
 
 def file_name(text: str) -> str:
@@ -215,17 +184,13 @@ def file_name(text: str) -> str:
 
 def of_similarity(steps: Sequence[Mapping[str, Any]]) -> Figure:
     """Similarity within each checkpoint over steps, a line a run, from analyze's similarity_by_step."""
-    series = []
-    for run in dict.fromkeys(row["run"] for row in steps):
-        rows = [row for row in steps if row["run"] == run]
-        columns = {name: [row[name] for row in rows] for name in ("step", "within", "after_rft")}
-        series.append(Series(run, columns["step"], columns["within"], hollow=columns["after_rft"]))
+    table = pd.DataFrame(steps).rename(columns={"run": "series", "step": "x", "within": "y"})
     caption = (
         "Mean Jaccard similarity of bigrams between the completions of one checkpoint (each with itself included, "
         "as in the paper's Appendix A); lower is more diverse. Diamonds: fine-tuned start policies."
     )
     title = "Similarity within a checkpoint"
-    figure = lines("similarity_by_step", title, caption, series, y_label="Jaccard similarity", number="5b")
+    figure = lines("similarity_by_step", title, caption, table, Panel("Jaccard similarity", number="5b"))
     return replace(figure, data=steps)
 
 

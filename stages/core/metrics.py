@@ -169,6 +169,22 @@ def average_interval(sets: Sequence["Array"], seed: int = 0) -> Interval:
     return {"value": value, "low": float(low), "high": float(high)}
 
 
+def share_interval(part: "Array", whole: "Array", seed: int = 0) -> Interval:
+    """Share of the problems `whole` that are in `part` (both bool [problems]), with its interval; NaN of no problem.
+
+    Both are resampled together, since their sizes depend on the problems; resamples without any of `whole` don't count.
+    """
+    import numpy as np
+
+    picks = _resamples(len(whole), seed)
+    parts, wholes = picks @ part, picks @ whole
+    if not whole.any():
+        return {"value": np.nan, "low": np.nan, "high": np.nan}
+    tail = (1 - COVERAGE) / 2
+    low, high = np.quantile(parts[wholes > 0] / wholes[wholes > 0], (tail, 1 - tail))
+    return {"value": float(part.sum() / whole.sum()), "low": float(low), "high": float(high)}
+
+
 @lru_cache(maxsize=8)
 def _resamples(num_problems: int, seed: int) -> "Array":
     """How often each problem is picked in each resample, [resamples, problems]; shared by all metrics of a set."""

@@ -5,7 +5,10 @@ ones is kept, and of a very long completion its beginning and its end, so that t
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, zip_longest
 from typing import Any
+
+import pandas as pd
 
 from stages.core.records import Rollout
 from stages.core.runs import BASE, Evaluation, Place, read_rollouts
@@ -13,6 +16,7 @@ from stages.report.page import embedded
 
 MAX_BYTES = 6 * 2**20
 HEAD, TAIL = 1500, 2500  # characters kept of a long completion
+SHOWN = ("sample", "completion", "verdict", "num_tokens", "finish_reason")
 
 Browser = list[dict[str, Any]]
 
@@ -22,42 +26,32 @@ def build(
 ) -> Browser:
     """One entry a set: {"name", "policies": [{"label", "method", "step"}], "problems": [{"id", "rates", ...}]}.
 
-    Problems are cut from the end of the longest list until the whole is below MAX_BYTES.
+    Of every set the same number of problems is kept, at least one and as many as fit into MAX_BYTES.
     """
-    sets = [
-        _of_set(
-            evaluation, [place for place in places if place.policy in evaluation.results], max_problems, max_samples
-        )
-        for evaluation in evaluations.values()
-        if evaluation.rollouts
-    ]
-    sizes = [[len(embedded(problem)) for problem in of_set["problems"]] for of_set in sets]
-    while sum(map(sum, sizes)) > MAX_BYTES:
-        longest = max(range(len(sets)), key=lambda index: len(sizes[index]))
-        sizes[longest].pop()
-        sets[longest]["problems"].pop()
-    return [of_set for of_set in sets if of_set["problems"]]
+    sets = [_of_set(each, places, max_problems, max_samples) for each in evaluations.values() if each.rollouts]
+    ranks = zip_longest(*(of_set["problems"] for of_set in sets))
+    sizes = [sum(len(embedded(problem)) for problem in rank if problem) for rank in ranks]
+    num_problems = max(1, sum(total <= MAX_BYTES for total in accumulate(sizes)))
+    return [of_set | {"problems": of_set["problems"][:num_problems]} for of_set in sets if of_set["problems"]]
 
 
 def _of_set(evaluation: Evaluation, places: Sequence[Place], max_problems: int, max_samples: int) -> dict[str, Any]:
-    places = sorted(places, key=lambda place: (place.method != BASE, place.method, place.step, place.fine_tuned))
-    rates = _rates(evaluation, places)
-    chosen = sorted(rates, key=lambda problem: (-_spread(rates[problem]), problem))[:max_problems]
+    results = evaluation.results
+    places = sorted((p for p in places if p.policy in results), key=lambda place: place.method != BASE)
+    correct = {
+        p.policy: {r["problem_id"]: r["num_correct"] / r["num_samples"] for r in results[p.policy]} for p in places
+    }
+    rates = pd.DataFrame(correct).round(4).sort_index()
+    spread = rates.max(axis="columns") - rates.min(axis="columns")
+    chosen = spread.sort_values(ascending=False, kind="stable").index[:max_problems]
     samples = _samples(evaluation, set(chosen))
     problems = []
     for problem in chosen:
         drawn = [samples.get((problem, place.policy), []) for place in places]
-        if (one := next((rollouts[0] for rollouts in drawn if rollouts), None)) is None:
-            continue
-        problems.append(
-            {
-                "id": problem,
-                "prompt": _short(one["prompt"]),
-                "answer": one["answer"],
-                "rates": rates[problem],
-                "rollouts": [[_shown(rollout) for rollout in _mix(rollouts, max_samples)] for rollouts in drawn],
-            }
-        )
+        for one in list(chain(*drawn))[:1]:
+            shown = [_mix(rollouts, max_samples) for rollouts in drawn]
+            about = {"id": problem, "prompt": _short(one["prompt"]), "answer": one["answer"]}
+            problems.append(about | {"rates": rates.loc[problem].tolist(), "rollouts": shown})
     policies = [
         {"label": _label(place), "method": place.method, "step": place.step, "after_rft": place.fine_tuned}
         for place in places
@@ -66,28 +60,8 @@ def _of_set(evaluation: Evaluation, places: Sequence[Place], max_problems: int, 
 
 
 def _label(place: Place) -> str:
-    return (
-        BASE
-        if place.method == BASE
-        else place.method
-        if place.label == place.policy
-        else f"{place.method} {place.label}"
-    )
-
-
-def _rates(evaluation: Evaluation, places: Sequence[Place]) -> dict[str, list[float | None]]:
-    """Problem id -> the pass rate of each policy, None if it was not evaluated on it."""
-    rates: dict[str, list[float | None]] = {}
-    for index, place in enumerate(places):
-        for result in evaluation.results[place.policy]:
-            of_problem = rates.setdefault(result["problem_id"], [None] * len(places))
-            of_problem[index] = round(result["num_correct"] / result["num_samples"], 4)
-    return rates
-
-
-def _spread(rates: Sequence[float | None]) -> float:
-    known = [rate for rate in rates if rate is not None]
-    return max(known) - min(known)
+    is_alone = place.method == BASE or place.label == place.policy
+    return place.method if is_alone else f"{place.method} {place.label}"
 
 
 def _samples(evaluation: Evaluation, chosen: set[str]) -> dict[tuple[str, str], list[Rollout]]:
@@ -99,20 +73,15 @@ def _samples(evaluation: Evaluation, chosen: set[str]) -> dict[tuple[str, str], 
     return samples
 
 
-def _mix(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
+def _mix(rollouts: Sequence[Rollout], count: int) -> list[dict[str, Any]]:
     """Up to `count` of the samples, half of them correct if there are enough, in the order of drawing."""
     right = [rollout for rollout in rollouts if rollout["reward"] > 0]
     wrong = [rollout for rollout in rollouts if rollout["reward"] <= 0]
     num_right = min(len(right), max((count + 1) // 2, count - len(wrong)))
-    return sorted(right[:num_right] + wrong[: count - num_right], key=lambda rollout: rollout["sample"])
-
-
-def _shown(rollout: Rollout) -> dict[str, Any]:
-    keys = ("sample", "completion", "verdict", "num_tokens", "finish_reason")
-    return {key: rollout[key] for key in keys} | {"correct": rollout["reward"] > 0}  # type: ignore[literal-required]
+    kept = sorted(right[:num_right] + wrong[: count - num_right], key=lambda rollout: rollout["sample"])
+    return [{key: r[key] for key in SHOWN} | {"correct": r["reward"] > 0} for r in kept]  # type: ignore[literal-required]
 
 
 def _short(text: str) -> str:
-    if len(text) <= HEAD + TAIL:
-        return text
-    return f"{text[:HEAD]}\n[... {len(text) - HEAD - TAIL} characters left out ...]\n{text[-TAIL:]}"
+    num_left_out = len(text) - HEAD - TAIL
+    return text if num_left_out <= 0 else f"{text[:HEAD]}\n[... {num_left_out} characters left out ...]\n{text[-TAIL:]}"

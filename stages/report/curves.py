@@ -4,13 +4,14 @@
 fine-tuned policy that the next iteration starts from (`after_rft`); the line between them is the reset.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import pandas as pd
 
-from stages.core.figures import Figure, Series, file_name, lines
-from stages.core.runs import BASE, RL, RLOOP, Place, way
-from stages.report.summaries import AVERAGE
+from stages.core.figures import Figure, Panel, file_name, lines
+from stages.core.runs import BASE, RL, RLOOP, Place, iteration_of, way
+from stages.report.study import AVERAGE
 
 COLUMNS = ["set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"]
 TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
@@ -25,106 +26,82 @@ TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
 }
 
 
-def tidy(summary: pd.DataFrame, places: Sequence[Place]) -> pd.DataFrame:
+def tidy(table: pd.DataFrame, places: Sequence[Place]) -> pd.DataFrame:
     """Every metric of every policy on the way of every method, set by set, in percent; the base is on each way."""
-    ways = pd.DataFrame(
-        [
-            (method, place.step, int(place.fine_tuned), place.policy)
-            for method in dict.fromkeys(place.method for place in places)
-            for place in way(places, method)
-            if method != BASE
-        ],
-        columns=["method", "step", "after_rft", "policy"],
-    )
-    rows = ways.merge(summary, on="policy")
-    order = {name: index for index, name in enumerate(summary["set"].unique())}
-    rows = rows.sort_values("set", key=lambda sets: sets.map(order), kind="stable", ignore_index=True)
-    scale = rows["metric"].map(lambda metric: 1 if metric == "mean_tokens" else 100)
-    for part in ("value", "low", "high"):
-        rows[part] *= scale
-    return rows[COLUMNS]
+    methods = dict.fromkeys(place.method for place in places if place.method != BASE)
+    ways = [
+        (method, place.step, int(place.fine_tuned), place.policy) for method in methods for place in way(places, method)
+    ]
+    rows = pd.DataFrame(ways, columns=["method", "step", "after_rft", "policy"]).merge(table, on="policy")
+    scale = rows["metric"].ne("mean_tokens") * 99 + 1
+    rows[["value", "low", "high"]] = rows[["value", "low", "high"]].mul(scale, axis="index")
+    return rows.sort_values("set", kind="stable", ignore_index=True)[COLUMNS]
 
 
 def best_on(rows: pd.DataFrame, valid: str, order: Sequence[str]) -> dict[str, str]:
     """For each method its best policy on the set `valid` by the metrics in `order`, the earliest of equals."""
-    best = {}
-    for method, on_way in rows[rows["set"] == valid].groupby("method", sort=False):
-        scores = on_way.pivot(index="policy", columns="metric", values="value").loc[on_way["policy"].unique()]
-        best[method] = scores.sort_values(list(order), ascending=False, kind="stable").index[0]
-    return best
+    here = rows[(rows["set"] == valid) & rows["metric"].isin(order)]
+    if here.empty:
+        return {}
+    scores = here.pivot_table(index=["method", "policy"], columns="metric", values="value", sort=False)
+    ranked = scores.sort_values(list(order), ascending=False, kind="stable").reset_index()
+    return ranked.groupby("method")["policy"].first().to_dict()
 
 
-def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[str]) -> list[Figure]:
+def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[str]) -> Iterator[Figure]:
     """RLoop against RL over steps (the paper's figure 4): a panel a set and metric `wanted`, all on one scale."""
-    plotted = []
     rows = rows[rows["metric"].isin(wanted)]
-    top = rows["high"].max()
-    for name in rows["set"].unique():
-        for metric in wanted:
-            series = _series(rows[(rows["set"] == name) & (rows["metric"] == metric)], "method")
-            if max((len(line.x) for line in series), default=0) < 2:
-                continue
+    for name, metric in product(rows["set"].unique(), wanted):
+        panel = rows[(rows["set"] == name) & (rows["metric"] == metric)]
+        if panel["method"].value_counts().max() > 1:
             title = f"{metric} on {'average over the sets' if name == AVERAGE else name}"
             caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop starts anew from a fine-tuned policy."
+            style = Panel(f"{metric} (%)", resets=resets, number="4", top=rows["high"].max())
             file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
-            axis = f"{metric} (%)"
-            plotted.append(lines(file, title, caption, series, y_label=axis, resets=resets, number="4", top=top))
-    return plotted
+            yield lines(file, title, caption, _series(panel, "method"), style)
 
 
-def _series(rows: pd.DataFrame, by: str, x: str = "step") -> list[Series]:
-    """A line for each value of the column `by`; along a method's way its fine-tuned policies are marked."""
-    columns = [x, "value", "low", "high", *(["after_rft"] if by == "method" else [])]
-    return [
-        Series(str(label), *(list(of_line[column]) for column in columns))  # type: ignore[arg-type]
-        for label, of_line in rows.groupby(by, sort=False)
-    ]
-
-
-def of_iterations(rows: pd.DataFrame) -> list[Figure]:
+def of_iterations(rows: pd.DataFrame) -> Iterator[Figure]:
     """Metrics of RLoop's start policies over iterations (the paper's figure 3), a panel for each set, on one scale."""
-    plotted = []
-    starts = rows[(rows["method"] == RLOOP) & ((rows["after_rft"] == 1) | (rows["step"] == 0))]
-    starts = starts[starts["metric"].str.contains("@")]
-    for name, of_set in starts.groupby("set", sort=False):
-        numbered = of_set.assign(iteration=of_set["step"].rank(method="dense").astype(int) - 1)
-        if numbered["iteration"].max() > 0:
+    starts = rows[(rows["method"] == RLOOP) & rows["metric"].str.contains("@")]
+    starts = starts[(starts["after_rft"] == 1) | (starts["step"] == 0)]
+    starts = starts.assign(iteration=starts["policy"].map(iteration_of))
+    style = Panel("%", x_label="iteration", number="3", top=starts["high"].max())
+    for name, panel in starts.groupby("set", observed=True):
+        if panel["iteration"].nunique() > 1:
             title = f"RLoop over iterations on {name}"
             caption = f"Metrics of the policy fine-tuned after each iteration on {name}; 0 is the base."
-            series, top = _series(numbered, "metric", x="iteration"), starts["high"].max()
-            file = f"iterations_{file_name(name)}"
-            plotted.append(lines(file, title, caption, series, y_label="%", x_label="iteration", number="3", top=top))
-    return plotted
+            series = _series(panel, "metric", x="iteration")
+            yield lines(f"iterations_{file_name(name)}", title, caption, series, style)
 
 
-def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> list[Figure]:
+def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> Iterator[Figure]:
     """A panel for each known column of the logs over steps, both methods."""
-    plotted = []
-    of_rl = logs[logs["method"] != ""]
+    of_rl = logs[logs["method"] != ""].sort_values("method", kind="stable")  # RL before RLoop
     for column, (title, axis, number) in TRAINING.items():
-        known = of_rl.dropna(subset=[column]) if column in of_rl else of_rl[:0]
-        methods = sorted(known["method"].unique())  # RL before RLoop
-        by_method = {method: known[known["method"] == method] for method in methods}
-        series = [Series(method, list(rows["step"]), list(rows[column])) for method, rows in by_method.items()]
-        if series:
-            caption = f"{title} at each RL step, from log.tsv."
+        known = of_rl.reindex(columns=["method", "step", column]).dropna()
+        if len(known):
             explodes = column == "grad_norm" and bool(0 < 100 * known[column].min() < known[column].max())
-            style = {"y_label": axis, "resets": resets, "number": number, "log_scale": explodes}
-            plotted.append(lines(f"training_{column}", title, caption, series, **style))  # type: ignore[arg-type]
-    return plotted
+            style = Panel(axis, resets=resets, number=number, log_scale=explodes)
+            caption = f"{title} at each RL step, from log.tsv."
+            yield lines(f"training_{column}", title, caption, _series(known, "method", y=column), style)
 
 
-def overfitting(rows: pd.DataFrame, logs: pd.DataFrame, valid: str, wanted: Sequence[str]) -> list[Figure]:
+def overfitting(rows: pd.DataFrame, logs: pd.DataFrame, valid: str, wanted: Sequence[str]) -> Iterator[Figure]:
     """Training pass rate against the metrics `wanted` on the validation set for RL alone (the paper's figure 1)."""
-    trained = logs[logs["method"] == RL].dropna(subset=["pass_rate"]) if "pass_rate" in logs else logs[:0]
-    rates = [Series("training pass rate", list(trained["step"]), list(100 * trained["pass_rate"]), colour="#7d838c")
-             ] if len(trained) else []  # fmt: skip
+    trained = logs[logs["method"] == RL].reindex(columns=["step", "pass_rate"]).dropna()
+    rates = trained.assign(metric="training pass rate", value=100 * trained["pass_rate"])
     here = rows[(rows["set"] == valid) & (rows["method"] == RL) & rows["metric"].isin(wanted)]
-    measured = [
-        line for line in _series(here.assign(metric=here["metric"] + f" on {valid}"), "metric") if len(line.x) > 1
-    ]
-    if len(rates) + len(measured) < 2:
-        return []
-    caption = f"RL alone: the pass rate that it trains on, and what it is worth on {valid}."
-    title = "RL alone: training and validation"
-    return [lines("overfitting", title, caption, rates + measured, y_label="%", number="1")]
+    measured = here.assign(metric=here["metric"] + f" on {valid}")
+    both = pd.concat([rates, measured]).groupby("metric", sort=False).filter(lambda line: len(line) > 1)
+    if both["metric"].nunique() > 1:
+        caption = f"RL alone: the pass rate that it trains on, and what it is worth on {valid}."
+        title = "RL alone: training and validation"
+        yield lines("overfitting", title, caption, _series(both, "metric"), Panel("%", number="1"))
+
+
+def _series(rows: pd.DataFrame, by: str, x: str = "step", y: str = "value") -> pd.DataFrame:
+    """`rows` as `figures.lines` takes them, a line for each value of the column `by`; only methods have RFT."""
+    known = ["series", "x", "y", "low", "high", *(["after_rft"] if by == "method" else [])]
+    named = rows.rename(columns={by: "series", x: "x", y: "y"})
+    return named[[name for name in known if name in named]]

@@ -33,6 +33,7 @@ from stages.core.runs import (
 )
 from stages.core.tabular import read_tsv
 
+AVERAGE = "Average"  # over all sets, which it follows
 KEYS = ["set", "policy", "problem_id", "num_samples"]
 
 
@@ -50,39 +51,39 @@ class Study:
     def scores(self, ks: Sequence[int]) -> pd.DataFrame:
         """Every metric of every policy on every problem."""
         frames = [
-            pd.DataFrame(
-                {"set": name, "policy": policy}
-                | {key: [result[key] for result in results] for key in KEYS[2:]}  # type: ignore[literal-required]
-                | metrics.per_problem(results, ks, self.num_samples)
+            pd.DataFrame(results, columns=KEYS[2:]).assign(
+                set=name, policy=policy, **metrics.per_problem(results, ks, self.num_samples)
             )
             for name, evaluation in self.evaluations.items()
             for policy, results in evaluation.results.items()
         ]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=KEYS)
+        table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=KEYS)
+        sets = dict.fromkeys([*self.evaluations, AVERAGE])
+        return table.astype({"set": pd.CategoricalDtype(list(sets), ordered=True)})
 
     def logs(self) -> pd.DataFrame:
         """The logs of RLoop's iterations end to end, and of RL alone; fine-tuning has no RL steps, and so no method."""
-        frames, offset = [], 0
+        rows, offset = [], 0
         for iteration in self.line.iterations():
-            run = self.runs / str(iteration) / "rl"
-            frames += self._log(run, f"{RLOOP} {iteration}: RL", RLOOP, offset)
+            run, tuned = (self.runs / str(iteration) / part for part in ("rl", "policy"))
+            rows += self._log(run, f"{RLOOP} {iteration}: RL", RLOOP, offset)
             offset += num_steps(run) if self.line.includes(run) else 0
-            tuned = self.runs / str(iteration) / "policy"
             if read_json(tuned / "manifest.json").get("stage") == "rft":
-                frames += self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)
-        frames += self._log(self.runs / "vanilla" / "rl", f"{RL}, all steps", RL, 0)
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["phase", "method", "step"])
+                rows += self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)
+        rows += self._log(self.runs / "vanilla" / "rl", f"{RL}, all steps", RL, 0)
+        return pd.DataFrame(rows, columns=None if rows else ["phase", "method", "step"])
 
-    def _log(self, run: Path, phase: str, method: str, offset: int) -> list[pd.DataFrame]:
-        rows = read_tsv(run / "log.tsv") if self.line.includes(run) else []
-        frame = pd.DataFrame(rows).assign(phase=phase, method=method)
-        if not rows or "step" not in frame:
-            return []
-        if not method:  # rft's log has no tokens, and its seconds are all update
-            num_tokens = read_json(run / "metrics.json").get("num_tokens")
-            frame["update_tokens"] = num_tokens / len(rows) if num_tokens is not None else None
-            frame["update_s"] = frame.get("seconds")
-        return [frame.assign(step=frame["step"] + offset)]
+    def _log(self, run: Path, phase: str, method: str, offset: int) -> list[dict[str, Any]]:
+        read = read_tsv(run / "log.tsv") if self.line.includes(run) else []
+        head = {"phase": phase, "method": method}
+        rows = [head | row | {"step": row["step"] + offset} for row in read if "step" in row]
+        if method:
+            return [row | {"steps": 1} for row in rows]
+        tokens = read_json(run / "metrics.json").get(
+            "num_tokens"
+        )  # the log of rft has none; its seconds are all update
+        share = {"update_tokens": tokens / len(rows)} if rows and tokens is not None else {}
+        return [row | share | {"update_s": row.get("seconds")} for row in rows]
 
     def settings(self) -> pd.DataFrame:
         """The parameters and versions of every manifest that is on the line."""
@@ -97,33 +98,34 @@ class Study:
 
     def _manifests(self) -> Iterator[Path]:
         for part, name in (("rl", "rl/"), ("examples.jsonl", "examples."), ("policy", "policy/")):
-            for path in sorted(self.runs.glob(f"*/{name}manifest.json")):
-                if self.line.includes(self.runs / path.relative_to(self.runs).parts[0] / part):
+            for run in sorted(self.runs.glob("*")):
+                if (path := run / f"{name}manifest.json").exists() and self.line.includes(run / part):
                     yield path
         yield from sorted((self.runs / "analysis").rglob("manifest.json"))
         for path in sorted((self.runs / "eval").rglob("manifest.json")):
-            if any(home.is_relative_to(path.parent) for home in self._homes()):
+            if any(home.is_relative_to(path.parent) for home in self._homes):
                 yield path
 
+    @property
     def _homes(self) -> dict[Path, None]:
         return dict.fromkeys(home for each in self.evaluations.values() for home in each.homes.values())
 
     def unequal(self) -> list[str]:
         """A line for each difference that makes figures incomparable: settings of evaluations, numbers of steps."""
-        lines = self.line.unequal(self._homes())
         alone = self.runs / "vanilla" / "rl"
         of_rloop = sum(num_steps(self.runs / str(iteration) / "rl") for iteration in self.line.iterations())
         of_rl = num_steps(alone) if self.line.includes(alone) else 0
-        if of_rl and of_rloop and of_rl != of_rloop:
-            lines += [f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"]
-        return lines
+        differ = of_rl and of_rloop and of_rl != of_rloop
+        steps = f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"
+        return self.line.unequal(self._homes) + [steps] * bool(differ)
 
     def stale(self, directory: Path, content: dict[str, Any]) -> str:
         """Why a file of an analysis is not shown: made from other evaluations, or of policies not on the line."""
         for path, digest in (read_manifest(directory / "manifest.json").get("inputs") or {}).items():
             if self.line.changed(path, digest):
                 return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
-        policies = [*content.get("policies", ()), *(row.get("policy", "") for row in content.get("steps", ()))]
+        rows = [row for name in ("steps", "rows") for row in content.get(name, ()) if isinstance(row, dict)]
+        policies = [*content.get("policies", ()), *(row.get("policy", "") for row in rows)]
         named = (policy for several in policies for policy in several.split(" | "))
         return next((fault for policy in named if (fault := self.line.fault_of_policy(policy))), "")
 
