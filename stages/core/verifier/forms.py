@@ -266,8 +266,6 @@ def value(text: str) -> Form:
     if not bare or "%" in bare or _is_verbal(bare) or _WORD.search(bare):
         return Words(plain(text))
     known = number(bare)
-    if known is None and grammar.is_tower(bare):
-        raise Refused("a tower of powers or factorials")
     kind = grammar.judge(bare) if known is None else grammar.Kind.EXPRESSION
     if kind is grammar.Kind.BROKEN:
         raise Refused("an operator, argument or bracket without its other side")

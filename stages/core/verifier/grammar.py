@@ -9,7 +9,7 @@ import re
 import string
 from enum import Enum, auto
 
-from stages.core.verifier.latex import MAX_DEPTH
+from stages.core.verifier.latex import MAX_DEPTH, Refused
 
 
 class Kind(Enum):
@@ -53,7 +53,9 @@ _BOUND = re.compile(r"[a-zA-Z]\s*(=|\\to(?![a-zA-Z]))\s*(.+)", re.DOTALL)
 
 
 def judge(text: str) -> Kind:
-    """Whether a text in canonical LaTeX is an expression."""
+    """Whether a text in canonical LaTeX is an expression. Raises Refused for a tower of powers or factorials."""
+    if _is_tower(text):
+        raise Refused("a tower of powers or factorials")
     try:
         _Reader(text).read()
     except _Odd:
@@ -66,7 +68,7 @@ def judge(text: str) -> Kind:
 _TOWER = re.compile(r"\^\{-?\d{6,}|\d{6,}!|!!!|\\(?:binom|Gamma)\s*[{(]\d{6,}|[\d.]\s*[eE][+-]?\d{4,}", re.ASCII)
 
 
-def is_tower(text: str) -> bool:
+def _is_tower(text: str) -> bool:
     """Whether a text asks for a number of more digits than any answer has; sympy would write out every one."""
     if _TOWER.search(text):
         return True
