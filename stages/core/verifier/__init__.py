@@ -48,7 +48,7 @@ DEADLINE_SIGNALS = (signal.SIGXCPU, signal.SIGPROF)  # what a worker dies of tha
 MAX_ATTEMPTS = 2  # a worker that something else killed takes no verdict along: its job is tried once more
 
 VERSION = {
-    "grader": "3",
+    "grader": "4",
     **{
         name: importlib.metadata.version(name)
         for name in ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")

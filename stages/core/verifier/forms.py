@@ -11,7 +11,6 @@ from stages.core.verifier import grammar, latex, notation, quantities
 from stages.core.verifier.latex import Refused
 from stages.core.verifier.quantities import number
 
-MAX_ITEMS = 64  # of a list
 MAX_SIGNS = 3  # plus-minus signs in one value: 8 values
 
 
@@ -110,8 +109,6 @@ def _several(items: Iterable[Form], braces: bool) -> Form:
     for item in items:
         flat += item.items if isinstance(item, Several) and not item.braces else [item]
     unique = tuple(dict.fromkeys(flat))
-    if len(unique) > MAX_ITEMS:
-        raise Refused(f"more than {MAX_ITEMS} items")
     return unique[0] if len(unique) == 1 else Several(unique, braces)
 
 
@@ -124,13 +121,7 @@ def _list(text: str, depth: int) -> Form | None:
     pieces, signs = latex.split(text, _COMMA)
     if signs and _COMMA_TWICE.fullmatch(text):
         return Words(plain(text))
-    return _several(map(read_canonical, _bounded(pieces), repeat(depth + 1)), False) if signs else None
-
-
-def _bounded(pieces: list[str]) -> list[str]:
-    if len(pieces) > MAX_ITEMS:
-        raise Refused(f"more than {MAX_ITEMS} items")
-    return pieces
+    return _several(map(read_canonical, pieces, repeat(depth + 1)), False) if signs else None
 
 
 def _join_thousands(text: str) -> str:
@@ -148,7 +139,7 @@ def _braces(text: str, depth: int) -> Form | None:
     if (built := _builder(inside, depth)) is not None:
         return built
     pieces, _ = latex.split(_bracketed_thousands(inside), _COMMA)
-    return _several((read_canonical(piece, depth + 1) for piece in _bounded(pieces)), True)
+    return _several((read_canonical(piece, depth + 1) for piece in pieces), True)
 
 
 def _builder(inside: str, depth: int) -> Form | None:
@@ -220,7 +211,7 @@ def _brackets(text: str, depth: int) -> Form | None:
     pieces, signs = latex.split(_bracketed_thousands(inside), _COMMA)
     if signs:
         marks = ("(", ")") if opening == r"\langle" else (opening, closing)
-        return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in _bounded(pieces)))
+        return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in pieces))
     return read_canonical(inside, depth + 1) if (opening, closing) in (("(", ")"), ("[", "]")) and inside else None
 
 
@@ -229,8 +220,8 @@ def _matrix(text: str, depth: int) -> Form | None:
     if match is None:
         return None
     rows = [row.split("&") for row in re.split(r"\\\\", match.group(2)) if row.strip()]
-    if sum(map(len, rows)) > MAX_ITEMS or any(len(row) != len(rows[0]) for row in rows):
-        raise Refused("a matrix that is ragged or too large")
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise Refused("a ragged matrix")
     cells = tuple(tuple(read_canonical(cell, depth + 1) for cell in row) for row in rows)
     return Matrix(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
 
@@ -263,7 +254,8 @@ def value(text: str) -> Form:
     bare = expression(bare.removesuffix("%").strip())
     if based := BASED.fullmatch(bare):
         return _in_base(based.group("digits"), quantities.spelled_number(based.group("base")))
-    if not bare or "%" in bare or _is_verbal(bare) or _WORD.search(bare):
+    _check_commands(bare)
+    if not bare or "%" in bare or _WORD.search(bare):
         return Words(plain(text))
     known = number(bare)
     kind = grammar.judge(bare) if known is None else grammar.Kind.EXPRESSION
@@ -286,12 +278,11 @@ def _in_base(digits: str, base: str) -> Form:
     return Value(text, "", False, Fraction(int(digits, int(base))))
 
 
-def _is_verbal(text: str) -> bool:
-    """Whether commands make a text one that no algebra reads. Raises Refused for a command that nobody can read."""
-    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", text)) - notation.READABLE - {""}
-    if unknown := commands - notation.VERBAL - {"text"}:
+def _check_commands(text: str) -> None:
+    """Raise Refused for a command that nobody can read."""
+    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", text)) - {""}  # not the end of a row: \\\\frac
+    if unknown := commands - grammar.COMMANDS - notation.VERBAL:
         raise Refused(f"the command \\{min(unknown)}")
-    return bool(commands)
 
 
 def expression(text: str) -> str:
@@ -320,8 +311,8 @@ _SUBSCRIPT = re.compile(r"(?<=[a-zA-Z])\^\{-1\}(?=\()|_(?:\{[^{}]*\}|\w)|'|\^\{(
 _ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
 _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
 _NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5
-_NAMING_COMMANDS = notation.READABLE - {"to", "circ", "sqrt"}
-_NAMING_COMMANDS |= {"text", "angle", "triangle", "mathcal", "mathfrak", "tilde"}
+_NAMING_COMMANDS = grammar.COMMANDS - {"sqrt"}
+_NAMING_COMMANDS |= {"text", "angle", "triangle", "mathcal", "mathfrak", "mathbb", "partial", "det", "tilde", "widehat"}
 
 
 @lru_cache(2048)

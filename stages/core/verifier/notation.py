@@ -82,24 +82,14 @@ _RAISED_AND_LOWERED = frozenset("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅�
 _INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f")  # no space, but no sign either
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
-# The commands that the grammar of math-verify turns into objects of bounded size. One that is in neither list is
-# refused: some build huge objects (\\operatorname{zeros}), some hide text (\\phantom), the rest nobody can compare.
-_READABLE = """
-    Delta Gamma Lambda Omega Phi Pi Psi Sigma Theta Upsilon Xi alpha arccos arcsin arctan bar begin beta
-    binom cdot chi circ cos cosh cot coth csc ddot delta det div dot ell emptyset end epsilon eta exp frac
-    gamma gcd hat hbar infty int iota kappa lambda langle lceil lcm lfloor lim ln log lvert mathbb max min
-    mu nu omega overline partial phi pi prime prod psi rangle rceil rfloor rho rvert sec sigma sin sinh sqrt
-    sum tan tanh tau theta times to upsilon varepsilon varphi varrho vartheta vec vert widehat xi zeta
-"""
-READABLE = frozenset(_READABLE.split())
-
-# Commands of honest answers that say something which only words can be compared on.
+# Commands of honest answers that core.verifier.grammar does not read: they make words of a text, or are read before.
+# One that is in neither list is refused: some build huge objects (\\operatorname{zeros}), some hide text (\\phantom).
 _VERBAL = """
-    ldots vdots ddots equiv bmod pmod pod mod mid nmid forall exists odot oplus otimes triangle parallel
-    perp sim cong to rightarrow leftarrow Rightarrow Leftarrow implies iff Leftrightarrow Longleftrightarrow
-    land lor neg subset subseteq supset supseteq not notin ni sup inf deg dim ker star ast underbrace
-    overbrace bigcup bigcap mathcal mathfrak top bot square cap setminus le ge ne in approx cup pm mp lcm
-    widetilde tilde imath jmath wedge vee propto hline
+    ldots vdots ddots equiv bmod pmod pod mod mid nmid forall exists odot oplus otimes triangle parallel perp sim cong
+    to rightarrow leftarrow Rightarrow Leftarrow implies iff Leftrightarrow Longleftrightarrow land lor neg subset
+    subseteq supset supseteq not notin ni sup inf deg dim ker star ast underbrace overbrace bigcup bigcap mathcal mathfrak top
+    bot square cap setminus le ge ne in approx cup pm mp widetilde widehat tilde imath jmath wedge vee propto hline
+    angle begin end circ coth det emptyset langle rangle mathbb partial prime text vert
 """
 VERBAL = frozenset(_VERBAL.split())
 

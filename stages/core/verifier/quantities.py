@@ -35,20 +35,19 @@ _CHANGING_WORDS = """
 # Words that say how large the number is: nouns, which may well name a quantity ("remainder = 5").
 _SCALING_WORDS = """
     pct percentile prime hat bar
-    permille promille permil permyriad ppm ppb ppt bps basis fold ish
+    permille promille permil permyriad ppm ppb ppt bps basis
     grand doubled tripled halved quartered inverted negated rounded inverse reciprocal conjugate complement
     power exponent root log binary ternary octal decimal hexadecimal hex radix modulus remainder rem residue
     to till until through thru between from into off short ago too
     kilo mega giga tera milli centi micro nano pico deci deca hecto mio mrd mln mlrd mil mill mn bil bn tn th ths debt
-    lakh crore myriad dz doz tens twenty thirty forty fifty sixty seventy eighty ninety seventeen eighteen nineteen
+    lakh crore myriad dz doz tens twenty thirty forty fifty sixty seventy eighty ninety
     hundredweight ignoring lower higher transpose invalid impossible rejected extraneous discarded eliminated fail idk
-    million billion trillion tausend hundert dutzend mille millones millionen milliard
-    half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
-    fifteenth sixteenth twentieth thirtieth fortieth fiftieth hundredth thousandth millionth billionth trillionth
+    tausend hundert dutzend mille millones
+    half halve third quarter fourth fifth sixth seventh eighth ninth tenth eleventh twelfth hundredth thousandth
 """
 CHANGING_WORDS = frozenset(_CHANGING_WORDS.split()) | set(NUMBER_WORDS)
 _ALL_CHANGING = CHANGING_WORDS | set(_SCALING_WORDS.split()) | set(MULTIPLIERS)
-_CHANGING_ENDINGS = re.compile(r".+(?:illion|illiard|illionth|fold|ish|teen)")
+_CHANGING_ENDINGS = re.compile(r".+(?:illion|illiard)(?:th|en)?|.*(?:fold|ish|teen|teenth|tieth)")
 
 
 def changes(word: str) -> bool:
@@ -103,8 +102,8 @@ _NUMBERS = [
     re.compile(pattern, re.ASCII)
     for pattern in (
         rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})",
-        rf"(?P<sign>[+-]?)\s*(?P<num>{_DECIMAL})\s*(?:\\cdot|\\times|\*)\s*10\s*\^\s*\{{\s*(?P<exp>[+-]?\d{{1,4}})\s*\}}",
-        r"(?P<sign>[+-]?)\s*10\s*\^\s*\{\s*(?P<exp>[+-]?\d{1,4})\s*\}",
+        rf"(?P<sign>[+-]?)\s*(?:(?P<num>{_DECIMAL})\s*(?:\\cdot|\\times|\*)\s*)?"
+        r"10\s*\^\s*\{\s*(?P<exp>[+-]?\d{1,4})\s*\}",
         rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s*)?\\frac\s*"
         rf"\{{\s*(?P<num>[+-]?{_DECIMAL})\s*\}}\s*\{{\s*(?P<den>[+-]?{_DECIMAL})\s*\}}",
         rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s+)?(?P<num>[+-]?{_DECIMAL})\s*/\s*(?P<den>[+-]?{_DECIMAL})",
