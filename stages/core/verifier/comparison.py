@@ -108,8 +108,6 @@ _OF_CHOICES = re.compile(  # texts that choices have, with such words in them
 @lru_cache(2048)
 def _choice(text: str, labelled: bool = False) -> str | None:
     """The letter of a multiple choice: B, (B), \\text{(B)}; labelled: also "(B) 5", "B. 5", "Option B"."""
-    if len(text) > 200:
-        return None
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", notation.canonical(text)).strip()
     match = (_LABELLED if labelled else _CHOICE).fullmatch(text)
     letter = next(filter(None, match.groups()), None) if match else None
@@ -153,9 +151,9 @@ def _approximates(item: Approximation, leaf: Leaf) -> bool:
     if isinstance(exact, Relation) and set(exact.signs) == {"="}:
         exact = read_canonical(exact.members[-1])
     decimal = item.decimal
-    if not isinstance(exact, Value) or not isinstance(decimal, Value) or exact.is_percent != decimal.is_percent:
+    if not isinstance(exact, Value) or not isinstance(decimal, Value):
         return False
-    if decimal.number is None or (decimal.unit and decimal.unit != exact.unit):
+    if decimal.unit and decimal.unit != exact.unit:
         return False
     if exact.number is not None:
         return exact.number == decimal.number or quantities.is_rounding_of(decimal.text, exact.number, 1)

@@ -14,7 +14,6 @@ _BETWEEN_BOXES = re.compile(
     + r"|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or|vs\.?)(?:\s+(?:else|maybe|perhaps|possibly|also|rather))?(?:\s*\})?)"
     + _GAP
 )
-_JOINT = re.compile(r"\}" + _BETWEEN_BOXES.pattern + r"\Z")
 _ANSWER_LINE = re.compile(
     r"^[ \t>*#_-]{0,9}(?:(?:the|my)[ \t]+)?(?:final[ \t]+)?answer[*_ \t]{0,9}[:：][*_ \t]{0,9}(.*)$", re.I | re.M
 )
@@ -44,7 +43,7 @@ def boxed(text: str) -> str | None:
         return None
     begin, inside, end = box
     contents = [text[inside:end]]
-    while len(contents) < MAX_BOXES and _JOINT.search(text, max(0, begin - 40), begin):
+    while len(contents) < MAX_BOXES:
         before = _last_box(text, begin, quick=True)
         if before is None or not _BETWEEN_BOXES.fullmatch(text, before[2] + 1, begin):
             break
@@ -77,7 +76,7 @@ def _last_of_all_boxes(text: str, stop: int) -> tuple[int, int, int] | None:
     boxes = {match.end() - 1: match.start() for match in _BOX.finditer(text, 0, stop)}
     opened: list[int] = []
     last = None
-    for match in re.finditer(r"\\\\|\\[{}]|[{}]", text[:stop]):
+    for match in _BRACE.finditer(text, 0, stop):
         if match.group() == "{":
             opened.append(match.start())
         elif match.group() == "}" and opened:

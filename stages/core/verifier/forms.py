@@ -144,8 +144,6 @@ def _braces(text: str, depth: int) -> Form | None:
 
 def _builder(inside: str, depth: int) -> Form | None:
     """{x | 1<x<5} is what its condition says of x; any other set-builder is compared by its two sides as text."""
-    if inside.count("|") > 1 and "\\mid" not in inside:  # bars of absolute values
-        return None
     split = re.split(r"\\mid(?![a-zA-Z])|\||:", inside, maxsplit=1)
     if len(split) == 1:
         return None
@@ -164,7 +162,7 @@ def _spaceless(text: str) -> str:
 
 def _bracketed_thousands(text: str) -> str:
     """Thousands joined where the spaces after other commas, or a group 0xx, tell them from items."""
-    if re.search(r",\s", text) or re.search(r",0\d\d(?!\d)", text):
+    if re.search(r",\s", text):
         return _THOUSANDS.sub(_join, text)
     return text
 
@@ -178,9 +176,7 @@ def _plus_minus(text: str, depth: int) -> Form | None:
     variants = [text]
     for _ in range(count):
         variants = [re.sub(r"\\pm(?![a-zA-Z])", sign, item, count=1) for item in variants for sign in "+-"]
-    return _several(
-        (read_canonical(re.sub(r"(^|[=({\[,])\s*\+\s*", r"\1", item), depth + 1) for item in variants), False
-    )
+    return _several((read_canonical(item, depth + 1) for item in variants), False)
 
 
 def _relation(text: str, depth: int) -> Form | None:
@@ -255,7 +251,7 @@ def value(text: str) -> Form:
     if based := BASED.fullmatch(bare):
         return _in_base(based.group("digits"), quantities.spelled_number(based.group("base")))
     _check_commands(bare)
-    if not bare or "%" in bare or _WORD.search(bare):
+    if not bare or _WORD.search(bare):
         return Words(plain(text))
     known = number(bare)
     kind = grammar.judge(bare) if known is None else grammar.Kind.EXPRESSION
@@ -287,13 +283,11 @@ def _check_commands(text: str) -> None:
 
 def expression(text: str) -> str:
     """What is left to algebra: thousands joined, angles in degrees as radians, no idle spaces."""
-    text = _SPACED_THOUSANDS.sub(_join, _THOUSANDS.sub(_join, text))
+    text = _SPACED_THOUSANDS.sub(_join, text)
     text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
-    text = re.sub(r"^\+\s*", "", text)
-    text = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", r"\1\0", text)
     if not re.search(r"\d \d", text):
-        text = text.replace(" ", "")
-    return str(quantities.spelled_number(text.replace("\0", " ")))
+        text = re.sub(r"(\\[a-zA-Z]+ (?=[a-zA-Z]))| ", r"\1", text)
+    return quantities.spelled_number(text)
 
 
 def _join(match: re.Match[str]) -> str:
@@ -302,7 +296,7 @@ def _join(match: re.Match[str]) -> str:
 
 def plain(text: str) -> str:
     """Words without case, spaces and idle punctuation; what could change a number stays, two numbers stay two."""
-    text = re.sub(r"\"([^\"]*)\"", r"\1", re.sub(r"\\text(?![a-zA-Z])|\\[,; ]|\.(?!\d)", " ", text))
+    text = re.sub(r"\\text(?![a-zA-Z])|\\[,; ]|\.(?!\d)", " ", text)
     text = re.sub(r"[\s{}$,;\\]+", " ", text).strip()
     return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
 

@@ -8,7 +8,6 @@ import string
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_FACTOR = 10**18  # of a number's words: million, dozen
 MAX_EXPONENT = 400  # of a power of ten that is written out; beyond it a number stays an expression
 _NUMBER_WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
@@ -172,7 +171,7 @@ def is_terminating(value: Fraction) -> bool:
     return rest == 1
 
 
-_MONEY = re.compile(r"^([+-]?)\s*(\\\$|\$|€|£|¥|(?:US|HK|A|C)?\\\$|USD|EUR|Rs\.?)\s*(?=[\d.(\\+-])")
+_MONEY = re.compile(r"^([+-]?)\s*(\\\$|€|£|¥)\s*(?=[\d.(\\+-])")
 _UNIT_TAIL = re.compile(
     r"(?P<value>.*?[\w)}\]!%])(?P<gap>\s*)(?P<unit>"
     r"(?:(?:(?:/|\\cdot|\^\{\\circ\})\s*)?\\text\{[^{}]*\}\s*(?:\^\{\s*-?\d\s*\}\s*)?)+"  # \text{cm}^{2}
@@ -187,7 +186,7 @@ _RUNS = "abcdefghijklmnopqrstuvwxyz"
 def split_unit(text: str) -> tuple[str, str, int]:
     """(value, unit in one spelling, factor) of "5 square inches" -> ("5", "in^2", 1), "2 dozen" -> ("2", "", 12)."""
     if match := _MONEY.match(text):
-        unit = {"€": "euro", "EUR": "euro", "£": "pound sterling", "¥": "yen"}.get(match.group(2), "dollar")
+        unit = {"€": "euro", "£": "pound sterling", "¥": "yen"}.get(match.group(2), "dollar")
         value, more, factor = _split_tail(match.group(1) + text[match.end() :])
         return (value, unit, factor) if more in ("", unit) else (text, "", 1)
     return _split_tail(text)
@@ -219,15 +218,14 @@ def _unit(text: str) -> tuple[str, int] | None:
     """The unit that words name, and a factor (dozen, million); None where they say something else than a unit."""
     text = text.replace("^{\\circ}", " degree ").replace("\\cdot", " ")
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"(?<=[a-zA-Z])[23](?![\da-zA-Z])", r"^{\g<0>}", text)  # cm2
     words = [word for word in _UNIT_TOKEN.findall(text.replace(".", "")) if not word.isspace()]
-    if not all(word[0] in string.ascii_letters or word[0] in "^/$€¢°" for word in words) or not text.isprintable():
+    if not all(word[0] in string.ascii_letters or word[0] in "^/$€¢°" for word in words):
         return None
     factor = 1
     while words and (times := MULTIPLIERS.get(words[0].lower().removesuffix("s"))):
         factor *= times
         del words[0]
-    if len(words) > 6 or factor > MAX_FACTOR or not all(map(_may_measure, words)):
+    if len(words) > 6 or not all(map(_may_measure, words)):
         return None
     return _spell(words), factor
 
