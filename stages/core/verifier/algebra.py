@@ -97,7 +97,7 @@ def parse(text: str) -> Any:
     text = re.sub(r"(\\[a-zA-Z]+)|([EI]|[ei](?=_))", _own_symbol, text)
     text = re.sub(r"(\d+!)(?=\^)", r"(\1)", text)
     try:
-        found = latex2sympy(
+        parsed = latex2sympy(
             text,
             is_real=not is_complex,
             normalization_config=None,
@@ -107,9 +107,9 @@ def parse(text: str) -> Any:
         raise
     except Exception as error:
         raise _Unreadable(text) from error
-    if not isinstance(found, sympy.Expr):
+    if not isinstance(parsed, sympy.Expr):
         raise _Unreadable(text)
-    return _exact(found)
+    return _exact(parsed)
 
 
 def _own_symbol(match: re.Match[str]) -> str:
@@ -117,11 +117,11 @@ def _own_symbol(match: re.Match[str]) -> str:
     return match.group(1) or f"\\mathit{{{match.group(2)}}}"
 
 
-def _exact(found: Any) -> Any:
+def _exact(expression: Any) -> Any:
     """Floats as the fractions they were written as, the symbol i as the imaginary unit, \\sqrt[3]{-8} as -2."""
-    swaps = {item: sympy.Rational(str(item)) for item in found.atoms(sympy.Float)}
-    swaps |= {item: sympy.I for item in found.free_symbols if item.name == "i"}
-    return sympy.real_root(found.xreplace(swaps))
+    swaps = {item: sympy.Rational(str(item)) for item in expression.atoms(sympy.Float)}
+    swaps |= {item: sympy.I for item in expression.free_symbols if item.name == "i"}
+    return sympy.real_root(expression.xreplace(swaps))
 
 
 _SIGNS = [(1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1), (1, 1, -1)]  # of every third variable, by point

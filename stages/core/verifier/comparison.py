@@ -327,8 +327,8 @@ def _side(relation: Relation, leaf: Leaf) -> Form | None:
     In a chain behind a name every member without letters of its own must equal the last: x = 1 = 2 says nothing.
     """
     if set(relation.signs) != {"="}:
-        found = _interval(relation)
-        return found[1] if found and _VARIABLE.fullmatch(found[0]) else None
+        named = _interval(relation)
+        return named[1] if named and _VARIABLE.fullmatch(named[0]) else None
     members = relation.members
     if len(members) == 2 and not is_name(members[0]) and is_name(members[1]):
         members = members[::-1]

@@ -31,8 +31,8 @@ def extract(completion: str, bare: bool = False) -> str | None:
     finders = (boxed, _answer_line, _bare_expression) if bare else (boxed, _answer_line)
     for text in (rest, thought) if mark else (completion,):
         for finder in finders:
-            if found := finder(text):
-                return found
+            if answer := finder(text):
+                return answer
     return None
 
 
@@ -87,11 +87,11 @@ def _last_of_all_boxes(text: str, stop: int) -> tuple[int, int, int] | None:
 
 
 def _answer_line(text: str) -> str | None:
-    found = list(_ANSWER_LINE.finditer(text))
-    if not found:
+    lines = list(_ANSWER_LINE.finditer(text))
+    if not lines:
         return None
-    after = text[found[-1].end() :]
-    line = found[-1].group(1).strip() or after.strip().partition("\n")[0].strip()
+    after = text[lines[-1].end() :]
+    line = lines[-1].group(1).strip() or after.strip().partition("\n")[0].strip()
     return line or None
 
 

@@ -99,8 +99,8 @@ def read_canonical(text: str, depth: int = 1) -> Form:
     if depth > 6:
         raise Refused("nested too deeply")
     for reader in (_union, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
-        if (found := reader(text, depth)) is not None:
-            return found
+        if (form := reader(text, depth)) is not None:
+            return form
     return value(text)
 
 
@@ -149,10 +149,10 @@ def _builder(inside: str, depth: int) -> Form | None:
         return None
     of, condition = (part.strip() for part in split)
     if named := _ELEMENT.fullmatch(of):
-        name, found = _spaceless(named.group("name")), read_canonical(condition, depth + 1)
-        said = found.items if isinstance(found, Several) and not found.braces else (found,)
+        name, form = _spaceless(named.group("name")), read_canonical(condition, depth + 1)
+        said = form.items if isinstance(form, Several) and not form.braces else (form,)
         if all(isinstance(item, Relation) and name in map(_spaceless, item.members) for item in said):
-            return found
+            return form
     return Ordered("\\{", "\\}", (Words(_spaceless(of)), Words(_spaceless(condition))))
 
 
@@ -184,9 +184,9 @@ def _relation(text: str, depth: int) -> Form | None:
     if not signs:
         return None
     if signs == [r"\in"] and is_name(members[0]):
-        found = read_canonical(members[1], depth + 1)
-        is_set = not isinstance(found, Value | Words) or "\\mathbb" in members[1]
-        return found if is_set else Words(plain(text))
+        form = read_canonical(members[1], depth + 1)
+        is_set = not isinstance(form, Value | Words) or "\\mathbb" in members[1]
+        return form if is_set else Words(plain(text))
     if signs[-1] == r"\approx" and set(signs[:-1]) <= {"="}:
         if not is_name(members[-2]):
             exact = read_canonical("=".join(members[:-1]), depth + 1)

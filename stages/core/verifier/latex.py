@@ -54,15 +54,15 @@ def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
 
     Raises Refused for more than MAX_ITEMS pieces.
     """
-    pieces, found, begin = [], [], 0
+    pieces, signs, begin = [], [], 0
     for position, token, depth in tokens(text):
         if depth == 0 and token in separators:
             pieces.append(text[begin:position].strip())
-            found.append(token)
+            signs.append(token)
             begin = position + len(token)
     if len(pieces) >= MAX_ITEMS:
         raise Refused(f"more than {MAX_ITEMS} items")
-    return [*pieces, text[begin:].strip()], found
+    return [*pieces, text[begin:].strip()], signs
 
 
 def letters(text: str) -> set[str]:

@@ -1,6 +1,6 @@
 """Numbers and units: the exact value of a literal, and what a unit says.
 
-Left out on purpose: conversion between units (1 hour is not 60 minutes), and number words beyond sixteen.
+Units are not converted: 1 hour is not 60 minutes. Number words go up to sixteen.
 """
 
 import re
@@ -199,8 +199,8 @@ def _split_tail(text: str) -> tuple[str, str, int]:
     word = re.match(r"[a-zA-Z]+", match.group("unit"))
     if word and not _is_word(word.group(), apart=match.group("gap") != ""):
         return text, "", 1
-    found = _unit(match.group("unit"))
-    return (match.group("value").strip(), *found) if found else (text, "", 1)
+    unit = _unit(match.group("unit"))
+    return (match.group("value").strip(), *unit) if unit else (text, "", 1)
 
 
 def _is_word(letters: str, apart: bool) -> bool:
