@@ -14,6 +14,7 @@ _BETWEEN_BOXES = re.compile(
     + r"|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or|vs\.?)(?:\s+(?:else|maybe|perhaps|possibly|also|rather))?(?:\s*\})?)"
     + _GAP
 )
+_JOINT = re.compile(r"\}" + _BETWEEN_BOXES.pattern + r"\Z")  # spares most completions the search of another box
 _ANSWER_LINE = re.compile(
     r"^[ \t>*#_-]{0,9}(?:(?:the|my)[ \t]+)?(?:final[ \t]+)?answer[*_ \t]{0,9}[:：][*_ \t]{0,9}(.*)$", re.I | re.M
 )
@@ -43,7 +44,7 @@ def boxed(text: str) -> str | None:
         return None
     begin, inside, end = box
     contents = [text[inside:end]]
-    while len(contents) < MAX_BOXES:
+    while len(contents) < MAX_BOXES and _JOINT.search(text, max(0, begin - 40), begin):
         before = _last_box(text, begin, quick=True)
         if before is None or not _BETWEEN_BOXES.fullmatch(text, before[2] + 1, begin):
             break
