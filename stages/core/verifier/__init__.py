@@ -12,7 +12,7 @@ kernel and replaced, and its other jobs go on. No worker starts before one is ne
 not forks, so that they hold neither torch nor the caller's threads, nor run the caller's main module again; they die
 with the caller.
 
-Verdicts: `no_answer` nothing to compare was found; `rejected` over-long, over-deep, or refused before any algebra;
+Verdicts: `no_answer` there is nothing to compare; `rejected` over-long, over-deep, or refused before any algebra;
 `timeout` the bound of CPU time was hit; `error` memory ran out, or the algebra failed on our side; `wrong`, `correct`.
 Only `correct` is rewarded.
 """
@@ -48,7 +48,7 @@ DEADLINE_SIGNALS = (signal.SIGXCPU, signal.SIGPROF)  # what a worker dies of tha
 MAX_ATTEMPTS = 2  # a worker that something else killed takes no verdict along: its job is tried once more
 
 VERSION = {
-    "grader": "3",
+    "grader": "4",
     **{
         name: importlib.metadata.version(name)
         for name in ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
@@ -57,7 +57,7 @@ VERSION = {
 
 
 class Score(NamedTuple):
-    """What the verifier found: `reward` is 1.0 for `correct` and 0.0 otherwise; `prediction` is the text compared."""
+    """A verdict; `reward` is 1.0 for `correct` and 0.0 otherwise; `prediction` is the text that was compared."""
 
     verdict: Verdict
     reward: float
@@ -152,15 +152,16 @@ class Verifier:
             self._send(jobs.values())
         return Batch(self, pending)
 
-    def parseable(self, golds: Sequence[str]) -> list[bool]:
+    def parseable(self, answers: Sequence[str]) -> list[bool]:
         """Whether each answer can be compared with anything at all; one that cannot never rewards a completion."""
         with self._lock:
             jobs: dict[str, _Job] = {}
-            found = [
-                self._find(answer, (extract(f"\\boxed{{{answer}}}") or "")[: MAX_LENGTH + 1], jobs) for answer in golds
+            verdicts = [
+                self._find(answer, (extract(f"\\boxed{{{answer}}}") or "")[: MAX_LENGTH + 1], jobs)
+                for answer in answers
             ]
             self._send(jobs.values())
-        return [(item.result() if isinstance(item, Future) else item) == "correct" for item in found]
+        return [(item.result() if isinstance(item, Future) else item) == "correct" for item in verdicts]
 
     @property
     def worker_pids(self) -> list[int]:
@@ -273,14 +274,14 @@ class _Tender:
     def _work(self, job: _Job) -> None:
         """Have the worker decide the job; what is left of it when the worker dies goes to a new one."""
         while job.predictions and not self._ended:
-            done, verdict = self._converse(job)
-            for future, found in zip(job.futures, done, strict=False):
-                future.set_result(found)
+            done, last = self._converse(job)
+            for future, verdict in zip(job.futures, done, strict=False):
+                future.set_result(verdict)
             rest = _Job(job.answer, job.predictions[len(done) :], job.futures[len(done) :], 1 if done else job.attempt)
-            if rest.predictions and verdict is None and rest.attempt < MAX_ATTEMPTS:
+            if rest.predictions and last is None and rest.attempt < MAX_ATTEMPTS:
                 rest = rest._replace(attempt=rest.attempt + 1)
             elif rest.predictions:
-                rest.futures[0].set_result(verdict or "error")
+                rest.futures[0].set_result(last or "error")
                 rest = _Job(job.answer, rest.predictions[1:], rest.futures[1:])
             job = rest
 

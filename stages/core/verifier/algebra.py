@@ -78,7 +78,8 @@ def same(kind: str, gold: str, pred: str) -> bool:
     except _Unreadable:
         return False
     if kind == "decimal":
-        return _is_decimal_of(pred, left)
+        value = _evaluate(left, {})
+        return value is not None and _rounds(pred, value, min_digits=1)
     if kind == "value":
         return _same_value(left, right, gold, pred)
     return _same_up_to_factor(left, right, positive=kind == "inequality")
@@ -90,15 +91,13 @@ def parse(text: str) -> Any:
 
     Raises _Unreadable, and Refused for what no answer needs and would build a huge object.
     """
-    if grammar.is_tower(text):
-        raise Refused("a tower of powers or factorials")
     if grammar.judge(text) is not grammar.Kind.EXPRESSION:
         raise _Unreadable(text)
     is_complex = "i" in letters(text)
     text = re.sub(r"(\\[a-zA-Z]+)|([EI]|[ei](?=_))", _own_symbol, text)
     text = re.sub(r"(\d+!)(?=\^)", r"(\1)", text)
     try:
-        found = latex2sympy(
+        parsed = latex2sympy(
             text,
             is_real=not is_complex,
             normalization_config=None,
@@ -108,9 +107,9 @@ def parse(text: str) -> Any:
         raise
     except Exception as error:
         raise _Unreadable(text) from error
-    if not isinstance(found, (sympy.Basic, sympy.MatrixBase)):
+    if not isinstance(parsed, sympy.Expr):
         raise _Unreadable(text)
-    return _exact(found)
+    return _exact(parsed)
 
 
 def _own_symbol(match: re.Match[str]) -> str:
@@ -118,140 +117,90 @@ def _own_symbol(match: re.Match[str]) -> str:
     return match.group(1) or f"\\mathit{{{match.group(2)}}}"
 
 
-def _exact(found: Any) -> Any:
-    """Floats as the fractions they were written as; the symbol i as the imaginary unit; no UnevaluatedExpr."""
-    swaps = {item: sympy.Rational(str(item)) for item in found.atoms(sympy.Float)}
-    swaps |= {item: sympy.I for item in found.free_symbols if item.name == "i"}
-    swaps |= {item: _real_root(item) for item in found.atoms(sympy.Pow) if _is_odd_root(item)}
-    return found.xreplace(swaps) if swaps else found
+def _exact(expression: Any) -> Any:
+    """Floats as the fractions they were written as, the symbol i as the imaginary unit, \\sqrt[3]{-8} as -2."""
+    swaps = {item: sympy.Rational(str(item)) for item in expression.atoms(sympy.Float)}
+    swaps |= {item: sympy.I for item in expression.free_symbols if item.name == "i"}
+    return sympy.real_root(expression.xreplace(swaps))
 
 
-def _is_odd_root(power: Any) -> bool:
-    """Whether a power is an odd root of a negative number, as in \\sqrt[3]{-8}: -2 to all but sympy."""
-    exponent, base = power.exp, power.base
-    return exponent.is_Rational and exponent.q > 1 and exponent.q % 2 == 1 and not base.free_symbols and base < 0
-
-
-def _real_root(power: Any) -> Any:
-    return (-1) ** power.exp.p * (-power.base) ** power.exp
-
-
-# Where expressions are evaluated: for the n-th variable of the k-th point. Of both signs, no two alike, no integer.
-_POINTS = [
-    [
-        sympy.Rational(sign * (37 * n + 91 + 53 * k), 61 + 8 * n + 5 * k)
-        for n, sign in zip(range(24), signs * 8, strict=False)
-    ]
-    for k, signs in enumerate([(1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1), (1, 1, -1)])
-]
+_SIGNS = [(1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1), (1, 1, -1)]  # of every third variable, by point
+_DIGITS = 30
+_DUST = sympy.Float(10) ** -25
 _NEEDED_POINTS = 3
-_FAR = sympy.Rational(100003, 7)  # so much further out, too, where a function has steps: max(5,x) is not 5 everywhere
+_FAR = sympy.Rational(100003, 7)  # so much further out, too, if a function has steps: max(5,x) is not 5 everywhere
 _STEPS = (sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.Mod, sympy.sign, sympy.Abs)
 
 
 def _points(*sides: Any) -> list[dict[Any, Any]]:
+    """Where expressions are evaluated: five points of both signs, no two values alike, no integer; ten for steps."""
     symbols = sorted(set().union(*(side.free_symbols for side in sides)), key=lambda symbol: symbol.name)
-    if len(symbols) > len(_POINTS[0]):
-        raise Refused("too many variables")
-    points = [dict(zip(symbols, values, strict=False)) for values in (_POINTS if symbols else [[]])]
-    if symbols and any(side.has(*_STEPS) for side in sides):
+    if not symbols:
+        return [{}]
+    points = [
+        {
+            symbol: sympy.Rational(signs[n % 3] * (37 * n + 91 + 53 * k), 61 + 8 * n + 5 * k)
+            for n, symbol in enumerate(symbols)
+        }
+        for k, signs in enumerate(_SIGNS)
+    ]
+    if any(side.has(*_STEPS) for side in sides):
         points += [{symbol: value * _FAR for symbol, value in point.items()} for point in points]
     return points
 
 
-def _evaluate(side: Any, point: dict[Any, Any], digits: int) -> Any:
-    """A number, real or complex, or None where there is none."""
-    value = side.evalf(digits, subs=point) if point else side.evalf(digits)
-    if not isinstance(value, sympy.Basic) or not value.is_number or value.has(sympy.nan, sympy.zoo):
-        return None
-    if value in (sympy.oo, -sympy.oo):
-        return value
-    real, imaginary = value.as_real_imag()
-    return value if real.is_Float or (real.is_Rational and (imaginary.is_Float or imaginary.is_Rational)) else None
+def _evaluate(side: Any, point: dict[Any, Any]) -> Any:
+    """A finite number, real or complex, or None if there is none."""
+    value = side.evalf(_DIGITS, subs=point or None)
+    finite = all(part.is_Float or part.is_Rational for part in value.as_real_imag())
+    return value if finite else None
 
 
-def _close(left: Any, right: Any, digits: int) -> bool:
-    if left == right:
-        return True
-    if left.is_infinite or right.is_infinite:
-        return False
+def _close(left: Any, right: Any) -> bool:
     scale = max(abs(left), abs(right))
-    return bool(abs(left - right) <= scale * sympy.Float(10) ** -digits)
+    return bool(abs(left - right) <= scale * sympy.Float(10) ** -20)
 
 
 def _same_value(left: Any, right: Any, gold: str, pred: str) -> bool:
-    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
-        return bool(verify(left, right, timeout_seconds=None))
     points = _points(left, right)
-    digits = 30 if points[0] else 100
-    agreed = 0
+    needed = _NEEDED_POINTS if len(points) == len(_SIGNS) else len(points)
     for point in points:
-        one, two = _evaluate(left, point, digits), _evaluate(right, point, digits)
-        if one is None and two is None:
-            continue
+        one, two = _evaluate(left, point), _evaluate(right, point)
         if one is None or two is None:
-            if points[0]:
-                continue
-            break
-        if not _close(one, two, digits * 2 // 3):
-            return (not point and _is_rounded(one, two, gold, pred)) or _both_zero(one, two, left, right)
-        agreed += 1
-        if agreed == (_NEEDED_POINTS if len(points) == len(_POINTS) else len(points)):
-            if point and (left.has(sympy.Function) or right.has(sympy.Function)):
-                return True
-            return _agree_exactly(left.subs(point), right.subs(point))
+            continue
+        if not _close(one, two):
+            if max(abs(one), abs(two)) < _DUST:  # rounding leaves it of a value that is exactly zero
+                return _agree_exactly(left.subs(point), right.subs(point))
+            return not point and (_rounds(pred, one) or _rounds(gold, two))
+        needed -= 1
+        if not needed:
+            has_function = left.has(sympy.Function) or right.has(sympy.Function)
+            return bool(point and has_function) or _agree_exactly(left.subs(point), right.subs(point))
     return bool(verify(left, right, timeout_seconds=None))
 
 
 def _agree_exactly(left: Any, right: Any) -> bool:
     """For two numbers that agree to many digits: whether no difference remains that has a digit of its own."""
-    difference = (left.doit() - right.doit()).expand()
-    if difference.is_Rational:
-        return bool(difference == 0)
-    value = difference.evalf(5, maxn=1000)
-    return not value.is_Float or value._prec == 1 or value == 0  # sympy marks a value lost in rounding with precision 1
+    difference = left.doit() - right.doit()
+    parts = difference.expand().evalf(5, maxn=1000).as_real_imag()
+    return all(not part.is_Float or part._prec == 1 for part in parts)  # sympy marks a value lost in rounding with 1
 
 
-def _both_zero(one: Any, two: Any, left: Any, right: Any) -> bool:
-    """Rounding leaves dust where a value is exactly zero: whether dust is all that the two differ by."""
-    if max(abs(one), abs(two)) > sympy.Float(10) ** -25:
+def _rounds(literal: str, value: Any, min_digits: int = 6) -> bool:
+    """Whether a decimal is a real value, rounded or cut: 3.14159265 for pi."""
+    if "." not in literal or not value.is_real:
         return False
-    return sympy.simplify(left - right) == 0
-
-
-def _is_rounded(one: Any, two: Any, gold: str, pred: str) -> bool:
-    """3.14159265 for pi: a decimal of six digits or more that the other value rounds or is cut to."""
-    for literal, other, text in ((pred, one, gold), (gold, two, pred)):
-        if other.is_real and "." in literal and quantities.number(text) is None:
-            exact = sympy.Rational(other)
-            if quantities.is_rounding_of(literal, Fraction(int(exact.p), int(exact.q))):
-                return True
-    return False
-
-
-def _is_decimal_of(literal: str, exact: Any) -> bool:
-    """Whether a decimal of any length is the value of an expression, rounded or cut."""
-    value = _evaluate(exact, {}, 30) if isinstance(exact, sympy.Expr) and not exact.free_symbols else None
-    if value is None or not value.is_real or value.is_infinite:
-        return False
-    rational = sympy.Rational(value)
-    return quantities.is_rounding_of(literal, Fraction(int(rational.p), int(rational.q)), 1)
+    exact = sympy.Rational(value)
+    return quantities.is_rounding_of(literal, Fraction(int(exact.p), int(exact.q)), min_digits)
 
 
 def _same_up_to_factor(left: Any, right: Any, positive: bool) -> bool:
     """Whether left/right is one constant everywhere, as for x^2-1=0 and 2x^2=2."""
-    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
-        return False
-    if left.free_symbols != right.free_symbols:
-        return False
-    ratios = []
-    for point in _points(left, right):
-        one, two = _evaluate(left, point, 30), _evaluate(right, point, 30)
-        if one is not None and two is not None and one != 0 and two != 0:
-            ratios.append(one / two)
+    values = [(_evaluate(left, point), _evaluate(right, point)) for point in _points(left, right)]
+    ratios = [one / two for one, two in values if one and two]
     if len(ratios) < _NEEDED_POINTS or (positive and not ratios[0] > 0):
         return False
-    return all(_close(ratio, ratios[0], 20) for ratio in ratios)
+    return all(_close(ratio, ratios[0]) for ratio in ratios)
 
 
 # --- the worker ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ _BETWEEN_BOXES = re.compile(
     + r"|(?:,\s*)?(?:\\text\s*\{\s*)?(?:and|or|vs\.?)(?:\s+(?:else|maybe|perhaps|possibly|also|rather))?(?:\s*\})?)"
     + _GAP
 )
-_JOINT = re.compile(r"\}" + _BETWEEN_BOXES.pattern + r"\Z")
+_JOINT = re.compile(r"\}" + _BETWEEN_BOXES.pattern + r"\Z")  # spares most completions the search of another box
 _ANSWER_LINE = re.compile(
     r"^[ \t>*#_-]{0,9}(?:(?:the|my)[ \t]+)?(?:final[ \t]+)?answer[*_ \t]{0,9}[:：][*_ \t]{0,9}(.*)$", re.I | re.M
 )
@@ -32,8 +32,8 @@ def extract(completion: str, bare: bool = False) -> str | None:
     finders = (boxed, _answer_line, _bare_expression) if bare else (boxed, _answer_line)
     for text in (rest, thought) if mark else (completion,):
         for finder in finders:
-            if found := finder(text):
-                return found
+            if answer := finder(text):
+                return answer
     return None
 
 
@@ -77,7 +77,7 @@ def _last_of_all_boxes(text: str, stop: int) -> tuple[int, int, int] | None:
     boxes = {match.end() - 1: match.start() for match in _BOX.finditer(text, 0, stop)}
     opened: list[int] = []
     last = None
-    for match in re.finditer(r"\\\\|\\[{}]|[{}]", text[:stop]):
+    for match in _BRACE.finditer(text, 0, stop):
         if match.group() == "{":
             opened.append(match.start())
         elif match.group() == "}" and opened:
@@ -88,11 +88,11 @@ def _last_of_all_boxes(text: str, stop: int) -> tuple[int, int, int] | None:
 
 
 def _answer_line(text: str) -> str | None:
-    found = list(_ANSWER_LINE.finditer(text))
-    if not found:
+    lines = list(_ANSWER_LINE.finditer(text))
+    if not lines:
         return None
-    after = text[found[-1].end() :]
-    line = found[-1].group(1).strip() or after.strip().partition("\n")[0].strip()
+    after = text[lines[-1].end() :]
+    line = lines[-1].group(1).strip() or after.strip().partition("\n")[0].strip()
     return line or None
 
 

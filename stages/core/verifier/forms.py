@@ -11,7 +11,6 @@ from stages.core.verifier import grammar, latex, notation, quantities
 from stages.core.verifier.latex import Refused
 from stages.core.verifier.quantities import number
 
-MAX_ITEMS = 64  # of a list
 MAX_SIGNS = 3  # plus-minus signs in one value: 8 values
 
 
@@ -100,8 +99,8 @@ def read_canonical(text: str, depth: int = 1) -> Form:
     if depth > 6:
         raise Refused("nested too deeply")
     for reader in (_union, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
-        if (found := reader(text, depth)) is not None:
-            return found
+        if (form := reader(text, depth)) is not None:
+            return form
     return value(text)
 
 
@@ -110,8 +109,6 @@ def _several(items: Iterable[Form], braces: bool) -> Form:
     for item in items:
         flat += item.items if isinstance(item, Several) and not item.braces else [item]
     unique = tuple(dict.fromkeys(flat))
-    if len(unique) > MAX_ITEMS:
-        raise Refused(f"more than {MAX_ITEMS} items")
     return unique[0] if len(unique) == 1 else Several(unique, braces)
 
 
@@ -124,13 +121,7 @@ def _list(text: str, depth: int) -> Form | None:
     pieces, signs = latex.split(text, _COMMA)
     if signs and _COMMA_TWICE.fullmatch(text):
         return Words(plain(text))
-    return _several(map(read_canonical, _bounded(pieces), repeat(depth + 1)), False) if signs else None
-
-
-def _bounded(pieces: list[str]) -> list[str]:
-    if len(pieces) > MAX_ITEMS:
-        raise Refused(f"more than {MAX_ITEMS} items")
-    return pieces
+    return _several(map(read_canonical, pieces, repeat(depth + 1)), False) if signs else None
 
 
 def _join_thousands(text: str) -> str:
@@ -148,22 +139,20 @@ def _braces(text: str, depth: int) -> Form | None:
     if (built := _builder(inside, depth)) is not None:
         return built
     pieces, _ = latex.split(_bracketed_thousands(inside), _COMMA)
-    return _several((read_canonical(piece, depth + 1) for piece in _bounded(pieces)), True)
+    return _several((read_canonical(piece, depth + 1) for piece in pieces), True)
 
 
 def _builder(inside: str, depth: int) -> Form | None:
     """{x | 1<x<5} is what its condition says of x; any other set-builder is compared by its two sides as text."""
-    if inside.count("|") > 1 and "\\mid" not in inside:  # bars of absolute values
-        return None
     split = re.split(r"\\mid(?![a-zA-Z])|\||:", inside, maxsplit=1)
     if len(split) == 1:
         return None
     of, condition = (part.strip() for part in split)
     if named := _ELEMENT.fullmatch(of):
-        name, found = _spaceless(named.group("name")), read_canonical(condition, depth + 1)
-        said = found.items if isinstance(found, Several) and not found.braces else (found,)
+        name, form = _spaceless(named.group("name")), read_canonical(condition, depth + 1)
+        said = form.items if isinstance(form, Several) and not form.braces else (form,)
         if all(isinstance(item, Relation) and name in map(_spaceless, item.members) for item in said):
-            return found
+            return form
     return Ordered("\\{", "\\}", (Words(_spaceless(of)), Words(_spaceless(condition))))
 
 
@@ -173,7 +162,7 @@ def _spaceless(text: str) -> str:
 
 def _bracketed_thousands(text: str) -> str:
     """Thousands joined where the spaces after other commas, or a group 0xx, tell them from items."""
-    if re.search(r",\s", text) or re.search(r",0\d\d(?!\d)", text):
+    if re.search(r",\s", text):
         return _THOUSANDS.sub(_join, text)
     return text
 
@@ -187,9 +176,7 @@ def _plus_minus(text: str, depth: int) -> Form | None:
     variants = [text]
     for _ in range(count):
         variants = [re.sub(r"\\pm(?![a-zA-Z])", sign, item, count=1) for item in variants for sign in "+-"]
-    return _several(
-        (read_canonical(re.sub(r"(^|[=({\[,])\s*\+\s*", r"\1", item), depth + 1) for item in variants), False
-    )
+    return _several((read_canonical(item, depth + 1) for item in variants), False)
 
 
 def _relation(text: str, depth: int) -> Form | None:
@@ -197,9 +184,9 @@ def _relation(text: str, depth: int) -> Form | None:
     if not signs:
         return None
     if signs == [r"\in"] and is_name(members[0]):
-        found = read_canonical(members[1], depth + 1)
-        is_set = not isinstance(found, Value | Words) or "\\mathbb" in members[1]
-        return found if is_set else Words(plain(text))
+        form = read_canonical(members[1], depth + 1)
+        is_set = not isinstance(form, Value | Words) or "\\mathbb" in members[1]
+        return form if is_set else Words(plain(text))
     if signs[-1] == r"\approx" and set(signs[:-1]) <= {"="}:
         if not is_name(members[-2]):
             exact = read_canonical("=".join(members[:-1]), depth + 1)
@@ -220,7 +207,7 @@ def _brackets(text: str, depth: int) -> Form | None:
     pieces, signs = latex.split(_bracketed_thousands(inside), _COMMA)
     if signs:
         marks = ("(", ")") if opening == r"\langle" else (opening, closing)
-        return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in _bounded(pieces)))
+        return Ordered(*marks, tuple(read_canonical(piece, depth + 1) for piece in pieces))
     return read_canonical(inside, depth + 1) if (opening, closing) in (("(", ")"), ("[", "]")) and inside else None
 
 
@@ -229,8 +216,8 @@ def _matrix(text: str, depth: int) -> Form | None:
     if match is None:
         return None
     rows = [row.split("&") for row in re.split(r"\\\\", match.group(2)) if row.strip()]
-    if sum(map(len, rows)) > MAX_ITEMS or any(len(row) != len(rows[0]) for row in rows):
-        raise Refused("a matrix that is ragged or too large")
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise Refused("a ragged matrix")
     cells = tuple(tuple(read_canonical(cell, depth + 1) for cell in row) for row in rows)
     return Matrix(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
 
@@ -263,11 +250,10 @@ def value(text: str) -> Form:
     bare = expression(bare.removesuffix("%").strip())
     if based := BASED.fullmatch(bare):
         return _in_base(based.group("digits"), quantities.spelled_number(based.group("base")))
-    if not bare or "%" in bare or _is_verbal(bare) or _WORD.search(bare):
+    _check_commands(bare)
+    if not bare or _WORD.search(bare):
         return Words(plain(text))
     known = number(bare)
-    if known is None and grammar.is_tower(bare):
-        raise Refused("a tower of powers or factorials")
     kind = grammar.judge(bare) if known is None else grammar.Kind.EXPRESSION
     if kind is grammar.Kind.BROKEN:
         raise Refused("an operator, argument or bracket without its other side")
@@ -288,23 +274,20 @@ def _in_base(digits: str, base: str) -> Form:
     return Value(text, "", False, Fraction(int(digits, int(base))))
 
 
-def _is_verbal(text: str) -> bool:
-    """Whether commands make a text one that no algebra reads. Raises Refused for a command that nobody can read."""
-    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", text)) - notation.READABLE - {""}
-    if unknown := commands - notation.VERBAL - {"text"}:
+def _check_commands(text: str) -> None:
+    """Raise Refused for a command that nobody can read."""
+    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", text)) - {""}  # not the end of a row: \\\\frac
+    if unknown := commands - grammar.COMMANDS - notation.VERBAL:
         raise Refused(f"the command \\{min(unknown)}")
-    return bool(commands)
 
 
 def expression(text: str) -> str:
     """What is left to algebra: thousands joined, angles in degrees as radians, no idle spaces."""
-    text = _SPACED_THOUSANDS.sub(_join, _THOUSANDS.sub(_join, text))
+    text = _SPACED_THOUSANDS.sub(_join, text)
     text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
-    text = re.sub(r"^\+\s*", "", text)
-    text = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", r"\1\0", text)
     if not re.search(r"\d \d", text):
-        text = text.replace(" ", "")
-    return str(quantities.spelled_number(text.replace("\0", " ")))
+        text = re.sub(r"(\\[a-zA-Z]+ (?=[a-zA-Z]))| ", r"\1", text)
+    return quantities.spelled_number(text)
 
 
 def _join(match: re.Match[str]) -> str:
@@ -313,7 +296,7 @@ def _join(match: re.Match[str]) -> str:
 
 def plain(text: str) -> str:
     """Words without case, spaces and idle punctuation; what could change a number stays, two numbers stay two."""
-    text = re.sub(r"\"([^\"]*)\"", r"\1", re.sub(r"\\text(?![a-zA-Z])|\\[,; ]|\.(?!\d)", " ", text))
+    text = re.sub(r"\\text(?![a-zA-Z])|\\[,; ]|\.(?!\d)", " ", text)
     text = re.sub(r"[\s{}$,;\\]+", " ", text).strip()
     return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
 
@@ -322,8 +305,8 @@ _SUBSCRIPT = re.compile(r"(?<=[a-zA-Z])\^\{-1\}(?=\()|_(?:\{[^{}]*\}|\w)|'|\^\{(
 _ARGUMENT = re.compile(r"(?<=[a-zA-Z}])\s*\([^()]*\)")
 _CONSTANTS = re.compile(r"(?<![a-zA-Z\\])[ei](?![a-zA-Z])|\\(?:pi|infty|frac|cdot|times|text|angle|circ)(?![a-zA-Z])")
 _NAMING = re.compile(r"(?![\s+*/,-])[a-zA-Z\\{}()\s+*/,|-]+(?<![\s+*/,-])")  # -x = 5 says that x is -5
-_NAMING_COMMANDS = notation.READABLE - {"to", "circ", "sqrt"}
-_NAMING_COMMANDS |= {"text", "angle", "triangle", "mathcal", "mathfrak", "tilde"}
+_NAMING_COMMANDS = grammar.COMMANDS - {"sqrt"}
+_NAMING_COMMANDS |= {"text", "angle", "triangle", "mathcal", "mathfrak", "mathbb", "partial", "det", "tilde", "widehat"}
 
 
 @lru_cache(2048)

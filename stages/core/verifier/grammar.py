@@ -9,7 +9,7 @@ import re
 import string
 from enum import Enum, auto
 
-from stages.core.verifier.latex import MAX_DEPTH
+from stages.core.verifier.latex import MAX_DEPTH, Refused
 
 
 class Kind(Enum):
@@ -31,7 +31,7 @@ class _Broken(Exception):
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|\\[a-zA-Z]+|\\.|.", re.ASCII | re.DOTALL)
 _LETTERS = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho varrho sigma tau
-    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar
+    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar infty
 """
 _FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp"
 _NAMES = frozenset("\\" + name for name in _LETTERS.split()) | frozenset(string.ascii_letters)
@@ -41,9 +41,15 @@ _OF_INTEGERS = frozenset([r"\gcd", r"\lcm"])
 _INTEGERS = re.compile(r"[\d\s,+*/!^{}-]*\)", re.ASCII)  # gcd(12x,18) is 6 to the parser: of polynomials
 _ACCENTS = frozenset([r"\bar", r"\overline", r"\hat", r"\vec", r"\dot", r"\ddot"])
 _LARGE = frozenset([r"\sum", r"\prod", r"\int", r"\lim"])
-_BINARY = frozenset(["+", "-", "*", "/", r"\cdot", r"\times", r"\div", r"\mod"])
+_BINARY = frozenset(["+", "-", "*", "/", r"\cdot", r"\times", r"\div"])
 _CLOSERS = {"(": ")", "[": "]", "{": "}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", r"\lvert": r"\rvert"}
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
+COMMANDS = {
+    token[1:]
+    for tokens in (_NAMES, _FUNCTIONS, _OF_LISTS, _ACCENTS, _LARGE, _BINARY, _CLOSERS, _CLOSERS.values(), _ARGUMENTS)
+    for token in tokens
+    if len(token) > 1
+}
 _ACCENTED = re.compile(r"(?:[a-zA-Z]|\\[a-zA-Z]+(?![a-zA-Z]) ?)+(?:_\{[a-zA-Z0-9]+\})?", re.ASCII)
 _SUBSCRIPT = re.compile(r"[a-zA-Z0-9+\- ]+|\\[a-zA-Z]+", re.ASCII)
 _DROPPED = re.compile(r"T|\\top|(?:\\prime|\\circ|\*|\\dagger)+")  # exponents that the parser drops or misreads
@@ -53,7 +59,9 @@ _BOUND = re.compile(r"[a-zA-Z]\s*(=|\\to(?![a-zA-Z]))\s*(.+)", re.DOTALL)
 
 
 def judge(text: str) -> Kind:
-    """Whether a text in canonical LaTeX is an expression."""
+    """Whether a text in canonical LaTeX is an expression. Raises Refused for a tower of powers or factorials."""
+    if _is_tower(text):
+        raise Refused("a tower of powers or factorials")
     try:
         _Reader(text).read()
     except _Odd:
@@ -63,10 +71,10 @@ def judge(text: str) -> Kind:
     return Kind.EXPRESSION
 
 
-_TOWER = re.compile(r"\^\{-?\d{6,}|\d{6,}!|!!!|\\(?:binom|Gamma)\s*[{(]\d{6,}|[\d.]\s*[eE][+-]?\d{4,}", re.ASCII)
+_TOWER = re.compile(r"\^\{-?\d{6,}|!!!|\\(?:binom|Gamma)\s*[{(]\d{6,}|[\d.]\s*[eE][+-]?\d{4,}", re.ASCII)
 
 
-def is_tower(text: str) -> bool:
+def _is_tower(text: str) -> bool:
     """Whether a text asks for a number of more digits than any answer has; sympy would write out every one."""
     if _TOWER.search(text):
         return True
@@ -116,8 +124,6 @@ class _Reader:
             self._last = ""
         elif token in "^_!" and len(token) == 1:
             self._postfix(token)
-        elif token in (")", "]", "}", r"\rfloor", r"\rceil", r"\rvert"):
-            raise _Broken
         else:
             self._operand(token)
 
@@ -156,9 +162,6 @@ class _Reader:
             self._last = "number"
         elif token in _NAMES:
             self._last = "name"
-        elif token == r"\infty":
-            if not self._depth and self._text.strip("+- ") != token:  # 5\infty
-                raise _Odd
         elif token in _ARGUMENTS:
             self._command(token, before)
         elif token in _FUNCTIONS:
@@ -217,8 +220,6 @@ class _Reader:
             self._take()
             self._nested(self._group())
         self._last = ""
-        if self._peek() in _BINARY:
-            raise _Broken
 
     def _list(self, token: str) -> None:
         if self._take() != "(":

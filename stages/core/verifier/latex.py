@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 MAX_LENGTH = 1000  # of an answer or prediction that is looked at, in characters
 MAX_WRITTEN = 2 * MAX_LENGTH  # of the same in canonical notation: below the 4,300 digits that int() and str() take
+MAX_ITEMS = 64  # of a list
 MAX_DEPTH = 24  # of brackets of all kinds, \\frac{}{} and the like included
 
 
@@ -49,14 +50,19 @@ def closing(text: str, start: int) -> int | None:
 
 
 def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
-    """The pieces of `text` between those separators that stand outside of all brackets, and the separators."""
-    pieces, found, begin = [], [], 0
+    """The pieces of `text` between those separators that stand outside of all brackets, and the separators.
+
+    Raises Refused for more than MAX_ITEMS pieces.
+    """
+    pieces, signs, begin = [], [], 0
     for position, token, depth in tokens(text):
         if depth == 0 and token in separators:
             pieces.append(text[begin:position].strip())
-            found.append(token)
+            signs.append(token)
             begin = position + len(token)
-    return [*pieces, text[begin:].strip()], found
+    if len(pieces) >= MAX_ITEMS:
+        raise Refused(f"more than {MAX_ITEMS} items")
+    return [*pieces, text[begin:].strip()], signs
 
 
 def letters(text: str) -> set[str]:

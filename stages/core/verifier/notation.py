@@ -82,24 +82,14 @@ _RAISED_AND_LOWERED = frozenset("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅�
 _INVISIBLE = frozenset("\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f")  # no space, but no sign either
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
-# The commands that the grammar of math-verify turns into objects of bounded size. One that is in neither list is
-# refused: some build huge objects (\\operatorname{zeros}), some hide text (\\phantom), the rest nobody can compare.
-_READABLE = """
-    Delta Gamma Lambda Omega Phi Pi Psi Sigma Theta Upsilon Xi alpha arccos arcsin arctan bar begin beta
-    binom cdot chi circ cos cosh cot coth csc ddot delta det div dot ell emptyset end epsilon eta exp frac
-    gamma gcd hat hbar infty int iota kappa lambda langle lceil lcm lfloor lim ln log lvert mathbb max min
-    mu nu omega overline partial phi pi prime prod psi rangle rceil rfloor rho rvert sec sigma sin sinh sqrt
-    sum tan tanh tau theta times to upsilon varepsilon varphi varrho vartheta vec vert widehat xi zeta
-"""
-READABLE = frozenset(_READABLE.split())
-
-# Commands of honest answers that say something which only words can be compared on.
+# Commands of honest answers that core.verifier.grammar does not read: they make words of a text, or are read before.
+# One that is in neither list is refused: some build huge objects (\\operatorname{zeros}), some hide text (\\phantom).
 _VERBAL = """
-    ldots vdots ddots equiv bmod pmod pod mod mid nmid forall exists odot oplus otimes triangle parallel
-    perp sim cong to rightarrow leftarrow Rightarrow Leftarrow implies iff Leftrightarrow Longleftrightarrow
-    land lor neg subset subseteq supset supseteq not notin ni sup inf deg dim ker star ast underbrace
-    overbrace bigcup bigcap mathcal mathfrak top bot square cap setminus le ge ne in approx cup pm mp lcm
-    widetilde tilde imath jmath wedge vee propto hline
+    ldots vdots ddots equiv bmod pmod pod mod mid nmid forall exists odot oplus otimes triangle parallel perp sim cong
+    to rightarrow leftarrow Rightarrow Leftarrow implies iff Leftrightarrow Longleftrightarrow land lor neg subset
+    subseteq supset supseteq not notin ni sup inf deg dim ker star ast underbrace overbrace bigcup bigcap mathcal
+    mathfrak top bot square cap setminus le ge ne in approx cup pm mp widetilde widehat tilde imath jmath wedge
+    vee propto hline angle begin end circ coth det emptyset langle rangle mathbb partial prime text vert
 """
 VERBAL = frozenset(_VERBAL.split())
 
@@ -193,8 +183,6 @@ def canonical(text: str) -> str:
         raise Refused(f"brackets deeper than {MAX_DEPTH}")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    if len(text) > MAX_WRITTEN:
-        raise Refused(f"longer than {MAX_WRITTEN} characters in plain notation")
     text = _JOINER.sub(", ", _dollars(text.strip()))
     if match := _TEXT.fullmatch(strip_outer(text)):
         text = ", ".join(f"\\text{{{word}}}" for word in _LISTED.split(match.group(1)))
@@ -255,15 +243,9 @@ def _is_doubtful(character: str) -> bool:
 
 def _dollars(text: str) -> str:
     """Without the $ signs that only mark mathematics; a lone one before a number is money, and becomes \\$."""
-    marks = re.findall(r"(?<!\\)\$", text)
-    if len(marks) % 2 == 0:
-        return re.sub(r"(?<!\\)\$", " ", text).strip()
-    return (
-        re.sub(r"(?<!\\)\$(?=\s*[\d.])", r"\\$", text, count=1)
-        .replace("\\$", "\0")
-        .replace("$", "")
-        .replace("\0", "\\$")
-    )
+    if len(re.findall(r"(?<!\\)\$", text)) % 2:
+        text = re.sub(r"(?<!\\)\$(?=\s*[\d.])", r"\\$", text, count=1)
+    return re.sub(r"(?<!\\)\$", " ", text).strip()
 
 
 def _unwrap(match: re.Match[str]) -> str:
@@ -284,12 +266,11 @@ def _powers_and_roots(text: str) -> str:
     """x^(a+b) and sqrt(a+b) with braces: plain-text habits that LaTeX reads otherwise."""
     out: list[str] = []
     position = 0
-    for match in re.finditer(r"(?:\^|\\sqrt|\\exp)\s*\(", text):
+    for match in re.finditer(r"(?:\^|\\sqrt)\s*\(", text):
         end = closing(text, match.end() - 1)
         if match.start() < position or end is None:
             continue
         command = match.group()[:-1].strip()
-        command = "e^" if command == "\\exp" else command
         out += [text[position : match.start()], command, "{", text[match.end() : end], "}"]
         position = end + 1
     return "".join([*out, text[position:]])
