@@ -82,6 +82,8 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
     trainer.save_state(state / "second")
     trainer.update(some_rollouts(31, seed=2), 1e-3)
     weights = {name: weight.clone() for name, weight in trainer.weights()}
+    if changes:
+        assert_merged(accelerator.unwrap_model(trainer.model), weights)
     again = {}
     for place in ("first", "second"):
         trainer.load_state(state / place)
@@ -92,6 +94,17 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
     return {
         "gradient": gradients, "sums": sums, "log_probs": log_probs, "norms": norms, "weights": weights, "again": again
     }  # fmt: skip
+
+
+def assert_merged(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Sharded weights and adapters, each gathered first, come to the same as what the trainer hands over."""
+    whole = {name: parameter.full_tensor().detach().float() for name, parameter in model.named_parameters()}
+    for name in (name for name in whole if name.endswith(".base_layer.weight")):
+        layer = name.removesuffix(".base_layer.weight")
+        a, b = (whole[f"{layer}.lora_{half}.default.weight"] for half in "AB")
+        merged = (whole[name] + model.get_submodule(layer).scaling["default"] * b @ a).bfloat16()
+        assert (merged == weights[f"{layer}.weight"]).float().mean() > 0.99  # the rest falls on the other side
+        assert (merged == whole[name].bfloat16()).float().mean() < 0.8
 
 
 if __name__ == "__main__":
