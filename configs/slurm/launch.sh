@@ -7,7 +7,7 @@ if [ -e "${OUT_OF_TIME:-}" ]; then # see loop.sbatch
     echo "launch.sh: the job's time is up" >&2
     exit 143
 fi
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r head_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${SLURM_GPUS_ON_NODE:-8}
 
 # What is in quotes runs on each node: srun gives every task the number of its node.
