@@ -1,6 +1,7 @@
 """Run on two gloo ranks: accelerate launch --config_file configs/accelerate/gpu8-fsdp2.yaml --num_processes 2 ...
 
-    -m tests.ranks numbers POLICY OUT     gradients and log-probabilities of one fixed batch, to a file
+    -m tests.ranks numbers POLICY OUT     gradients and log-probabilities of one fixed batch, to a file; of adapters
+                                          on the policy in `coarse` beside OUT, to lora.pt there
     -m tests.ranks rl|rft ...             the stage, its policy sharded
 
 accelerate offers FSDP on GPUs only; the sharding itself runs on the CPU, too. So it is told that there are GPUs, and
@@ -25,6 +26,7 @@ from rloop_cli.app import main as rloop
 from rloop_cli.app import prepare_libraries
 from stages import rl
 from stages.core.acceleration import STEP_LIMIT
+from stages.core.adapters import trained
 from stages.rl.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -93,17 +95,20 @@ def numbers(policy: str, out: str) -> None:
             os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp2").lower()
             AcceleratorState._reset_state(reset_partial_state=True)
             found[kind, dtype] = numbers_of(policy, Path(out).parent / f"{kind}-{dtype}", kind, dtype)
+    coarse = str(Path(out).parent / "coarse")  # the same in bfloat16
+    lora = numbers_of(coarse, Path(out).parent / "lora", kind, dtype, lora_rank=8)
     if PartialState().is_main_process:
         torch.save(found, out)
+        torch.save(lora, Path(out).with_name("lora.pt"))
     PartialState().wait_for_everyone()
 
 
-def numbers_of(policy: str, state: Path, kind: str, dtype: str) -> dict:
+def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) -> dict:
     from tests.test_trainer import OPTIONS, some_rollouts
 
     accelerator = rl._accelerator(rl.Options(dtype=dtype), Path())
     assert accelerator.num_processes == 2
-    trainer = Trainer(Path(policy), accelerator, replace(OPTIONS, gradient_checkpointing=True))
+    trainer = Trainer(Path(policy), accelerator, replace(OPTIONS, gradient_checkpointing=True, **changes))
     sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
     assert sharded == (kind == "fsdp2")
     group = torch.distributed.group.WORLD._get_backend(accelerator.device)
@@ -112,7 +117,7 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str) -> dict:
     assert all(weight.numel() for _, weight in trainer.weights())  # as at the start of rl: scored, then handed over
     sums = trainer.gradient(some_rollouts(31))
     gradients = {}
-    for name, parameter in accelerator.unwrap_model(trainer.model).named_parameters():
+    for name, parameter in trained(accelerator.unwrap_model(trainer.model)).items():
         gradient = parameter.grad
         gradients[name] = (gradient.full_tensor() if sharded else gradient).clone()
     trainer.release()
@@ -121,6 +126,8 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str) -> dict:
     trainer.save_state(state / "second")
     trainer.update(some_rollouts(31, seed=2), 1e-3)
     weights = {name: weight.clone() for name, weight in trainer.weights()}
+    if changes:
+        assert_merged(accelerator.unwrap_model(trainer.model), weights)
     again = {}
     for place in ("first", "second"):
         trainer.load_state(state / place)
@@ -131,6 +138,17 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str) -> dict:
     return {
         "gradient": gradients, "sums": sums, "log_probs": log_probs, "norms": norms, "weights": weights, "again": again
     }  # fmt: skip
+
+
+def assert_merged(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Sharded weights and adapters, each gathered first, come to the same as what the trainer hands over."""
+    whole = {name: parameter.full_tensor().detach().float() for name, parameter in model.named_parameters()}
+    for name in (name for name in whole if name.endswith(".base_layer.weight")):
+        layer = name.removesuffix(".base_layer.weight")
+        a, b = (whole[f"{layer}.lora_{half}.default.weight"] for half in "AB")
+        merged = (whole[name] + model.get_submodule(layer).scaling["default"] * b @ a).bfloat16()
+        assert (merged == weights[f"{layer}.weight"]).float().mean() > 0.99  # the rest falls on the other side
+        assert (merged == whole[name].bfloat16()).float().mean() < 0.8
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ STAGES = {name: sorted([*(ROOT / "stages" / name).rglob("*.py"), *(ROOT / "stage
 ROOMS = [(stage, path) for stage, paths in STAGES.items() for path in paths]
 CORE = sorted((ROOT / "stages" / "core").rglob("*.py"))
 PURE = ("records", "jsonl", "metrics", "verifier")
-HEAVY = ("torch", "vllm", "transformers", "trl", "datasets", "numpy", "matplotlib", "pandas", "scipy", "accelerate")
+HEAVY = (
+    *("torch", "vllm", "transformers", "trl", "peft", "accelerate"),
+    *("datasets", "numpy", "matplotlib", "pandas", "scipy"),
+)
 
 
 def name(path):

@@ -1,5 +1,9 @@
-"""Every key of every params file is an option of its stage, with a value that the option takes."""
+"""Every key of every params file is an option of its stage, with a value that the option takes; the Slurm scripts."""
 
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +80,67 @@ def test_the_paper_s_numbers_stand_in_the_paper_s_config():
         "aime-2024", "minerva-math", "omni-math", "math-500",
     }  # fmt: skip
     assert params["prepare_train"]["train"]["source"] == "dapo-17k"
+
+
+SLURM = {  # Slurm's commands, and what its scripts start, as far as they are needed; `calls` holds what was asked
+    "scontrol": '[ "$1" = show ] && printf "node-a\\nnode-b\\n" || echo "scontrol $*" >> calls',
+    "scancel": 'echo "scancel $*" >> calls; kill -TERM "$(cat dvc.pid)"',
+    "srun": 'echo "srun $1 $2" >> calls; while [ "$1" != bash ]; do shift; done\n'
+    'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+    "accelerate": 'for word in "$@"; do echo "$word"; done > "accelerate.$SLURM_NODEID"',
+    "dvc": 'trap "exit 255" TERM; echo $$ > dvc.pid; [ ! -e fails ] || exit 255\n'
+    "while [ ! -e done ]; do sleep 0.02; done",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A directory with the commands of SLURM in bin/, and the environment of a job of two nodes that uses them."""
+    (tmp_path / "bin").mkdir()
+    for name, script in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return tmp_path, os.environ | job | {"SLURM_SUBMIT_DIR": str(tmp_path), "PATH": path, "SLURM_GPUS_ON_NODE": "4"}
+
+
+def test_under_slurm_each_node_gets_one_launcher_with_its_rank_and_the_stage_s_own_words(slurm):
+    directory, environment = slurm
+    words = ["rl", "--policy", "a b", "--steps", "2"]
+    subprocess.run(["bash", ROOT / "configs/slurm/launch.sh", *words], check=True, cwd=directory, env=environment)
+    assert (directory / "calls").read_text() == "srun --ntasks=2 --ntasks-per-node=1\n"
+    (directory / "out-of-time").touch()
+    late = subprocess.run(
+        ["bash", ROOT / "configs/slurm/launch.sh", *words],
+        cwd=directory,
+        env=environment | {"OUT_OF_TIME": "out-of-time"},
+    )
+    assert late.returncode == 143
+    for rank in "01":
+        given = (directory / f"accelerate.{rank}").read_text().splitlines()
+        assert given[-len(words) - 2 :] == ["-m", "rloop_cli", *words]
+        options = dict(zip(given[1:-7:2], given[2:-7:2], strict=True))
+        assert options["--machine_rank"] == rank
+        assert (options["--num_machines"], options["--num_processes"]) == ("2", "8")
+        assert options["--main_process_ip"] == "node-a"
+        assert (ROOT / options["--config_file"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "is_back"), [("time", 255, True), ("failure", 255, False), ("done", 0, False)]
+)
+def test_a_slurm_job_goes_back_into_the_queue_if_its_time_is_up_and_for_nothing_else(slurm, ending, code, is_back):
+    directory, environment = slurm
+    if ending == "failure":
+        (directory / "fails").touch()
+    job = subprocess.Popen(["bash", ROOT / "configs/slurm/loop.sbatch"], cwd="/", env=environment)
+    while not (directory / "dvc.pid").exists() and job.poll() is None:
+        time.sleep(0.02)
+    if ending == "done":
+        (directory / "done").touch()
+    if ending == "time":
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == code
+    calls = (directory / "calls").read_text() if (directory / "calls").exists() else ""
+    assert calls == ("scancel --signal=TERM 7\nscontrol requeue 7\n" if is_back else "")

@@ -380,6 +380,33 @@ def test_sharded_over_two_processes_in_bfloat16_the_weights_are_those_of_one_wit
 
 
 @pytest.mark.slow
+def test_with_adapters_the_loss_falls_and_what_is_written_is_the_policy_with_other_matrices(files, tuned):
+    out = tune(files, files.root / "lora", epochs=3, lora_rank=32, lr=1e-2)
+    first, last = (log_of(out)[place]["loss"] for place in (0, -1))
+    assert first == pytest.approx(log_of(tuned)[0]["loss"], rel=1e-5)
+    assert last < first - 0.15
+    before, after = weights(files.policy), weights(out)
+    assert before.keys() == after.keys()
+    assert {name for name in before if not before[name].equal(after[name])} == {n for n in before if "proj.weight" in n}
+    assert (out / "config.json").read_text() == (tuned / "config.json").read_text()
+
+
+@pytest.mark.slow
+def test_adapters_sharded_over_two_processes_in_bfloat16_come_to_what_one_makes_of_them(files, half):
+    options = {"dtype": "bfloat16", "lora_rank": 4, "gradient_checkpointing": True}
+    alone, out = files.root / "lora-alone", files.root / "lora-sharded"
+    rft.run(str(half), files.examples, alone, rft.Options(batch_size=8, lr=3e-3, **options))
+    stage = f"rft --policy {half} --examples {files.examples} --out {out} --batch-size 8 --lr 3e-3"
+    command = [*ranks.LAUNCH, *stage.split(), "--dtype", "bfloat16", "--lora-rank", "4", "--gradient-checkpointing"]
+    subprocess.run(command, check=True, cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT)
+    for here, there in zip(log_of(alone), log_of(out), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=2e-3)
+    moved = distance(weights(alone), weights(half))
+    assert moved > 0
+    assert distance(weights(alone), weights(out)) < 0.3 * moved
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("lr", "batch_size"), [(1e30, 8), (1e300, 8), (1e300, len(EXAMPLES))])
 def test_a_collapsed_run_leaves_nothing_behind_be_it_in_its_last_step(files, lr, batch_size):
     with pytest.raises(CollapseError, match="lower --lr"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rloop_cli import warm
-from stages.core import jsonl, lifetime, records
+from stages.core import jsonl, lifetime, policies, records
 from stages.core.engine import VllmEngine
 from stages.core.errors import InputError
 from stages.rl import Options
@@ -359,6 +359,31 @@ def test_the_paper_s_combination_goes_on_after_a_kill_as_if_nothing_had_happened
     assert any(measured)
     config = json.loads((out / "checkpoints/step_000002/config.json").read_text())
     assert config["dtype"] == "bfloat16"
+
+
+@pytest.mark.slow
+def test_with_adapters_a_run_goes_on_after_a_kill_as_if_nothing_had_happened(toy, easy, tmp_path):
+    out, killed = tmp_path / "rl", tmp_path / "killed"
+    options = ("--steps", 3, "--save-every", 1, "--checkpoint-every", 1, "--lora-rank", 4, "--lr", 1e-2)
+    process = warm.start(command(toy / "policy", easy, out, *options), tmp_path, tmp_path / "log")
+    wait_for(lambda: (out / "state/step_000001").exists(), process.is_alive)
+    os.kill(process.pid, signal.SIGSTOP)
+    shutil.copytree(out, killed)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    code, printed = run(command(toy / "policy", easy, killed, *options), tmp_path / "log")
+    assert code == 0, printed
+    assert "going on after step 1" in printed
+    for name in sorted(path.relative_to(out) for kind in ("rollouts/*", "checkpoints/*/*") for path in out.glob(kind)):
+        assert filecmp.cmp(out / name, killed / name, shallow=False), name
+    assert all(row["mismatch_max"] < 1e-4 for row in RunDir(out).log_rows())
+    start, first, last = (
+        dict(policies.disk_weights(path))
+        for path in (toy / "policy", out / "checkpoints/step_000001", out / "checkpoints/step_000003")
+    )
+    assert {name for name in start if not start[name].equal(last[name])} == {n for n in start if "proj.weight" in n}
+    assert not any(first[name].equal(last[name]) for name in first if "proj.weight" in name)
 
 
 def test_a_learning_rate_that_overflows_the_weights_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):

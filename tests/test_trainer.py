@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from stages import rl
+from stages.core import policies
+from stages.core.adapters import trained
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, without_dropout
 from tests import ranks
 
@@ -200,6 +202,9 @@ def test_a_policy_with_dropout_is_trained_without(tmp_path):
 def both_ranks(tiny_policy, tmp_path_factory):
     """What two ranks made of one batch, by (ddp or fsdp2, dtype); beside the file, the states that they saved."""
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
+    policies.save(
+        policies.load_model(tiny_policy, torch.bfloat16), policies.load_tokenizer(tiny_policy), out.parent / "coarse"
+    )
     done = subprocess.run(
         [*ranks.LAUNCH, "numbers", tiny_policy, out], cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT,
         capture_output=True, text=True, check=False,
@@ -269,6 +274,25 @@ def test_a_saved_state_is_taken_back_bit_for_bit_and_by_another_number_of_ranks_
             alone.update(some_rollouts(31, seed=2), 1e-3)
             for name, weight in alone.weights():
                 assert (weight - case["weights"][name]).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_over_sharded_frozen_weights_and_their_state_taken_back_bit_for_bit(both_ranks):
+    """FSDP2 in bfloat16: frozen matrices in it, adapters and their gradients in float32."""
+    coarse, case = both_ranks[1] / "coarse", torch.load(both_ranks[1] / "lora.pt")
+    exact = Trainer(coarse, Accelerator(), replace(OPTIONS, lora_rank=8))
+    exact.gradient(some_rollouts(31))
+    found = case["gradient"]
+    assert {name: gradient.dtype for name, gradient in found.items()} == dict.fromkeys(
+        trained(exact.model), torch.float32
+    )
+    assert close(flat(found), torch.cat([weight.grad.flatten() for weight in trained(exact.model).values()]), 0.08)
+    assert case["norms"][0] > 0
+    for again in case["again"].values():
+        assert all(torch.equal(weight, again[name]) for name, weight in case["weights"].items())
+    start = dict(policies.disk_weights(coarse))
+    moved = {name for name, weight in case["weights"].items() if not torch.equal(weight, start[name])}
+    assert moved == {name for name in start if name.endswith("proj.weight")}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from stages.core import policies
+from stages.core import adapters, policies
 
 # Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
 logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
@@ -57,8 +57,11 @@ def reduce_in_float32(accelerator: Accelerator) -> None:
 
 
 def full_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The whole weights of an unwrapped model in `dtype`, one at a time and tied ones once; all ranks must iterate."""
-    for name, tensor in model.state_dict().items():
+    """The whole weights of an unwrapped model in `dtype`, one at a time and tied ones once; all ranks must iterate.
+
+    Adapters are merged into them, in float32.
+    """
+    for name, tensor in adapters.merged(model):
         if name in model.all_tied_weights_keys:
             continue
         if tensor.is_floating_point():

@@ -165,7 +165,8 @@ def _defaults(owner: Any) -> Iterator[tuple[str, Any]]:
     if not dataclasses.is_dataclass(owner):
         yield from ((name, parameter.default) for name, parameter in inspect.signature(owner).parameters.items())
         return
-    for field in dataclasses.fields(owner):
+    own = owner.__annotations__
+    for field in sorted(dataclasses.fields(owner), key=lambda field: field.name not in own):  # inherited ones last
         if field.default_factory is not dataclasses.MISSING:
             yield field.name, field.default_factory()
         else:

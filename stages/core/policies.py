@@ -247,14 +247,19 @@ def end_token_ids(path: Path) -> list[int]:
     return sorted({load_tokenizer(path).eos_token_id, *(token for token in more if token is not None)})
 
 
-def check_shapes(path: Path) -> None:
-    """Raise InputError if a weight on disk is missing, not finite, or not of the shape that config.json asks for."""
+def outline(path: Path) -> Any:
+    """The language model that config.json describes, on the meta device: its layers and their shapes, no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
     with _reading(path, "config.json describes no language model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_shapes(path: Path) -> None:
+    """Raise InputError if a weight on disk is missing, not finite, or not of the shape that config.json asks for."""
+    model = outline(path)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes: dict[str, list[int]] = {}
     for file in weight_files(path):

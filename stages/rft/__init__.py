@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Annotated
 
 from stages.core import outputs, records, tabular
+from stages.core.adapters import LoraOptions
 from stages.core.errors import InputError
-from stages.core.options import PLACE, OptionGroup, at_least, at_most, below, one_of
+from stages.core.options import PLACE, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
 from stages.core.records import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OptionGroup):
+class Options(LoraOptions):
     """The options with their defaults: the paper's one epoch, the rest usual for small sets of examples."""
 
     epochs: Annotated[int, "times that every example is seen", at_least(1)] = 1
@@ -65,7 +66,7 @@ def run(
     outputs.refuse_occupied(out)
     chosen = list(records.read(examples, Example))
 
-    from stages.core import policies
+    from stages.core import adapters, policies
     from stages.core.lifetime import end_with_parent
     from stages.rft.card import base_of, card
     from stages.rft.examples import tokenize_fitting
@@ -73,6 +74,7 @@ def run(
     end_with_parent()
     path, base = policies.resolve(policy), base_of(policy)
     policies.check_shapes(path)
+    adapters.check(path, options)
     tokenizer = policies.load_tokenizer(path)
     context = policies.context_length(path)
     if options.max_tokens > context:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from stages.core import policies
+from stages.core import adapters, policies
 from stages.core.acceleration import process_state, reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.errors import CollapseError, InputError
 from stages.core.policies import IGNORED, PADDING
@@ -79,6 +79,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
     logging.disable_progress_bar()  # ours is the only one
     logging.set_verbosity_error()  # the trainer warns of changes to the configuration, which are undone below
     model = policies.load_model(path, torch.float32)
+    adapters.attach(model, options, options.seed, uses_bfloat16(options.dtype))
     configs = copy.deepcopy((model.config, model.generation_config))
     with tempfile.TemporaryDirectory() as scratch, watch.progress:
         trainer = _Trainer(

@@ -2,7 +2,8 @@
 
 Writes OUT/rollouts/step_*.jsonl, OUT/checkpoints/step_*/, OUT/log.tsv, OUT/metrics.json and OUT/manifest.json.
 Killed at any moment, the same command goes on where it stopped; so does a finished run that is given more --steps. For
-that OUT/state/, 12 bytes a parameter, is kept. As in DAPO there is no KL term, no entropy bonus and no reward model.
+that OUT/state/, 12 bytes a trained parameter, is kept. As in DAPO there is no KL term, no entropy bonus and no reward
+model.
 """
 
 import importlib.util
@@ -11,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from stages.core.adapters import LoraOptions
 from stages.core.errors import InputError
-from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, below, one_of
+from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
 from stages.core.ranks import Ranks, TensorParallel
@@ -42,7 +44,7 @@ TOTALS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OptionGroup):
+class Options(LoraOptions):
     """The options with their defaults: the paper's, or DAPO's own if the paper is silent."""
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
@@ -221,7 +223,7 @@ class Asked(NamedTuple):
 
 def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ranks: Ranks) -> Asked:
     """Read and check policy and problems, without an engine."""
-    from stages.core import policies, records, templates
+    from stages.core import adapters, policies, records, templates
     from stages.core.rollouts import make_prompts
     from stages.rl import validation
 
@@ -230,6 +232,7 @@ def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ran
     ranks.refuse_uneven()
     policies.check_shapes(path)
     policies.check_divisible(path, ranks.tensor_parallel)
+    adapters.check(path, options)
     context = policies.context_length(path)
     prompts, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
     asked_too = validation.read(valid, template, tokenizer, options.max_tokens, context) if valid is not None else []

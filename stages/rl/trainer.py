@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from stages.core import acceleration, policies
+from stages.core import acceleration, adapters, policies
 from stages.core.policies import IGNORED, PADDING
 from stages.rl import Options, dapo
 from stages.rl.batching import microbatches, shares, split
@@ -69,7 +69,10 @@ class UpdateStats:
 
 
 class Trainer:
-    """A policy under training; every rank holds one and calls the same methods in the same order."""
+    """A policy under training; every rank holds one and calls the same methods in the same order.
+
+    With LoRA only the adapters are trained: optimizer and state hold nothing else, and the weights are those of `path`.
+    """
 
     def __init__(
         self,
@@ -82,11 +85,12 @@ class Trainer:
         self.tokenizer = policies.load_tokenizer(path)
         model = policies.load_model(path, torch.float32)
         without_dropout(model)
+        adapters.attach(model, options, options.seed, is_bfloat16=accelerator.mixed_precision == "bf16")
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         add_fused_lm_head(model, options.temperature, outputs=("log_probs", "entropy"))
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            adapters.trained(model).values(),
             lr=0.0,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
@@ -185,16 +189,25 @@ class Trainer:
         state = self._state()
         load_parts(state, checkpoint_id=path)
         weights, moments = state["model"], state["optimizer"]
-        set_state_dict(self.model, self.optimizer.optimizer, model_state_dict=weights, optim_state_dict=moments)
+        set_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            model_state_dict=weights,
+            optim_state_dict=moments,
+            options=StateDictOptions(strict=not self.options.lora_rank),  # frozen weights are not in it
+        )
 
     def _state(self) -> dict[str, Any]:
-        """Weights and moments, sharded as they are here."""
+        """Weights and moments of what is trained, sharded as they are here."""
         optimizer = self.optimizer.optimizer
         begins = not optimizer.state
         model_state, optimizer_state = get_state_dict(self.model, optimizer)
         if begins:  # torch has made the moments by a step on nothing, which must not count
             for state in optimizer.state.values():
                 state["step"].zero_()
+        if self.options.lora_rank:
+            adapter = adapters.trained(self.accelerator.unwrap_model(self.model))
+            model_state = {name: weight for name, weight in model_state.items() if name in adapter}
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> None:

@@ -1,0 +1,140 @@
+"""The memory plan: its arithmetic against torch's own bytes, and the configurations that name a GPU."""
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks import memory
+from benchmarks.memory import Shape
+from stages.core import adapters
+from stages.rl import Options
+
+ROOT = Path(__file__).parents[1]
+SMALL = Shape(hidden=96, mlp=512, layers=3, heads=6, kv_heads=2, head_dim=16, vocab=331, tied=True)
+SAMPLES, TOKENS = (2, 6), 64
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._add, output)
+        return output
+
+    def _add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+
+
+def configuration(shape):
+    return Qwen2Config(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+    )  # fmt: skip
+
+
+def model(rank, checkpointing):
+    """A decoder of the SMALL shape as rl trains it in bfloat16: rounded weights, so that frozen ones are held in it."""
+    model = Qwen2ForCausalLM(configuration(SMALL)).train()
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().float()
+    adapters.attach(model, Options(lora_rank=rank), seed=0, is_bfloat16=True)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def states(model, samples):
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = torch.arange(samples * TOKENS).view(samples, TOKENS) % SMALL.vocab
+        return model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def saved_bytes(model, samples):
+    """The bytes that a forward pass saves for its backward pass, each storage once, the weights left out."""
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept, sizes = [], {}
+
+    def pack(tensor):
+        kept.append(tensor)  # or its place would be given to the next one
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        states(model, samples)
+    return sum(size for place, size in sizes.items() if place not in own)
+
+
+def a_token(measure):
+    """What `measure` grows by with each token more: what does not depend on their number drops out."""
+    few, many = map(measure, SAMPLES)
+    return (many - few) / (TOKENS * (SAMPLES[1] - SAMPLES[0]))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_the_bytes_that_torch_saves(rank, checkpointing):
+    trained = model(rank, checkpointing)
+    measured = a_token(lambda samples: saved_bytes(trained, samples))
+    assert measured == memory.activations(SMALL, rank, checkpointing)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_most_that_is_alive_in_a_pass_is_below_the_plan_by_a_third_at_most(rank, checkpointing):
+    def peak(samples):
+        trained = model(rank, checkpointing)
+        with Live() as live:
+            states(trained, samples).sum().backward()
+        return live.peak
+
+    planned = memory.activations(SMALL, rank, checkpointing) + memory.backward_work(SMALL, rank, checkpointing)
+    assert 0.67 * planned < a_token(peak) <= planned
+
+
+@pytest.mark.parametrize("name", memory.SHAPES)
+def test_parameters_and_frozen_bytes_are_those_of_the_model(name):
+    shape = memory.SHAPES[name]
+    with torch.device("meta"):
+        whole = Qwen2ForCausalLM(configuration(shape))
+    assert sum(weight.numel() for weight in whole.parameters()) == shape.parameters
+    small = model(5, checkpointing=False)
+    assert sum(weight.numel() for weight in adapters.trained(small).values()) == SMALL.adapter(5)
+    assert sum(weight.nbytes for weight in small.parameters()) == memory.held(SMALL, 5)["weights"]
+
+
+def configurations_of_one_gpu():
+    return [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "One GPU" in path.read_text().split("\n")[0]]
+
+
+@pytest.mark.parametrize("path", configurations_of_one_gpu(), ids=lambda path: path.name)
+def test_a_configuration_for_one_gpu_fits_the_memory_that_it_names(path):
+    shape, gpu, options = memory.plan(path)
+    offered = memory.GPUS[gpu]
+    drawing = memory.generation(shape, options, offered)
+    assert memory.update(shape, options)["sum"] < 0.95 * offered
+    assert drawing["sum"] < 0.95 * offered
+    assert drawing["cache tokens (thousands)"] > 100
+    rft = memory.rft_options(path)
+    assert memory.update(shape, rft)["sum"] < 0.95 * offered
+
+
+def test_the_tables_of_the_docs_are_those_that_the_plan_prints():
+    docs = (ROOT / "docs/memory.md").read_text()
+    assert len(configurations_of_one_gpu()) == 2
+    for table in memory.overview().split("\n\n"):
+        assert table in docs
