@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stages.core import engine as engine_module
 from stages.core import policies
-from stages.core.engine import MAX_BATCHED_TOKENS, Sampling, VllmEngine, seed_of
+from stages.core.engine import MAX_BATCHED_TOKENS, MAX_SEQUENCES, Sampling, VllmEngine, fitting, seed_of
 from stages.core.errors import InputError
 
 QUESTIONS = [f"{a}+{b}*{c}=?" for a in range(1, 5) for b in range(1, 4) for c in range(2, 4)]
@@ -100,9 +101,13 @@ def test_a_policy_that_vllm_does_not_know_or_cannot_hold_is_refused_in_one_line(
     strange = shutil.copytree(tiny_policy, tmp_path / "strange")
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForNothing"]}))
-    for policy, length, reason in ((strange, 96, "Qwen9ForNothing"), (tiny_policy, 10**9, "max_model_len")):
+    for policy, length, sequences, reason in (
+        (strange, 96, 0, "Qwen9ForNothing"),
+        (tiny_policy, 10**9, 0, "max_model_len"),
+        (tiny_policy, 96, 10**9, "max_num_seqs"),
+    ):
         with pytest.raises(InputError, match=f"vLLM .* does not start with it .*{reason}") as refused:
-            VllmEngine(policy, max_model_len=length)
+            VllmEngine(policy, max_model_len=length, max_sequences=sequences)
         assert "\n" not in str(refused.value)
 
 
@@ -126,11 +131,14 @@ def test_every_request_of_the_engine_has_a_seed_of_its_own():
     asked = {}
     core = SimpleNamespace(
         add_request=lambda name, prompt, params: asked.update({name: params}),
+        get_num_unfinished_requests=lambda: len(asked),
         has_unfinished_requests=lambda: False,
+        step=list,
         abort_request=lambda names: None,
     )
     engine = VllmEngine.__new__(VllmEngine)
     engine._llm = SimpleNamespace(reset_prefix_cache=lambda: True, llm_engine=core)
+    engine.max_sequences, engine._under_way, engine.num_preemptions = 8, {}, None
     with pytest.raises(AssertionError, match="lost completions"):
         engine.generate([[1, 2], [1, 2]], seeded(4, 8, [0, 1]))
     children = [
@@ -193,6 +201,44 @@ def test_an_interrupted_call_leaves_nothing_behind(engine, prompts):
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, seeded(1, 80, prompts), interrupt)  # the first to end has many others beside it
     assert engine.generate(prompts, seeded(4, 16, prompts, 5)) == calm
+
+
+def test_as_many_sequences_are_under_way_as_fit_at_half_of_the_longest_length():
+    assert fitting(417_000, 150 + 2048) == 379
+    assert fitting(10**7, 2198) == MAX_SEQUENCES
+    assert fitting(2200, 2198) == 2
+    assert fitting(1000, 2198) == 1
+
+
+@pytest.fixture
+def start_small(tiny_policy, monkeypatch):
+    """Start engines with a cache of 1,024 tokens, for about ten sequences."""
+    start, size = engine_module._start, {"num_gpu_blocks_override": 32, "block_size": 32}
+    monkeypatch.setattr(engine_module, "_start", lambda policy, **options: start(policy, **options, **size))
+    started = []
+
+    def small(**options):
+        started.append(VllmEngine(tiny_policy, max_model_len=96, **options))
+        return started[-1]
+
+    yield small
+    for engine in started:
+        engine.close()
+
+
+@pytest.mark.slow
+def test_more_sequences_than_fit_are_preempted_and_counted_and_draw_the_same(engine, start_small, prompts):
+    calm, before = engine.generate(prompts, seeded(4, 80, prompts)), engine.num_preemptions
+    fitted, crowded = start_small(), start_small(max_sequences=64)
+    assert fitted.max_sequences == fitting(fitted.cache_tokens, 96) < crowded.max_sequences == 64
+    assert 700 < fitted.cache_tokens <= 1024
+    assert f"{fitted.cache_tokens // 96} sequences of the longest length (96)" in fitted.capacity
+    for small in (fitted, crowded):
+        drawn = small.generate(prompts, seeded(4, 80, prompts))
+        same = [one == other for one, other in zip(drawn, calm, strict=True)]
+        assert sum(same) >= len(same) - 1  # one may have met a rounding of another batch
+    assert before == engine.num_preemptions == 0
+    assert fitted.num_preemptions < crowded.num_preemptions
 
 
 @pytest.mark.slow

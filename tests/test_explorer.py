@@ -30,6 +30,7 @@ class ScriptedEngine:
     def __init__(self, num_correct):
         self.num_correct = num_correct
         self.asked = []
+        self.num_preemptions = 5
 
     def load(self, weights):
         pass
@@ -44,6 +45,7 @@ class ScriptedEngine:
 
     def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
         self.asked += [number for (number,) in prompts]
+        self.num_preemptions += 2
         for index, (number,) in reversed(list(enumerate(prompts))):
             if should_stop():
                 raise Stopped
@@ -117,6 +119,7 @@ def test_more_groups_than_are_missing_fill_the_batch_in_one_round_in_the_order_o
     assert (row["num_rounds"], row["num_kept"], row["num_surplus"], row["num_dropped"]) == (1, 4, 8, 0)
     assert row["short_batch"] == 0
     assert row["rollout_tokens"] == 3 * row["update_tokens"]
+    assert row["num_preemptions"] == 2
 
 
 def test_groups_with_equal_rewards_are_passed_over_and_still_written(tmp_path):

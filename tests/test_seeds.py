@@ -36,6 +36,9 @@ class RecordingCore:
     def has_unfinished_requests(self):
         return bool(self.waiting)
 
+    def get_num_unfinished_requests(self):
+        return len(self.waiting)
+
     def step(self):
         return [self.waiting.pop()]
 
@@ -98,6 +101,8 @@ def engine(keeps=True):
     kind = VllmEngine if keeps else Follower
     made = kind.__new__(kind)
     made._asleep = made.sleeps = False
+    made._under_way = made.num_preemptions = None
+    made.max_sequences = 2
     made.tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: ["\\boxed{7}"] * len(ids))
     made.load = lambda weights: None
     made._llm = SimpleNamespace(llm_engine=RecordingCore(), reset_prefix_cache=lambda: True)

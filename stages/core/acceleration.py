@@ -1,6 +1,7 @@
 """How rl and rft use accelerate: one process group, float32 gradients under bfloat16, whole weights from shards."""
 
 import logging
+import math
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,17 @@ def process_state() -> PartialState:
 def uses_bfloat16(dtype: str) -> bool:
     """Whether `--dtype` means bfloat16: either named, or auto on a GPU."""
     return dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
+
+
+def memory_in_use() -> float:
+    """GiB of this process's GPU in use, by whomever; NaN without one.
+
+    Torch keeps what it has freed, so right after an update this is the update's peak.
+    """
+    if not torch.cuda.is_available():
+        return math.nan
+    free, whole = torch.cuda.mem_get_info()
+    return (whole - free) / 2**30
 
 
 def reduce_in_float32(accelerator: Accelerator) -> None:

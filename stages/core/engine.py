@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_BATCHED_TOKENS = 4096  # tokens in one pass of the engine on the CPU
+MAX_SEQUENCES = 512  # at once, unless asked for otherwise: the largest batch that vLLM captures as a CUDA graph
 SEED_BITS = 62  # sample i of a prompt has the prompt's seed + i, which must stay a signed 64-bit number
 PROBE_TOKENS = 24
 PROBE_BOUNDS = {"float32": 1e-3}  # mean difference in nats a token between two ways to the same weights
@@ -74,6 +75,8 @@ ShouldStop = Callable[[], bool]
 class Engine(Protocol):
     """What the stages need of an engine. Tests use a scripted one."""
 
+    num_preemptions: int | None  # so far: sequences that lost their place in the cache and were computed again
+
     def sleep(self) -> None:
         """Free the accelerator's memory."""
 
@@ -107,7 +110,11 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """One in-process vLLM engine. On the CPU it runs eagerly; on a GPU it can sleep while the trainer works."""
+    """One in-process vLLM engine. On the CPU it runs eagerly; on a GPU it can sleep while the trainer works.
+
+    `cache_tokens` fit its cache, and it works on `max_sequences` at once. `num_preemptions` is None if vLLM runs in
+    another process and can't be asked.
+    """
 
     tensor_parallel = 1  # ranks that share the engine
 
@@ -118,6 +125,7 @@ class VllmEngine:
         max_model_len: int,
         dtype: str = "auto",
         memory_fraction: float = 0.9,
+        max_sequences: int = 0,
         sleeps: bool = False,
         distributed: bool = False,
         tensor_parallel: int = 1,
@@ -125,6 +133,7 @@ class VllmEngine:
         """Start with the checkpoint `policy`, read by vLLM's own loader; InputError if vLLM cannot.
 
         `distributed` engines start on all ranks at the same time, `tensor_parallel` ranks in a row sharing one.
+        With `max_sequences` 0 the cache bounds how many are under way at once.
         """
         configure()
         import torch
@@ -148,13 +157,27 @@ class VllmEngine:
             policy,
             dtype=dtype,
             max_model_len=max_model_len,
-            max_num_seqs=512,
+            max_num_seqs=max_sequences or MAX_SEQUENCES,
             enforce_eager=not self.on_gpu,
             gpu_memory_utilization=memory_fraction,
             enable_sleep_mode=self.sleeps,
             logprobs_mode="processed_logprobs",
             use_tqdm_on_load=False,
             **extra,
+        )
+        self._max_model_len = max_model_len
+        self.cache_tokens = _cache_tokens(self._llm.llm_engine.vllm_config.cache_config)
+        self.max_sequences = max_sequences or fitting(self.cache_tokens, max_model_len)
+        self._under_way = _requests_under_way(self._llm.llm_engine)
+        self.num_preemptions = None if self._under_way is None else 0
+
+    @property
+    def capacity(self) -> str:
+        """What fits the cache, and what is under way at once, in words."""
+        return (
+            f"the engine's cache holds {self.cache_tokens:,} tokens, "
+            f"{self.cache_tokens // self._max_model_len:,} sequences of the longest length ({self._max_model_len:,}); "
+            f"at most {self.max_sequences:,} are under way at once (--max-sequences)"
         )
 
     def _distributed(self, is_distributed: bool) -> dict[str, Any]:
@@ -262,13 +285,18 @@ class VllmEngine:
         """
         self._llm.reset_prefix_cache()
         core: Any = self._llm.llm_engine
-        for index, (prompt, seed) in enumerate(zip(prompts, sampling.seeds, strict=True)):
-            core.add_request(str(index), {"prompt_token_ids": prompt}, self._params(sampling, seed))
+        asked = list(zip(prompts, sampling.seeds, strict=True))
         groups: list[list[Completion]] = [[] for _ in prompts]
+        preemptions: dict[str, int] = {}
+        num_begun = 0
         try:
-            while core.has_unfinished_requests():
+            while num_begun < len(asked) or core.has_unfinished_requests():
                 if self._any(should_stop()):
                     raise Stopped
+                while num_begun < len(asked) and core.get_num_unfinished_requests() < self.max_sequences:
+                    prompt, seed = asked[num_begun]
+                    core.add_request(str(num_begun), {"prompt_token_ids": prompt}, self._params(sampling, seed))
+                    num_begun += 1
                 for output in core.step():
                     if not output.finished:
                         continue
@@ -276,8 +304,11 @@ class VllmEngine:
                     groups[index] = self._completions(output.outputs)
                     if on_group is not None and self.keeps:
                         on_group(index, groups[index])
+                self._note_preemptions(preemptions)
         finally:  # an interrupted call leaves nothing behind for the next one
-            core.abort_request([str(index) for index, group in enumerate(groups) if not group])
+            core.abort_request([str(index) for index in range(num_begun) if not groups[index]])
+            if self.num_preemptions is not None:
+                self.num_preemptions += sum(preemptions.values())
         assert all(len(group) == sampling.num_samples for group in groups), "the engine lost completions"
         return groups
 
@@ -295,6 +326,12 @@ class VllmEngine:
         flag = torch.tensor(here, dtype=torch.int32)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, _sharing().cpu_group)
         return bool(flag)
+
+    def _note_preemptions(self, known: dict[str, int]) -> None:
+        """Note how often each request under way was preempted; vLLM's own count of all comes with costly statistics."""
+        for name, request in (self._under_way or {}).items():
+            if request.num_preemptions:
+                known[name] = request.num_preemptions
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
@@ -348,6 +385,25 @@ def _keep_process_group() -> None:
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_distributed_environment = lambda: None
+
+
+def fitting(cache_tokens: int, longest: int) -> int:
+    """How many sequences to have under way at once: as many as fit at half of the `longest` length, in tokens.
+
+    They are at different places, and most end before the longest: few of so many are preempted.
+    """
+    return max(1, min(MAX_SEQUENCES, 2 * cache_tokens // longest))
+
+
+def _cache_tokens(config: Any) -> int:
+    """Tokens of the longest sequences that fit the cache; vLLM before 0.30 knows only its blocks."""
+    return int(getattr(config, "kv_cache_size_tokens", None) or config.num_gpu_blocks * config.block_size)
+
+
+def _requests_under_way(engine: Any) -> dict[str, Any] | None:
+    """The scheduler's requests by name, always those of the moment; None if it runs in another process."""
+    core = getattr(engine.engine_core, "engine_core", None)
+    return None if core is None else core.scheduler.requests
 
 
 def _first_line(error: Exception) -> str:

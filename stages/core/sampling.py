@@ -62,6 +62,12 @@ class Options(OptionGroup):
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.9
     tensor_parallel: TensorParallel = 1
+    max_sequences: Annotated[
+        int,
+        "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
+        at_least(0),
+        WITHOUT_EFFECT,
+    ] = 0
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,18 @@ class Plan:
     def start_engine(self, policy: Path) -> Engine:
         """The engine, with room for the longest prompt and completion."""
         longest = max(len(prompt.token_ids) for prompts in self.sets.values() for prompt in prompts)
-        return VllmEngine(
+        engine = VllmEngine(
             policy,
             max_model_len=longest + self.options.max_tokens,
             dtype=self.options.dtype,
             memory_fraction=self.options.memory_fraction,
             distributed=not self.ranks.is_alone,
             tensor_parallel=self.ranks.tensor_parallel,
+            max_sequences=self.options.max_sequences,
         )
+        if self.ranks.is_first:
+            warn(engine.capacity)
+        return engine
 
     def parts(self, asked: Sequence[T], num_engines: int = 1) -> Iterator[Sequence[T]]:
         """What is asked, in parts that `num_engines` can hold, each in one call."""

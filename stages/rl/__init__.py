@@ -99,6 +99,12 @@ class Options(OptionGroup):
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.5
     tensor_parallel: TensorParallel = 1
+    max_sequences: Annotated[
+        int,
+        "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
+        at_least(0),
+        WITHOUT_EFFECT,
+    ] = 0
     mismatch_bound: Annotated[
         float,
         "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
@@ -273,6 +279,7 @@ def _explore(
         max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts + asked.valid) + options.max_tokens,
         dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
         memory_fraction=options.memory_fraction,
+        max_sequences=options.max_sequences,
         sleeps=True,
         distributed=accelerator.num_processes > 1,
         tensor_parallel=options.tensor_parallel,
@@ -287,6 +294,7 @@ def _explore(
         explorer.validation = validation.of(asked.valid, sampling, options)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:
+            warn(engine.capacity)
             warn(
                 f"engine and trainer agree to {apart.mean:.1e} in log-probability on average, {apart.largest:.1e} at "
                 f"most ({accelerator.mixed_precision} autocast)"
@@ -347,12 +355,19 @@ def _finish(
         "pass_rate_first": rows[0]["pass_rate"],
         "pass_rate_last": rows[-1]["pass_rate"],
         "entropy_last": rows[-1].get("entropy"),
-        "grad_norm_max": max((row["grad_norm_max"] for row in rows if "grad_norm_max" in row), default=None),
+        "grad_norm_max": _most(rows, "grad_norm_max"),
+        "peak_memory_gib": _most(rows, "peak_memory_gib"),
+        "num_preemptions": sum(row.get("num_preemptions", 0) for row in rows),
         **validation.figures(rows),
     }
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
     paths |= {"template_digest": identity.parameters["template_digest"]}
     directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
+
+
+def _most(rows: list[dict[str, float]], name: str) -> float | None:
+    """The largest value of a column; None if it is empty."""
+    return max((row[name] for row in rows if name in row), default=None)
 
 
 def _warn_of(asked: Asked, max_tokens: int) -> None:

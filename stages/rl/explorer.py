@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from stages.core.acceleration import memory_in_use
 from stages.core.engine import Engine, Sampling, seed_of
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
@@ -172,7 +173,9 @@ class Explorer:
         self.engine.wake()
         self.hand_over()
         seconds = {"handover_s": clock.lap()}
+        num_preemptions = self.engine.num_preemptions
         batch = self._collect(step, directory, progress, policy)
+        memory_gib = memory_in_use()
         self.engine.sleep()
         clock.lap()
         rollouts = [rollout for group in batch.kept for rollout in self._trainable(group)]
@@ -180,8 +183,9 @@ class Explorer:
         stats = self.trainer.update(rollouts, self._lr(step)) if rollouts else UpdateStats()
         seconds |= {"update_s": clock.lap(), "generate_s": batch.generate_s, "verify_s": batch.verify_s}
         trained = batch.kept if stats.num_skipped < len(stats.grad_norms) else []
+        strain = self._strain(num_preemptions, memory_gib)
         self._write(step, directory, batch.drawn, trained, policy)
-        return self._row(step, batch, stats, trained, seconds)
+        return self._row(step, batch, stats, trained, seconds) | strain
 
     def _report(self, row: dict[str, Any], directory: RunDir, progress: StepProgress) -> None:
         """Write a step's row to the log, to trackers and to the screen."""
@@ -340,6 +344,13 @@ class Explorer:
             "seconds": total_s,
             **seconds,
         }
+
+    def _strain(self, num_preemptions: int | None, memory_gib: float) -> dict[str, float]:
+        """The most memory in use on any GPU, and the preemptions of all engines since there were so many."""
+        now = self.engine.num_preemptions
+        since = math.nan if now is None or num_preemptions is None else now - num_preemptions
+        by_rank = self._gather((since, max(memory_gib, memory_in_use())))
+        return {"peak_memory_gib": max(gib for _, gib in by_rank), "num_preemptions": sum(num for num, _ in by_rank)}
 
     def _lr(self, step: int) -> float:
         """Linear warm-up over training steps, then constant."""

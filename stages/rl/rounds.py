@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 MARGIN = 2.5  # standard deviations
 MEMORY = 256  # groups that all former steps count for: some six steps of 16 groups, hardly more than one of 512
-MIN_SHARE = 0.01  # a share below this is taken for it: the drawing is bounded by full batches then
+MIN_SHARE = 0.01  # the least that is reckoned with: steps without any informative group would make it 0
 
 
 @dataclass(frozen=True)
