@@ -59,11 +59,14 @@ def test_an_option_with_effect_changes_what_an_output_is_and_no_other_option_doe
         assert change.startswith(f"{name.rstrip('_')} was ")
 
 
+MEMORY = ("memory_fraction", "max_sequences", "tensor_parallel")
+
+
 def test_options_without_effect_are_few_and_known():
     free = {(stage, name) for stage, name in OPTIONS if not declared(load(stage).run)[name].has_effect}
     recorded = {(stage, name) for stage, name in free if not declared(load(stage).run)[name].is_place}
     assert recorded == {
-        *((stage, name) for stage in ("rl", "sample", "eval") for name in ("memory_fraction", "tensor_parallel")),
+        *((stage, name) for stage in ("rl", "sample", "eval") for name in MEMORY),
         *(("rl", name) for name in ("save_every", "keep_state", "alarm_grad_norm", "mismatch_bound", "tracker")),
         *(("rl", name) for name in ("restart_if_changed", "valid", "valid_every", "valid_samples")),
         ("filter", "dry_run"),

@@ -161,7 +161,7 @@ def test_one_rank_that_stops_leaves_the_measurement_empty_on_all(monkeypatch):
     ranks, engine = Meeting(1, 1, 2), ScriptedEngine(lambda number: K)
     with Verifier() as verifier:
         monkeypatch.setattr(Meeting, "others", (float(K),))
-        assert some.measure(ranks, engine, verifier, lambda: False) == 3 * K / (2 * K)
+        assert some.measure(ranks, engine, verifier, lambda: False) == (K + K) / (2 * K)
         monkeypatch.setattr(Meeting, "others", (math.nan,))
         assert math.isnan(some.measure(ranks, engine, verifier, lambda: False))
         engine.generate = stopped
