@@ -28,7 +28,7 @@ from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
-from stages.eval import partial, scoring
+from stages.eval import partial, scoring, selection
 from stages.eval.partial import Groups
 
 GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
@@ -40,6 +40,13 @@ def run(
     policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PLACE] = [],  # noqa: B006
     problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PLACE] = [],  # noqa: B006
     out: Annotated[Path, "directory to write", PLACE],
+    selected: Annotated[
+        list[Path],
+        "ask what counts of this eval output: the policy that it selected, the last checkpoint of each run, and what "
+        "is no checkpoint of a run; repeatable",
+        PLACE,
+    ] = [],  # noqa: B006
+    all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PLACE] = False,
     regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PLACE] = None,
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
@@ -52,6 +59,9 @@ def run(
     goes on where it stopped when it is repeated. The same call gives the same samples, whatever the order of the
     problems and the other policies, up to the rounding of floats in the engine's batches.
 
+    With --selected the policies of one evaluation are asked on other sets: every checkpoint on the validation set,
+    say, and then only those on the test sets that it left standing.
+
     With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
     OUT is written from them, and what changed is shown. The stored rollouts stay as they are.
 
@@ -61,8 +71,8 @@ def run(
     given = locals()
     outputs.refuse_unwritable(out)
     if regrade is not None:
-        if policy or problems or options.limit:
-            raise InputError("--regrade draws nothing: leave out --policy, --problems and --limit")
+        if policy or selected or problems or options.limit:
+            raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems and --limit")
         regrade_rollouts(regrade, out, k, select, options.bare)
         return
     if not problems:
@@ -70,7 +80,7 @@ def run(
     if Path("-") in problems:
         raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
     scoring.check_metrics(num_samples, k, select)
-    plan = sampling.plan(policy, problems, num_samples, options)
+    plan = sampling.plan(selection.added(policy, selected, all_checkpoints), problems, num_samples, options)
     _refuse_left_out(plan)
     sampling.warn_of_templates(plan)
     evaluate(plan, problems, out, given, plan.start_engine)
