@@ -7,8 +7,11 @@ accelerate offers FSDP on GPUs only; the sharding itself runs on the CPU, too. S
 goes its usual way from what the launcher puts into the environment.
 """
 
+import multiprocessing
 import os
+import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from rloop_cli import warm
 from rloop_cli.app import main as rloop
 from stages import rl
 from stages.core.acceleration import STEP_LIMIT
@@ -28,6 +32,40 @@ LAUNCH = (
     *("--config_file", str(ROOT / "configs/accelerate/gpu8-fsdp2.yaml"), "-m", "tests.ranks"),
 )
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+LIMIT_S = 120  # a rank that is not done then is taken for one that hangs
+
+
+def start(arguments, *directories):
+    """Start `rloop ARGUMENTS` as one gloo rank in each of `directories`, forked; each writes to log-<rank> there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([warm.IMPORTS])
+    processes = []
+    for rank, directory in enumerate(directories):
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(directories), "MASTER_PORT": port}
+        launched |= {"LOCAL_WORLD_SIZE": len(directories), "MASTER_ADDR": "127.0.0.1", **ENVIRONMENT}
+        arguments = list(map(str, arguments))
+        processes.append(context.Process(target=_be_rank, args=(launched, arguments, str(directory))))
+        processes[-1].start()
+    return processes
+
+
+def _be_rank(launched, arguments, directory):
+    os.environ |= {name: str(value) for name, value in launched.items()}
+    warm._command(arguments, directory, f"{directory}/log-{launched['RANK']}")
+
+
+def finish(processes):
+    """The exit codes of the ranks; None for one that hangs, which is ended."""
+    end = time.monotonic() + LIMIT_S
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
 
 
 def offer_fsdp() -> None:

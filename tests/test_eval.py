@@ -17,7 +17,7 @@ from stages.core.errors import InputError
 from stages.core.records import Result, Rollout
 from stages.core.sampling import Options, Plan
 from stages.eval import scoring
-from stages.eval.partial import Groups
+from stages.eval.partial import Groups, Writer
 from tests.scripted import ScriptedEngine
 
 OPTIONS = Options(template="none", max_tokens=32)
@@ -133,31 +133,42 @@ def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, othe
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sums.jsonl", "whole"]
 
 
+def write(place, *problem_ids, sample=0, engine=0):
+    with Writer(place, "sums", engine) as writer:
+        for problem_id in problem_ids:
+            writer.add([{"problem_id": problem_id, "sample": sample}])
+    return place / f"sums-{engine}.jsonl"
+
+
+def kept(place):
+    """The sample on disk by problem."""
+    with Groups(place, "sums") as groups:
+        return {problem_id: groups.get(problem_id)[0]["sample"] for problem_id in sorted(groups.problem_ids)}
+
+
 @pytest.mark.parametrize("broken", [b"", b"\0\0\0\n", b"17\n", b"[]\n", b"[17]\n", b"[{}]\n", b'[{"problem_id":"b"\n'])
 def test_what_a_crash_or_a_hand_has_broken_is_drawn_again(tmp_path, broken):
-    path = tmp_path / "groups.jsonl"
-    with Groups(path) as groups:
-        groups.add([{"problem_id": "a", "sample": 0}])
+    path = write(tmp_path, "a")
     path.write_bytes(path.read_bytes() + broken + b'[{"problem_id":"c","sample":7}]\n'[: 40 if broken else 20])
-    with Groups(path) as groups:
-        assert ["a" in groups, "b" in groups, "c" in groups] == [True, False, False]
-        groups.add([{"problem_id": "c", "sample": 1}])
-    with Groups(path) as groups:
-        assert [groups.get(name)[0]["sample"] for name in "ac"] == [0, 1]
+    assert kept(tmp_path) == {"a": 0}
+    write(tmp_path, "c", sample=1)
+    assert kept(tmp_path) == {"a": 0, "c": 1}
 
 
 def test_a_line_that_a_crash_cut_is_drawn_again(tmp_path):
-    path = tmp_path / "groups.jsonl"
-    with Groups(path) as groups:
-        groups.add([{"problem_id": "a", "sample": 0}])
-        groups.add([{"problem_id": "b", "sample": 0}])
+    path = write(tmp_path, "a", "b")
     path.write_bytes(path.read_bytes()[:-5])
-    with Groups(path) as groups:
-        assert ("a" in groups, "b" in groups) == (True, False)
-        groups.add([{"problem_id": "b", "sample": 1}])
-        groups.add([{"problem_id": "c", "sample": 0}])
-    with Groups(path) as groups:
-        assert [groups.get(name)[0]["sample"] for name in "abc"] == [0, 1, 0]
+    assert kept(tmp_path) == {"a": 0}
+    write(tmp_path, "b", "c", sample=1)
+    assert kept(tmp_path) == {"a": 0, "b": 1, "c": 1}
+
+
+def test_the_groups_of_all_engines_count_whatever_their_number_was(tmp_path):
+    write(tmp_path, "a", engine=0)
+    path = write(tmp_path, "b", "c", engine=1)
+    path.write_bytes(path.read_bytes()[:-5])
+    write(tmp_path, "c", engine=0, sample=1)  # one engine goes on; the other's broken line stays where it is
+    assert kept(tmp_path) == {"a": 0, "b": 0, "c": 1}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from stages import sample
 from stages.core import jsonl, records, sampling
 from stages.core.errors import InputError
+from stages.core.ranks import ALONE
 from stages.core.records import Rollout
 from stages.core.sampling import Options, Plan
 from stages.core.verifier import Verifier
@@ -211,7 +212,7 @@ def test_many_problems_are_drawn_in_parts_without_changing_a_sample(tiny_policy,
     with Verifier() as verifier:
         whole = list(sampling.rollouts(plan, ScriptedEngine, verifier))
         monkeypatch.setattr(sampling, "MAX_COMPLETIONS", 7)
-        assert [len(part) for part, _ in plan.parts(plan.sets["sums"])] == [2, 2, 2]
+        assert [len(part) for part in plan.parts(plan.sets["sums"])] == [2, 2, 2]
         assert list(sampling.rollouts(plan, ScriptedEngine, verifier)) == whole
 
 
@@ -253,7 +254,7 @@ def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_star
 
 def test_tied_and_untied_policies_have_an_engine_each(tiny_policy, tied_policy):
     started = []
-    engines = sampling.Engines(lambda path: started.append(path) or ScriptedEngine(path))
+    engines = sampling.Engines(lambda path: started.append(path) or ScriptedEngine(path), ALONE)
     first = engines.holding(tiny_policy)
     assert engines.holding(tied_policy) is not first
     assert first.is_closed

@@ -1,7 +1,8 @@
 """vLLM inside this process: prompts to completions, with weights that can be swapped without a restart.
 
-Start a VllmEngine on a checkpoint, then `generate`; `load` swaps the weights. There is no top-p or top-k,
-which would bias the importance ratio, and no tensor parallelism: with several GPUs, each process has its own engine.
+Start a VllmEngine on a checkpoint, then `generate`; `load` swaps the weights. There is no top-p or top-k, which would
+bias the importance ratio. Of several processes each has its own engine, or `tensor_parallel` in a row share one: each
+then holds a part of every weight, and all of them call the same methods with the same arguments.
 """
 
 import gc
@@ -100,12 +101,15 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Sample; call `on_group(index, completions)` when all samples of a prompt are done, in any order.
 
-        Looks at `should_stop` often, and raises Stopped once it is true.
+        Of the ranks that share an engine only the first calls `on_group`; all get the completions. Looks at
+        `should_stop` often, and raises Stopped on all ranks of the engine once it is true on one.
         """
 
 
 class VllmEngine:
     """One in-process vLLM engine. On the CPU it runs eagerly; on a GPU it can sleep while the trainer works."""
+
+    tensor_parallel = 1  # ranks that share the engine
 
     def __init__(
         self,
@@ -116,8 +120,12 @@ class VllmEngine:
         memory_fraction: float = 0.9,
         sleeps: bool = False,
         distributed: bool = False,
+        tensor_parallel: int = 1,
     ):
-        """Start with the checkpoint `policy`, read by vLLM's own loader; InputError if vLLM cannot."""
+        """Start with the checkpoint `policy`, read by vLLM's own loader; InputError if vLLM cannot.
+
+        `distributed` engines start on all ranks at the same time, `tensor_parallel` ranks in a row sharing one.
+        """
         configure()
         import torch
 
@@ -127,12 +135,13 @@ class VllmEngine:
         if dtype == "auto":  # vLLM's own choice would depend on the checkpoint's type
             dtype = "bfloat16" if self.on_gpu else "float32"
         self.sleeps = sleeps and self.on_gpu
+        self.tensor_parallel = tensor_parallel
         self._asleep = False
         self._probe_bound = PROBE_BOUNDS.get(dtype, PROBE_BOUND_HALF)
         self._num_probe_tokens = min(PROBE_TOKENS, max_model_len - 1)
         self._vocabulary = policies.load_config(policy).get_text_config().vocab_size
         self.tokenizer = policies.load_tokenizer(policy)
-        extra: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if distributed else {}
+        extra = self._distributed(distributed)
         if not self.on_gpu:  # a prompt cut in two can't take back its seeded draw: "CPU Generator does not use offset"
             extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
         self._llm = _start(
@@ -147,6 +156,17 @@ class VllmEngine:
             use_tqdm_on_load=False,
             **extra,
         )
+
+    def _distributed(self, is_distributed: bool) -> dict[str, Any]:
+        """vLLM's arguments for many ranks: as the launcher numbers them, each `tensor_parallel` of them make a group.
+
+        One engine and its neighbours are no data parallel group to vLLM: each draws when it likes.
+        """
+        if not is_distributed:
+            return {}
+        _keep_process_group()
+        options = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": self.tensor_parallel}
+        return options if self.on_gpu else options | {"worker_cls": "stages.core.cpu_worker.Worker"}
 
     def load(self, weights: Weights) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs and forget every cached prefix."""
@@ -234,7 +254,7 @@ class VllmEngine:
         """Sample `num_samples` completions for each tokenised prompt.
 
         A sample depends on the weights, its prompt and its seed; up to float rounding of the batch, not on which
-        prompts share it.
+        prompts share it. So ranks that share the engine draw the same, and step together.
         """
         self._llm.reset_prefix_cache()
         core: Any = self._llm.llm_engine
@@ -243,19 +263,34 @@ class VllmEngine:
         groups: list[list[Completion]] = [[] for _ in prompts]
         try:
             while core.has_unfinished_requests():
-                if should_stop():
+                if self._any(should_stop()):
                     raise Stopped
                 for output in core.step():
                     if not output.finished:
                         continue
                     index = int(output.request_id)
                     groups[index] = self._completions(output.outputs)
-                    if on_group is not None:
+                    if on_group is not None and self.keeps:
                         on_group(index, groups[index])
         finally:  # an interrupted call leaves nothing behind for the next one
             core.abort_request([str(index) for index, group in enumerate(groups) if not group])
         assert all(len(group) == sampling.num_samples for group in groups), "the engine lost completions"
         return groups
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank is the first of those that share the engine, the one that keeps what is drawn."""
+        return self.tensor_parallel == 1 or _sharing().is_first_rank
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is true on any rank that shares the engine: one that stepped without the others would hang."""
+        if self.tensor_parallel == 1:
+            return here
+        import torch
+
+        flag = torch.tensor(here, dtype=torch.int32)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, _sharing().cpu_group)
+        return bool(flag)
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
@@ -295,6 +330,20 @@ def _start(policy: Path, **options: Any) -> Any:
         raise InputError(
             f"policy {policy}: vLLM {vllm.__version__} does not start with it ({kinds}): {_first_line(error)}"
         ) from error
+
+
+def _sharing() -> Any:
+    """vLLM's group of the ranks that share this engine."""
+    from vllm.distributed import get_tp_group
+
+    return get_tp_group()
+
+
+def _keep_process_group() -> None:
+    """Let engines end without ending the process group: accelerate began it, and the ranks go on with it."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_distributed_environment = lambda: None
 
 
 def _first_line(error: Exception) -> str:

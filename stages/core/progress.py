@@ -21,6 +21,7 @@ class StepProgress:
 
         self.title, self.total, self.quiet = title, total, quiet
         self.started = time.monotonic()
+        self._done = done
         self.on_terminal = sys.stderr.isatty()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -50,6 +51,7 @@ class StepProgress:
         """Show that `done` steps are done, with a note."""
         self._bar.update(self._task, completed=done, note=note)
         every = -(-self.total // LINES)
-        if not self.quiet and not self.on_terminal and (done % every == 0 or done == self.total):
+        before, self._done = self._done, done
+        if not self.quiet and not self.on_terminal and (done // every > before // every or done == self.total):
             seconds = time.monotonic() - self.started
             print(f"{self.title} {done}/{self.total}  {note}  {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """Sample several policies on the same problems with one engine: check everything first, then draw groups of rollouts.
 
 `plan` reads and checks everything without an engine: policies that cannot share one, prompts that do not fit, a
-template that a policy was not trained with. `rollouts` then samples them all, `draw_scored` one policy.
+template that a policy was not trained with. `rollouts` then samples them all, `draw_scored` one policy. Of several
+ranks each has an engine and draws its share of a policy's prompts.
 
 The samples of a problem come from a generator seeded by (seed, problem id, sample), never from a stream that several
 problems share. So they depend neither on the order nor on the choice of the problems, nor on the other policies of
@@ -14,8 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from stages.core import policies, records, templates
 from stages.core.engine import Engine, Sampling, VllmEngine, seed_of
@@ -23,6 +25,7 @@ from stages.core.errors import InputError
 from stages.core.options import WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, one_of
 from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
+from stages.core.ranks import ALONE, Ranks
 from stages.core.records import Problem, Rollout
 from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
 from stages.core.templates import Template
@@ -30,7 +33,9 @@ from stages.core.verifier import Verifier
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB if each has 2,048 tokens
+GATHERED_GROUPS = 32  # of each rank in one message, which NCCL takes through the memory of all GPUs
 
+T = TypeVar("T")
 StartEngine = Callable[[Path], Engine]
 
 
@@ -68,6 +73,7 @@ class Plan:
     context: int
     sampling: Sampling
     options: Options
+    ranks: Ranks
 
     @property
     def num_groups(self) -> int:
@@ -82,29 +88,46 @@ class Plan:
             max_model_len=longest + self.options.max_tokens,
             dtype=self.options.dtype,
             memory_fraction=self.options.memory_fraction,
+            distributed=not self.ranks.is_alone,
         )
 
-    def parts(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Sequence[Prompt], Sampling]]:
-        """`prompts` in parts that one call of the engine can hold, each with how to sample it."""
-        size = max(1, MAX_COMPLETIONS // self.sampling.num_samples)
-        for start in range(0, len(prompts), size):
-            part = prompts[start : start + size]
-            seeds = [seed_of(self.options.seed, prompt.problem["id"]) for prompt in part]
-            yield part, replace(self.sampling, seeds=seeds)
+    def parts(self, asked: Sequence[T], num_engines: int = 1) -> Iterator[Sequence[T]]:
+        """What is asked, in parts that `num_engines` can hold, each in one call."""
+        size = num_engines * max(1, MAX_COMPLETIONS // self.sampling.num_samples)
+        for start in range(0, len(asked), size):
+            yield asked[start : start + size]
+
+    def seeded(self, prompts: Sequence[Prompt]) -> Sampling:
+        """How to sample `prompts`."""
+        return replace(self.sampling, seeds=[seed_of(self.options.seed, prompt.problem["id"]) for prompt in prompts])
 
 
 def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Iterator[Rollout]:
-    """Sample every policy on every problem; rollouts by policy, problem and sample, in the order of the plan."""
-    engines = Engines(start_engine)
-    with Meter(plan.num_groups) as meter:
+    """Sample every policy on every problem; rollouts by policy, problem and sample, in the order of the plan.
+
+    All ranks must iterate; each gets all rollouts.
+    """
+    engines = Engines(start_engine, plan.ranks)
+    prompts = [prompt for prompts in plan.sets.values() for prompt in prompts]
+    with Meter(plan.num_groups, plan.ranks) as meter:
         for name, path in plan.policies.items():
             engine = engines.holding(path)
-            meter.start(name)
-            for part, sampling in plan.parts([prompt for prompts in plan.sets.values() for prompt in prompts]):
+            meter.start(name, len(prompts))
+            for part in plan.parts(prompts, plan.ranks.num_engines):
+                share = plan.ranks.share(part)
                 groups: dict[int, Group] = {}
-                draw_scored(engine, verifier, part, sampling, meter, groups.__setitem__)
-                for number in range(len(part)):
-                    yield from groups[number].rollouts(name)
+                draw_scored(engine, verifier, share, plan.seeded(share), meter, groups.__setitem__)
+                mine = [groups[number].rollouts(name) for number in range(len(share))]
+                for group in _in_order(plan.ranks, mine, len(part)):
+                    yield from group
+
+
+def _in_order(ranks: Ranks, mine: Sequence[list[Rollout]], num_groups: int) -> Iterator[list[Rollout]]:
+    """The groups of all ranks, `num_groups` together, in the order in which they were shared out."""
+    for start in range(0, -(-num_groups // ranks.num_engines), GATHERED_GROUPS):
+        shares = ranks.gather(mine[start : start + GATHERED_GROUPS])[:: ranks.tensor_parallel]
+        for row in zip_longest(*shares):
+            yield from (group for group in row if group is not None)
 
 
 def draw_scored(
@@ -134,10 +157,14 @@ def draw_scored(
 
 
 class Engines:
-    """An engine for one policy after another: their weights are swapped, once the engine has shown that it can."""
+    """An engine for one policy after another: their weights are swapped, once the engine has shown that it can.
 
-    def __init__(self, start: StartEngine) -> None:
+    An engine starts on all ranks at the same time, so each must ask for the same policies in the same order.
+    """
+
+    def __init__(self, start: StartEngine, ranks: Ranks) -> None:
         self._start = start
+        self._ranks = ranks
         self._engine: Engine | None = None
         self._policy = Path()
         self._can_swap: bool | None = None  # not known before the second policy
@@ -157,14 +184,17 @@ class Engines:
         if policies.is_tied(policy) != policies.is_tied(self._policy):
             return False
         if self._can_swap is None and self._engine is not None:
-            fault = self._engine.swap_fault(lambda: policies.disk_weights(self._policy))
+            faults = self._ranks.gather(self._engine.swap_fault(lambda: policies.disk_weights(self._policy)))
+            fault = next(filter(None, faults), None)
             self._can_swap = fault is None
-            if fault:
+            if fault and self._ranks.is_first:
                 warn(f"the engine is started anew for each policy, for it cannot swap weights of this kind: {fault}")
         return bool(self._can_swap)
 
 
-def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, options: Options) -> Plan:
+def plan(
+    names: Sequence[str], problem_files: Sequence[Path], num_samples: int, options: Options, ranks: Ranks = ALONE
+) -> Plan:
     """Read and check everything that sample or eval needs; InputError for the first fault."""
     if options.temperature == 0 and num_samples > 1:
         raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
@@ -189,7 +219,7 @@ def plan(names: Sequence[str], problem_files: Sequence[Path], num_samples: int, 
         stop_token_ids=tuple(stop_token_ids),
         log_probs=False,
     )
-    return Plan(paths, sets, left_out, template, context, sampling, options)
+    return Plan(paths, sets, left_out, template, context, sampling, options, ranks)
 
 
 def _read_sets(files: Sequence[Path], limit: int) -> dict[str, list[Problem]]:
@@ -249,12 +279,16 @@ def warn_of_templates(plan: Plan) -> None:
 
 
 class Meter:
-    """Shows groups as they come, with the policy at work, its average so far and tokens a second."""
+    """Shows groups as they come, with the policy at work, its average so far and tokens a second.
 
-    def __init__(self, num_groups: int) -> None:
-        self._progress = StepProgress("groups", num_groups)
-        self._num_groups = 0
-        self.start("")
+    Of several engines only this rank's is seen, and counted as if the others were as far.
+    """
+
+    def __init__(self, num_groups: int, ranks: Ranks) -> None:
+        self._progress = StepProgress("groups", num_groups, quiet=not ranks.is_first)
+        self._num_engines = ranks.num_engines
+        self._num_groups = self._end = 0
+        self.start("", 0)
 
     def __enter__(self) -> "Meter":
         self._progress.__enter__()
@@ -263,17 +297,18 @@ class Meter:
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
 
-    def start(self, policy: str, num_done: int = 0) -> None:
-        """Restart the counts for `policy`, of which `num_done` groups are there already."""
+    def start(self, policy: str, num_missing: int, num_done: int = 0) -> None:
+        """Restart the counts for `policy`, which lacks `num_missing` groups, while `num_done` are there already."""
         self._policy = policy
-        self._num_groups += num_done
+        self._num_groups = self._end + num_done
+        self._end = self._num_groups + num_missing
         self._num_tokens = self._num_scored = 0
         self._num_correct = 0.0
         self._start = time.monotonic()
 
     def drawn(self, num_tokens: int) -> None:
         """Count a drawn group, with its completions' tokens."""
-        self._num_groups += 1
+        self._num_groups = min(self._num_groups + self._num_engines, self._end)
         self._num_tokens += num_tokens
         self._progress.step(self._num_groups, self._note())
 
@@ -283,6 +318,7 @@ class Meter:
         self._num_correct += sum(rewards)
 
     def _note(self) -> str:
-        speed = self._num_tokens / max(1e-9, time.monotonic() - self._start)
+        speed = self._num_engines * self._num_tokens / max(1e-9, time.monotonic() - self._start)
+        about = "about " if self._num_engines > 1 else ""
         average = f"avg {100 * self._num_correct / self._num_scored:.1f} %, " if self._num_scored else ""
-        return f"{average}{speed:,.0f} tokens/s, {self._policy}"
+        return f"{average}{about}{speed:,.0f} tokens/s, {self._policy}"

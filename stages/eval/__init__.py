@@ -7,11 +7,14 @@ For one set, OUT holds
 
 For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. For an average over sets run report;
 for majority voting read rollouts.jsonl.
+
+Under `accelerate launch` every process draws a share of what is missing, policy by policy, into partial files of its
+own; they meet before and after, and the first writes what one process would.
 """
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +23,20 @@ from typing import Annotated, Any
 from stages.core import jsonl, lineage, outputs, provenance, sampling, verifier
 from stages.core.engine import Engine
 from stages.core.errors import InputError
+from stages.core.lifetime import end_with_parent
 from stages.core.metrics import KS
 from stages.core.options import PLACE, at_least, checked
 from stages.core.outputs import read_json
 from stages.core.provenance import Identity
+from stages.core.ranks import Ranks
 from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
 from stages.eval import partial, scoring, selection
-from stages.eval.partial import Groups
+from stages.eval.partial import Groups, Writer
 
-GroupsBySet = dict[str, dict[str, Groups]]  # by set and policy
+Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
 
 
 @checked
@@ -69,44 +74,83 @@ def run(
     --problems loop/0/valid.jsonl --out loop/eval/valid --template none --max-tokens 72 --num-samples 8 --k 8
     """
     given = locals()
-    outputs.refuse_unwritable(out)
+    end_with_parent()
+    ranks = Ranks()
     if regrade is not None:
-        if policy or selected or problems or options.limit:
-            raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems and --limit")
-        regrade_rollouts(regrade, out, k, select, options.bare)
+        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options.limit))
+        regrade_rollouts(regrade, out, k, select, options.bare, ranks)
         return
-    if not problems:
+    plan = ranks.together(
+        lambda: _plan(
+            out, selection.added(policy, selected, all_checkpoints), problems, num_samples, k, select, options, ranks
+        )
+    )
+    evaluate(plan, problems, out, given, plan.start_engine)
+
+
+def _refuse_drawing(out: Path, policies: list[str], problem_files: list[Path], limit: int) -> None:
+    outputs.refuse_unwritable(out)
+    if policies or problem_files or limit:
+        raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems and --limit")
+
+
+def _plan(
+    out: Path,
+    policies: list[str],
+    problem_files: list[Path],
+    num_samples: int,
+    k: list[int],
+    select: str,
+    options: sampling.Options,
+    ranks: Ranks,
+) -> Plan:
+    """Check everything; the first rank says what the user should know."""
+    outputs.refuse_unwritable(out)
+    if not problem_files:
         raise InputError("--problems is missing: name at least one file of problems")
-    if Path("-") in problems:
+    if Path("-") in problem_files:
         raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
     scoring.check_metrics(num_samples, k, select)
-    plan = sampling.plan(selection.added(policy, selected, all_checkpoints), problems, num_samples, options)
+    plan = sampling.plan(policies, problem_files, num_samples, options, ranks)
     _refuse_left_out(plan)
-    sampling.warn_of_templates(plan)
-    evaluate(plan, problems, out, given, plan.start_engine)
+    if ranks.is_first:
+        sampling.warn_of_templates(plan)
+    return plan
 
 
 def evaluate(
     plan: Plan, problem_files: list[Path], out: Path, given: Mapping[str, Any], start_engine: StartEngine
 ) -> None:
     """Draw what is not there yet and write `out`; an engine is started only if something is left to draw."""
-    start = time.monotonic()
-    read = lineage.recorded([*problem_files, *plan.policies.values()])
+    start, ranks = time.monotonic(), plan.ranks
+    read = ranks.together(lambda: lineage.recorded([*problem_files, *plan.policies.values()]))
     decides = provenance.versions() | verifier.VERSION
     identity = provenance.identify(run, given, read["inputs"], decides, template_digest=plan.template.digest)
-    with outputs.locked(out):
-        if _is_done(out, identity, list(plan.policies)):
-            print(f"{out} is already done: the same policies, problems and parameters")
+    ranks.refuse_differences(read["inputs"] | decides | {f"template {plan.template.name}": plan.template.digest})
+    with ExitStack() as stack:
+        place = ranks.on_first(lambda: _begin(out, identity, list(plan.policies), stack))
+        if place is None:
             return
-        outputs.refuse_occupied(out)
-        place = partial.directory(out, identity)
-        with ExitStack() as stack:
-            groups = _open(plan, problem_files, identity.inputs, place, stack)
-            _draw_missing(plan, groups, start_engine)
-            stored = {name: _stored(plan, name, groups[name]) for name in plan.sets}
-            summaries = _write(out, stored, _manifest(identity, plan, read["stamps"]), start)
+        ranks.refuse_unseen(place / partial.SETTINGS)
+        stems = _stems(plan, problem_files, identity.inputs)
+        _draw_missing(plan, place, stems, start_engine)
+        ranks.wait()
+        if not ranks.is_first:
+            return
+        stored = {name: _stored(plan, name, place, stems) for name in plan.sets}
+        summaries = _write(out, stored, _manifest(identity, plan, read["stamps"]), start)
         shutil.rmtree(place)
     _print(summaries)
+
+
+def _begin(out: Path, identity: Identity, policies: list[str], stack: ExitStack) -> Path | None:
+    """Lock `out` for as long as `stack` lives; its partial directory, or None if `out` is done."""
+    stack.enter_context(outputs.locked(out))
+    if _is_done(out, identity, policies):
+        print(f"{out} is already done: the same policies, problems and parameters")
+        return None
+    outputs.refuse_occupied(out)
+    return partial.directory(out, identity)
 
 
 def _manifest(identity: Identity, plan: Plan, stamps: Mapping[str, str]) -> dict[str, Any]:
@@ -150,56 +194,86 @@ def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
     return True
 
 
-def _open(
-    plan: Plan, problem_files: list[Path], digests: Mapping[str, str], place: Path, stack: ExitStack
-) -> GroupsBySet:
-    """The groups kept so far of each set and policy; two names of one checkpoint share their groups."""
-    opened: dict[Path, Groups] = {}
-    groups: GroupsBySet = {name: {} for name in plan.sets}
-    for file in problem_files:
-        for name, policy in plan.policies.items():
-            path = place / f"{digests[str(file)][:16]}-{digests[str(policy)][:16]}.jsonl"
-            if path not in opened:
-                opened[path] = stack.enter_context(Groups(path))
-            groups[file.stem][name] = opened[path]
-    return groups
+def _stems(plan: Plan, problem_files: list[Path], digests: Mapping[str, str]) -> Stems:
+    """The stems of the partial files; two names of one checkpoint share theirs."""
+    return {
+        (file.stem, name): f"{digests[str(file)][:16]}-{digests[str(policy)][:16]}"
+        for file in problem_files
+        for name, policy in plan.policies.items()
+    }
 
 
-def _draw_missing(plan: Plan, groups: GroupsBySet, start_engine: StartEngine) -> None:
-    """Draw what `groups` lack, policy by policy; a policy that lacks none is not loaded."""
-    engines = Engines(start_engine)
-    with Verifier(bare=plan.options.bare) as verifier, Meter(plan.num_groups) as meter:
+def _draw_missing(plan: Plan, place: Path, stems: Stems, start_engine: StartEngine) -> None:
+    """Draw what is not in `place`, policy by policy; a policy that lacks nothing is not loaded."""
+    kept = plan.ranks.on_first(lambda: {stem: _kept(place, stem) for stem in stems.values()})
+    engines = Engines(start_engine, plan.ranks)
+    with Verifier(bare=plan.options.bare) as verifier, Meter(plan.num_groups, plan.ranks) as meter:
         for name, path in plan.policies.items():
-            missing = {
-                set_name: [prompt for prompt in prompts if prompt.problem["id"] not in groups[set_name][name]]
-                for set_name, prompts in plan.sets.items()
-            }
-            num_missing = sum(map(len, missing.values()))
-            engine = engines.holding(path) if num_missing else None
-            meter.start(name, plan.num_groups // len(plan.policies) - num_missing)
-            for set_name, prompts in missing.items():
-                if engine is not None:
-                    _draw(plan, name, prompts, groups[set_name][name], engine, verifier, meter)
+            missing = _missing(plan, name, stems, kept)
+            meter.start(name, len(missing), plan.num_groups // len(plan.policies) - len(missing))
+            if missing:
+                engine = engines.holding(path)  # on every rank, whose share of a few may be nothing
+                _draw(plan, name, place, plan.ranks.share(missing), engine, verifier, meter)
+
+
+def _kept(place: Path, stem: str) -> set[str]:
+    with Groups(place, stem) as groups:
+        return groups.problem_ids
+
+
+def _missing(plan: Plan, name: str, stems: Stems, kept: dict[str, set[str]]) -> list[tuple[str, Prompt]]:
+    """What a policy lacks of all sets, each prompt with its stem; it counts as kept from now on."""
+    missing = []
+    for set_name, prompts in plan.sets.items():
+        stem = stems[set_name, name]
+        missing += [(stem, prompt) for prompt in prompts if prompt.problem["id"] not in kept[stem]]
+        kept[stem].update(prompt.problem["id"] for prompt in prompts)
+    return missing
 
 
 def _draw(
-    plan: Plan, name: str, prompts: list[Prompt], kept: Groups, engine: Engine, verifier: Verifier, meter: Meter
+    plan: Plan,
+    name: str,
+    place: Path,
+    share: Sequence[tuple[str, Prompt]],
+    engine: Engine,
+    verifier: Verifier,
+    meter: Meter,
 ) -> None:
-    """Draw the groups that one policy lacks of a set; each is kept as soon as it is scored."""
+    """Draw groups of one policy; each is kept as soon as it is scored."""
+    with ExitStack() as stack:
+        writers = {
+            stem: stack.enter_context(Writer(place, stem, plan.ranks.engine))
+            for stem in (dict(share) if plan.ranks.keeps else ())
+        }
+        for part in plan.parts(share):
+            _draw_part(plan, name, part, writers, engine, verifier, meter)
 
-    def keep(_: int, group: Group) -> None:
-        kept.add(group.rollouts(name))
 
-    for part, how in plan.parts(prompts):
-        sampling.draw_scored(engine, verifier, part, how, meter, keep)
+def _draw_part(
+    plan: Plan,
+    name: str,
+    part: Sequence[tuple[str, Prompt]],
+    writers: Mapping[str, Writer],
+    engine: Engine,
+    verifier: Verifier,
+    meter: Meter,
+) -> None:
+    def keep(number: int, group: Group) -> None:
+        if writers:
+            writers[part[number][0]].add(group.rollouts(name))
+
+    prompts = [prompt for _, prompt in part]
+    sampling.draw_scored(engine, verifier, prompts, plan.seeded(prompts), meter, keep)
 
 
-def _stored(plan: Plan, set_name: str, groups: dict[str, Groups]) -> Iterator[Rollout]:
+def _stored(plan: Plan, set_name: str, place: Path, stems: Stems) -> Iterator[Rollout]:
     """A set's rollouts by policy, problem and sample, in the order of the plan."""
-    for name, kept in groups.items():
-        for prompt in plan.sets[set_name]:
-            for rollout in kept.get(prompt.problem["id"]):
-                yield {**rollout, "policy": name}  # it may have been drawn under another name
+    for name in plan.policies:
+        with Groups(place, stems[set_name, name]) as groups:
+            for prompt in plan.sets[set_name]:
+                for rollout in groups.get(prompt.problem["id"]):
+                    yield {**rollout, "policy": name}  # it may have been drawn under another name
 
 
 def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, Any], start: float) -> dict[str, Any]:
@@ -231,12 +305,13 @@ def _print(summaries: dict[str, Any]) -> None:
         print(f"best on {next(iter(summaries))} by {chosen['metric']}: {chosen['policy']}")
 
 
-def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: bool) -> None:
-    """Grade stored rollouts with today's verifier into `out`, and show what changed."""
+def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: bool, ranks: Ranks) -> None:
+    """Grade stored rollouts with today's verifier into `out`, and show what changed; every rank grades a share."""
     start = time.monotonic()
-    files = _stored_files(source)
-    former = provenance.read_manifest(source / "manifest.json")
+    files = ranks.together(lambda: _stored_files(source))
+    former = ranks.together(lambda: provenance.read_manifest(source / "manifest.json"))
     digests = {str(file): provenance.digest(file) for file in files.values()}
+    ranks.refuse_differences(digests | verifier.VERSION)
     identity = Identity(
         "eval",
         {**former.get("parameters", {}), "k": k, "select": select, "bare": bare},
@@ -247,11 +322,14 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     manifest |= {"policies": former.get("policies", []), "template_digest": former.get("template_digest", "")}
     manifest |= {name: former[name] for name in ("stamps", "paths") if name in former}
     changes = {name: scoring.Changes() for name in files}
-    with outputs.locked(out):
-        outputs.refuse_occupied(out)
+    with ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
         with Verifier(bare=bare) as graders:
-            sets = {name: scoring.regrade(file, graders, changes[name]) for name, file in files.items()}
-            summaries = _write(out, sets, manifest, start)
+            verdicts = {name: scoring.grade(file, graders, ranks) for name, file in files.items()}
+        if not ranks.is_first:
+            return
+        sets = {name: scoring.regraded(file, verdicts[name], changes[name]) for name, file in files.items()}
+        summaries = _write(out, sets, manifest, start)
     _print(summaries)
     for name, change in changes.items():
         print(f"{name}: {scoring.change_table(change, summaries[name], k)}")
@@ -260,6 +338,8 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
 def _stored_files(source: Path) -> dict[str, Path]:
     """The rollouts files of an eval output by their sets, in its order; `source` may be such a file itself."""
     if not source.is_dir():
+        if str(source) == "-" or (source.exists() and not source.is_file()):
+            raise InputError(f"--regrade {source}: name a plain file, for it is read twice")
         return {source.stem: source}
     first = [f"{name}/rollouts.jsonl" for name in read_json(source / "metrics.json").get("sets", ())]
     others = sorted(source.glob("*/rollouts.jsonl"))

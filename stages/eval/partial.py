@@ -1,14 +1,17 @@
 """What an interrupted evaluation has drawn so far: groups of rollouts by policy, and the settings behind them.
 
-    .OUT.partial/settings.json                  what every group depends on, but for its policy and its problem
-    .OUT.partial/<problems>-<policy>.jsonl      a policy's groups, a line each, in the order in which they were done
+    .OUT.partial/settings.json                           what every group depends on, but for policy and problem
+    .OUT.partial/<problems>-<policy>-<engine>.jsonl      a policy's groups, a line each, in the order they were done
 
 It lies beside OUT and is removed once OUT is written. Policies and problem files are known by their digests, so a
-repeated call may name more of them, and those that have changed are drawn anew.
+repeated call may name more of them, and those that have changed are drawn anew. Each engine has files of its own; all
+of them are read, so a repeated call may have more ranks or fewer.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 
@@ -24,7 +27,7 @@ NO_MATTER = ("k", "select", "limit")  # options of eval on which no group of rol
 
 
 def directory(out: Path, identity: Identity) -> Path:
-    """The partial directory of `out`, made if there is none.
+    """The partial directory of `out`, made if there is none; the first rank alone makes it.
 
     Raises InputError if one with other settings is there: its groups could not be mixed with new ones.
     """
@@ -42,40 +45,61 @@ def directory(out: Path, identity: Identity) -> Path:
 
 
 class Groups:
-    """A policy's groups on disk. A broken line and all after it are dropped, to be drawn again."""
+    """A policy's groups on a set of problems, by all engines. A broken line and all after it count as not drawn."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        self._places: dict[str, int] = {}
-        end = 0
-        while (line := self._file.readline()).endswith(b"\n") and (problem_id := _problem_of(line)):
-            self._places[problem_id] = end
-            end += len(line)
-        self._file.truncate(end)
+    def __init__(self, place: Path, stem: str) -> None:
+        """`stem` is what the names of the files begin with: <problems>-<policy>."""
+        self._files = [path.open("rb") for path in sorted(place.glob(f"{stem}*.jsonl"))]
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        for file in self._files:
+            for problem_id, start, _ in _whole_lines(file):
+                self._places[problem_id] = file, start
 
     def __enter__(self) -> "Groups":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        for file in self._files:
+            file.close()
 
-    def __contains__(self, problem_id: str) -> bool:
-        return problem_id in self._places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def add(self, rollouts: list[Rollout]) -> None:
-        """Keep the rollouts of one problem."""
-        self._places[rollouts[0]["problem_id"]] = self._file.seek(0, 2)
-        self._file.write(orjson.dumps(rollouts, option=orjson.OPT_APPEND_NEWLINE))
-        self._file.flush()
+    @property
+    def problem_ids(self) -> set[str]:
+        """The problems whose groups are there."""
+        return set(self._places)
 
     def get(self, problem_id: str) -> list[Rollout]:
         """The rollouts of a problem, by sample."""
-        self._file.seek(self._places[problem_id])
-        return orjson.loads(self._file.readline())
+        file, start = self._places[problem_id]
+        file.seek(start)
+        return orjson.loads(file.readline())
+
+
+class Writer:
+    """Adds groups to the file of one engine, from which a broken line and all after it are dropped first."""
+
+    def __init__(self, place: Path, stem: str, engine: int) -> None:
+        self._file = (place / f"{stem}-{engine}.jsonl").open("a+b")
+        self._file.seek(0)
+        self._file.truncate(max((end for _, _, end in _whole_lines(self._file)), default=0))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, rollouts: list[Rollout]) -> None:
+        """Keep the rollouts of one problem."""
+        self._file.write(orjson.dumps(rollouts, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.flush()
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Problem, start and end of each line up to the first that is broken."""
+    start = 0
+    while (line := file.readline()).endswith(b"\n") and (problem_id := _problem_of(line)):
+        yield problem_id, start, start + len(line)
+        start += len(line)
 
 
 def _problem_of(line: bytes) -> str:

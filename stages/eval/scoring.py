@@ -17,11 +17,12 @@ from typing import Any
 
 from stages.core import metrics, records
 from stages.core.errors import InputError
-from stages.core.records import Result, Rollout
+from stages.core.ranks import Ranks
+from stages.core.records import Result, Rollout, Verdict
 from stages.core.tabular import aligned
 from stages.core.verifier import Verifier
 
-BATCH = 4096  # rollouts given to the verifier at once when regrading
+BATCH = 4096  # rollouts given to the verifier at once when they are graded again
 
 
 class Tally:
@@ -124,15 +125,35 @@ class Changes:
             self.verdicts[old["policy"], old["verdict"], new["verdict"]] += 1
 
 
-def regrade(file: Path, verifier: Verifier, changes: Changes) -> Iterator[Rollout]:
-    """The rollouts of `file` as `verifier` grades them now; `changes` counts the differences."""
-    stream = records.read(file, Rollout)
-    while batch := list(islice(stream, BATCH)):
+def grade(file: Path, verifier: Verifier, ranks: Ranks) -> list[list[Verdict]]:
+    """The verdicts of the rollouts of `file` as `verifier` gives them now, by rank: each grades a share."""
+    return ranks.gather(ranks.together(lambda: _grade_share(file, verifier, ranks)))
+
+
+def _grade_share(file: Path, verifier: Verifier, ranks: Ranks) -> list[Verdict]:
+    own = (rollout for rank, rollout in _shared_out(file, ranks.num_ranks) if rank == ranks.rank)
+    verdicts: list[Verdict] = []
+    while batch := list(islice(own, BATCH)):
         scores = verifier.submit([(rollout["completion"], rollout["answer"]) for rollout in batch]).result()
-        for old, score in zip(batch, scores, strict=True):
-            new: Rollout = {**old, "verdict": score.verdict, "reward": score.reward}
-            changes.add(old, new)
-            yield new
+        verdicts += (score.verdict for score in scores)
+    return verdicts
+
+
+def regraded(file: Path, verdicts: Sequence[Sequence[Verdict]], changes: Changes) -> Iterator[Rollout]:
+    """The rollouts of `file` with the `verdicts` of `grade`; `changes` counts the differences."""
+    by_rank = list(map(iter, verdicts))
+    for rank, old in _shared_out(file, len(verdicts)):
+        verdict = next(by_rank[rank])
+        new: Rollout = {**old, "verdict": verdict, "reward": 1.0 if verdict == "correct" else 0.0}
+        changes.add(old, new)
+        yield new
+
+
+def _shared_out(file: Path, num_ranks: int) -> Iterator[tuple[int, Rollout]]:
+    """Each rollout of `file` with the rank that grades it: all of a problem have one, which knows its answers then."""
+    numbers: dict[str, int] = {}
+    for rollout in records.read(file, Rollout):
+        yield numbers.setdefault(rollout["problem_id"], len(numbers)) % num_ranks, rollout
 
 
 def summary_table(measured: dict[str, Any]) -> str:

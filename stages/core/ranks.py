@@ -1,0 +1,148 @@
+"""The processes that a stage was launched in: their number, the share of each, and an end that all come to together.
+
+    ranks = Ranks()                         alone, unless accelerate or torchrun launched this process with others
+    plan = ranks.together(check)            an InputError on any rank ends all: one line, exit code 2 on each
+    out = ranks.on_first(open_output)       only the first rank does it, all get what it gives
+    draw(ranks.share(prompts))              every engine its share
+    drawn = ranks.gather(mine)              what each rank has, on every rank
+
+A process that is alone meets nobody and loads no torch for this. Ranks wait for each other in these calls only, so one
+that draws waits for none. A rank that dies is noticed by the launcher, which ends the others.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from stages.core.errors import CollapseError, InputError
+
+T = TypeVar("T")
+
+
+def _launched(variable: str, alone: int) -> int:
+    """What the launcher says in `variable`; `alone` for a process that was started without one."""
+    return int(os.environ[variable]) if "LOCAL_RANK" in os.environ else alone
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that were launched with it, of which each `tensor_parallel` in a row share an engine.
+
+    What is drawn is shared out by engine: all ranks of an engine draw the same, and the first of them keeps it.
+    """
+
+    tensor_parallel: int = 1
+    rank: int = field(default_factory=lambda: _launched("RANK", 0))
+    num_ranks: int = field(default_factory=lambda: _launched("WORLD_SIZE", 1))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that prints, locks and writes outputs."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.num_ranks == 1
+
+    @property
+    def engine(self) -> int:
+        """The number of this rank's engine, from 0."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def num_engines(self) -> int:
+        """Engines of all ranks together."""
+        return self.num_ranks // self.tensor_parallel
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank is the first of its engine, the one that keeps what the engine draws."""
+        return self.rank % self.tensor_parallel == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of `items` that this rank's engine draws: every so many, since neighbours are often of one length."""
+        return items[self.engine :: self.num_engines]
+
+    def gather(self, mine: T) -> list[T]:
+        """What each rank has, by rank, on every rank; waits for all.
+
+        Raises CollapseError if a rank has died.
+        """
+        if self.is_alone:
+            return [mine]
+        from stages.core.acceleration import process_state
+
+        process_state()
+        from accelerate.utils import gather_object
+
+        try:
+            return list(gather_object([mine]))
+        except RuntimeError as error:  # torch's, when a connection breaks
+            raise CollapseError(f"rank {self.rank} lost another rank, which may have said why: {error}") from error
+
+    def any(self, here: bool) -> bool:
+        """Whether it is true on any rank."""
+        return any(self.gather(here))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this rank, once it is done on all; if it fails on one, all end.
+
+        The first rank on which it failed raises the error, the others SystemExit with the code of that. `work` must
+        not wait for other ranks.
+        """
+        if self.is_alone:
+            return work()
+        error: Exception | None = None
+        try:
+            value = work()
+        except Exception as caught:  # raised again below, once the others know
+            error = caught
+        codes = self.gather(0 if error is None else 2 if isinstance(error, InputError | OSError) else 1)
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is None:
+            return value
+        if failed == self.rank and error is not None:
+            raise error
+        raise SystemExit(codes[failed])
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first rank, which alone does it; if it fails there, all end as in `together`."""
+        value = self.together(lambda: work() if self.is_first else None)
+        return self.gather(value)[0]  # type: ignore[return-value]
+
+    def refuse_differences(self, seen: Mapping[str, str]) -> None:
+        """Raise InputError, as `together` does, if ranks see different things; `seen` are digests by name."""
+        everyone = self.gather((platform.node(), dict(seen)))
+
+        def compare() -> None:
+            for rank, (host, theirs) in enumerate(everyone):
+                if apart := [name for name, value in everyone[0][1].items() if theirs.get(name) != value]:
+                    raise InputError(
+                        f"rank {rank} on {host} sees another {', '.join(apart)} than rank 0 on {everyone[0][0]}: "
+                        "give all ranks the same, on a disk that they share"
+                    )
+
+        self.together(compare)
+
+    def refuse_unseen(self, path: Path) -> None:
+        """Raise InputError, as `together` does, if a rank does not see `path`, which the first has made."""
+
+        def look() -> None:
+            if not path.exists():
+                raise InputError(
+                    f"rank {self.rank} on {platform.node()} does not see {path}, which rank 0 has made: name an --out "
+                    "on a disk that all ranks share"
+                )
+
+        self.together(look)
+
+    def wait(self) -> None:
+        """Wait until all ranks have come so far."""
+        self.gather(None)
+
+
+ALONE = Ranks(1, 0, 1)
