@@ -31,6 +31,10 @@ LAUNCH = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
     *("--config_file", str(ROOT / "configs/accelerate/gpu8-fsdp2.yaml"), "-m", "tests.ranks"),
 )
+DDP = (  # to be followed by a command of rloop
+    *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
+    *("--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"), "-m", "rloop_cli"),
+)
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 LIMIT_S = 120  # a rank that is not done then is taken for one that hangs
 

@@ -2,17 +2,13 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import orjson
 import pytest
 
 from stages import eval as evaluation_stage
-from stages.core import jsonl, metrics, records, sampling, verifier
+from stages.core import jsonl, metrics, records, verifier
 from stages.core.errors import InputError
 from stages.core.records import Result, Rollout
 from stages.core.sampling import Options, Plan
@@ -403,35 +399,3 @@ def test_sets_are_graded_again_side_by_side_and_a_file_alone(engines, tiny_polic
         assert read(tmp_path / again) == read(tmp_path / "out" / first)
     with pytest.raises(InputError, match=r"holds no rollouts\.jsonl"):
         run([], [], tmp_path / "two", regrade=tiny_policy)
-
-
-@pytest.mark.slow
-def test_killed_and_repeated_the_real_thing_gives_what_it_gives_at_once(tiny_policy, problems, tmp_path, engine):
-    jsonl.write(problems, (problem(number) | {"id": f"q{number}"} for number in range(80)))
-    command = [
-        *(sys.executable, "-m", "rloop_cli", "eval", "--policy", tiny_policy, "--problems", problems),
-        *("--out", tmp_path / "out", "--template", "none", "--max-tokens", 80, "--num-samples", 16, "--k", 8),
-    ]
-    command = [str(part) for part in command]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (kept := num_kept(tmp_path)):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    assert 0 < kept < 80 and not (tmp_path / "out").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "pass@8" in done.stdout
-    options = Options(template="none", max_tokens=80)
-    plan = sampling.plan([str(tiny_policy)], [problems], 16, options)
-    given = {"policy": [str(tiny_policy)], "problems": [problems], "out": tmp_path / "once", "regrade": None}
-    given |= {"num_samples": 16, "k": [8], "select": "", "options": options}
-    evaluation_stage.evaluate(plan, [problems], tmp_path / "once", given, lambda path: engine)
-    resumed, once = samples(read(tmp_path / "out")), samples(read(tmp_path / "once"))
-    assert resumed.keys() == once.keys()
-    assert sum(resumed[key] == once[key] for key in once) > 0.97 * len(once)  # some met another batch's rounding
-
-
-def num_kept(directory):
-    """Groups on disk of an evaluation that goes on."""
-    return sum(path.read_bytes().count(b"\n") for path in directory.glob(".out.partial/*.jsonl"))

@@ -1,8 +1,21 @@
-"""How the processes of one launch share work, agree, and end together."""
+"""How the processes of one launch share work, agree, and end together; eval and sample on two gloo ranks."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
+from rloop_cli import warm
+from stages.core import jsonl, records
 from stages.core.ranks import Ranks
+from stages.core.records import Rollout
+from tests import ranks as launched
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +51,166 @@ def test_a_launched_process_knows_its_place(monkeypatch):
         monkeypatch.setenv(name, value)
     ranks = Ranks(tensor_parallel=2)
     assert (ranks.rank, ranks.num_ranks, ranks.engine, ranks.num_engines, ranks.keeps) == (5, 8, 2, 4, False)
+
+
+ASKED = ("--policy", "policy", "--policy", "tied", "--problems", "sums.jsonl", "--problems", "few.jsonl")
+HOW = ("--template", "none", "--max-tokens", 60, "--num-samples", 8)
+EVAL = ("eval", *ASKED, *HOW, "--k", 8)
+NUM_SUMS, NUM_FEW = 41, 1  # of the few, one rank has none
+
+
+def problem(number):
+    a, b = number % 9 + 1, number % 7
+    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
+
+
+@pytest.fixture
+def place(tmp_path, tiny_policy, tied_policy):
+    """A directory with two policies that need an engine each, and two sets of problems."""
+    (tmp_path / "policy").symlink_to(tiny_policy)
+    (tmp_path / "tied").symlink_to(tied_policy)
+    jsonl.write(tmp_path / "sums.jsonl", map(problem, range(NUM_SUMS)))
+    jsonl.write(tmp_path / "few.jsonl", map(problem, range(NUM_FEW)))
+    return tmp_path
+
+
+def alone(place, *arguments):
+    """Run a command in one process; return what it said."""
+    process = warm.start(list(map(str, arguments)), place, place / "log")
+    process.join()
+    said = (place / "log").read_text()
+    (place / "log").unlink()
+    assert process.exitcode == 0, said
+    return said
+
+
+def together(places, *arguments):
+    """Run a command as two ranks; return their exit codes and what each said."""
+    codes = launched.finish(launched.start(arguments, *places))
+    logs = [place / f"log-{rank}" for rank, place in enumerate(places)]
+    said = [log.read_text() for log in logs]
+    for log in logs:
+        log.unlink()
+    return codes, said
+
+
+def drawn_in(path):
+    return list(records.read(path, Rollout))
+
+
+def check_alike(found, expected):
+    """The same rollouts in the same order; some met the rounding of another batch."""
+    key = [(r["policy"], r["problem_id"], r["sample"]) for r in expected]
+    assert [(r["policy"], r["problem_id"], r["sample"]) for r in found] == key
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) > 0.97 * len(expected)
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_and_grade_what_one_process_does(place):
+    alone(place, *EVAL, "--out", "one")
+    codes, said = together([place, place], *EVAL, "--out", "two")
+    assert codes == [0, 0], said
+    assert "pass@8" in said[0] and "groups 84/84" in said[0] and not said[1]
+    one, two = (sorted(str(p.relative_to(place / name)) for p in (place / name).rglob("*")) for name in ("one", "two"))
+    assert one == two and not list(place.glob(".*"))
+    for name, number in (("sums", NUM_SUMS), ("few", NUM_FEW)):
+        drawn = drawn_in(place / "two" / name / "rollouts.jsonl")
+        check_alike(drawn, drawn_in(place / "one" / name / "rollouts.jsonl"))
+        assert len(drawn) == 2 * 8 * number
+    codes, said = together([place, place], "eval", "--regrade", "two", "--out", "again", "--k", 8)
+    assert codes == [0, 0] and "no verdict changed" in said[0] and not said[1]
+    for name in ("metrics.json", *(f"{s}/{f}" for s in ("sums", "few") for f in ("rollouts.jsonl", "metrics.json"))):
+        assert (place / "again" / name).read_bytes() == (place / "two" / name).read_bytes()
+    codes, said = together([place, place], "sample", *ASKED[:2], *ASKED[4:6], *HOW, "--out", "sampled.jsonl")
+    assert codes == [0, 0], said
+    check_alike(drawn_in(place / "sampled.jsonl"), drawn_in(place / "two/sums/rollouts.jsonl")[: 8 * NUM_SUMS])
+    assert not list(place.glob(".*"))
+
+
+@pytest.mark.slow
+def test_killed_on_one_rank_and_repeated_in_one_process_the_real_thing_gives_what_it_gives_at_once(place):
+    jsonl.write(place / "sums.jsonl", map(problem, range(120)))
+    arguments = ["eval", *ASKED[:2], *ASKED[4:6], *HOW, "--num-samples", 16, "--k", 8, "--out"]
+    command = [*launched.DDP, *map(str, arguments), "two"]
+    environment = os.environ | launched.ENVIRONMENT | {"PYTHONPATH": str(launched.ROOT)}
+    with (place / "log").open("w") as log:
+        launcher = subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
+        while not all(kept := [num_kept(place, engine) for engine in (0, 1)]) or sum(kept) < 12:
+            assert launcher.poll() is None, (place / "log").read_text()[-3000:]
+            time.sleep(0.02)
+        os.kill(rank_of(launcher.pid, 1), signal.SIGKILL)
+        assert launcher.wait(launched.LIMIT_S) != 0
+    assert sum(kept) < 120 and not (place / "two").exists()
+    kept = sum(num_kept(place, engine) for engine in (0, 1))
+    said = alone(place, *arguments, "two")
+    assert "pass@8" in said
+    assert min(map(int, re.findall(r"groups (\d+)/120", said))) > kept, "it began anew"
+    alone(place, *arguments, "one")
+    check_alike(drawn_in(place / "two/rollouts.jsonl"), drawn_in(place / "one/rollouts.jsonl"))
+    assert sorted(path.name for path in place.iterdir()) == ["few.jsonl", "one", "policy", "sums.jsonl", "tied", "two"]
+
+
+def num_kept(place, engine):
+    """Groups on disk that one engine of an evaluation has drawn."""
+    return sum(path.read_bytes().count(b"\n") for path in place.glob(f".two.partial/*-{engine}.jsonl"))
+
+
+def rank_of(launcher, rank):
+    """The process id of a rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (pid,) = (pid for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
+    return int(pid)
+
+
+BOTH = "both ranks in the first directory"
+
+
+def another_call(places):
+    (places[0] / ".out.partial").mkdir()
+    (places[0] / ".out.partial/settings.json").write_text(json.dumps({"parameters": {"max_tokens": 59}}))
+    return BOTH
+
+
+def another_file(places):
+    jsonl.write(places[1] / "sums.jsonl", map(problem, range(NUM_SUMS - 1)))
+
+
+def another_disk(places):
+    """Both see the same, but each writes to a directory of its own."""
+
+
+def a_file_that_only_one_lacks(places):
+    (places[1] / "few.jsonl").unlink()
+
+
+def no_engine(places):
+    for name in ("policy", "tied"):
+        policy = places[0] / name
+        shutil.copytree(policy.resolve(), places[0] / f"strange-{name}")
+        policy.unlink()
+        (places[0] / f"strange-{name}").rename(policy)
+        config = json.loads((policy / "config.json").read_text())
+        (policy / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForNothing"]}))
+    return BOTH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (another_file, "on .* sees another sums.jsonl than rank 0 on"),
+        (a_file_that_only_one_lacks, "few.jsonl: no such file"),
+        (another_disk, r"on .* does not see \.out\.partial/settings\.json, which rank 0 has made"),
+        (another_call, "max_tokens was 59, is now 60"),
+        (no_engine, "does not start with it .*Qwen9ForNothing"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_said_in_one_line_and_ends_all_with_code_2(place, damage, fault):
+    places = [place / "first", place / "second"]
+    for each in places:
+        shutil.copytree(place, each, symlinks=True, ignore=lambda *_: ["first", "second"])
+    if damage(places) is BOTH:
+        places = [places[0]] * 2
+    codes, said = together(places, *EVAL, "--out", "out")
+    assert codes == [2, 2], said
+    assert re.fullmatch(f"rloop: .*{fault}.*\n", "".join(said))

@@ -230,10 +230,6 @@ def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_po
     assert not (tmp_path / "rl").exists()
 
 
-DDP = (
-    *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
-    *("--config_file", str(ranks.ROOT / "configs/accelerate/cpu2.yaml"), "-m", "rloop_cli"),
-)
 STARTER = (  # under nohup a run is meant to outlive its starter, so SIGHUP is put back
     "import signal, subprocess, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     "subprocess.Popen(['bash', '-c', '\"$@\"; true', *sys.argv]); input()"
@@ -263,7 +259,7 @@ def check_the_ranks_work(out, steps):
 def test_two_processes_end_with_the_starter_of_their_launcher_and_go_on_when_started_again(toy, easy, tmp_path):
     out, environment = tmp_path / "rl", os.environ | ranks.ENVIRONMENT
     arguments = command(toy / "policy", easy, out, "--save-every", 100, "--steps")
-    launch = [*DDP, *arguments]
+    launch = [*ranks.DDP, *arguments]
     log = (tmp_path / "log").open("w")
     starter = subprocess.Popen(
         [sys.executable, "-c", STARTER, *launch, "500"],

@@ -12,13 +12,16 @@ that draws waits for none. A rank that dies is noticed by the launcher, which en
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from stages.core.errors import CollapseError, InputError
 
+STORE_LIMIT_S = 10  # for the launcher's store to answer, once a rank has failed
 T = TypeVar("T")
 
 
@@ -84,10 +87,6 @@ class Ranks:
         except RuntimeError as error:  # torch's, when a connection breaks
             raise CollapseError(f"rank {self.rank} lost another rank, which may have said why: {error}") from error
 
-    def any(self, here: bool) -> bool:
-        """Whether it is true on any rank."""
-        return any(self.gather(here))
-
     def together(self, work: Callable[[], T]) -> T:
         """What `work` gives on this rank, once it is done on all; if it fails on one, all end.
 
@@ -113,6 +112,29 @@ class Ranks:
         """What `work` gives on the first rank, which alone does it; if it fails there, all end as in `together`."""
         value = self.together(lambda: work() if self.is_first else None)
         return self.gather(value)[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Let one rank alone raise an InputError that several meet in the block; the others leave with its code.
+
+        For what can't be done `together`, since ranks wait for each other inside, as when their engines start.
+        """
+        try:
+            yield
+        except InputError:
+            if self.is_alone or self._is_first_to_fail():
+                raise
+            raise SystemExit(2) from None
+
+    def _is_first_to_fail(self) -> bool:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=STORE_LIMIT_S))
+            return bool(store.add("rloop/failed", 1) == 1)
+        except RuntimeError:  # it went with rank 0, which failed before
+            return False
 
     def refuse_differences(self, seen: Mapping[str, str]) -> None:
         """Raise InputError, as `together` does, if ranks see different things; `seen` are digests by name."""

@@ -176,7 +176,8 @@ class Engines:
         else:
             if self._engine is not None:
                 self._engine.close()
-            self._engine = self._start(policy)
+            with self._ranks.one_voice():
+                self._engine = self._start(policy)
         self._policy = policy
         return self._engine
 

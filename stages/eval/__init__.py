@@ -61,8 +61,9 @@ def run(
     """Evaluate policies: avg@k and pass@k with their intervals, and which differences between policies are real.
 
     Several policies share one engine, so they need one architecture and one tokenizer. A call that was interrupted
-    goes on where it stopped when it is repeated. The same call gives the same samples, whatever the order of the
-    problems and the other policies, up to the rounding of floats in the engine's batches.
+    goes on where it stopped when it is repeated, with any number of processes. The same call gives the same samples,
+    whatever the order of the problems, the other policies and the number of processes, up to the rounding of floats in
+    the engine's batches.
 
     With --selected the policies of one evaluation are asked on other sets: every checkpoint on the validation set,
     say, and then only those on the test sets that it left standing.
