@@ -13,11 +13,11 @@ that draws waits for none. A rank that dies is noticed by the launcher, which en
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from stages.core.errors import CollapseError, InputError
 
@@ -85,7 +85,8 @@ class Ranks:
         try:
             return list(gather_object([mine]))
         except RuntimeError as error:  # torch's, when a connection breaks
-            raise CollapseError(f"rank {self.rank} lost another rank, which may have said why: {error}") from error
+            lost = f"rank {self.rank} lost another, which has ended or can't be reached"
+            raise CollapseError(f"{lost}: see what that one said, then start again") from error
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` gives on this rank, once it is done on all; if it fails on one, all end.
@@ -102,11 +103,9 @@ class Ranks:
             error = caught
         codes = self.gather(0 if error is None else 2 if isinstance(error, InputError | OSError) else 1)
         failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is None:
-            return value
-        if failed == self.rank and error is not None:
-            raise error
-        raise SystemExit(codes[failed])
+        if failed is not None:
+            self._leave(codes[failed], error if failed == self.rank else None)
+        return value
 
     def on_first(self, work: Callable[[], T]) -> T:
         """What `work` gives on the first rank, which alone does it; if it fails there, all end as in `together`."""
@@ -124,7 +123,15 @@ class Ranks:
         except InputError:
             if self.is_alone or self._is_first_to_fail():
                 raise
-            raise SystemExit(2) from None
+            self._leave(2)
+
+    def _leave(self, code: int, error: Exception | None = None) -> NoReturn:
+        """End with `error`, or after the rank that has it: when one ends, the launcher ends all, spoken or not."""
+        if error is not None:
+            raise error
+        with suppress(CollapseError):
+            self.gather(None)  # which fails when that rank is gone
+        raise SystemExit(code)
 
     def _is_first_to_fail(self) -> bool:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
