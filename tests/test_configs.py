@@ -1,5 +1,6 @@
 """Every key of every params file is an option of its stage, with a value that the option takes; the Slurm scripts."""
 
+import math
 import os
 import signal
 import subprocess
@@ -14,8 +15,8 @@ from rloop_cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
-SECTIONS = {"rl": "rl", "vanilla": "rl", "filter": "filter", "rft": "rft", "eval": "eval", "sets": "eval",
-            "analyze": "analyze", "report": "report"}  # fmt: skip
+SECTIONS = {"rl": "rl", "vanilla": "rl", "filter": "filter", "rft": "rft", "eval": "eval", "valid": "eval",
+            "tests": "eval", "analyze": "analyze", "report": "report"}  # fmt: skip
 MAPS = {"toy": "toy", "prepare": "prepare", "prepare_train": "prepare"}
 NO_STAGE = {"launch", "fetch", "iterations"}
 
@@ -65,8 +66,9 @@ def test_rl_and_eval_ask_with_the_same_template_and_the_options_hold_together(pa
     Options(**params["rl"])
     assert params["rl"]["template"] == params["eval"]["template"]
     assert max(params["eval"]["k"]) <= params["eval"]["num_samples"]
-    valid = {params["analyze"]["set"], params["report"]["valid"], Path(params["sets"]["problems"][0]).stem}
-    assert len(valid) == 1
+    [problems] = params["valid"]["problems"]
+    assert {params["analyze"]["set"], params["report"]["valid"], Path(problems).stem} == {Path(problems).stem}
+    assert params["valid"]["select"] == f"pass@{max(params['eval']['k'])}", "as the report chooses checkpoints"
 
 
 def test_the_paper_s_numbers_stand_in_the_paper_s_config():
@@ -144,3 +146,34 @@ def test_a_slurm_job_goes_back_into_the_queue_if_its_time_is_up_and_for_nothing_
     assert job.wait(30) == code
     calls = (directory / "calls").read_text() if (directory / "calls").exists() else ""
     assert calls == ("scancel --signal=TERM 7\nscontrol requeue 7\n" if is_back else "")
+
+
+def asked(params, tested):
+    """(policies x sets, problems asked of them) if so many policies are asked the test sets."""
+    sizes = {"aime": 30, "minerva": 272, "omni": 4428, "math": 500}
+    [valid], tests = ([sizes[Path(file).stem] for file in params[part]["problems"]] for part in ("valid", "tests"))
+    return num_policies(params) + tested * len(tests), num_policies(params) * valid + tested * sum(tests)
+
+
+def num_policies(params):
+    """The base, each iteration's checkpoints and the policy it ends with, the baseline's checkpoints."""
+    every = params["rl"]["checkpoint_every"]
+    of_run, of_vanilla = (math.ceil(params[part]["steps"] / every) for part in ("rl", "vanilla"))
+    return 1 + len(params["iterations"]) * (of_run + 1) + of_vanilla
+
+
+def test_the_cost_of_the_paper_s_evaluations_is_as_the_documentation_has_it():
+    params = yaml.safe_load((ROOT / "configs/qwen2.5-math-7b.yaml").read_text())
+    num_iterations = len(params["iterations"])
+    fewest = 1 + 2 * num_iterations + 1  # base; end and policy of each iteration; end of the baseline
+    rows = {
+        "every policy, every set": num_policies(params),
+        "what counts, at least": fewest,
+        "what counts, at most": fewest + num_iterations + 1,  # and another checkpoint of each run, selected
+    }
+    text = (ROOT / "docs/long-runs.md").read_text()
+    for name, tested in rows.items():
+        pairs, num_problems = asked(params, tested)
+        hours = 1.5 * num_problems / 5230
+        rollouts = num_problems * params["eval"]["num_samples"]
+        assert f"| {name} | {pairs} | {rollouts:,} | {hours:.1f} | {hours / 8:.1f} |" in text

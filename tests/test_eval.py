@@ -49,11 +49,11 @@ class Started(list):
         return self[-1]
 
 
-def run(policies, problems, out, num_samples=4, k=(1, 4), select="", options=OPTIONS, regrade=None):
+def run(policies, problems, out, num_samples=4, k=(1, 4), select="", options=OPTIONS, regrade=None, **more):
     files = problems if isinstance(problems, list) else [problems]
     evaluation_stage.run(
         policy=[str(policy) for policy in policies], problems=files, out=out, regrade=regrade, num_samples=num_samples,
-        k=list(k), select=select, options=options,
+        k=list(k), select=select, options=options, **more,
     )  # fmt: skip
 
 
@@ -250,6 +250,52 @@ def test_the_best_policy_by_a_metric_is_named(engines, tiny_policy, other_policy
     assert f"best on sums by avg@4: {other_policy}" in capsys.readouterr().out
 
 
+@pytest.fixture
+def validated(engines, tiny_policy, other_policy, problems, tmp_path, monkeypatch):
+    """An eval of a run's three checkpoints, the second of which is the best, and of a policy fine-tuned after it."""
+    monkeypatch.chdir(tmp_path)
+    for place, policy in {
+        CHECKPOINTS[0]: tiny_policy, CHECKPOINTS[1]: other_policy, CHECKPOINTS[2]: tiny_policy, TUNED: tiny_policy
+    }.items():  # fmt: skip
+        shutil.copytree(policy, place)
+    run([str(Path(TUNED)), "1/rl/checkpoints"], problems, Path("valid"), select="avg@4")
+    assert load(Path("valid/metrics.json"))["selected"]["policy"] == CHECKPOINTS[1]
+    return Path("valid")
+
+
+CHECKPOINTS = [f"1/rl/checkpoints/step_{step:06d}" for step in (2, 10, 12)]
+TUNED = "1/policy"
+
+
+def asked(out):
+    """The policies that an eval output has results of, in order."""
+    return list(metrics.by_policy(read(Path(out), Result)))
+
+
+def test_what_an_evaluation_selected_is_asked_with_the_ends_of_runs_and_what_is_no_checkpoint(validated, problems):
+    run([], problems, Path("test"), selected=[validated])
+    assert asked("test") == [TUNED, *CHECKPOINTS[1:]]
+    run([], problems, Path("all"), selected=[validated], all_checkpoints=True)
+    assert asked("all") == [TUNED, *CHECKPOINTS]
+
+
+def test_a_policy_that_is_named_and_selected_or_selected_twice_is_asked_once(validated, problems):
+    shutil.copytree(validated, "again")
+    run([CHECKPOINTS[0], CHECKPOINTS[2]], problems, Path("test"), selected=[validated, Path("again")])
+    assert asked("test") == [CHECKPOINTS[0], CHECKPOINTS[2], TUNED, CHECKPOINTS[1]]
+
+
+def test_policies_are_taken_from_no_eval_that_selected_nothing(validated, problems):
+    run([TUNED], problems, Path("unselected"))
+    with pytest.raises(InputError, match="--selected unselected: it selected no policy; evaluate with --select"):
+        run([], problems, Path("test"), selected=[Path("unselected")])
+    with pytest.raises(InputError, match="--selected 1/policy: no manifest"):
+        run([], problems, Path("test"), selected=[Path(TUNED)])
+    shutil.rmtree(TUNED)
+    with pytest.raises(InputError, match="policy 1/policy: no such directory"):
+        run([], problems, Path("test"), selected=[validated])
+
+
 def test_of_equals_by_the_metric_the_best_by_average_is_named_as_the_report_does_then_the_first():
     def summary(coverage, average):
         return {"avg@4": {"value": average}, "pass@4": {"value": coverage}}
@@ -297,7 +343,7 @@ def test_an_average_over_fewer_problems_is_refused(engines, tiny_policy, problem
 
 def test_grading_again_takes_neither_policies_nor_problems(problems, tmp_path):
     for policies, files in (([tmp_path], []), ([], problems)):
-        with pytest.raises(InputError, match="--regrade draws nothing: leave out --policy, --problems and --limit"):
+        with pytest.raises(InputError, match="--regrade draws nothing: leave out --policy, --selected, --problems and"):
             run(policies, files, tmp_path / "again", regrade=tmp_path / "out")
 
 

@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 FILES = ("stages", "rloop_cli", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/plots", ".dvc/.gitignore")
 STAGES = (
     "toy@0 rl@1 filter@1 rft@1 rl@2 filter@2 rft@2 rl@3 filter@3 rft@3 vanilla eval_base eval@1 eval@2 eval@3 "
-    "eval_vanilla analyze report"
+    "eval_vanilla test@1 test@2 test@3 test_vanilla analyze report"
 )
 
 
@@ -63,8 +63,9 @@ def shrunken():
     params["rl"] |= {"steps": 2, "problems_per_step": 4, "group_size": 8, "checkpoint_every": 1}
     params["vanilla"]["steps"] = 2
     params["filter"]["max_pass_rate"] = 0.9
-    params["eval"] |= {"num_samples": 8, "k": [4, 8], "select": "pass@8"}
-    params["sets"]["problems"] = ["runs/0/valid.jsonl", "runs/0/prec.jsonl"]
+    params["eval"] |= {"num_samples": 8, "k": [4, 8]}
+    params["valid"]["select"] = "pass@8"
+    params["tests"]["problems"] = ["runs/0/prec.jsonl", "runs/0/long.jsonl"]
     params["report"]["ks"] = [4, 8]
     return params
 
@@ -75,12 +76,12 @@ def test_the_graph_parses_into_the_expected_stages(tmp_path):
     assert sorted(names) == sorted(STAGES.split())
 
 
-def test_one_more_iteration_is_one_more_line_and_four_more_stages(tmp_path):
+def test_one_more_iteration_is_one_more_line_and_five_more_stages(tmp_path):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["iterations"]["4"] = {"start": "runs/3/policy"}
     copy_of_project(tmp_path, params)
     names = {line.split()[0] for line in dvc(tmp_path, "stage", "list", "--all").splitlines()}
-    assert names - set(STAGES.split()) == {"rl@4", "filter@4", "rft@4", "eval@4"}
+    assert names - set(STAGES.split()) == {"rl@4", "filter@4", "rft@4", "eval@4", "test@4"}
 
 
 def test_what_would_be_done_is_shown_from_the_start_with_the_iterations_that_count(tmp_path):
@@ -90,7 +91,10 @@ def test_what_would_be_done_is_shown_from_the_start_with_the_iterations_that_cou
     params["iterations"]["2"] = {"start": "runs/1/policy"}
     copy_of_project(tmp_path, params)
     shown = planned(tmp_path)
-    names = "toy@0 rl@1 filter@1 rft@1 rl@2 filter@2 rft@2 vanilla eval_base eval@1 eval@2 eval_vanilla analyze report"
+    names = (
+        "toy@0 rl@1 filter@1 rft@1 rl@2 filter@2 rft@2 vanilla eval_base eval@1 eval@2 eval_vanilla test@1 test@2 "
+        "test_vanilla analyze report"
+    )
     assert shown.keys() == set(names.split())
     for name in ("analyze", "report"):
         words = shlex.split(shown[name])
@@ -104,6 +108,7 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     dvc(tmp_path, "repro")
     table = (tmp_path / "runs/results.md").read_text()
     assert all(method in table for method in ("Base", "RL", "RLoop"))
+    every_checkpoint_is_validated_and_what_counts_is_tested(tmp_path / "runs")
     for name in ("report.html", "results.tsv", "curves.tsv", "figures", "analysis", "1/policy/model.safetensors"):
         assert (tmp_path / "runs" / name).exists(), name
     assert "up to date" in dvc(tmp_path, "repro")
@@ -141,7 +146,25 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
 
     params["iterations"]["2"] = {"start": "runs/1/policy"}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    assert planned(tmp_path).keys() == {"rl@2", "filter@2", "rft@2", "eval@2", "analyze", "report"}
+    assert planned(tmp_path).keys() == {"rl@2", "filter@2", "rft@2", "eval@2", "test@2", "analyze", "report"}
+
+
+def every_checkpoint_is_validated_and_what_counts_is_tested(runs):
+    """Two steps, a checkpoint each: the second is the end of its run, the first is tested if it was selected."""
+    checkpoints = [f"rl/checkpoints/step_00000{step}" for step in (1, 2)]
+    for key, others in (("1", ["runs/1/policy"]), ("vanilla", [])):
+        validated = json.loads((runs / f"eval/{key}/valid/metrics.json").read_text())
+        asked = [*(f"runs/{key}/{checkpoint}" for checkpoint in checkpoints), *others]
+        assert list(validated["policies"]) == asked
+        for name in ("prec", "long"):
+            tested = json.loads((runs / f"eval/{key}/test/{name}/metrics.json").read_text())
+            assert list(tested["policies"]) == [p for p in asked if p in (validated["selected"]["policy"], *asked[1:])]
+            assert "selected" not in tested, "nothing is selected on a test set"
+    rows = (runs / "results.tsv").read_text().splitlines()
+    sets = [row.split("\t")[:2] for row in rows if row.split("\t")[1] in ("Base", "RL", "RLoop")]
+    assert sets == [
+        [name, method] for name in ("valid", "long", "prec", "Average") for method in ("Base", "RL", "RLoop")
+    ]
 
 
 def left_behind_by_a_second_iteration(runs):

