@@ -307,7 +307,7 @@ class VllmEngine:
                 self._note_preemptions(preemptions)
         finally:  # an interrupted call leaves nothing behind for the next one
             core.abort_request([str(index) for index in range(num_begun) if not groups[index]])
-            if self.num_preemptions is not None:
+            if self.num_preemptions is not None and self.keeps:  # an engine of several ranks counts once
                 self.num_preemptions += sum(preemptions.values())
         assert all(len(group) == sampling.num_samples for group in groups), "the engine lost completions"
         return groups
