@@ -2,16 +2,18 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from stages import rl
 from stages.core import adapters, policies
 from stages.core.errors import InputError
 from stages.rl.trainer import Trainer
-from tests.test_trainer import OPTIONS, close, some_rollouts, trainer_in
+from tests.test_trainer import OPTIONS, close, some_rollouts
 
 LORA = replace(OPTIONS, lora_rank=8)
 
@@ -157,17 +159,27 @@ def test_the_first_values_come_from_the_seed_and_leave_torch_s_generator_alone(t
     assert not same(first, other)
 
 
-def test_in_bfloat16_what_it_holds_without_loss_is_held_in_it_and_computes_the_same(coarse_policy, tiny_policy):
-    trainer = Trainer(coarse_policy, trainer_in("bfloat16", coarse_policy).accelerator, LORA)
+@pytest.fixture
+def in_bfloat16():
+    """An accelerator that computes in bfloat16; those that are made later do not."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield rl._accelerator(rl.Options(dtype="bfloat16"), Path())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_in_bfloat16_what_it_holds_without_loss_is_held_in_it_and_computes_the_same(
+    coarse_policy, tiny_policy, in_bfloat16
+):
+    trainer = Trainer(coarse_policy, in_bfloat16, LORA)
     held = {name.split(".")[-3 if "base_layer" in name else -2]: w.dtype for name, w in frozen(trainer).items()}
     assert held["down_proj"] == held["q_proj"] == held["lm_head"] == torch.bfloat16
     assert held["embed_tokens"] == held["norm"] == torch.float32
     assert {weight.dtype for weight in adapters.trained(trainer.model).values()} == {torch.float32}
-    whole = Trainer(coarse_policy, trainer.accelerator, OPTIONS)
+    whole = Trainer(coarse_policy, in_bfloat16, OPTIONS)
     rollouts = some_rollouts(8)
     assert all(map(torch.equal, trainer.log_probs(rollouts), whole.log_probs(rollouts)))
     assert same(dict(trainer.weights()), dict(whole.weights()))
-    assert {w.dtype for w in frozen(Trainer(tiny_policy, trainer.accelerator, LORA)).values()} == {torch.float32}
+    assert {w.dtype for w in frozen(Trainer(tiny_policy, in_bfloat16, LORA)).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
