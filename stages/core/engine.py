@@ -166,7 +166,11 @@ class VllmEngine:
             return {}
         _keep_process_group()
         options = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": self.tensor_parallel}
-        return options if self.on_gpu else options | {"worker_cls": "stages.core.cpu_worker.Worker"}
+        if self.on_gpu:
+            return options
+        from stages.core.cpu_worker import Worker
+
+        return options | {"worker_cls": f"{Worker.__module__}.{Worker.__qualname__}"}
 
     def load(self, weights: Weights) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs and forget every cached prefix."""
