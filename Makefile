@@ -42,8 +42,8 @@ parts:
 	@$(STAGES) | sed -n 's/^eval/stage-eval/p' | xargs $(MAKE) --no-print-directory -j2 -O
 	@$(STAGES) | sed -n 's/^test/stage-test/p' | xargs $(MAKE) --no-print-directory -j2 -O
 
-loop: # rl, filter and rft of each iteration after the one before
-	$(STAGES) | grep -E '^(rl|filter|rft)@' | sort -s -t@ -k2n | xargs $(REPRO)
+loop: # rl, and filter and rft or merge, of each iteration after the one before
+	$(STAGES) | grep -E '^(rl|filter|rft|merge)@' | sort -s -t@ -k2n | xargs $(REPRO)
 
 baseline:
 	$(REPRO) vanilla >runs/baseline.log 2>&1

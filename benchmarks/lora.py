@@ -5,7 +5,8 @@
 Each rank (0 is full training) has a process of its own, which makes the trainer, one update to warm up, and then an
 update whenever it is told to. All live side by side and take turns, so that other work on the machine counts for all
 alike. Memory is the resident set above that before the trainer was made, its peak during the updates; on a GPU also
-torch's own count.
+torch's own count. On a CPU that includes what malloc keeps back of tensors that are gone, so the difference between
+ranks comes out too small.
 """
 
 import argparse
@@ -75,9 +76,8 @@ def serve(channel: Any, args: argparse.Namespace, rank: int) -> None:
     batch = rollouts(size, args.rollouts, args.prompt_tokens, args.completion_tokens)
     trainer.update(batch, 1e-6)
     trainer.release()
-    held = resident() - before
     number = sum(weight.numel() for weight in adapters.trained(trainer.model).values())
-    channel.send({"rank": rank, "trained": number, "held": held})
+    channel.send({"rank": rank, "trained": number})
     while channel.recv():
         reset_peak()
         started = time.perf_counter()
@@ -125,7 +125,6 @@ def main() -> None:
             "trained parameters": about["trained"],
             "tokens/s": round(tokens / min(times)),
             "tokens/s, median": round(tokens / statistics.median(times)),
-            "held GiB": round(about["held"], 2),
             "peak GiB": round(max(each["peak"] for each in figures), 2),
             "merge s": round(min(each["merge"] for each in figures), 2),
         }

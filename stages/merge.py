@@ -58,7 +58,7 @@ def run(
         inputs = {f"policy {number}": digest(path) for number, path in enumerate(paths)}
         named = {name: str(path) for name, path in zip(inputs, paths, strict=True)}
         seconds = time.perf_counter() - started
-        record = manifest(identify(run, given, inputs), {"tensors": num_tensors}, seconds, policies=named)
+        record = manifest(identify(run, given, inputs), {"tensors": num_tensors}, seconds, paths=named)
         outputs.write_json(beside / "manifest.json", record)
 
 

@@ -15,10 +15,10 @@ from rloop_cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
-SECTIONS = {"rl": "rl", "vanilla": "rl", "filter": "filter", "rft": "rft", "eval": "eval", "valid": "eval",
-            "tests": "eval", "analyze": "analyze", "report": "report"}  # fmt: skip
+SECTIONS = {"rl": "rl", "vanilla": "rl", "filter": "filter", "rft": "rft", "merge": "merge", "eval": "eval",
+            "valid": "eval", "tests": "eval", "analyze": "analyze", "report": "report"}  # fmt: skip
 MAPS = {"toy": "toy", "prepare": "prepare", "prepare_train": "prepare"}
-NO_STAGE = {"launch", "fetch", "iterations"}
+NO_STAGE = {"launch", "fetch", "iterations", "tuned", "merged"}
 
 
 def held_against_options(stage, section):
@@ -55,6 +55,7 @@ def test_the_iterations_are_chained_and_vanilla_has_as_many_steps(path):
     params = yaml.safe_load(path.read_text())
     starts = [params["iterations"][str(i + 1)]["start"] for i in range(len(params["iterations"]))]
     assert starts == [f"runs/{i}/policy" for i in range(len(starts))]
+    assert params["tuned"] | params["merged"] == params["iterations"]
     assert params["vanilla"]["steps"] == params["rl"]["steps"] * len(starts)
 
 

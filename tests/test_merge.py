@@ -60,7 +60,7 @@ def test_a_merged_policy_loads_as_the_first_does_and_says_what_it_is_made_of(tin
     record = json.loads((out / "manifest.json").read_text())
     assert record["stage"] == "merge"
     assert record["parameters"]["weight"] == [0.5, 0.25, 0.25]
-    assert list(record["policies"].values()) == [str(tiny_policy), str(moved), str(moved)]
+    assert list(record["paths"].values()) == [str(tiny_policy), str(moved), str(moved)]
 
 
 def test_a_directory_of_checkpoints_stands_for_its_last_one(tiny_policy, moved, tmp_path):

@@ -59,7 +59,7 @@ def planned(directory):
 def shrunken():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["toy"]["0"] = {"seed": 0, "pretrain_steps": 200, "num_train": 40, "num_test": 6}
-    params["iterations"] = {"1": {"start": "runs/0/policy"}}
+    params["iterations"] = params["tuned"] = {"1": {"start": "runs/0/policy"}}
     params["rl"] |= {"steps": 2, "problems_per_step": 4, "group_size": 8, "checkpoint_every": 1}
     params["vanilla"]["steps"] = 2
     params["filter"]["max_pass_rate"] = 0.9
@@ -99,6 +99,17 @@ def test_what_would_be_done_is_shown_from_the_start_with_the_iterations_that_cou
     for name in ("analyze", "report"):
         words = shlex.split(shown[name])
         assert lineage.chosen(words[words.index("--iterations") + 1]) == {1, 2}
+
+
+def test_an_iteration_may_end_with_merge_in_the_place_of_filter_and_rft(tmp_path):
+    params = shrunken()
+    params["tuned"], params["merged"] = {}, params["iterations"]
+    copy_of_project(tmp_path, params)
+    shown = planned(tmp_path)
+    assert {"rl@1", "merge@1", "eval@1"} < shown.keys()
+    assert not {"filter@1", "rft@1"} & shown.keys()
+    wanted = "--policy runs/0/policy --policy runs/1/rl/checkpoints --out runs/1/policy --weight 0.5 --weight 0.5"
+    assert shown["merge@1"] == f"rloop merge {wanted}"
 
 
 @pytest.mark.slow

@@ -140,6 +140,7 @@ def test_killed_on_one_rank_and_repeated_in_one_process_the_real_thing_gives_wha
             time.sleep(0.02)
         os.kill(rank_of(launcher.pid, 1), signal.SIGKILL)
         assert launcher.wait(launched.LIMIT_S) != 0
+    (place / "log").unlink()
     assert sum(kept) < 120 and not (place / "two").exists()
     kept = sum(num_kept(place, engine) for engine in (0, 1))
     said = alone(place, *arguments, "two")

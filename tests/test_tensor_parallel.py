@@ -157,9 +157,11 @@ def test_ranks_share_an_engine_if_they_have_whole_heads_each(make_policy, heads,
 
 
 @pytest.mark.parametrize(
-    ("heads", "key_value_heads", "fault"), [(6, 6, "divide the 6 attention heads"), (12, 3, "the 3 key/value heads")]
+    ("heads", "key_value_heads", "units", "fault"),
+    [(6, 6, 96, "the 6 attention heads"), (12, 3, 96, "the 3 key/value heads"), (12, 4, 98, "the 98 units of the MLP")],
 )
-def test_ranks_do_not_share_a_head(make_policy, heads, key_value_heads, fault):
-    policy = make_policy(hidden_size=96, num_attention_heads=heads, num_key_value_heads=key_value_heads)
-    with pytest.raises(InputError, match=f"--tensor-parallel 4: must divide .*{fault.removeprefix('divide ')}"):
+def test_ranks_do_not_share_a_head_or_a_unit(make_policy, heads, key_value_heads, units, fault):
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+    policy = make_policy(hidden_size=96, intermediate_size=units, **heads_of)
+    with pytest.raises(InputError, match=f"--tensor-parallel 4: must divide {fault}"):
         policies.check_divisible(policy, 4)

@@ -195,6 +195,9 @@ class Line:
             return []
         if manifest.get("stage") == "rft":
             return self._sources_of_rft(place, str(manifest.get("policy", "")), _inputs(manifest))
+        if manifest.get("stage") == "merge":
+            named = {name: self._find(path) for name, path in (manifest.get("paths") or {}).items()}
+            return [(at, _inputs(manifest).get(name, "")) for name, at in named.items() if at is not None]
         before = [self._start(place)] if place.name == "rl" else [self._start(place), place.with_name("rl")]
         return [(source, "") for source in before]  # no manifest, or gone: it is on the line if what is before it is
 

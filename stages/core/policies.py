@@ -277,15 +277,17 @@ def check_shapes(path: Path) -> None:
 
 
 def check_divisible(path: Path, num_parts: int) -> None:
-    """Raise InputError if `num_parts` ranks cannot share an engine with the policy: each has whole attention heads.
+    """Raise InputError if `num_parts` ranks cannot share an engine with the policy: each has whole heads and units.
 
     Fewer key/value heads than ranks are held several times over.
     """
     config = load_config(path).get_text_config()
     heads = getattr(config, "num_attention_heads", 0)
     shared = getattr(config, "num_key_value_heads", None) or heads
-    if heads % num_parts:
-        raise InputError(f"--tensor-parallel {num_parts}: must divide the {heads} attention heads of policy {path}")
+    units = getattr(config, "intermediate_size", None) or 0
+    for number, what in ((heads, "attention heads"), (units, "units of the MLP")):
+        if number % num_parts:
+            raise InputError(f"--tensor-parallel {num_parts}: must divide the {number} {what} of policy {path}")
     if shared % num_parts and num_parts % shared:
         raise InputError(
             f"--tensor-parallel {num_parts}: must divide the {shared} key/value heads of policy {path}, or be a "

@@ -279,17 +279,18 @@ def _explore(
     from stages.rl.explorer import Explorer
     from stages.rl.trainer import Trainer
 
-    engine = VllmEngine(
-        path,
-        max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts + asked.valid) + options.max_tokens,
-        dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-        memory_fraction=options.memory_fraction,
-        max_sequences=options.max_sequences,
-        sleeps=True,
-        distributed=accelerator.num_processes > 1,
-        tensor_parallel=options.tensor_parallel,
-        is_compiled=options.compile,
-    )
+    with Ranks(options.tensor_parallel).one_voice():
+        engine = VllmEngine(
+            path,
+            max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts + asked.valid) + options.max_tokens,
+            dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
+            memory_fraction=options.memory_fraction,
+            max_sequences=options.max_sequences,
+            sleeps=True,
+            distributed=accelerator.num_processes > 1,
+            tensor_parallel=options.tensor_parallel,
+            is_compiled=options.compile,
+        )
     trainer = Trainer(path, accelerator, options)
     stop_ids, stop = asked.ends
     sampling = Sampling(
