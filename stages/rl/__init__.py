@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from stages.core.adapters import LoraOptions
 from stages.core.errors import InputError
+from stages.core.kernels import Compiled
 from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
@@ -101,6 +102,7 @@ class Options(LoraOptions):
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.5
     tensor_parallel: TensorParallel = 1
+    compile: Compiled = False
     max_sequences: Annotated[
         int,
         "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
@@ -287,6 +289,7 @@ def _explore(
             sleeps=True,
             distributed=accelerator.num_processes > 1,
             tensor_parallel=options.tensor_parallel,
+            is_compiled=options.compile,
         )
     trainer = Trainer(path, accelerator, options)
     stop_ids, stop = asked.ends
