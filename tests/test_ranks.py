@@ -251,6 +251,7 @@ def example(number):
         ("rl", ("--lora-rank", 65), None, 2, "--lora-rank 65: .* take at most 64"),
         ("rft", (), other_examples, 2, "rank 1 on .* sees another examples than rank 0"),
         ("rft", (), something_else, 2, "out already holds something"),
+        ("rft", ("--examples", "-"), None, 2, "--examples -: several processes cannot share stdin"),
         ("rft", ("--batch-size", 3), None, 2, "--batch-size 3 does not divide among 2 processes"),
         ("rft", ("--lr", 1e30, "--max-grad-norm", 0), None, 1, "lower --lr"),
     ],

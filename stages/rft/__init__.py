@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from stages.core import outputs, records, tabular
 from stages.core.adapters import LoraOptions
 from stages.core.errors import InputError
+from stages.core.lifetime import end_with_parent
 from stages.core.options import PLACE, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
@@ -68,14 +69,13 @@ def run(
     --batch-size 8
     """
     given, started = locals(), time.perf_counter()
+    end_with_parent()
     ranks = Ranks()
     read = ranks.together(lambda: _read(policy, examples, out, options, ranks))
 
-    from stages.core.lifetime import end_with_parent
     from stages.rft.card import card
     from stages.rft.finetuning import fine_tune  # torch and TRL: only once the input is known to be good
 
-    end_with_parent()
     inputs = {"policy": digest(read.path), "examples": digest(examples)}
     ranks.refuse_differences(inputs)
     with ExitStack() as stack:
@@ -113,6 +113,8 @@ class _Read(NamedTuple):
 def _read(policy: str, file: Path, out: Path, options: Options, ranks: Ranks) -> _Read:
     """Read and check policy and examples, without the weights."""
     outputs.refuse_occupied(out)
+    if str(file) == "-" and not ranks.is_alone:
+        raise InputError("--examples -: several processes cannot share stdin: name a file")
     if options.batch_size % ranks.num_ranks:
         raise InputError(
             f"--batch-size {options.batch_size} does not divide among {ranks.num_ranks} processes: change it"

@@ -280,17 +280,21 @@ def _explore(
     options: Options,
 ) -> None:
     """Build engine, verifier, trainer and explorer, and do the steps that are left."""
-    from stages.core.engine import Sampling, VllmEngine
+    from stages.core.engine import Sampling, VllmEngine, fitting
     from stages.core.lifetime import stop_signal
     from stages.core.verifier import Verifier
     from stages.rl import validation
     from stages.rl.explorer import Explorer
     from stages.rl.trainer import Trainer
 
+    longest, valid_longest = (
+        max((len(prompt.token_ids) for prompt in prompts), default=0) + options.max_tokens
+        for prompts in (asked.prompts, asked.valid)
+    )
     with Ranks(options.tensor_parallel).one_voice():
         engine = VllmEngine(
             path,
-            max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts + asked.valid) + options.max_tokens,
+            max_model_len=max(longest, valid_longest),
             dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
             memory_fraction=options.memory_fraction,
             max_sequences=options.max_sequences,
@@ -298,6 +302,8 @@ def _explore(
             distributed=accelerator.num_processes > 1,
             tensor_parallel=options.tensor_parallel,
         )
+    if not options.max_sequences:  # long prompts of --valid must not change the batches, whose rounding rollouts have
+        engine.max_sequences = fitting(engine.cache_tokens, longest)
     trainer = Trainer(path, accelerator, options)
     stop_ids, stop = asked.ends
     sampling = Sampling(
