@@ -55,22 +55,13 @@ class Tuned:
         }
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes: the first of all that were launched."""
-    return bool(process_state().is_main_process)
-
-
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options, out: Path | None) -> Tuned:
     """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
 
-    Every launched process must call this. Raises InputError if the batch does not divide among the processes,
-    CollapseError if loss or gradient are no longer finite.
+    Every launched process must call this, with a batch that divides among them. Raises CollapseError if loss or
+    gradient are no longer finite.
     """
     num_processes = process_state().num_processes
-    if options.batch_size % num_processes:
-        raise InputError(
-            f"--batch-size {options.batch_size} does not divide among {num_processes} processes: change it"
-        )
     share = options.batch_size // num_processes
     vocabulary = policies.load_config(path).get_text_config().vocab_size
     budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
