@@ -1,7 +1,10 @@
 """eval with an engine that answers by rule: what it writes, resumes, refuses and grades again; then the real one."""
 
 import json
+import random
 import shutil
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import orjson
@@ -12,7 +15,8 @@ from stages.core import jsonl, metrics, records, verifier
 from stages.core.errors import InputError
 from stages.core.records import Result, Rollout
 from stages.core.sampling import Options, Plan
-from stages.eval import scoring
+from stages.core.verifier import Verifier
+from stages.eval import scoring, votes
 from stages.eval.partial import Groups, Writer
 from tests.scripted import ScriptedEngine
 
@@ -307,6 +311,90 @@ def test_of_equals_by_the_metric_the_best_by_average_is_named_as_the_report_does
     assert scoring.selected(summaries, "avg@4")["policy"] == "d"
 
 
+def majority_is_right(voters, k):
+    """The share of all choices of k `voters` in which most are correct, of classes that are level each its part."""
+    chances = []
+    for chosen in combinations(voters, k):
+        counts = Counter(vote for vote in chosen if vote != "silent")
+        winners = [vote for vote in counts if counts[vote] == max(counts.values())]
+        chances.append(("correct" in winners) / len(winners) if winners else 0)
+    return sum(chances) / len(chances)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_maj_at_k_is_the_share_of_all_choices_of_k_samples_in_which_most_are_correct(seed):
+    luck = random.Random(seed)
+    voters = luck.choices(["correct", "silent", "a", "b", "c", "d"], weights=[3, 1, 3, 2, 1, 1], k=luck.randint(1, 9))
+    counts = Counter(voters)
+    wrong = tuple(counts[vote] for vote in "abcd" if counts[vote])
+    for k in range(1, len(voters) + 1):
+        expected = majority_is_right(voters, k)
+        assert votes.maj_at_k(len(voters), counts["correct"], wrong, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_more_votes_than_samples_are_refused():
+    with pytest.raises(InputError, match="more votes than samples"):
+        votes.maj_at_k(4, 2, (2, 1), 2)
+
+
+def test_equivalent_answers_are_one_class_and_what_cannot_be_read_is_none():
+    halves = {"1/2": 1, "0.5": 2, r"\frac12": 3}
+    sums = {"x+1": 2, "1+x": 1, r"2x": 1}
+    words = {"east": 1, r"\text{East}": 1}
+    unreadable = {r"\frac{": 9, "x^^2": 9, r"\sqrt{}": 9}
+    with Verifier() as verifier:
+        sizes = votes.class_sizes([Counter(halves | sums | words | unreadable), Counter(), Counter(sums)], verifier)
+    assert sizes == [[6, 3, 2, 1], [], [3, 1]]
+
+
+def test_answers_are_of_one_class_whichever_of_them_the_verifier_takes_for_the_answer():
+    letter, labelled = "B", "(B) 5"
+    with Verifier() as verifier:
+        assert verifier.compare([(letter, labelled), (labelled, letter)]) == ["correct", "wrong"]
+        for order in ([letter, labelled, "C"], [labelled, "C", letter]):
+            assert votes.class_sizes([Counter(order)], verifier) == [[2, 1]]
+
+
+def test_majorities_follow_from_the_rollouts(engines, tiny_policy, other_policy, problems, tmp_path, capsys):
+    both = [tiny_policy, other_policy]
+    run(both, problems, tmp_path / "out", num_samples=6, k=(1, 4), maj=True, select="maj@4")
+    rollouts, found = read(tmp_path / "out"), load(tmp_path / "out/metrics.json")
+    for policy in map(str, both):
+        own = [r for r in rollouts if r["policy"] == policy]
+        chances = []
+        for number in range(NUM_PROBLEMS):  # this engine has one wrong answer for each problem
+            names = {"correct": "correct", "wrong": "wrong", "no_answer": "silent"}
+            voters = [names[r["verdict"]] for r in own if r["problem_id"] == f"p{number}"]
+            chances.append(majority_is_right(voters, 4))
+        assert found["policies"][policy]["maj@4"]["value"] == pytest.approx(sum(chances) / NUM_PROBLEMS)
+        low, value, high = (found["policies"][policy]["maj@4"][key] for key in ("low", "value", "high"))
+        assert low < value < high
+    values = [found["policies"][str(policy)]["maj@4"]["value"] for policy in both]
+    assert found["differences"][f"{other_policy} - {tiny_policy}"]["maj@4"]["value"] == pytest.approx(
+        values[1] - values[0]
+    )
+    assert found["selected"]["value"] == max(values) and "maj@4" in capsys.readouterr().out
+    assert any(result["wrong_votes"] for result in read(tmp_path / "out", Result))
+
+
+def test_majorities_are_the_same_at_once_after_an_interruption_and_by_grading_again(
+    engines, tiny_policy, problems, tmp_path
+):
+    run([tiny_policy], problems, tmp_path / "out", maj=True)
+    engines.dies_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        run([tiny_policy], problems, tmp_path / "later")
+    engines.dies_after = None
+    run([tiny_policy], problems, tmp_path / "later", maj=True)  # what was drawn without counts
+    assert len(engines[-1].asked) == NUM_PROBLEMS - 5
+    run([tiny_policy], problems, tmp_path / "without")
+    assert "maj" not in (tmp_path / "without/metrics.json").read_text()
+    run([], [], tmp_path / "again", regrade=tmp_path / "without", maj=True)
+    for name in ("rollouts.jsonl", "results.jsonl", "metrics.json"):
+        for other in ("later", "again"):
+            assert (tmp_path / other / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_policy, problems, tmp_path, capsys):
     run([tiny_policy, make_policy(std=0.6)], problems, tmp_path / "out", num_samples=16)
     [row] = [line for line in capsys.readouterr().out.splitlines() if " - " in line]
@@ -320,7 +408,8 @@ def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_po
         ({"k": (1, 8)}, r"--k 8 needs 1 to 4 \(--num-samples\)"),
         ({"k": (0,)}, "--k 0"),
         ({"num_samples": 0}, "--num-samples 0: must be at least 1"),
-        ({"select": "pass@2"}, "none of the metrics: avg@4, pass@1, pass@4"),
+        ({"select": "pass@2"}, "none of the metrics: avg@4, pass@1, pass@4$"),
+        ({"select": "maj@2", "maj": True}, "none of the metrics: avg@4, pass@1, pass@4, maj@1, maj@4"),
         ({"problems": []}, "--problems is missing"),
         ({"problems": [Path("-")]}, "--problems -: name a file"),
     ],

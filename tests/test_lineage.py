@@ -10,8 +10,7 @@ import pytest
 from stages import analyze, report
 from stages.core import jsonl, lineage, outputs, provenance, runs
 from stages.core.errors import InputError
-from stages.core.ranks import ALONE
-from stages.core.sampling import Plan
+from stages.core.sampling import Options, Plan
 from tests.made_up import Runs
 from tests.scripted import ScriptedEngine
 
@@ -247,7 +246,7 @@ def test_evaluations_with_unlike_settings_are_named(graph, capsys):
 def test_grading_again_keeps_what_the_evaluation_was_of(graph):
     from stages import eval as evaluation
 
-    evaluation.regrade_rollouts(Path("runs/eval/1"), Path("runs/eval/1b"), [2], "", False, ALONE)
+    evaluation.run(regrade=Path("runs/eval/1"), out=Path("runs/eval/1b"), k=[2], options=Options())
     shutil.rmtree("runs/eval/1")
     graph.rft("1", "runs/0/policy")
     line = lineage.Line(Path("runs"), runs.find_evals(["runs/eval"]))

@@ -5,8 +5,7 @@ For one set, OUT holds
     rollouts.jsonl   every completion         metrics.json    see scoring.py
     results.jsonl    counts by problem        manifest.json   how it came about
 
-For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. For an average over sets run report;
-for majority voting read rollouts.jsonl.
+For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. For an average over sets run report.
 
 Under `accelerate launch` every process draws a share of what is missing, policy by policy, into partial files of its
 own; they meet before and after, and the first writes what one process would.
@@ -33,7 +32,7 @@ from stages.core.records import Rollout
 from stages.core.rollouts import Group, Prompt
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
-from stages.eval import partial, scoring, selection
+from stages.eval import partial, scoring, selection, votes
 from stages.eval.partial import Groups, Writer
 
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
@@ -55,6 +54,7 @@ def run(
     regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PLACE] = None,
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
+    maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False,
     select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
     options: sampling.Options,
 ) -> None:
@@ -69,7 +69,8 @@ def run(
     say, and then only those on the test sets that it left standing.
 
     With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
-    OUT is written from them, and what changed is shown. The stored rollouts stay as they are.
+    OUT is written from them, and what changed is shown. The stored rollouts stay as they are. So --regrade --maj
+    adds maj@k, for which the verifier says which answers are equivalent, to an evaluation without it.
 
     Example: rloop eval --policy loop/0/policy --policy loop/1/rl/checkpoints --policy loop/1/policy
     --problems loop/0/valid.jsonl --out loop/eval/valid --template none --max-tokens 72 --num-samples 8 --k 8
@@ -79,12 +80,11 @@ def run(
     ranks = Ranks(options.tensor_parallel)
     if regrade is not None:
         ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options.limit))
-        regrade_rollouts(regrade, out, k, select, options.bare, ranks)
+        regrade_rollouts(regrade, out, {"k": k, "maj": maj, "select": select, "bare": options.bare}, ranks)
         return
+    ranks.together(lambda: scoring.check_metrics(num_samples, k, select, maj))
     plan = ranks.together(
-        lambda: _plan(
-            out, selection.added(policy, selected, all_checkpoints), problems, num_samples, k, select, options, ranks
-        )
+        lambda: _plan(out, selection.added(policy, selected, all_checkpoints), problems, num_samples, options, ranks)
     )
     evaluate(plan, problems, out, given, plan.start_engine)
 
@@ -100,8 +100,6 @@ def _plan(
     policies: list[str],
     problem_files: list[Path],
     num_samples: int,
-    k: list[int],
-    select: str,
     options: sampling.Options,
     ranks: Ranks,
 ) -> Plan:
@@ -111,7 +109,6 @@ def _plan(
         raise InputError("--problems is missing: name at least one file of problems")
     if Path("-") in problem_files:
         raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
-    scoring.check_metrics(num_samples, k, select)
     plan = sampling.plan(policies, problem_files, num_samples, options, ranks)
     _refuse_left_out(plan)
     if ranks.is_first:
@@ -284,18 +281,29 @@ def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, An
     with outputs.whole_dir(out) as beside:
         for name, rollouts in sets.items():
             place = beside if len(sets) == 1 else beside / name
-            tally = scoring.Tally()
-            num_rollouts = jsonl.write(place / "rollouts.jsonl", map(tally.add, rollouts))
-            jsonl.write(place / "results.jsonl", tally.results)
-            summaries[name] = scoring.measure(tally.results, parameters["k"], parameters["select"])
+            results = _counted(place / "rollouts.jsonl", rollouts, parameters["maj"], parameters["bare"])
+            jsonl.write(place / "results.jsonl", results)
+            summaries[name] = scoring.measure(results, parameters["k"], parameters["select"])
             outputs.write_json(place / "metrics.json", summaries[name])
-            counts = {"rollouts": num_rollouts, "tokens": sum(result["num_tokens"] for result in tally.results)}
+            sums = {name: sum(result[f"num_{name}"] for result in results) for name in ("samples", "tokens")}
+            counts = {"rollouts": sums["samples"], "tokens": sums["tokens"]}
             end = {"set": name, "counts": counts, "seconds": round(time.monotonic() - start, 3)}
             outputs.write_json(place / "manifest.json", manifest | end)
         if len(sets) > 1:
             outputs.write_json(beside / "metrics.json", scoring.overview(summaries))
             outputs.write_json(beside / "manifest.json", manifest | {"seconds": round(time.monotonic() - start, 3)})
     return summaries
+
+
+def _counted(file: Path, rollouts: Iterator[Rollout], maj: bool, bare: bool) -> list[Any]:
+    """Write `rollouts` to `file`, and return their Results; with `maj` these count the votes."""
+    tally, ballots = scoring.Tally(), votes.Ballots(bare)
+    jsonl.write(file, map(tally.add, map(ballots.add, rollouts) if maj else rollouts))
+    results = tally.results
+    if maj:
+        with Verifier() as graders:
+            ballots.count(results, graders)
+    return results
 
 
 def _print(summaries: dict[str, Any]) -> None:
@@ -307,8 +315,11 @@ def _print(summaries: dict[str, Any]) -> None:
         print(f"best on {next(iter(summaries))} by {chosen['metric']}: {chosen['policy']}")
 
 
-def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: bool, ranks: Ranks) -> None:
-    """Grade stored rollouts with today's verifier into `out`, and show what changed; every rank grades a share."""
+def regrade_rollouts(source: Path, out: Path, parameters: Mapping[str, Any], ranks: Ranks) -> None:
+    """Grade stored rollouts with today's verifier into `out`, and show what changed; every rank grades a share.
+
+    `parameters` are eval's k, maj, select and bare.
+    """
     start = time.monotonic()
     files = ranks.together(lambda: _stored_files(source))
     former = ranks.together(lambda: provenance.read_manifest(source / "manifest.json"))
@@ -316,7 +327,7 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     ranks.refuse_differences(digests | verifier.VERSION)
     identity = Identity(
         "eval",
-        {**former.get("parameters", {}), "k": k, "select": select, "bare": bare},
+        {**former.get("parameters", {}), **parameters},
         {**former.get("inputs", {}), **digests},
         {**former.get("versions", {}), **verifier.VERSION},
     )
@@ -326,7 +337,7 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
     changes = {name: scoring.Changes() for name in files}
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
-        with Verifier(bare=bare) as graders:
+        with Verifier(bare=parameters["bare"]) as graders:
             verdicts = {name: scoring.grade(file, graders, ranks) for name, file in files.items()}
         if not ranks.is_first:
             return
@@ -334,7 +345,7 @@ def regrade_rollouts(source: Path, out: Path, k: list[int], select: str, bare: b
         summaries = _write(out, sets, manifest, start)
     _print(summaries)
     for name, change in changes.items():
-        print(f"{name}: {scoring.change_table(change, summaries[name], k)}")
+        print(f"{name}: {scoring.change_table(change, summaries[name], parameters['k'])}")
 
 
 def _stored_files(source: Path) -> dict[str, Path]:

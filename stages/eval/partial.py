@@ -23,7 +23,7 @@ from stages.core.records import Rollout
 SETTINGS = "settings.json"
 
 
-NO_MATTER = ("k", "select", "limit")  # options of eval on which no group of rollouts depends
+NO_MATTER = ("k", "maj", "select", "limit")  # options of eval on which no group of rollouts depends
 
 
 def directory(out: Path, identity: Identity) -> Path:

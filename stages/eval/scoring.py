@@ -21,6 +21,7 @@ from stages.core.ranks import Ranks
 from stages.core.records import Result, Rollout, Verdict
 from stages.core.tabular import aligned
 from stages.core.verifier import Verifier
+from stages.eval import votes
 
 BATCH = 4096  # rollouts given to the verifier at once when they are graded again
 
@@ -64,7 +65,7 @@ def measure(results: Sequence[Result], ks: Sequence[int], select: str = "") -> d
     policies = metrics.by_policy(results)
     measured: dict[str, Any] = {"policies": {name: _summary(own, ks) for name, own in policies.items()}}
     measured["differences"] = {
-        f"{second} - {first}": metrics.compare(policies[first], policies[second], ks)
+        f"{second} - {first}": _differences(policies[first], policies[second], ks)
         for first, second in combinations(policies, 2)
     }
     if select:
@@ -76,7 +77,21 @@ def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
     verdicts: Counter[str] = Counter()
     for result in results:
         verdicts.update(result["verdicts"])
-    return metrics.summarise(results, ks) | {"verdicts": dict(verdicts.most_common())}
+    more = {name: metrics.interval(values) for name, values in _majorities(results, ks).items()}
+    return metrics.summarise(results, ks) | more | {"verdicts": dict(verdicts.most_common())}
+
+
+def _differences(first: Sequence[Any], second: Sequence[Any], ks: Sequence[int]) -> dict[str, metrics.Difference]:
+    differences = metrics.compare(first, second, ks)
+    before, after = _majorities(first, ks), _majorities(second, ks)
+    return differences | {name: metrics.difference(before[name], after[name]) for name in before if name in after}
+
+
+def _majorities(results: Sequence[Any], ks: Sequence[int]) -> dict[str, list[float]]:
+    """maj@k on each problem, in the order of their ids, if the Results count votes."""
+    if not all("wrong_votes" in result for result in results):
+        return {}
+    return {f"maj@{k}": votes.of_problems(results, k) for k in ks}
 
 
 def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -91,12 +106,12 @@ def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
     return {"policy": best, "metric": metric, "value": summaries[best][metric]["value"]}
 
 
-def check_metrics(num_samples: int, ks: Sequence[int], select: str) -> None:
+def check_metrics(num_samples: int, ks: Sequence[int], select: str, maj: bool) -> None:
     """Raise InputError for a k that `num_samples` cannot give, or a selection by an unknown metric."""
     for k in ks:
         if not 1 <= k <= num_samples:
             raise InputError(f"--k {k} needs 1 to {num_samples} (--num-samples): name other --k, or draw more samples")
-    choices = [f"avg@{num_samples}", *(f"pass@{k}" for k in ks)]
+    choices = [f"avg@{num_samples}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks if maj)]
     if select and select not in choices:
         raise InputError(f"--select {select} is none of the metrics: {', '.join(choices)}")
 
@@ -188,7 +203,7 @@ def change_table(changes: Changes, after: dict[str, Any], ks: Sequence[int]) -> 
     rows += [[policy, f"{old} -> {new}", str(count)] for (policy, old, new), count in changes.verdicts.most_common()]
     moved = [["policy", "metric", "before", "after"]]
     for policy, summary in after["policies"].items():
-        pairs = ((name, before[policy][name], summary[name]) for name in _metrics(summary))
+        pairs = ((name, before[policy][name], summary[name]) for name in _metrics(before[policy]))
         moved += [[policy, name, _percent(old), _percent(new)] for name, old, new in pairs if old != new]
     return "\n".join([f"{sum(changes.verdicts.values())} verdicts changed", aligned(rows), "", aligned(moved)])
 

@@ -154,14 +154,16 @@ class Verifier:
 
     def parseable(self, answers: Sequence[str]) -> list[bool]:
         """Whether each answer can be compared with anything at all; one that cannot never rewards a completion."""
+        pairs = [(answer, (extract(f"\\boxed{{{answer}}}") or "")[: MAX_LENGTH + 1]) for answer in answers]
+        return [verdict == "correct" for verdict in self.compare(pairs)]
+
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """The verdicts on (answer, prediction) pairs, in order: as `verify`, but nothing is extracted or counted."""
+        jobs: dict[str, _Job] = {}
         with self._lock:
-            jobs: dict[str, _Job] = {}
-            verdicts = [
-                self._find(answer, (extract(f"\\boxed{{{answer}}}") or "")[: MAX_LENGTH + 1], jobs)
-                for answer in answers
-            ]
+            verdicts = [self._find(answer, prediction, jobs) for answer, prediction in pairs]
             self._send(jobs.values())
-        return [(item.result() if isinstance(item, Future) else item) == "correct" for item in verdicts]
+        return [verdict.result() if isinstance(verdict, Future) else verdict for verdict in verdicts]
 
     @property
     def worker_pids(self) -> list[int]:
