@@ -14,17 +14,22 @@ import socket
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from pytest import MonkeyPatch
+from trl.trainer.utils import add_fused_lm_head
 
 from rloop_cli import warm
 from rloop_cli.app import main as rloop
 from rloop_cli.app import prepare_libraries
 from stages import rl
+from stages.core import heads
 from stages.core.acceleration import STEP_LIMIT
 from stages.core.adapters import trained
 from stages.rl.trainer import Trainer
@@ -90,13 +95,16 @@ def offer_fsdp() -> None:
 
 def numbers(policy: str, out: str) -> None:
     found = {}
-    for kind in ("ddp", "fsdp2"):
-        for dtype in ("float32", "bfloat16"):
-            os.environ["ACCELERATE_USE_FSDP"] = str(kind == "fsdp2").lower()
-            AcceleratorState._reset_state(reset_partial_state=True)
+    for kind, dtype in (*product(("ddp", "fsdp2"), ("float32", "bfloat16")), ("fsdp2-fused", "float32")):
+        os.environ["ACCELERATE_USE_FSDP"] = str(kind != "ddp").lower()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with MonkeyPatch.context() as patch:
+            if kind == "fsdp2-fused":  # as on a GPU
+                patch.setattr(heads, "add_plain_head", partial(add_fused_lm_head, outputs=("log_probs", "entropy")))
             found[kind, dtype] = numbers_of(policy, Path(out).parent / f"{kind}-{dtype}", kind, dtype)
+    AcceleratorState._reset_state(reset_partial_state=True)
     coarse = str(Path(out).parent / "coarse")  # the same in bfloat16
-    lora = numbers_of(coarse, Path(out).parent / "lora", kind, dtype, lora_rank=8)
+    lora = numbers_of(coarse, Path(out).parent / "lora", "fsdp2", "bfloat16", lora_rank=8)
     if PartialState().is_main_process:
         torch.save(found, out)
         torch.save(lora, Path(out).with_name("lora.pt"))
@@ -110,7 +118,7 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
     assert accelerator.num_processes == 2
     trainer = Trainer(Path(policy), accelerator, replace(OPTIONS, gradient_checkpointing=True, **changes))
     sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
-    assert sharded == (kind == "fsdp2")
+    assert sharded == (kind != "ddp")
     group = torch.distributed.group.WORLD._get_backend(accelerator.device)
     assert group.options._timeout == STEP_LIMIT
     log_probs = trainer.log_probs(some_rollouts(31))

@@ -215,6 +215,7 @@ def start_small(tiny_policy, monkeypatch):
     """Start engines with a cache of 1,024 tokens, for about ten sequences."""
     start, size = engine_module._start, {"num_gpu_blocks_override": 32, "block_size": 32}
     monkeypatch.setattr(engine_module, "_start", lambda policy, **options: start(policy, **options, **size))
+    monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)  # `engine` needs the groups
     started = []
 
     def small(**options):

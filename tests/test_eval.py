@@ -288,6 +288,8 @@ def test_a_policy_that_is_named_and_selected_or_selected_twice_is_asked_once(val
     shutil.copytree(validated, "again")
     run([CHECKPOINTS[0], CHECKPOINTS[2]], problems, Path("test"), selected=[validated, Path("again")])
     assert asked("test") == [CHECKPOINTS[0], CHECKPOINTS[2], TUNED, CHECKPOINTS[1]]
+    run(["1/rl/checkpoints/"], problems, Path("named"), selected=[validated])
+    assert asked("named") == [*CHECKPOINTS, TUNED]
 
 
 def test_policies_are_taken_from_no_eval_that_selected_nothing(validated, problems):

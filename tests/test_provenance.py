@@ -59,7 +59,7 @@ def test_an_option_with_effect_changes_what_an_output_is_and_no_other_option_doe
         assert change.startswith(f"{name.rstrip('_')} was ")
 
 
-MEMORY = ("memory_fraction", "max_sequences", "tensor_parallel")
+MEMORY = ("memory_fraction", "max_sequences", "tensor_parallel", "compile")
 
 
 def test_options_without_effect_are_few_and_known():

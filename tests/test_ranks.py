@@ -220,3 +220,54 @@ def test_what_is_wrong_on_one_rank_is_said_in_one_line_and_ends_all_with_code_2(
     codes, said = together(places, *EVAL, "--out", "out")
     assert codes == [2] * len(places), said
     assert re.fullmatch(f"rloop: .*{fault}.*\n", "".join(said))
+
+
+TRAIN = {
+    "rl": ("rl", "--policy", "policy", "--problems", "sums.jsonl", *HOW[:4], "--overlong-buffer", 0, "--out", "out"),
+    "rft": ("rft", "--policy", "policy", "--examples", "examples.jsonl", "--batch-size", 4, "--out", "out"),
+}
+
+
+def older_run(places):
+    (places[0] / "out").mkdir()
+    (places[0] / "out/manifest.json").write_text(json.dumps({"stage": "rl", "parameters": {"seed": 0}}))
+    return ALL
+
+
+def other_examples(places):
+    jsonl.write(places[1] / "examples.jsonl", map(example, range(3)))
+
+
+def something_else(places):
+    jsonl.write(places[0] / "out" / "file.jsonl", [])
+    return ALL
+
+
+def example(number):
+    return {"problem_id": f"p{number}", "prompt": f"{number}+1=", "completion": "7", "pass_rate": 0.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "options", "damage", "code", "fault"),
+    [
+        ("rl", (), older_run, 2, "another version of rloop, without .*lora_rank.*: finish it with that one"),
+        ("rl", ("--lora-rank", 65), None, 2, "--lora-rank 65: .* take at most 64"),
+        ("rft", (), other_examples, 2, "rank 1 on .* sees another examples than rank 0"),
+        ("rft", (), something_else, 2, "out already holds something"),
+        ("rft", ("--examples", "-"), None, 2, "--examples -: several processes cannot share stdin"),
+        ("rft", ("--batch-size", 3), None, 2, "--batch-size 3 does not divide among 2 processes"),
+        ("rft", ("--lr", 1e30, "--max-grad-norm", 0), None, 1, "lower --lr"),
+    ],
+)
+def test_what_stops_a_stage_that_trains_is_said_once_by_all_its_ranks(place, stage, options, damage, code, fault):
+    jsonl.write(place / "examples.jsonl", map(example, range(8)))
+    places = [place / name for name in ("first", "second")]
+    for each in places:
+        shutil.copytree(place, each, symlinks=True, ignore=lambda *_: ["first", "second"])
+    if damage is None or damage(places) is ALL:
+        places = [places[0]] * 2
+    codes, said = together(places, *TRAIN[stage], *options)
+    assert codes == [code, code], said
+    assert len(re.findall("^rloop: ", "".join(said), re.M)) == 1, said
+    assert re.search(f"rloop: .*{fault}", "".join(said)) and "Traceback" not in "".join(said)

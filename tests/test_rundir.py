@@ -53,6 +53,15 @@ def test_other_parameters_or_inputs_are_refused_by_name_and_nothing_is_lost(tmp_
     assert [record for _, record in jsonl.read(directory.path / "rollouts/step_000001.jsonl")] == [{"step": 1}]
 
 
+def test_a_run_that_lacks_an_option_is_one_of_another_version_unless_the_option_has_no_effect(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    newer = replace(IDENTITY, parameters={**IDENTITY.parameters, "rank": 0, "valid": None}, free=frozenset({"valid"}))
+    with pytest.raises(InputError, match="begun by another version of rloop, without rank: finish it with that one"):
+        directory.begin(newer, False)
+    assert directory.begin(newer, True) is False
+
+
 def test_another_run_is_removed_where_the_user_asked_for_that(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)

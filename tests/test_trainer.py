@@ -5,15 +5,17 @@ import random
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from trl.trainer.utils import add_fused_lm_head
 
 from stages import rl
-from stages.core import policies
+from stages.core import heads, policies
 from stages.core.adapters import trained
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, without_dropout
 from tests import ranks
@@ -30,6 +32,13 @@ def some_rollouts(count, seed=0):
         engine = [draw.gauss(-4.1, 0.3) for _ in completion]
         rollouts.append(TokenRollout(prompt, completion, engine, draw.choice([-1.3, -0.2, 0.4, 1.7])))
     return rollouts
+
+
+@pytest.fixture(params=["plain", "fused"])
+def head(request, monkeypatch):
+    """The trainer's head: that of a CPU, and that of a GPU."""
+    if request.param == "fused":
+        monkeypatch.setattr(heads, "add_plain_head", partial(add_fused_lm_head, outputs=("log_probs", "entropy")))
 
 
 def gradient_of(trainer):
@@ -61,7 +70,7 @@ def test_the_gradient_does_not_depend_on_the_order_of_the_rollouts(tiny_policy):
     assert close(gradient_and_sums(tiny_policy, shuffled)[0], gradient_and_sums(tiny_policy, rollouts)[0], 1e-5)
 
 
-def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_policy):
+def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_policy, head):
     from transformers import AutoModelForCausalLM
 
     rollouts = some_rollouts(12)
@@ -117,7 +126,7 @@ def test_a_released_trainer_holds_no_gradients(tiny_policy):
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["first update", "later update"])
-def test_loss_and_gradient_agree_with_trl(tiny_policy, tmp_path, old):
+def test_loss_and_gradient_agree_with_trl(tiny_policy, tmp_path, old, head):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
@@ -223,7 +232,7 @@ def trainer_in(dtype, policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-fused"])
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, both_ranks, kind):
     found = both_ranks[0][kind, "float32"]
     trainer = Trainer(tiny_policy, Accelerator(), OPTIONS)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from stages.core import policies
+from stages.core import kernels, policies
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
 
@@ -110,7 +110,7 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """One in-process vLLM engine. On the CPU it runs eagerly; on a GPU it can sleep while the trainer works.
+    """One in-process vLLM engine. On a GPU it can sleep while the trainer works.
 
     `cache_tokens` fit its cache, and it works on `max_sequences` at once. `num_preemptions` is None if vLLM runs in
     another process and can't be asked.
@@ -129,18 +129,18 @@ class VllmEngine:
         sleeps: bool = False,
         distributed: bool = False,
         tensor_parallel: int = 1,
+        is_compiled: bool = False,
     ):
         """Start with the checkpoint `policy`, read by vLLM's own loader; InputError if vLLM cannot.
 
         With `max_sequences` 0 the cache bounds how many are under way at once. `distributed` engines start on all ranks
-        at the same time, `tensor_parallel` ranks in a row sharing one.
+        at the same time, `tensor_parallel` ranks in a row sharing one. `is_compiled` counts on the CPU only: on a GPU
+        all are.
         """
         configure()
         import torch
 
         self.on_gpu = torch.cuda.is_available()
-        if not self.on_gpu:  # one small function of vLLM's is compiled on its first call: seconds, and a C++ compiler
-            torch._dynamo.config.disable = True
         if dtype == "auto":  # vLLM's own choice would depend on the checkpoint's type
             dtype = "bfloat16" if self.on_gpu else "float32"
         self.sleeps = sleeps and self.on_gpu
@@ -153,12 +153,12 @@ class VllmEngine:
         extra = self._distributed(distributed)
         if not self.on_gpu:  # a prompt cut in two can't take back its seeded draw: "CPU Generator does not use offset"
             extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
+            extra |= kernels.options(is_compiled)
         self._llm = _start(
             policy,
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_sequences or MAX_SEQUENCES,
-            enforce_eager=not self.on_gpu,
             gpu_memory_utilization=memory_fraction,
             enable_sleep_mode=self.sleeps,
             logprobs_mode="processed_logprobs",

@@ -22,6 +22,7 @@ from typing import Annotated, Any, TypeVar
 from stages.core import policies, records, templates
 from stages.core.engine import Engine, Sampling, VllmEngine, seed_of
 from stages.core.errors import InputError
+from stages.core.kernels import Compiled
 from stages.core.options import WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, one_of
 from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
@@ -62,6 +63,7 @@ class Options(OptionGroup):
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.9
     tensor_parallel: TensorParallel = 1
+    compile: Compiled = False
     max_sequences: Annotated[
         int,
         "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
@@ -102,6 +104,7 @@ class Plan:
             distributed=not self.ranks.is_alone,
             tensor_parallel=self.ranks.tensor_parallel,
             max_sequences=self.options.max_sequences,
+            is_compiled=self.options.compile,
         )
         if self.ranks.is_first:
             warn(engine.capacity)

@@ -6,17 +6,23 @@ and optimizer are float32 while it trains; what is written is in the compute typ
 """
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from stages.core import outputs, records, tabular
 from stages.core.adapters import LoraOptions
 from stages.core.errors import InputError
+from stages.core.lifetime import end_with_parent
 from stages.core.options import PLACE, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
+from stages.core.ranks import Ranks
 from stages.core.records import Example
+
+if TYPE_CHECKING:
+    from stages.rft.examples import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +69,62 @@ def run(
     --batch-size 8
     """
     given, started = locals(), time.perf_counter()
+    end_with_parent()
+    ranks = Ranks()
+    read = ranks.together(lambda: _read(policy, examples, out, options, ranks))
+
+    from stages.rft.card import card
+    from stages.rft.finetuning import fine_tune  # torch and TRL: only once the input is known to be good
+
+    inputs = {"policy": digest(read.path), "examples": digest(examples)}
+    ranks.refuse_differences(inputs)
+    with ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
+        if not ranks.is_first:
+            with ranks.first_speaks():
+                fine_tune(read.path, read.tokenizer, read.rows, options, out=None)
+            return
+        _say_left_out(read.left_out, read.max_tokens)
+        beside = stack.enter_context(outputs.whole_dir(out))
+        tuned = fine_tune(read.path, read.tokenizer, read.rows, options, beside)
+        seconds = time.perf_counter() - started
+        figures = {"num_examples": len(read.rows), "num_left_out": len(read.left_out), **tuned.figures}
+        tabular.write_tsv(beside / "log.tsv", tuned.log)
+        outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
+        counts = {"examples": len(read.rows), "examples_left_out": read.left_out, "steps": len(tuned.log)}
+        identity = identify(run, given, inputs, **tuned.settings)
+        record = manifest(identity, counts, seconds, policy=policy, examples=str(examples), base_model=read.base)
+        outputs.write_json(beside / "manifest.json", record)
+        (beside / "README.md").write_text(card(record, figures, read.examples), encoding="utf-8")
+
+
+class _Read(NamedTuple):
+    """What is trained on: `rows` are the `examples` that have at most `max_tokens`."""
+
+    path: Path
+    base: str
+    tokenizer: Any
+    examples: list[Example]
+    rows: "list[Row]"
+    left_out: list[str]
+    max_tokens: int
+
+
+def _read(policy: str, file: Path, out: Path, options: Options, ranks: Ranks) -> _Read:
+    """Read and check policy and examples, without the weights."""
     outputs.refuse_occupied(out)
-    chosen = list(records.read(examples, Example))
+    if str(file) == "-" and not ranks.is_alone:
+        raise InputError("--examples -: several processes cannot share stdin: name a file")
+    if options.batch_size % ranks.num_ranks:
+        raise InputError(
+            f"--batch-size {options.batch_size} does not divide among {ranks.num_ranks} processes: change it"
+        )
+    examples = list(records.read(file, Example))
 
     from stages.core import adapters, policies
-    from stages.core.lifetime import end_with_parent
-    from stages.rft.card import base_of, card
+    from stages.rft.card import base_of
     from stages.rft.examples import tokenize_fitting
 
-    end_with_parent()
     path, base = policies.resolve(policy), base_of(policy)
     policies.check_shapes(path)
     adapters.check(path, options)
@@ -79,26 +132,8 @@ def run(
     context = policies.context_length(path)
     if options.max_tokens > context:
         raise InputError(f"--max-tokens {options.max_tokens} is beyond the policy's context of {context}: lower it")
-    rows, left_out = tokenize_fitting(tokenizer, chosen, options.max_tokens or context)
-
-    from stages.rft.finetuning import fine_tune, is_main  # torch and TRL: only once the input is known to be good
-
-    if not is_main():
-        fine_tune(path, tokenizer, rows, options, out=None)
-        return
-    _say_left_out(left_out, options.max_tokens or context)
-    with outputs.claimed(out), outputs.whole_dir(out) as beside:
-        tuned = fine_tune(path, tokenizer, rows, options, beside)
-        inputs = {"policy": digest(path), "examples": digest(examples)}
-        seconds = time.perf_counter() - started
-        figures = {"num_examples": len(rows), "num_left_out": len(left_out), **tuned.figures}
-        tabular.write_tsv(beside / "log.tsv", tuned.log)
-        outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
-        counts = {"examples": len(rows), "examples_left_out": left_out, "steps": len(tuned.log)}
-        identity = identify(run, given, inputs, **tuned.settings)
-        record = manifest(identity, counts, seconds, policy=policy, examples=str(examples), base_model=base)
-        outputs.write_json(beside / "manifest.json", record)
-        (beside / "README.md").write_text(card(record, figures, chosen), encoding="utf-8")
+    rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context)
+    return _Read(path, base, tokenizer, examples, rows, left_out, options.max_tokens or context)
 
 
 def _say_left_out(left_out: list[str], max_tokens: int) -> None:

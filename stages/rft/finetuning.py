@@ -25,7 +25,7 @@ from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from stages.core import adapters, policies
+from stages.core import adapters, heads, policies
 from stages.core.acceleration import process_state, reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.errors import CollapseError, InputError
 from stages.core.policies import IGNORED, PADDING
@@ -55,24 +55,17 @@ class Tuned:
         }
 
 
-def is_main() -> bool:
-    """Whether this process is the one that writes: the first of all that were launched."""
-    return bool(process_state().is_main_process)
-
-
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options, out: Path | None) -> Tuned:
     """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
 
-    Every launched process must call this. Raises InputError if the batch does not divide among the processes,
-    CollapseError if loss or gradient are no longer finite.
+    Every launched process must call this, with a batch that divides among them. Raises CollapseError if loss or
+    gradient are no longer finite.
     """
     num_processes = process_state().num_processes
-    if options.batch_size % num_processes:
-        raise InputError(
-            f"--batch-size {options.batch_size} does not divide among {num_processes} processes: change it"
-        )
     share = options.batch_size // num_processes
-    size = microbatch_size(share, max(map(len, rows)), options.tokens_per_microbatch)
+    vocabulary = policies.load_config(path).get_text_config().vocab_size
+    budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
+    size = microbatch_size(share, max(map(len, rows)), budget)
     steps = order([len(row) for row in rows], options.batch_size, options.epochs, options.seed)
     counts = [sum(rows[number].num_labels for number in step) for step in steps]
     watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
@@ -90,6 +83,8 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
             data_collator=DataCollatorForLanguageModeling(pad_token_id=PADDING),
             callbacks=[watch],
         )
+        if not torch.cuda.is_available():  # in the place of the fused one that it has added
+            heads.add_plain_head(trainer.model)
         trainer.schedule = (options.warmup_share, options.min_lr_share)
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -7,13 +7,14 @@ model.
 """
 
 import importlib.util
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from stages.core.adapters import LoraOptions
 from stages.core.errors import InputError
+from stages.core.kernels import Compiled
 from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
@@ -101,6 +102,7 @@ class Options(LoraOptions):
         float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
     ] = 0.5
     tensor_parallel: TensorParallel = 1
+    compile: Compiled = False
     max_sequences: Annotated[
         int,
         "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
@@ -170,16 +172,13 @@ def run(
     """
     given = locals()
 
-    from stages.core import outputs, policies, verifier
+    from stages.core import verifier
     from stages.core.lifetime import end_with_parent, going_on
     from stages.rl.rundir import RunDir
 
-    if problems == Path("-"):
-        raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
-    outputs.refuse_unwritable(out)
     end_with_parent()
-    path = policies.resolve(policy)
     ranks = Ranks(options.tensor_parallel)
+    path = ranks.together(lambda: _checked_places(policy, problems, out, options))
     asked = ranks.together(lambda: _asked(path, problems, valid, options, ranks))
     accelerator = _accelerator(options, out)
     if accelerator.is_main_process:
@@ -188,8 +187,9 @@ def run(
     came_to = {"processes": accelerator.num_processes, "template_digest": asked.template.digest}
     identity = identify(run, given, inputs, versions() | verifier.VERSION, **came_to)
     _refuse_differences(ranks, identity, valid)
-    with outputs.locked(out) if accelerator.is_main_process else nullcontext():
-        finished, done = _begin(accelerator, directory := RunDir(out), identity, restart_if_changed)
+    directory = RunDir(out)
+    with ExitStack() as stack:
+        finished, done = ranks.on_first(lambda: _begin(directory, identity, restart_if_changed, stack))
         if not finished:
             paths = {"policy": policy, "problems": str(problems)}
             paths |= {"valid": str(valid), "valid_digest": digest(valid)} if valid else {}
@@ -199,6 +199,18 @@ def run(
             warn(f"{out} already holds this run, finished: nothing to do")
         if accelerator.is_main_process and not options.keep_state:
             directory.forget_state()
+
+
+def _checked_places(policy: str, problems: Path, out: Path, options: Options) -> Path:
+    """Where the policy is on disk. Raises InputError for what can't be read or written, without a look inside."""
+    from stages.core import outputs, policies
+
+    if problems == Path("-"):
+        raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
+    outputs.refuse_unwritable(out)
+    if options.tracker != "none" and importlib.util.find_spec(options.tracker) is None:
+        raise InputError(f"--tracker {options.tracker}: that package is not installed: pip install {options.tracker}")
+    return policies.resolve(policy)
 
 
 def _refuse_differences(ranks: Ranks, identity: Identity, valid: Path | None) -> None:
@@ -270,24 +282,31 @@ def _explore(
     options: Options,
 ) -> None:
     """Build engine, verifier, trainer and explorer, and do the steps that are left."""
-    from stages.core.engine import Sampling, VllmEngine
+    from stages.core.engine import Sampling, VllmEngine, fitting
     from stages.core.lifetime import stop_signal
     from stages.core.verifier import Verifier
     from stages.rl import validation
     from stages.rl.explorer import Explorer
     from stages.rl.trainer import Trainer
 
+    longest, valid_longest = (
+        max((len(prompt.token_ids) for prompt in prompts), default=0) + options.max_tokens
+        for prompts in (asked.prompts, asked.valid)
+    )
     with Ranks(options.tensor_parallel).one_voice():
         engine = VllmEngine(
             path,
-            max_model_len=max(len(prompt.token_ids) for prompt in asked.prompts + asked.valid) + options.max_tokens,
+            max_model_len=max(longest, valid_longest),
             dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
             memory_fraction=options.memory_fraction,
             max_sequences=options.max_sequences,
             sleeps=True,
             distributed=accelerator.num_processes > 1,
             tensor_parallel=options.tensor_parallel,
+            is_compiled=options.compile,
         )
+    if not options.max_sequences:  # long prompts of --valid must not change the batches, whose rounding rollouts have
+        engine.max_sequences = fitting(engine.cache_tokens, longest)
     trainer = Trainer(path, accelerator, options)
     stop_ids, stop = asked.ends
     sampling = Sampling(
@@ -313,8 +332,6 @@ def _accelerator(options: Options, out: Path) -> "Accelerator":
     from stages.core.acceleration import process_state, uses_bfloat16
 
     tracker = None if options.tracker == "none" else options.tracker
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise InputError(f"--tracker {tracker}: that package is not installed: pip install {tracker}")
     process_state()
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
@@ -324,21 +341,16 @@ def _accelerator(options: Options, out: Path) -> "Accelerator":
     )
 
 
-def _begin(
-    accelerator: "Accelerator", directory: "RunDir", identity: Identity, restart_if_changed: bool
-) -> tuple[bool, int]:
-    """Whether the run is finished, and after which step to go on; the main rank looks and broadcasts."""
-    from accelerate.utils import broadcast_object_list
+def _begin(directory: "RunDir", identity: Identity, restart_if_changed: bool, stack: ExitStack) -> tuple[bool, int]:
+    """Lock the run for as long as `stack` lives; whether it is finished, and after which step to go on."""
+    from stages.core import outputs
 
-    state: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        finished = directory.begin(identity, restart_if_changed)
-        state = [finished, 0 if finished else directory.resume_step()]
-        if state[1]:
-            warn(f"going on after step {state[1]}")
-    if accelerator.num_processes > 1:
-        broadcast_object_list(state)
-    return state[0], state[1]
+    stack.enter_context(outputs.locked(directory.path))
+    finished = directory.begin(identity, restart_if_changed)
+    done = 0 if finished else directory.resume_step()
+    if done:
+        warn(f"going on after step {done}")
+    return finished, done
 
 
 def _finish(

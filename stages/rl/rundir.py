@@ -60,6 +60,9 @@ class RunDir:
 
     def _fault(self, known: Mapping[str, Any], identity: Identity) -> str:
         """Why the run that is `known` can't go on as one of this `identity`; "" if it can."""
+        settings = known.get("parameters") or {}
+        if unknown := [name for name in identity.parameters if name not in {*settings, *identity.free}]:
+            return f"was begun by another version of rloop, without {', '.join(unknown)}: finish it with that one"
         if changes := identity.differences(known, free={"steps"}):
             return f"was begun with other settings: {'; '.join(changes)}. Give those again to go on"
         if self._is_finished and (lost := {"rollouts", "checkpoints", "log.tsv", "metrics.json"} - self._parts()):

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import disable_dropout_in_model
 
-from stages.core import acceleration, adapters, policies
+from stages.core import acceleration, adapters, heads, policies
 from stages.core.policies import IGNORED, PADDING
 from stages.rl import Options, dapo
 from stages.rl.batching import microbatches, shares, split
@@ -88,7 +88,9 @@ class Trainer:
         adapters.attach(model, options, options.seed, is_bfloat16=accelerator.mixed_precision == "bf16")
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        add_fused_lm_head(model, options.temperature, outputs=("log_probs", "entropy"))
+        heads.add_head(model, options.temperature)
+        vocabulary = model.config.get_text_config().vocab_size
+        self._token_budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
         optimizer = torch.optim.AdamW(
             adapters.trained(model).values(),
             lr=0.0,
@@ -137,7 +139,7 @@ class Trainer:
         Every rank must call it, on rollouts of its own; all make as many passes as the one that needs most.
         """
         by_number: dict[int, torch.Tensor] = {}
-        batches = microbatches([rollout.length for rollout in rollouts], self.options.tokens_per_microbatch)
+        batches = microbatches([rollout.length for rollout in rollouts], self._token_budget)
         for number in range(max(gather_object([len(batches)]))):
             batch = batches[min(number, len(batches) - 1)]
             picked = [rollouts[index] for index in batch]
@@ -279,7 +281,7 @@ class Trainer:
         lengths = [rollout.length for rollout in rollouts]
         plans = []
         for share in shares(lengths, self.accelerator.num_processes):
-            packed = microbatches([lengths[i] for i in share], self.options.tokens_per_microbatch)
+            packed = microbatches([lengths[i] for i in share], self._token_budget)
             plans.append([[rollouts[share[i]] for i in batch] for batch in packed])
         mine = plans[self.accelerator.process_index]
         idle = max(len(plan) for plan in plans) - len(mine)

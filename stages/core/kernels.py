@@ -1,0 +1,65 @@
+"""vLLM's kernels on the CPU: its own C code for RMSNorm, which it leaves off there, and its compiled mode."""
+
+import os
+import shutil
+from typing import Annotated, Any
+
+from stages.core.errors import InputError
+from stages.core.options import WITHOUT_EFFECT
+
+Compiled = Annotated[
+    bool,
+    "on a CPU, let the engine run compiled code: it starts about a minute later and draws faster (on a GPU it always "
+    "does)",
+    WITHOUT_EFFECT,
+]  # an option's type
+PROVIDER = "rloop_c"
+NORMS = ("rms_norm", "fused_add_rms_norm")
+
+
+def options(is_compiled: bool) -> dict[str, Any]:
+    """vLLM's arguments for an engine on the CPU; one that is not compiled needs no compiler. InputError without one.
+
+    They change results by no more than rounding. Compiled code is kept on disk, by inductor.
+    """
+    import torch
+
+    torch._dynamo.config.disable = not is_compiled  # else one small function of vLLM's is compiled on its first call
+    if is_compiled:
+        check_compiler()
+        return {"enforce_eager": False}
+    return {"enforce_eager": True, "kernel_config": {"ir_op_priority": norms()}}
+
+
+def check_compiler() -> None:
+    """Raise InputError if there is no C++ compiler, which inductor calls by CXX or g++."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(f"--compile: there is no C++ compiler ({compiler}): install g++, set CXX, or leave it out")
+
+
+def norms() -> dict[str, list[str]]:
+    """The order in which vLLM tries its implementations of RMSNorm: the C code first where it is right.
+
+    That code takes rows to lie one after another, without a look: a view of a part of each (Qwen3's queries and keys)
+    would give other numbers.
+    """
+    from vllm import ir, kernels  # noqa: F401 (registers the C code)
+
+    def rms_norm_fits(x: Any, weight: Any, epsilon: float, variance_size: int | None = None) -> bool:
+        return variance_size is None and _is_plain(x, weight)
+
+    def fused_add_rms_norm_fits(
+        x: Any, x_residual: Any, weight: Any, epsilon: float, variance_size: int | None = None
+    ) -> bool:
+        return variance_size is None and _is_plain(x, weight) and _is_plain(x_residual, weight)
+
+    for name, fits in zip(NORMS, (rms_norm_fits, fused_add_rms_norm_fits), strict=True):
+        op = getattr(ir.ops, name)
+        if PROVIDER not in op.impls:
+            op.register_impl(PROVIDER, supports_args=fits, inplace=name != "rms_norm")(op.impls["vllm_c"].impl_fn)
+    return {name: [PROVIDER, "native"] for name in NORMS}
+
+
+def _is_plain(x: Any, weight: Any) -> bool:
+    return x.is_contiguous() and weight is not None and weight.dtype == x.dtype

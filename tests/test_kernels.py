@@ -1,0 +1,66 @@
+"""vLLM's C code for RMSNorm where it is right, and its compiled mode, which takes new weights too."""
+
+import pytest
+import torch
+
+from stages.core import kernels, policies
+from stages.core.engine import Sampling, VllmEngine
+from stages.core.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+
+def prefer_c():
+    """Let vLLM's operations try the C code first, in the whole process, as an eager engine does; return them."""
+    order_of = kernels.norms()
+    from vllm import ir
+
+    for name, order in order_of.items():
+        getattr(ir.ops, name).set_default(order)
+    return ir.ops
+
+
+def rows(kind):
+    torch.manual_seed(0)
+    whole = torch.randn(7, 300)
+    return {"whole": whole[:, 100:164].contiguous(), "a part of each": whole[:, 100:164],
+            "heads": whole[:, 100:292].view(7, 3, 64)}[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "is_c"), [("whole", True), ("a part of each", False), ("heads", False)])
+def test_the_c_code_runs_only_where_rows_lie_one_after_another(kind, is_c):
+    ops = prefer_c()
+    x, weight = rows(kind), torch.linspace(0.5, 1.5, 64)
+    assert (ops.rms_norm.dispatch(x, weight, 1e-5).provider == kernels.PROVIDER) == is_c
+    norm = (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()) * weight
+    assert torch.allclose(ops.rms_norm(x, weight, 1e-5), norm, atol=1e-5)
+    together, added = ops.fused_add_rms_norm(x.clone(), torch.ones_like(x), weight, 1e-5)
+    norm = ((x + 1) / ((x + 1).square().mean(-1, keepdim=True) + 1e-5).sqrt()) * weight
+    assert torch.allclose(added, x + 1)
+    assert torch.allclose(together, norm, atol=1e-5)
+
+
+def test_without_a_compiler_the_compiled_mode_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"--compile: there is no C\+\+ compiler \(no-such-compiler\): install g"):
+        kernels.options(is_compiled=True)
+
+
+def test_a_compiled_engine_takes_new_weights_and_draws_what_an_eager_one_draws(
+    engine, tiny_policy, other_policy, monkeypatch
+):
+    monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)  # `engine` needs the groups
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # so that it is taken back
+    prompts = [[5, 6, 7], [8, 9]]
+    how = Sampling(4, 16, seeds=[1, 2])
+    compiled = VllmEngine(tiny_policy, max_model_len=96, is_compiled=True)
+    assert compiled.swap_fault(lambda: policies.disk_weights(tiny_policy)) is None
+    for policy in (other_policy, tiny_policy):
+        drawn = []
+        for one in (engine, compiled):
+            one.load(policies.disk_weights(policy))
+            drawn.append(one.generate(prompts, how))
+        eager, ours = (torch.tensor([p for group in groups for c in group for p in c.log_probs]) for groups in drawn)
+        assert torch.allclose(eager, ours, atol=1e-4)
+    compiled.close()
+    prefer_c()  # `engine` goes on
