@@ -10,8 +10,8 @@ from stages.core.engine import Completion
 class ScriptedEngine:
     """Adds up the numbers of a prompt, right or wrong by luck: the better, the larger the policy's embedding.
 
-    A sample depends on its seed and the policy only. After `dies_after` groups the machine goes down. `fault` is what
-    it says of swapping weights.
+    A sample depends on its seed and the policy only; at temperature 0 the prompt is the seed. After `dies_after` groups
+    the machine goes down. `fault` is what it says of swapping weights.
     """
 
     def __init__(self, policy, dies_after=None, fault=None):
@@ -36,8 +36,9 @@ class ScriptedEngine:
         self.is_closed = True
 
     def generate(self, prompts, sampling, on_group, should_stop=None):
+        seeds = sampling.seeds if sampling.temperature else [sum(prompt) for prompt in prompts]
         groups = [[self._complete(prompt, seed + i) for i in range(sampling.num_samples)]
-                  for prompt, seed in zip(prompts, sampling.seeds, strict=True)]  # fmt: skip
+                  for prompt, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
         for index in reversed(range(len(prompts))):
             if len(self.asked) == self.dies_after:
                 raise KeyboardInterrupt

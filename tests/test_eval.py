@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -395,6 +396,57 @@ def test_majorities_are_the_same_at_once_after_an_interruption_and_by_grading_ag
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_greedy_completions_are_measured_beside_the_samples_and_change_none_of_their_figures(
+    engines, tiny_policy, other_policy, problems, tmp_path, capsys
+):
+    both = [tiny_policy, other_policy]
+    run(both, problems, tmp_path / "without")
+    run(both, problems, tmp_path / "out", greedy=True, select="greedy")
+    assert engines[-1].num_loads == 2 and "greedy" in capsys.readouterr().out
+    assert read(tmp_path / "out") == read(tmp_path / "without")
+    drawn = list(records.read(tmp_path / "out/greedy.jsonl", Rollout))
+    assert [(r["policy"], r["problem_id"], r["sample"], r["greedy"]) for r in drawn] == [
+        (str(policy), f"p{number}", 0, True) for policy in both for number in range(NUM_PROBLEMS)
+    ]
+    with_it, without = (load(tmp_path / name / "metrics.json") for name in ("out", "without"))
+    for policy in map(str, both):
+        rewards = [r["reward"] for r in drawn if r["policy"] == policy]
+        assert with_it["policies"][policy].pop("greedy")["value"] == sum(rewards) / NUM_PROBLEMS
+    assert "value" in with_it["differences"][f"{other_policy} - {tiny_policy}"].pop("greedy")
+    assert with_it.pop("selected")["metric"] == "greedy" and with_it == without
+
+
+def test_greedy_completions_do_not_depend_on_the_seed(engines, tiny_policy, problems, tmp_path):
+    run([tiny_policy], problems, tmp_path / "zero", greedy=True)
+    run([tiny_policy], problems, tmp_path / "one", greedy=True, options=replace(OPTIONS, seed=1))
+    assert read(tmp_path / "zero") != read(tmp_path / "one")
+    assert (tmp_path / "zero/greedy.jsonl").read_bytes() == (tmp_path / "one/greedy.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("groups_before", [5, NUM_PROBLEMS + 5])
+def test_greedy_completions_go_on_where_they_stopped_and_are_graded_again(
+    engines, tiny_policy, problems, tmp_path, capsys, groups_before
+):
+    run([tiny_policy], problems, tmp_path / "out", greedy=True)
+    engines.dies_after = groups_before
+    with pytest.raises(KeyboardInterrupt):
+        run([tiny_policy], problems, tmp_path / "later", greedy=True)
+    engines.dies_after = None
+    run([tiny_policy], problems, tmp_path / "later", greedy=True)
+    assert len(engines[-1].asked) == 2 * NUM_PROBLEMS - groups_before
+    run([], [], tmp_path / "again", regrade=tmp_path / "out")
+    assert "no verdict changed" in capsys.readouterr().out
+    for name in ("rollouts.jsonl", "greedy.jsonl", "results.jsonl", "metrics.json"):
+        for other in ("later", "again"):
+            assert (tmp_path / other / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    flipped = [r | {"verdict": "wrong", "reward": 0.0} for r in records.read(tmp_path / "out/greedy.jsonl", Rollout)]
+    jsonl.write(tmp_path / "out/greedy.jsonl", flipped)
+    run([], [], tmp_path / "mended", regrade=tmp_path / "out")
+    assert (tmp_path / "mended/greedy.jsonl").read_bytes() == (tmp_path / "later/greedy.jsonl").read_bytes()
+    [moved] = [line.split() for line in capsys.readouterr().out.splitlines() if "] " in line and " greedy " in line]
+    assert float(moved[2]) == 0
+
+
 def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_policy, problems, tmp_path, capsys):
     run([tiny_policy, make_policy(std=0.6)], problems, tmp_path / "out", num_samples=16)
     [row] = [line for line in capsys.readouterr().out.splitlines() if " - " in line]
@@ -434,7 +486,9 @@ def test_an_average_over_fewer_problems_is_refused(engines, tiny_policy, problem
 
 def test_grading_again_takes_neither_policies_nor_problems(problems, tmp_path):
     for policies, files in (([tmp_path], []), ([], problems)):
-        with pytest.raises(InputError, match="--regrade draws nothing: leave out --policy, --selected, --problems and"):
+        with pytest.raises(
+            InputError, match="--regrade draws nothing: leave out --policy, --selected, --problems, --limit"
+        ):
             run(policies, files, tmp_path / "again", regrade=tmp_path / "out")
 
 

@@ -55,7 +55,7 @@ def test_a_launched_process_knows_its_place(monkeypatch):
 
 ASKED = ("--policy", "policy", "--policy", "tied", "--problems", "sums.jsonl", "--problems", "few.jsonl")
 HOW = ("--template", "none", "--max-tokens", 60, "--num-samples", 8)
-EVAL = ("eval", *ASKED, *HOW, "--k", 8)
+EVAL = ("eval", *ASKED, *HOW, "--k", 8, "--maj", "--greedy")
 NUM_SUMS, NUM_FEW = 41, 1  # of the few, one rank has none
 
 
@@ -110,16 +110,20 @@ def test_two_ranks_draw_and_grade_what_one_process_does(place):
     alone(place, *EVAL, "--out", "one")
     codes, said = together([place, place], *EVAL, "--out", "two")
     assert codes == [0, 0], said
-    assert "pass@8" in said[0] and "groups 84/84" in said[0] and not said[1]
+    assert "pass@8" in said[0] and "groups 168/168" in said[0] and not said[1]
     one, two = (sorted(str(p.relative_to(place / name)) for p in (place / name).rglob("*")) for name in ("one", "two"))
     assert one == two and not list(place.glob(".*"))
     for name, number in (("sums", NUM_SUMS), ("few", NUM_FEW)):
         drawn = drawn_in(place / "two" / name / "rollouts.jsonl")
         check_alike(drawn, drawn_in(place / "one" / name / "rollouts.jsonl"))
         assert len(drawn) == 2 * 8 * number
-    codes, said = together([place, place], "eval", "--regrade", "two", "--out", "again", "--k", 8)
+        check_alike(*(drawn_in(place / which / name / "greedy.jsonl") for which in ("two", "one")))
+    codes, said = together([place, place], "eval", "--regrade", "two", "--out", "again", "--k", 8, "--maj")
     assert codes == [0, 0] and "no verdict changed" in said[0] and not said[1]
-    for name in ("metrics.json", *(f"{s}/{f}" for s in ("sums", "few") for f in ("rollouts.jsonl", "metrics.json"))):
+    for name in (
+        "metrics.json",
+        *(f"{s}/{f}" for s in ("sums", "few") for f in ("rollouts.jsonl", "greedy.jsonl", "metrics.json")),
+    ):
         assert (place / "again" / name).read_bytes() == (place / "two" / name).read_bytes()
     codes, said = together([place, place], "sample", *ASKED[:2], *ASKED[4:6], *HOW, "--out", "sampled.jsonl")
     assert codes == [0, 0], said

@@ -4,6 +4,7 @@ For one set, OUT holds
 
     rollouts.jsonl   every completion         metrics.json    see scoring.py
     results.jsonl    counts by problem        manifest.json   how it came about
+    greedy.jsonl     with --greedy: a completion of temperature 0 for each problem, which counts in no avg@k or pass@k
 
 For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. For an average over sets run report.
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from stages.core import jsonl, lineage, outputs, provenance, sampling, verifier
 from stages.core.engine import Engine
@@ -35,7 +36,17 @@ from stages.core.verifier import Verifier
 from stages.eval import partial, scoring, selection, votes
 from stages.eval.partial import Groups, Writer
 
+ROLLOUTS, GREEDY = "rollouts.jsonl", "greedy.jsonl"
+Drawn = Mapping[str, Iterator[Rollout]]  # a set's rollouts by the names of their files
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
+
+
+class Drawing(NamedTuple):
+    """What is drawn into one file of each set, the stems of its partial files, and what marks its rollouts."""
+
+    plan: Plan
+    stems: Stems
+    marks: dict[str, Any]
 
 
 @checked
@@ -55,6 +66,7 @@ def run(
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
     maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False,
+    greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False,
     select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
     options: sampling.Options,
 ) -> None:
@@ -79,20 +91,20 @@ def run(
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
     if regrade is not None:
-        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options.limit))
+        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options.limit, greedy))
         regrade_rollouts(regrade, out, {"k": k, "maj": maj, "select": select, "bare": options.bare}, ranks)
         return
-    ranks.together(lambda: scoring.check_metrics(num_samples, k, select, maj))
+    ranks.together(lambda: scoring.check_metrics(num_samples, k, select, maj, greedy))
     plan = ranks.together(
         lambda: _plan(out, selection.added(policy, selected, all_checkpoints), problems, num_samples, options, ranks)
     )
     evaluate(plan, problems, out, given, plan.start_engine)
 
 
-def _refuse_drawing(out: Path, policies: list[str], problem_files: list[Path], limit: int) -> None:
+def _refuse_drawing(out: Path, policies: list[str], problem_files: list[Path], limit: int, greedy: bool) -> None:
     outputs.refuse_unwritable(out)
-    if policies or problem_files or limit:
-        raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems and --limit")
+    if policies or problem_files or limit or greedy:
+        raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems, --limit and --greedy")
 
 
 def _plan(
@@ -130,13 +142,15 @@ def evaluate(
         if place is None:
             return
         ranks.refuse_unseen(place / partial.SETTINGS)
-        stems = _stems(plan, problem_files, identity.inputs)
+        drawings = _drawings(plan, _stems(plan, problem_files, identity.inputs), given["greedy"])
         with going_on(lambda: "what was drawn is kept: the same command draws the rest"):
-            _draw_missing(plan, place, stems, start_engine)
+            _draw_missing(drawings, place, start_engine)
         ranks.wait()
         if not ranks.is_first:
             return
-        stored = {name: _stored(plan, name, place, stems) for name in plan.sets}
+        stored = {
+            name: {file: _stored(drawing, name, place) for file, drawing in drawings.items()} for name in plan.sets
+        }
         summaries = _write(out, stored, _manifest(identity, plan, read["stamps"]), start)
         shutil.rmtree(place)
     _print(summaries)
@@ -202,17 +216,31 @@ def _stems(plan: Plan, problem_files: list[Path], digests: Mapping[str, str]) ->
     }
 
 
-def _draw_missing(plan: Plan, place: Path, stems: Stems, start_engine: StartEngine) -> None:
+def _drawings(plan: Plan, stems: Stems, greedy: bool) -> dict[str, Drawing]:
+    """What is drawn, by the file that it is written to; stems begin with hexadecimal digits unless greedy."""
+    drawings = {ROLLOUTS: Drawing(plan, stems, {})}
+    if greedy:
+        at_zero = replace(plan, sampling=replace(plan.sampling, num_samples=1, temperature=0.0))
+        drawings[GREEDY] = Drawing(at_zero, {key: f"greedy-{stem}" for key, stem in stems.items()}, {"greedy": True})
+    return drawings
+
+
+def _draw_missing(drawings: Mapping[str, Drawing], place: Path, start_engine: StartEngine) -> None:
     """Draw what is not in `place`, policy by policy; a policy that lacks nothing is not loaded."""
-    kept = plan.ranks.on_first(lambda: {stem: _kept(place, stem) for stem in stems.values()})
+    plan = drawings[ROLLOUTS].plan
+    stems = [stem for drawing in drawings.values() for stem in drawing.stems.values()]
+    kept = plan.ranks.on_first(lambda: {stem: _kept(place, stem) for stem in stems})
     engines = Engines(start_engine, plan.ranks)
-    with Verifier(bare=plan.options.bare) as verifier, Meter(plan.num_groups, plan.ranks) as meter:
+    num_groups = plan.num_groups * len(drawings)
+    with Verifier(bare=plan.options.bare) as verifier, Meter(num_groups, plan.ranks) as meter:
         for name, path in plan.policies.items():
-            missing = _missing(plan, name, stems, kept)
-            meter.start(name, len(missing), plan.num_groups // len(plan.policies) - len(missing))
-            if missing:
+            missing = [_missing(plan, name, drawing.stems, kept) for drawing in drawings.values()]
+            if any(missing):
                 engine = engines.holding(path)  # on every rank, whose share of a few may be nothing
-                _draw(plan, name, place, plan.ranks.share(missing), engine, verifier, meter)
+            for drawing, own in zip(drawings.values(), missing, strict=True):
+                meter.start(name, len(own), plan.num_groups // len(plan.policies) - len(own))
+                if own:
+                    _draw(drawing.plan, name, place, plan.ranks.share(own), engine, verifier, meter)
 
 
 def _kept(place: Path, stem: str) -> set[str]:
@@ -266,22 +294,23 @@ def _draw_part(
     sampling.draw_scored(engine, verifier, prompts, plan.seeded(prompts), meter, keep)
 
 
-def _stored(plan: Plan, set_name: str, place: Path, stems: Stems) -> Iterator[Rollout]:
+def _stored(drawing: Drawing, set_name: str, place: Path) -> Iterator[Rollout]:
     """A set's rollouts by policy, problem and sample, in the order of the plan."""
-    for name in plan.policies:
-        with Groups(place, stems[set_name, name]) as groups:
-            for prompt in plan.sets[set_name]:
+    for name in drawing.plan.policies:
+        with Groups(place, drawing.stems[set_name, name]) as groups:
+            for prompt in drawing.plan.sets[set_name]:
                 for rollout in groups.get(prompt.problem["id"]):
-                    yield {**rollout, "policy": name}  # it may have been drawn under another name
+                    own: Any = {**rollout, "policy": name}  # it may have been drawn under another name
+                    yield own | drawing.marks
 
 
-def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, Any], start: float) -> dict[str, Any]:
+def _write(out: Path, sets: Mapping[str, Drawn], manifest: dict[str, Any], start: float) -> dict[str, Any]:
     """Write `out` whole; return what each set's metrics.json holds."""
     parameters, summaries = manifest["parameters"], {}
     with outputs.whole_dir(out) as beside:
-        for name, rollouts in sets.items():
+        for name, drawn in sets.items():
             place = beside if len(sets) == 1 else beside / name
-            results = _counted(place / "rollouts.jsonl", rollouts, parameters["maj"], parameters["bare"])
+            results = _counted(place, drawn, parameters["maj"], parameters["bare"])
             jsonl.write(place / "results.jsonl", results)
             summaries[name] = scoring.measure(results, parameters["k"], parameters["select"])
             outputs.write_json(place / "metrics.json", summaries[name])
@@ -295,10 +324,13 @@ def _write(out: Path, sets: dict[str, Iterator[Rollout]], manifest: dict[str, An
     return summaries
 
 
-def _counted(file: Path, rollouts: Iterator[Rollout], maj: bool, bare: bool) -> list[Any]:
-    """Write `rollouts` to `file`, and return their Results; with `maj` these count the votes."""
+def _counted(place: Path, drawn: Drawn, maj: bool, bare: bool) -> list[Any]:
+    """Write the files of a set, and return its Results; with `maj` these count the votes."""
     tally, ballots = scoring.Tally(), votes.Ballots(bare)
-    jsonl.write(file, map(tally.add, map(ballots.add, rollouts) if maj else rollouts))
+    rollouts = drawn[ROLLOUTS]
+    jsonl.write(place / ROLLOUTS, map(tally.add, map(ballots.add, rollouts) if maj else rollouts))
+    if GREEDY in drawn:
+        jsonl.write(place / GREEDY, map(tally.add, drawn[GREEDY]))
     results = tally.results
     if maj:
         with Verifier() as graders:
@@ -323,7 +355,7 @@ def regrade_rollouts(source: Path, out: Path, parameters: Mapping[str, Any], ran
     start = time.monotonic()
     files = ranks.together(lambda: _stored_files(source))
     former = ranks.together(lambda: provenance.read_manifest(source / "manifest.json"))
-    digests = {str(file): provenance.digest(file) for file in files.values()}
+    digests = {str(file): provenance.digest(file) for own in files.values() for file in own.values()}
     ranks.refuse_differences(digests | verifier.VERSION)
     identity = Identity(
         "eval",
@@ -338,26 +370,35 @@ def regrade_rollouts(source: Path, out: Path, parameters: Mapping[str, Any], ran
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
         with Verifier(bare=parameters["bare"]) as graders:
-            verdicts = {name: scoring.grade(file, graders, ranks) for name, file in files.items()}
+            verdicts = {file: scoring.grade(file, graders, ranks) for own in files.values() for file in own.values()}
         if not ranks.is_first:
             return
-        sets = {name: scoring.regraded(file, verdicts[name], changes[name]) for name, file in files.items()}
+        sets = {
+            name: {kind: scoring.regraded(file, verdicts[file], changes[name]) for kind, file in own.items()}
+            for name, own in files.items()
+        }
         summaries = _write(out, sets, manifest, start)
     _print(summaries)
     for name, change in changes.items():
         print(f"{name}: {scoring.change_table(change, summaries[name], parameters['k'])}")
 
 
-def _stored_files(source: Path) -> dict[str, Path]:
-    """The rollouts files of an eval output by their sets, in its order; `source` may be such a file itself."""
+def _stored_files(source: Path) -> dict[str, dict[str, Path]]:
+    """The rollouts files of an eval output by set, in its order, and name; `source` may be such a file itself."""
     if not source.is_dir():
         if str(source) == "-" or (source.exists() and not source.is_file()):
             raise InputError(f"--regrade {source}: name a plain file, for it is read twice")
-        return {source.stem: source}
+        return {source.stem: {ROLLOUTS: source}}
     first = [f"{name}/rollouts.jsonl" for name in read_json(source / "metrics.json").get("sets", ())]
     others = sorted(source.glob("*/rollouts.jsonl"))
     paths = dict.fromkeys([source / "rollouts.jsonl", *(source / name for name in first), *others])
     files = [path for path in paths if path.exists()]
     if not files:
         raise InputError(f"--regrade {source} holds no rollouts.jsonl: name an eval output, or a file of rollouts")
-    return {read_json(file.parent / "manifest.json").get("set", file.parent.name): file for file in files}
+    stored = {file: {name: file.with_name(name) for name in (ROLLOUTS, GREEDY)} for file in files}
+    return {
+        read_json(file.parent / "manifest.json").get("set", file.parent.name): {
+            name: path for name, path in own.items() if path.exists()
+        }
+        for file, own in stored.items()
+    }

@@ -2,6 +2,7 @@
 
     .OUT.partial/settings.json                           what every group depends on, but for policy and problem
     .OUT.partial/<problems>-<policy>-<engine>.jsonl      a policy's groups, a line each, in the order they were done
+    .OUT.partial/greedy-<problems>-...                   the same at temperature 0
 
 It lies beside OUT and is removed once OUT is written. Policies and problem files are known by their digests, so a
 repeated call may name more of them, and those that have changed are drawn anew. Each engine has files of its own; all
@@ -23,7 +24,7 @@ from stages.core.records import Rollout
 SETTINGS = "settings.json"
 
 
-NO_MATTER = ("k", "maj", "select", "limit")  # options of eval on which no group of rollouts depends
+NO_MATTER = ("k", "maj", "greedy", "select", "limit")  # options of eval on which no group of rollouts depends
 
 
 def directory(out: Path, identity: Identity) -> Path:

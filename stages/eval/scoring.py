@@ -33,7 +33,7 @@ class Tally:
         self._results: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, rollout: Rollout) -> Rollout:
-        """Count one rollout, and return it."""
+        """Count one rollout, and return it; one that is marked `greedy` is none of the samples."""
         key = rollout["policy"], rollout["problem_id"]
         if (result := self._results.get(key)) is None:
             result = self._results[key] = {
@@ -46,6 +46,9 @@ class Tally:
                 "num_tokens": 0,
                 "verdicts": Counter(),
             }
+        if "greedy" in rollout:
+            result["num_greedy_correct"] = int(rollout["verdict"] == "correct")
+            return rollout
         result["num_samples"] += 1
         result["num_correct"] += rollout["verdict"] == "correct"
         result["num_truncated"] += rollout["finish_reason"] == "length"
@@ -77,21 +80,30 @@ def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
     verdicts: Counter[str] = Counter()
     for result in results:
         verdicts.update(result["verdicts"])
-    more = {name: metrics.interval(values) for name, values in _majorities(results, ks).items()}
+    more = {name: metrics.interval(values) for name, values in _more_metrics(results, ks).items()}
     return metrics.summarise(results, ks) | more | {"verdicts": dict(verdicts.most_common())}
 
 
 def _differences(first: Sequence[Any], second: Sequence[Any], ks: Sequence[int]) -> dict[str, metrics.Difference]:
     differences = metrics.compare(first, second, ks)
-    before, after = _majorities(first, ks), _majorities(second, ks)
+    before, after = _more_metrics(first, ks), _more_metrics(second, ks)
     return differences | {name: metrics.difference(before[name], after[name]) for name in before if name in after}
 
 
-def _majorities(results: Sequence[Any], ks: Sequence[int]) -> dict[str, list[float]]:
-    """maj@k on each problem, in the order of their ids, if the Results count votes."""
-    if not all("wrong_votes" in result for result in results):
-        return {}
-    return {f"maj@{k}": votes.of_problems(results, k) for k in ks}
+def _more_metrics(results: Sequence[Any], ks: Sequence[int]) -> dict[str, list[float]]:
+    """maj@k and greedy on each problem, in the order of their ids, if the Results count for them."""
+    ordered = sorted(results, key=lambda result: result["problem_id"])
+    values: dict[str, list[float]] = {}
+    if all("wrong_votes" in result for result in results):
+        values |= {f"maj@{k}": votes.of_problems(ordered, k) for k in ks}
+    if all("num_greedy_correct" in result for result in results):
+        values["greedy"] = [result["num_greedy_correct"] for result in ordered]
+    return values
+
+
+def _accuracies(summary: dict[str, Any]) -> list[str]:
+    """The names of those metrics that say how often a policy is right."""
+    return [name for name in summary if "@" in name or name == "greedy"]
 
 
 def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -99,19 +111,20 @@ def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
 
     Raises InputError for an unknown metric.
     """
-    if metric not in (choices := [name for name in next(iter(summaries.values())) if "@" in name]):
+    if metric not in (choices := _accuracies(next(iter(summaries.values())))):
         raise InputError(f"--select {metric} is none of the metrics: {', '.join(choices)}")
     order = [metric, *(name for name in choices if name.startswith("avg@"))]
     best = max(summaries, key=lambda name: [summaries[name][of_order]["value"] for of_order in order])
     return {"policy": best, "metric": metric, "value": summaries[best][metric]["value"]}
 
 
-def check_metrics(num_samples: int, ks: Sequence[int], select: str, maj: bool) -> None:
+def check_metrics(num_samples: int, ks: Sequence[int], select: str, maj: bool, greedy: bool) -> None:
     """Raise InputError for a k that `num_samples` cannot give, or a selection by an unknown metric."""
     for k in ks:
         if not 1 <= k <= num_samples:
             raise InputError(f"--k {k} needs 1 to {num_samples} (--num-samples): name other --k, or draw more samples")
     choices = [f"avg@{num_samples}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks if maj)]
+    choices += ["greedy"] if greedy else []
     if select and select not in choices:
         raise InputError(f"--select {select} is none of the metrics: {', '.join(choices)}")
 
@@ -173,7 +186,7 @@ def _shared_out(file: Path, num_ranks: int) -> Iterator[tuple[int, Rollout]]:
 
 def summary_table(measured: dict[str, Any]) -> str:
     """A line a policy: each metric in per cent with its interval."""
-    names = [name for name in next(iter(measured["policies"].values())) if "@" in name]
+    names = _accuracies(next(iter(measured["policies"].values())))
     rows = [["policy", *names, "truncated", "no answer", "tokens"]]
     for policy, summary in measured["policies"].items():
         figures = [_percent(summary[name]) for name in names]
@@ -185,7 +198,7 @@ def summary_table(measured: dict[str, Any]) -> str:
 def difference_table(measured: dict[str, Any]) -> str:
     """A line a pair of policies: the paired difference of each metric; a star marks those that are real."""
     pairs = measured["differences"]
-    names = [name for name in next(iter(pairs.values())) if "@" in name]
+    names = _accuracies(next(iter(pairs.values())))
     rows = [["difference", *names]]
     for pair, differences in pairs.items():
         cells = (differences[name] for name in names)

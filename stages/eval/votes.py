@@ -64,9 +64,8 @@ def _sizes(ballot: Counter[str], equal: Collection[tuple[str, str]]) -> list[int
 
 
 def of_problems(results: Sequence[Any], k: int) -> list[float]:
-    """maj@k on each problem, in the order of their ids."""
-    ordered = sorted(results, key=lambda result: result["problem_id"])
-    return [maj_at_k(r["num_samples"], r["num_correct"], tuple(r["wrong_votes"]), k) for r in ordered]
+    """maj@k on each problem."""
+    return [maj_at_k(r["num_samples"], r["num_correct"], tuple(r["wrong_votes"]), k) for r in results]
 
 
 @lru_cache(2**16)
