@@ -6,7 +6,9 @@
      "differences": {"runs/1/policy - runs/0/policy": {"avg@32": {"value", "low", "high", "real"}, ...}},
      "selected": {"policy": "runs/1/policy", "metric": "pass@32", "value": 0.5}}
 
-Everything is computed from counts by problem (results.jsonl), and those from rollouts.jsonl.
+With --maj there are `maj@8` and so on, too (see votes.py), and with --greedy `greedy`, the share of problems that the
+completion at temperature 0 gets right. Everything is computed from counts by problem (results.jsonl), and those from
+rollouts.jsonl and greedy.jsonl.
 """
 
 from collections import Counter
