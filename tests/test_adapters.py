@@ -125,6 +125,7 @@ def loss_after(policy, rank, steps=30):
     return loss.item()
 
 
+@pytest.mark.slow
 def test_adapters_as_large_as_the_layers_learn_as_much_as_the_matrices_themselves(tiny_policy):
     whole = loss_after(tiny_policy, rank=0)
     assert whole < 0.2  # from 5.5

@@ -151,6 +151,7 @@ def test_temporal_sampling_is_right_on_average_whatever_an_evaluation_draws():
     assert total == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_latest_policies_take_turns_as_far_as_their_samples_go(tmp_path):
     analyze.run(evals=[str(by_hand(tmp_path))], out=str(tmp_path / "out"), ks=[2, 3, 8])
     # correct of 2 for (p, q): step 10 (1, 1), step 5 (0, 2), base (1, 0)
@@ -168,6 +169,7 @@ def test_more_correct_samples_can_be_asked_for():
     assert dynamics.solved(results, min_correct=2).tolist() == [[False, True]]
 
 
+@pytest.mark.slow
 def test_differential_forgetting_aligns_rloop_and_rl_by_global_step(tmp_path):
     right, wrong = [("t u", 1)], [("t u", 0)]
     solved = {
@@ -252,6 +254,7 @@ def two(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_any_two_runs_can_be_compared(two):
     analyze.run(evals=[str(two / "valid")], out=str(two / "out"), compare=["other", "RL"])
     found = json.loads((two / "out/differential_forgetting.json").read_text())

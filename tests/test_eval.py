@@ -338,6 +338,7 @@ def test_more_votes_than_samples_are_refused():
         votes.maj_at_k(4, 2, (2, 1), 2)
 
 
+@pytest.mark.slow
 def test_equivalent_answers_are_one_class_and_what_cannot_be_read_is_none():
     halves = {"1/2": 1, "0.5": 2, r"\frac12": 3}
     sums = {"x+1": 2, "1+x": 1, r"2x": 1}

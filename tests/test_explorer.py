@@ -222,6 +222,7 @@ def last_step_of_several_rounds(rows):
 
 
 @pytest.mark.parametrize("share", [0.25, 0.4, 0.5, 0.6])
+@pytest.mark.slow
 def test_a_full_batch_takes_hardly_more_than_a_round_and_a_killed_run_ends_as_an_unbroken_one(tmp_path, share):
     whole = explore(tmp_path / "whole", informative(share), save_every=3, **LONG)
     assert all(row["num_kept"] == 6 and not row["short_batch"] for row in whole.rows)

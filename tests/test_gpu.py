@@ -158,6 +158,7 @@ def test_two_gpus_draw_and_train_together(policy, tmp_path, tensor_parallel):
     assert json.loads((tmp_path / "rl/checkpoints/step_000002/config.json").read_bytes())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_check_says_so_and_that_is_no_failure():
     done = subprocess.run(
         [sys.executable, "benchmarks/gpu_check.py"], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},

@@ -95,6 +95,7 @@ def test_activations_are_the_bytes_that_torch_saves(rank, checkpointing):
 
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.slow
 def test_the_most_that_is_alive_in_a_pass_is_below_the_plan_by_a_third_at_most(rank, checkpointing):
     def peak(samples):
         trained = model(rank, checkpointing)

@@ -76,6 +76,7 @@ def test_the_graph_parses_into_the_expected_stages(tmp_path):
     assert sorted(names) == sorted(STAGES.split())
 
 
+@pytest.mark.slow
 def test_one_more_iteration_is_one_more_line_and_five_more_stages(tmp_path):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["iterations"]["4"] = {"start": "runs/3/policy"}
@@ -84,6 +85,7 @@ def test_one_more_iteration_is_one_more_line_and_five_more_stages(tmp_path):
     assert names - set(STAGES.split()) == {"rl@4", "filter@4", "rft@4", "eval@4", "test@4"}
 
 
+@pytest.mark.slow
 def test_what_would_be_done_is_shown_from_the_start_with_the_iterations_that_count(tmp_path):
     from stages.core import lineage
 
@@ -101,6 +103,7 @@ def test_what_would_be_done_is_shown_from_the_start_with_the_iterations_that_cou
         assert lineage.chosen(words[words.index("--iterations") + 1]) == {1, 2}
 
 
+@pytest.mark.slow
 def test_an_iteration_may_end_with_merge_in_the_place_of_filter_and_rft(tmp_path):
     params = shrunken()
     params["tuned"], params["merged"] = {}, params["iterations"]

@@ -295,6 +295,7 @@ def test_a_picture_or_a_table_of_someone_else_is_never_replaced(made, tmp_path):
     assert [path.name for path in other.iterdir()] == ["results.md"]
 
 
+@pytest.mark.slow
 def test_methods_asked_different_problems_are_named(made, tmp_path, capsys):
     shutil.copytree(made / "eval", tmp_path / "eval")
     file = tmp_path / "eval/vanilla/valid/results.jsonl"
@@ -315,6 +316,7 @@ def without(made: Path, copy: Path, problem_set: str, policies: list[str]) -> Pa
     return copy
 
 
+@pytest.mark.slow
 def test_curves_show_the_checkpoints_that_a_set_has_and_averages_those_that_have_all_sets(made, tmp_path):
     copy = without(made, tmp_path / "runs", "far", [VANILLA[0], RLOOP[0], RLOOP[1]])
     make(copy)
@@ -350,6 +352,7 @@ def test_a_method_that_lacks_a_set_has_no_average_and_is_named(made, tmp_path, c
     assert headline[0].startswith("RLoop leads in avg@4 on average over 2 sets") and "against" not in headline[0]
 
 
+@pytest.mark.slow
 def test_a_validation_set_that_there_is_not_is_named_and_no_rollouts_are_no_fault(made, tmp_path, capsys):
     choices = report.Choices(ks=[2], valid="nope", max_problems=0)
     make(made, choices=choices, out=str(tmp_path / "page.html"))

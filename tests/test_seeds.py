@@ -146,6 +146,7 @@ def seeds(asked):
     return {seed for _, _, seed in asked}
 
 
+@pytest.mark.slow
 def test_every_sample_of_a_run_has_a_seed_of_its_own_though_a_problem_comes_again(explore):
     (asked,) = explore()
     assert len({problem for problem, _, _ in asked}) == NUM_PROBLEMS < 2 * PER_STEP
