@@ -48,7 +48,7 @@ def run(
     given, started = locals(), time.perf_counter()
     outputs.refuse_occupied(out)
     _check_weights(policy, weight)
-    paths = [policies.resolve(_last(name)) for name in policy]
+    paths = [policies.resolve(sampling.checkpoints(name)[-1]) for name in policy]
     _check_alike(policy, paths)
     for path in paths:
         policies.check_shapes(path)
@@ -60,11 +60,6 @@ def run(
         seconds = time.perf_counter() - started
         record = manifest(identify(run, given, inputs), {"tensors": num_tensors}, seconds, paths=named)
         outputs.write_json(beside / "manifest.json", record)
-
-
-def _last(name: str) -> str:
-    """`name`, or the last checkpoint in it if it is a directory of checkpoints."""
-    return sampling.checkpoints(name.rstrip("/") or name)[-1]
 
 
 def _check_weights(names: Sequence[str], weights: Sequence[float]) -> None:

@@ -14,17 +14,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 from stages.core import kernels, policies
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
+from stages.core.options import WITHOUT_EFFECT, at_least
 
 if TYPE_CHECKING:
     import torch
 
 MAX_BATCHED_TOKENS = 4096  # tokens in one pass of the engine on the CPU
 MAX_SEQUENCES = 512  # at once, unless asked for otherwise: the largest batch that vLLM captures as a CUDA graph
+MaxSequences = Annotated[
+    int,
+    "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most "
+    f"{MAX_SEQUENCES}",
+    at_least(0),
+    WITHOUT_EFFECT,
+]  # an option's type
 SEED_BITS = 62  # sample i of a prompt has the prompt's seed + i, which must stay a signed 64-bit number
 PROBE_TOKENS = 24
 PROBE_BOUNDS = {"float32": 1e-3}  # mean difference in nats a token between two ways to the same weights

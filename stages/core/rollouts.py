@@ -4,11 +4,11 @@ The verifier works on finished groups while the engine still generates the other
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from stages.core import policies
-from stages.core.engine import Completion, Engine, Sampling, ShouldStop
+from stages.core.engine import Completion, Engine, Sampling, ShouldStop, seed_of
 from stages.core.errors import InputError
 from stages.core.records import Problem, Rollout
 from stages.core.templates import Template
@@ -22,6 +22,11 @@ class Prompt:
     problem: Problem
     text: str
     token_ids: list[int]
+
+
+def seeded(sampling: Sampling, seed: int, prompts: Sequence[Prompt]) -> Sampling:
+    """How to sample `prompts` so that a problem's samples hang on `seed` and its id alone, in eval as elsewhere."""
+    return replace(sampling, seeds=[seed_of(seed, prompt.problem["id"]) for prompt in prompts])
 
 
 class Settled(NamedTuple):

@@ -14,13 +14,13 @@ float32.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from stages.core import policies, records, templates
-from stages.core.engine import Engine, Sampling, VllmEngine, seed_of
+from stages.core.engine import Engine, MaxSequences, Sampling, VllmEngine
 from stages.core.errors import InputError
 from stages.core.kernels import Compiled
 from stages.core.options import WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, one_of
@@ -28,7 +28,7 @@ from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import ALONE, Ranks, TensorParallel
 from stages.core.records import Problem, Rollout
-from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
+from stages.core.rollouts import Group, Prompt, draw_each, make_prompts, seeded
 from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
@@ -64,12 +64,7 @@ class Options(OptionGroup):
     ] = 0.9
     tensor_parallel: TensorParallel = 1
     compile: Compiled = False
-    max_sequences: Annotated[
-        int,
-        "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
-        at_least(0),
-        WITHOUT_EFFECT,
-    ] = 0
+    max_sequences: MaxSequences = 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ class Plan:
 
     def seeded(self, prompts: Sequence[Prompt]) -> Sampling:
         """How to sample `prompts`."""
-        return replace(self.sampling, seeds=[seed_of(self.options.seed, prompt.problem["id"]) for prompt in prompts])
+        return seeded(self.sampling, self.options.seed, prompts)
 
 
 def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Iterator[Rollout]:
@@ -264,7 +259,7 @@ def _resolve(given: Sequence[str]) -> dict[str, Path]:
     if not given:
         raise InputError("--policy is missing: name at least one checkpoint directory")
     paths: dict[str, Path] = {}
-    for name in (name for text in given for name in checkpoints(text.rstrip("/") or text)):
+    for name in (name for text in given for name in checkpoints(text)):
         if name in paths:
             raise InputError(f"policy {name} is named twice")
         paths[name] = policies.resolve(name)
@@ -272,7 +267,8 @@ def _resolve(given: Sequence[str]) -> dict[str, Path]:
 
 
 def checkpoints(name: str) -> list[str]:
-    """`name` itself, or the checkpoints in it, in order of their names, if it is a directory of checkpoints."""
+    """The checkpoints in the directory `name`, by their names; if it holds none, `name` itself, less a last slash."""
+    name = name.rstrip("/") or name
     inside = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
     return [name] if (Path(name) / "config.json").exists() or not inside else [f"{name}/{step}" for step in inside]
 

@@ -13,7 +13,7 @@ from stages.core.sampling import checkpoints
 def added(named: Sequence[str], evals: Sequence[Path], all_checkpoints: bool) -> list[str]:
     """The policies `named`, and after them those of the eval outputs `evals` that are not among them."""
     more = (policy for output in evals for policy in policies_of(output, all_checkpoints))
-    there = {policy for name in named for policy in checkpoints(name.rstrip("/") or name)}
+    there = {policy for name in named for policy in checkpoints(name)}
     return [*named, *dict.fromkeys(policy for policy in more if policy not in there)]
 
 

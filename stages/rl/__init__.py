@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from stages.core.adapters import LoraOptions
+from stages.core.engine import MaxSequences
 from stages.core.errors import InputError
 from stages.core.kernels import Compiled
 from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
@@ -23,6 +24,7 @@ from stages.core.ranks import Ranks, TensorParallel
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from stages.core.engine import VllmEngine
     from stages.core.rollouts import Prompt
     from stages.core.templates import Template
     from stages.rl.rundir import RunDir
@@ -103,12 +105,7 @@ class Options(LoraOptions):
     ] = 0.5
     tensor_parallel: TensorParallel = 1
     compile: Compiled = False
-    max_sequences: Annotated[
-        int,
-        "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most 512",
-        at_least(0),
-        WITHOUT_EFFECT,
-    ] = 0
+    max_sequences: MaxSequences = 0
     mismatch_bound: Annotated[
         float,
         "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
@@ -282,12 +279,35 @@ def _explore(
     options: Options,
 ) -> None:
     """Build engine, verifier, trainer and explorer, and do the steps that are left."""
-    from stages.core.engine import Sampling, VllmEngine, fitting
+    from stages.core.engine import Sampling
     from stages.core.lifetime import stop_signal
     from stages.core.verifier import Verifier
     from stages.rl import validation
     from stages.rl.explorer import Explorer
     from stages.rl.trainer import Trainer
+
+    engine = _start_engine(accelerator, path, asked, options)
+    trainer = Trainer(path, accelerator, options)
+    stop_ids, stop = asked.ends
+    sampling = Sampling(
+        options.group_size, options.max_tokens, options.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
+    )
+    with Verifier() as verifier, stop_signal() as stop_flag:
+        explorer = Explorer(options, accelerator, engine, verifier, trainer, asked.prompts, sampling, origin)
+        explorer.validation = validation.of(asked.valid, sampling, options)
+        apart = explorer.check_hand_over()
+        if accelerator.is_main_process:
+            warn(engine.capacity)
+            warn(
+                f"engine and trainer agree to {apart.mean:.1e} in log-probability on average, {apart.largest:.1e} at "
+                f"most ({accelerator.mixed_precision} autocast)"
+            )
+        explorer.run(directory, stop_flag, done, policy)
+
+
+def _start_engine(accelerator: "Accelerator", path: Path, asked: Asked, options: Options) -> "VllmEngine":
+    """The engine of this rank, with room for the longest prompt and completion."""
+    from stages.core.engine import VllmEngine, fitting
 
     longest, valid_longest = (
         max((len(prompt.token_ids) for prompt in prompts), default=0) + options.max_tokens
@@ -307,22 +327,7 @@ def _explore(
         )
     if not options.max_sequences:  # long prompts of --valid must not change the batches, whose rounding rollouts have
         engine.max_sequences = fitting(engine.cache_tokens, longest)
-    trainer = Trainer(path, accelerator, options)
-    stop_ids, stop = asked.ends
-    sampling = Sampling(
-        options.group_size, options.max_tokens, options.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
-    )
-    with Verifier() as verifier, stop_signal() as stop_flag:
-        explorer = Explorer(options, accelerator, engine, verifier, trainer, asked.prompts, sampling, origin)
-        explorer.validation = validation.of(asked.valid, sampling, options)
-        apart = explorer.check_hand_over()
-        if accelerator.is_main_process:
-            warn(engine.capacity)
-            warn(
-                f"engine and trainer agree to {apart.mean:.1e} in log-probability on average, {apart.largest:.1e} at "
-                f"most ({accelerator.mixed_precision} autocast)"
-            )
-        explorer.run(directory, stop_flag, done, policy)
+    return engine
 
 
 def _accelerator(options: Options, out: Path) -> "Accelerator":

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.core import records, tabular
-from stages.core.engine import Engine, Sampling, ShouldStop, seed_of
+from stages.core.engine import Engine, Sampling, ShouldStop
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
 from stages.core.ranks import Ranks
-from stages.core.rollouts import Group, Prompt, draw_each, make_prompts
+from stages.core.rollouts import Group, Prompt, draw_each, make_prompts, seeded
 from stages.core.templates import Template
 from stages.core.verifier import Verifier
 from stages.rl import Options
@@ -49,7 +49,7 @@ class Validation:
     def measure(self, ranks: Ranks, engine: Engine, verifier: Verifier, should_stop: ShouldStop) -> float:
         """avg@k of the weights in the engine; NaN if any rank had to stop. All ranks call it; an engine has a share."""
         share = ranks.share(self.prompts)
-        sampling = replace(self.sampling, seeds=[seed_of(self.seed, prompt.problem["id"]) for prompt in share])
+        sampling = seeded(self.sampling, self.seed, share)
         groups: list[Group] = []
         try:
             draw_each(engine, verifier, share, sampling, lambda _, group: groups.append(group), should_stop)
