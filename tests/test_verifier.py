@@ -180,9 +180,10 @@ with Verifier(workers=1) as verifier:
 
 def test_recursion_without_end_is_an_error() -> None:
     code = """
-from stages.core.verifier.algebra import _Bounds
+from stages.core.bounds import Bounds
+from stages.core.verifier.algebra import _failed
 def deeper(): return deeper()
-print(_Bounds()(deeper))
+print(Bounds()(deeper, _failed))
 """
     assert _python(code).split() == ["error"]
 

@@ -5,39 +5,27 @@ digits at a few fixed points, 100 digits where there is no variable (math-verify
 for what differs, which is slower and calls sqrt(2)*1e-20 equal to sqrt(3)*1e-20). Only what cannot be evaluated goes
 to `math_verify.verify`, the answer first, as it wants them.
 
-Bounds on each pair: DEADLINE_S of CPU time, then a signal; BACKSTOP_S more, then the kernel ends the worker, since
-sympy can sit in C code that no handler interrupts; MAX_MEMORY. Wall time is not bounded here.
+Each pair is under the bounds of `core.bounds`: sympy can sit in C code that no handler interrupts.
 
 Run as `python -m stages.core.verifier.algebra DESCRIPTOR PARENT` by core.verifier only.
 """
 
-import ctypes
-import json
 import logging
-import os
 import re
-import resource
-import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache, partial
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
+from stages.core import bounds
+from stages.core.bounds import Bounds, Deadline
 from stages.core.records import Verdict
 from stages.core.verifier import comparison, grammar, quantities
 from stages.core.verifier.latex import Refused, letters
-
-DEADLINE_S = 2.0  # an honest pair takes 2 to 60 ms, a few times as much when its kind is new to the parser
-BACKSTOP_S = 2
-MAX_MEMORY = 2**30  # bytes, beyond what the worker holds when it is ready
-MAX_RESIDENT = 400 * 2**20  # a worker that has grown beyond it leaves, and is replaced
 
 
 class _Unreadable(Exception):
@@ -46,10 +34,6 @@ class _Unreadable(Exception):
 
 class _AnswerUnreadable(Exception):
     """The answer itself is not an expression: nothing can be compared with it."""
-
-
-class _Deadline(BaseException):
-    """The bound of CPU time."""
 
 
 # --- comparing ----------------------------------------------------------------------------------------------------
@@ -206,43 +190,6 @@ def _same_up_to_factor(left: Any, right: Any, positive: bool) -> bool:
 # --- the worker ---------------------------------------------------------------------------------------------------
 
 
-class _Bounds:
-    """Ends a call at its bounds, of which memory holds for the process from now on.
-
-    At the bound of CPU time by an exception, or, where none gets through, the whole process by the kernel.
-    """
-
-    def __init__(self) -> None:
-        self._armed = False
-        signal.signal(signal.SIGPROF, self._expire)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        most = _mapped() + MAX_MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-
-    def _expire(self, *_: Any) -> None:
-        if self._armed:  # at most once, so that nothing can escape from the handling of the first
-            self._armed = False
-            raise _Deadline
-
-    def __call__(self, call: Callable[[], Verdict]) -> Verdict:
-        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used + DEADLINE_S + BACKSTOP_S), hard))
-        try:
-            signal.setitimer(signal.ITIMER_PROF, DEADLINE_S)
-            self._armed = True
-            verdict = call()
-            self._armed = False
-        except _Deadline:
-            verdict = "timeout"
-        except (Exception, MemoryError, RecursionError):
-            self._armed = False
-            verdict = "error"
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        return verdict
-
-
 _WARM_UP = (
     "\\frac{1}{2}",
     "\\sqrt{2}+3\\pi",
@@ -266,43 +213,23 @@ _WARM_UP = (
 
 
 def main() -> None:
-    """Serve the parent over the socket whose descriptor is the first argument; the second is the parent's id."""
-    _die_with(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption from the keyboard is the parent's to act on
+    """Serve the parent."""
+    pipe = bounds.connected()
     logging.disable()
-    pipe = Connection(int(sys.argv[1]))
     for text in _WARM_UP:  # the parser's tables fill as it reads; without this the first pairs take ten times as long
         same("value", text, text + "+1")
-    bounded = _Bounds()
-    pipe.send_bytes(b"ready")
-    while True:
-        try:
-            answer, predictions = json.loads(pipe.recv_bytes())
-        except EOFError:
-            return
+    bounded = Bounds()
+    bounded.limit_memory()
+
+    def work(answer: str, predictions: list[str]) -> Iterator[bytes]:
         for prediction in predictions:
-            verdict = bounded(partial(compare, answer, prediction))
-            pipe.send_bytes(verdict.encode())
-        if _resident() > MAX_RESIDENT:
-            return
+            yield bounded(partial(compare, answer, prediction), _failed).encode()
+
+    bounds.serve(pipe, work)
 
 
-def _die_with(parent: int) -> None:
-    """Be killed when the parent dies, however it dies, and whatever this process is doing (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit()
-
-
-def _mapped() -> int:
-    """Bytes of address space in use."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def _resident() -> int:
-    """Bytes of memory in use."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _failed(error: BaseException) -> Verdict:
+    return "timeout" if isinstance(error, Deadline) else "error"
 
 
 if __name__ == "__main__":
