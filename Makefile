@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --no-compile # of 27,000 modules a tenth
 REST := -c constraints.txt -e '.[cpu,dev]' # 230 packages: uv needs a tenth of pip's time
 STAGES := dvc stage list --name-only
 REPRO := dvc --wait-for-lock repro --single-item
-SOURCES := stages rloop_cli experiments tests benchmarks
+SOURCES := stages rloop_cli experiments examples tests benchmarks
 
 ACTIVE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)

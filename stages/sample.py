@@ -16,7 +16,6 @@ from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.provenance import digest
 from stages.core.ranks import Ranks
-from stages.core.verifier import Verifier
 
 
 @checked
@@ -42,10 +41,11 @@ def run(
     ranks = Ranks(options.tensor_parallel)
     plan = ranks.together(lambda: _plan(policy, problems, out, num_samples, options, ranks))
     if not ranks.is_alone:
-        ranks.refuse_differences({str(path): digest(path) for path in (problems, *plan.policies.values())})
+        read = {str(path): digest(path) for path in (problems, *plan.policies.values())}
+        ranks.refuse_differences(read | {"reward": plan.rewards.digest})
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
-        rollouts = sampling.rollouts(plan, plan.start_engine, stack.enter_context(Verifier(bare=options.bare)))
+        rollouts = sampling.rollouts(plan, plan.start_engine, stack.enter_context(plan.grader()))
         if ranks.is_first:
             jsonl.write(out, rollouts)
         else:

@@ -221,6 +221,39 @@ def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy
     assert len(engines) == 1
 
 
+def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(engines, tiny_policy, problems, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def boxed(completions, id, **_):\n    return [text.startswith('\\\\boxed') for text in completions]\n"
+    )
+    own = Options(template="none", max_tokens=32, reward=[f"{file}:boxed"])
+    run([tiny_policy], problems, tmp_path / "out", options=own)
+    rollouts = read(tmp_path / "out")
+    assert {r["reward"] for r in rollouts} == {0.0, 1.0}
+    assert all(r["reward"] == r["completion"].startswith("\\boxed") == r["rewards"]["mine.py:boxed"] for r in rollouts)
+    average = load(tmp_path / "out/metrics.json")["policies"][str(tiny_policy)]["avg@4"]["value"]
+    assert average == sum(r["verdict"] == "correct" for r in rollouts) / len(rollouts)
+    run([tiny_policy], problems, tmp_path / "out", options=own)
+    assert len(engines) == 1
+    assert load(tmp_path / "out/manifest.json")["parameters"]["reward"] == ["mine.py:boxed"]
+    with pytest.raises(InputError, match="its rewards are not math-verify's"):
+        run([], [], tmp_path / "again", regrade=tmp_path / "out")
+    with pytest.raises(InputError, match="--regrade grades by math-verify: leave out --reward"):
+        run([], [], tmp_path / "again", regrade=tmp_path / "out", options=replace(own, template="boxed"))
+    with pytest.raises(InputError, match="--maj asks math-verify"):
+        run([tiny_policy], problems, tmp_path / "again", options=own, maj=True)
+    file.write_text("def boxed(completions, **_):\n    return [1 / len(text) for text in completions if text != '7']\n")
+    with pytest.raises(InputError, match="already holds something"):
+        run([tiny_policy], problems, tmp_path / "out", options=own)
+    file.write_text(
+        "def boxed(completions, **_):\n    return [1.0] * len(completions) if len(completions) == 2 else 7\n"
+    )
+    for _ in range(2):  # what failed is not kept for a second call to find
+        with pytest.raises(InputError, match=r"failed on all 12 groups: .* it returned int 7, not a list of 4 numbers"):
+            run([tiny_policy], problems, tmp_path / "again", options=own)
+    assert not (tmp_path / "again").exists()
+
+
 def test_two_names_of_one_checkpoint_are_asked_once(engines, tiny_policy, problems, tmp_path):
     shutil.copytree(tiny_policy, tmp_path / "again")
     run([tiny_policy, tmp_path / "again"], problems, tmp_path / "out")

@@ -7,14 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stages.core import records
+from stages.core import records, rewards
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import CollapseError, InputError
 from stages.core.lifetime import Stopped, StopSignal
 from stages.core.provenance import Identity
 from stages.core.rollouts import Prompt
-from stages.core.verifier import Verifier
-from stages.rl import Options
+from stages.rl import Options, dapo
 from stages.rl import explorer as explorer_module
 from stages.rl.batching import ProblemStream
 from stages.rl.explorer import Explorer
@@ -94,8 +93,8 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
     directory.begin(Identity("rl", {}, {}, {}), False)
     assert directory.resume_step() == done
     trainer.engine = engine
-    with Verifier() as verifier:
-        explorer = Explorer(options, Accelerator(), engine, verifier, trainer, prompts, Sampling(GROUP, 8))
+    with rewards.read(options).grader() as grader:
+        explorer = Explorer(options, Accelerator(), engine, grader, trainer, prompts, Sampling(GROUP, 8))
         explorer.start_mismatch = start_mismatch
         explorer.run(directory, stop or StopSignal(), done, "start")
     written = [
@@ -173,6 +172,37 @@ def test_shaped_rewards_train_and_raw_rewards_decide(tmp_path):
     assert found.trainer.batches == []
     assert {rollout["shaped_reward"] for rollout in found.written[0]} == {-2.0}
     assert {rollout["reward"] for rollout in found.written[0]} == {0.0}
+
+
+def test_one_s_own_rewards_enter_the_advantage_as_they_are_without_what_none_applies_to(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def place(completions, **_):\n    return [None, *map(float, range(1, len(completions)))]\n"
+        "def last(completions, **_):\n    return [None] * (len(completions) - 1) + [1.0]\n"
+    )
+    own = {"reward": [f"{file}:place", f"{file}:last"], "reward_weight": [0.5, 1.0], "reward_wrong": -9.0}
+    found = explore(tmp_path, lambda number: GROUP, max_rounds=1, **own)
+    one = found.written[0][:GROUP]
+    assert [rollout["reward"] for rollout in one] == [rollout["shaped_reward"] for rollout in one] == [0, 0.5, 1, 2.5]
+    assert [rollout["verdict"] for rollout in one] == ["wrong", "wrong", "correct", "correct"]
+    assert one[2]["rewards"] == {"mine.py:place": 2.0, "mine.py:last": None}
+    row, batch = found.rows[0], found.trainer.batches[0]
+    assert (row["num_kept"], row["pass_rate"]) == (4, 0.5), "rewards differ, though all completions are of one text"
+    assert row["num_trained"] == len(batch) == 4 * (GROUP - 1)
+    assert [rollout.advantage for rollout in batch[:3]] == pytest.approx(dapo.advantages([0.5, 1.0, 2.5], 1e-6))
+
+
+def test_rewards_that_fail_on_some_groups_are_counted_and_on_a_whole_step_end_the_run_in_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def odd(completions, id, **_):\n    assert int(id[0][1:]) % 2, 'even'\n    return [1.0] + [0.0] * 3\n"
+    )
+    row = explore(tmp_path / "some", lambda number: 1, max_rounds=1, reward=[f"{file}:odd"]).rows[0]
+    assert 0 < row["errors"] == GROUP * row["num_dropped"] < row["num_rollouts"]
+    with pytest.raises(
+        InputError, match=r"failed on all 12 groups of step 1: --reward .*: it raised AssertionError: even"
+    ):
+        explore(tmp_path / "all", lambda number: 1, num_problems=1, reward=[f"{file}:odd"])
 
 
 def test_advantages_reach_the_trainer_in_the_order_of_the_completions(tmp_path):

@@ -208,9 +208,8 @@ def test_a_selection_of_nothing_is_an_error_with_the_yield_table(tmp_path, rollo
 @pytest.mark.parametrize(
     ("wrong", "fault"),
     [
-        ({"reward": 0.5}, "reward 0.5 must be 0 or 1"),
-        ({"reward": -1}, "reward -1 must be 0 or 1"),
-        ({"reward": 2.0, "verdict": "correct"}, "reward 2 must be 0 or 1"),
+        ({"reward": 0.5, "verdict": "correct"}, "reward 0.5 and verdict correct contradict each other"),
+        ({"reward": 1.5, "verdict": "timeout"}, "reward 1.5 and verdict timeout contradict each other"),
         ({"reward": 1.0, "verdict": "wrong"}, "reward 1 and verdict wrong contradict each other"),
         ({"reward": 0, "verdict": "correct"}, "reward 0 and verdict correct contradict each other"),
         ({"prompt": "another"}, "problem a has another prompt or answer than before"),
@@ -226,6 +225,26 @@ def test_a_rollout_that_contradicts_itself_or_others_is_refused_with_its_line(tm
     with pytest.raises(InputError, match=f"rollouts.jsonl:2: {fault}"):
         run(tmp_path, [rollout("a", 1.0), rollout("a", reward) | wrong])
     assert not (tmp_path / "examples.jsonl").exists()
+
+
+def test_with_rewards_of_any_value_a_success_is_1_or_more_unless_min_reward_says_otherwise(tmp_path):
+    values = {"a": [0.2, 0.9], "b": [1.0, -3.0], "c": [1.7, 0.4]}
+    rollouts = [
+        rollout(name, reward, f"{reward}") | {"verdict": "correct" if reward >= 1 else "wrong"}
+        for name, own in values.items()
+        for reward in own
+    ]
+    for options, expected in (
+        ({}, {"b": (["1.0"], 0.5), "c": (["1.7"], 0.5)}),
+        ({"min_reward": 0.9}, {"a": (["0.9"], 0.5), "b": (["1.0"], 0.5), "c": (["1.7"], 0.5)}),
+        ({"min_reward": 0.3}, {"a": (["0.9"], 0.5), "b": (["1.0"], 0.5), "c": (["1.7", "0.4"], 1.0)}),
+    ):
+        chosen = run(tmp_path, rollouts, max_pass_rate=1.0, **options)
+        of_problem = {
+            name: ([e["completion"] for e in chosen if e["problem_id"] == name], rate)
+            for name, rate in {e["problem_id"]: e["pass_rate"] for e in chosen}.items()
+        }
+        assert of_problem == expected
 
 
 def test_of_several_policies_one_is_taken_by_name_and_its_pass_rates_are_its_own(tmp_path):

@@ -362,9 +362,14 @@ def test_the_paper_s_combination_goes_on_after_a_kill_as_if_nothing_had_happened
 
 
 @pytest.mark.slow
-def test_with_adapters_a_run_goes_on_after_a_kill_as_if_nothing_had_happened(toy, easy, tmp_path):
-    out, killed = tmp_path / "rl", tmp_path / "killed"
+def test_with_adapters_and_own_rewards_a_run_goes_on_after_a_kill_as_if_nothing_had_happened(toy, easy, tmp_path):
+    out, killed, reward = tmp_path / "rl", tmp_path / "killed", tmp_path / "short.py"
+    reward.write_text(
+        "def short(completions, answer, **_):\n    return [1 / (1 + len(text)) for text in completions]\n"
+    )
     options = ("--steps", 3, "--save-every", 1, "--checkpoint-every", 1, "--lora-rank", 4, "--lr", 1e-2)
+    rewards = ("--reward", "math-verify", "--reward", f"{reward}:short")
+    options = (*options, *rewards, "--reward-weight", 1, "--reward-weight", 0.5)
     process = warm.start(command(toy / "policy", easy, out, *options), tmp_path, tmp_path / "log")
     wait_for(lambda: (out / "state/step_000001").exists(), process.is_alive)
     os.kill(process.pid, signal.SIGSTOP)
@@ -384,6 +389,21 @@ def test_with_adapters_a_run_goes_on_after_a_kill_as_if_nothing_had_happened(toy
     )
     assert {name for name in start if not start[name].equal(last[name])} == {n for n in start if "proj.weight" in n}
     assert not any(first[name].equal(last[name]) for name in first if "proj.weight" in name)
+    parameters = json.loads((out / "manifest.json").read_bytes())["parameters"]
+    assert (parameters["reward"], parameters["reward_weight"]) == (["math-verify", "short.py:short"], [1.0, 0.5])
+    rollouts = list(records.read(out / "rollouts/step_000001.jsonl", records.Rollout))
+    for rollout in rollouts:
+        each = {
+            "math-verify": rollout["rewards"]["math-verify"],
+            "short.py:short": 1 / (1 + len(rollout["completion"])),
+        }
+        assert rollout["rewards"] == each
+        assert rollout["reward"] == each["math-verify"] + 0.5 * each["short.py:short"]
+        assert (rollout["verdict"] == "correct") == (each["math-verify"] == 1)
+    reward.write_text(reward.read_text().replace("1 +", "2 +"))
+    code, printed = run(command(toy / "policy", easy, out, *options), tmp_path / "log")
+    assert code == 2
+    assert "begun with other settings: reward_digest was" in printed
 
 
 def test_a_learning_rate_that_overflows_the_weights_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):

@@ -37,8 +37,10 @@ class Rollout(TypedDict):
      "completion": "3 + 4 = \\\\boxed{7}", "answer": "7", "reward": 1.0, "verdict": "correct", "num_tokens": 9,
      "finish_reason": "stop"}
 
-    `prompt` is the exact text the engine saw; `reward` is the verifier's 0.0 or 1.0, never shaped; `step` is 0
-    outside rl. rl adds `trained` (bool: did its group enter an update) and `shaped_reward` (float).
+    `prompt` is the exact text the engine saw; `reward` is the verifier's 0.0 or 1.0, or the weighted sum of one's own
+    rewards, of any value, and never shaped; `verdict` is `correct` from 1.0 on; `step` is 0 outside rl. rl adds
+    `trained` (bool: did its group enter an update) and `shaped_reward` (float), rewards of one's own add `rewards`
+    (each by its name, null if it does not apply).
     """
 
     problem_id: str

@@ -5,14 +5,14 @@ The verifier works on finished groups while the engine still generates the other
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 from stages.core import policies
 from stages.core.engine import Completion, Engine, Sampling, ShouldStop, seed_of
 from stages.core.errors import InputError
 from stages.core.records import Problem, Rollout
 from stages.core.templates import Template
-from stages.core.verifier import Batch, Score, Verifier
+from stages.core.verifier import Score
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,33 @@ class Prompt:
 def seeded(sampling: Sampling, seed: int, prompts: Sequence[Prompt]) -> Sampling:
     """How to sample `prompts` so that a problem's samples hang on `seed` and its id alone, in eval as elsewhere."""
     return replace(sampling, seeds=[seed_of(seed, prompt.problem["id"]) for prompt in prompts])
+
+
+class Pending(Protocol):
+    """Scores that may still be worked out; `result` waits for them."""
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def result(self) -> list[Score]: ...
+
+
+class Grader(Protocol):
+    """What scores completions: a Verifier, or rewards of one's own (`core.rewards`)."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+
+    def grade(
+        self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[list[int]]
+    ) -> Pending:
+        """Begin to score the completions of one prompt, and return at once."""
+        ...
+
+    def refuse_failed(self) -> None:
+        """Raise InputError if there are no rewards for any group so far."""
+        ...
 
 
 class Settled(NamedTuple):
@@ -45,11 +72,11 @@ class Group:
 
     prompt: Prompt
     completions: list[Completion]
-    batch: Batch | Settled = field(repr=False)
+    batch: Pending = field(repr=False)
 
     @property
     def scores(self) -> list[Score]:
-        """The verifier's scores; waits for them if they are not there yet."""
+        """The scores; waits for them if they are not there yet."""
         return self.batch.result()
 
     def settled(self) -> "Group":
@@ -68,8 +95,13 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """The verifier's 0.0 or 1.0 for each completion."""
+        """The reward of each completion: math-verify's 0.0 or 1.0, or the sum of the user's own."""
         return [score.reward for score in self.scores]
+
+    @property
+    def num_correct(self) -> int:
+        """Completions that count as correct."""
+        return sum(score.verdict == "correct" for score in self.scores)
 
     def rollouts(self, policy: str, step: int = 0, first_sample: int = 0) -> list[Rollout]:
         """The group as records, `sample` counting up from `first_sample`."""
@@ -86,6 +118,7 @@ class Group:
                 "verdict": score.verdict,
                 "num_tokens": len(completion.token_ids),
                 "finish_reason": "stop" if completion.finish_reason == "stop" else "length",
+                **({} if score.parts is None else {"rewards": score.parts}),  # type: ignore[typeddict-item]
             }
             for number, (completion, score) in enumerate(zip(self.completions, self.scores, strict=True))
         ]
@@ -121,13 +154,13 @@ def make_prompts(
 
 def draw(
     engine: Engine,
-    verifier: Verifier,
+    grader: Grader,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     on_group: Callable[[int], None] | None = None,
     should_stop: ShouldStop = lambda: False,
 ) -> list[Group]:
-    """Sample a group for each prompt and hand it to the verifier as soon as it is done.
+    """Sample a group for each prompt and hand it to the grader as soon as it is done.
 
     `on_group` is called with the number of tokens of each finished group, for progress bars. The scores may still be
     under way when this returns; the first look at `Group.scores` waits for them. Raises Stopped once `should_stop`.
@@ -140,13 +173,13 @@ def draw(
         if on_group is not None:
             on_group(group.num_tokens)
 
-    draw_each(engine, verifier, prompts, sampling, finished, should_stop)
+    draw_each(engine, grader, prompts, sampling, finished, should_stop)
     return [groups[index] for index in sorted(groups)]
 
 
 def draw_each(
     engine: Engine,
-    verifier: Verifier,
+    grader: Grader,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     on_group: Callable[[int, Group], None],
@@ -158,8 +191,8 @@ def draw_each(
     """
 
     def finished(index: int, completions: list[Completion]) -> None:
-        answer = prompts[index].problem["answer"]
-        batch = verifier.submit([(completion.text, answer) for completion in completions])
-        on_group(index, Group(prompts[index], completions, batch))
+        prompt, texts = prompts[index], [completion.text for completion in completions]
+        batch = grader.grade(prompt.problem, prompt.text, texts, [completion.token_ids for completion in completions])
+        on_group(index, Group(prompt, completions, batch))
 
     engine.generate([prompt.token_ids for prompt in prompts], sampling, finished, should_stop)

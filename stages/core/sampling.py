@@ -19,18 +19,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from stages.core import policies, records, templates
+from stages.core import policies, records, rewards, templates
 from stages.core.engine import Engine, MaxSequences, Sampling, VllmEngine
 from stages.core.errors import InputError
 from stages.core.kernels import Compiled
-from stages.core.options import WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, one_of
+from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, one_of
 from stages.core.outputs import read_json
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import ALONE, Ranks, TensorParallel
 from stages.core.records import Problem, Rollout
-from stages.core.rollouts import Group, Prompt, draw_each, make_prompts, seeded
+from stages.core.rewards import RewardOptions, Rewards
+from stages.core.rollouts import Grader, Group, Prompt, draw_each, make_prompts, seeded
 from stages.core.templates import Template
-from stages.core.verifier import Verifier
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB if each has 2,048 tokens
@@ -41,7 +41,7 @@ StartEngine = Callable[[Path], Engine]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OptionGroup):
+class Options(RewardOptions):
     """The options that sample and eval share."""
 
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
@@ -82,11 +82,16 @@ class Plan:
     sampling: Sampling
     options: Options
     ranks: Ranks
+    rewards: Rewards
 
     @property
     def num_groups(self) -> int:
         """Number of groups, one for each policy and problem."""
         return len(self.policies) * sum(map(len, self.sets.values()))
+
+    def grader(self, has_scored: bool = False) -> Grader:
+        """What scores the completions, a context manager; `has_scored` if an interrupted call has kept some."""
+        return self.rewards.grader(self.options.bare, has_scored)
 
     def start_engine(self, policy: Path) -> Engine:
         """The engine, with room for the longest prompt and completion."""
@@ -116,7 +121,7 @@ class Plan:
         return seeded(self.sampling, self.options.seed, prompts)
 
 
-def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Iterator[Rollout]:
+def rollouts(plan: Plan, start_engine: StartEngine, grader: Grader) -> Iterator[Rollout]:
     """Sample every policy on every problem; rollouts by policy, problem and sample, in the order of the plan.
 
     All ranks must iterate; each gets all rollouts.
@@ -130,7 +135,8 @@ def rollouts(plan: Plan, start_engine: StartEngine, verifier: Verifier) -> Itera
             for part in plan.parts(prompts, plan.ranks.num_engines):
                 share = plan.ranks.share(part)
                 groups: dict[int, Group] = {}
-                draw_scored(engine, verifier, share, plan.seeded(share), meter, groups.__setitem__)
+                with plan.ranks.one_voice():
+                    draw_scored(engine, grader, share, plan.seeded(share), meter, groups.__setitem__)
                 mine = [groups[number].rollouts(name) for number in sorted(groups)]
                 for group in _in_order(plan.ranks, mine, len(part)):
                     yield from group
@@ -146,7 +152,7 @@ def _in_order(ranks: Ranks, mine: Sequence[list[Rollout]], num_groups: int) -> I
 
 def draw_scored(
     engine: Engine,
-    verifier: Verifier,
+    grader: Grader,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     meter: "Meter",
@@ -154,23 +160,34 @@ def draw_scored(
 ) -> None:
     """Draw a group for each prompt; `keep` gets each with its prompt's number as soon as it is scored.
 
-    Of the ranks that share an engine only the first scores and keeps.
+    Of the ranks that share an engine only the first scores and keeps. Groups on which rewards of the user's own failed
+    are kept once another has succeeded; if none has so far, that is an InputError.
     """
     waiting: deque[tuple[int, Group]] = deque()
+    failed: list[tuple[int, Group]] = []
 
     def hand_over(max_waiting: int) -> None:
         while waiting and (len(waiting) > max_waiting or waiting[0][1].is_scored):
             number, group = waiting.popleft()
-            meter.scored(group.rewards)
+            meter.scored(group.num_correct, len(group.scores))
+            failed.append((number, group))
+            if not group.scores[0].fault:
+                keep_all()
+
+    def keep_all() -> None:
+        for number, group in failed:
             keep(number, group)
+        failed.clear()
 
     def drawn(number: int, group: Group) -> None:
         meter.drawn(group.num_tokens)
         waiting.append((number, group))
         hand_over(MAX_WAITING)
 
-    draw_each(engine, verifier, prompts, sampling, drawn)
+    draw_each(engine, grader, prompts, sampling, drawn)
     hand_over(0)
+    grader.refuse_failed()
+    keep_all()
 
 
 class Engines:
@@ -217,6 +234,7 @@ def plan(
     if options.temperature == 0 and num_samples > 1:
         raise InputError(f"--temperature 0 gives the same sample {num_samples} times: add --num-samples 1")
     ranks.refuse_uneven()
+    rewarded = rewards.read(options)
     problems = _read_sets(problem_files, options.limit)
     paths = _resolve(names)
     tokenizers = {name: policies.load_tokenizer(path) for name, path in paths.items()}
@@ -228,10 +246,12 @@ def plan(
     for name, own in problems.items():
         sets[name], too_long = make_prompts(own, template, tokenizer, options.max_tokens, context)
         left_out += too_long
-    _check_alike(paths, tokenizers, template, [prompt for prompts in sets.values() for prompt in prompts])
+    prompts = [prompt for prompts in sets.values() for prompt in prompts]
+    _check_alike(paths, tokenizers, template, prompts)
     for path in paths.values():
         policies.check_shapes(path)
     policies.check_divisible(paths[first], ranks.tensor_parallel)
+    rewards.check(rewarded, prompts, tokenizer, ranks.is_first)
     stop_token_ids, stop = template.end_tokens(tokenizer)
     sampling = Sampling(
         num_samples,
@@ -241,7 +261,7 @@ def plan(
         stop_token_ids=tuple(stop_token_ids),
         log_probs=False,
     )
-    return Plan(paths, sets, left_out, template, context, sampling, options, ranks)
+    return Plan(paths, sets, left_out, template, context, sampling, options, ranks, rewarded)
 
 
 def _read_sets(files: Sequence[Path], limit: int) -> dict[str, list[Problem]]:
@@ -325,7 +345,7 @@ class Meter:
         self._num_groups = self._end + num_done
         self._end = self._num_groups + num_missing
         self._num_tokens = self._num_scored = 0
-        self._num_correct = 0.0
+        self._num_correct = 0
         self._start = time.monotonic()
 
     def drawn(self, num_tokens: int) -> None:
@@ -334,10 +354,10 @@ class Meter:
         self._num_tokens += num_tokens
         self._progress.step(self._num_groups, self._note())
 
-    def scored(self, rewards: Sequence[float]) -> None:
-        """Count a group's rewards for the average so far."""
-        self._num_scored += len(rewards)
-        self._num_correct += sum(rewards)
+    def scored(self, num_correct: int, num_completions: int) -> None:
+        """Count a group for the average so far."""
+        self._num_scored += num_completions
+        self._num_correct += num_correct
 
     def _note(self) -> str:
         speed = self._num_engines * self._num_tokens / max(1e-9, time.monotonic() - self._start)

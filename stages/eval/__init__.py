@@ -30,7 +30,7 @@ from stages.core.outputs import read_json
 from stages.core.provenance import Identity
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
-from stages.core.rollouts import Group, Prompt
+from stages.core.rollouts import Grader, Group, Prompt
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
 from stages.eval import partial, scoring, selection, votes
@@ -80,7 +80,7 @@ def run(
     With --selected the policies of one evaluation are asked on other sets: every checkpoint on the validation set,
     say, and then only those on the test sets that it left standing.
 
-    With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by the verifier as it is now,
+    With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by math-verify as it is now,
     OUT is written from them, and what changed is shown. The stored rollouts stay as they are. So --regrade --maj
     adds maj@k, for which the verifier says which answers are equivalent, to an evaluation without it.
 
@@ -91,20 +91,26 @@ def run(
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
     if regrade is not None:
-        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options.limit, greedy))
+        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options, greedy))
         regrade_rollouts(regrade, out, {"k": k, "maj": maj, "select": select, "bare": options.bare}, ranks)
         return
     ranks.together(lambda: scoring.check_metrics(num_samples, k, select, maj, greedy))
+    if maj and options.has_own_rewards:
+        raise InputError("--maj asks math-verify which answers are equivalent: leave it out, or --reward")
     plan = ranks.together(
         lambda: _plan(out, selection.added(policy, selected, all_checkpoints), problems, num_samples, options, ranks)
     )
     evaluate(plan, problems, out, given, plan.start_engine)
 
 
-def _refuse_drawing(out: Path, policies: list[str], problem_files: list[Path], limit: int, greedy: bool) -> None:
+def _refuse_drawing(
+    out: Path, policies: list[str], problem_files: list[Path], options: sampling.Options, greedy: bool
+) -> None:
     outputs.refuse_unwritable(out)
-    if policies or problem_files or limit or greedy:
+    if policies or problem_files or options.limit or greedy:
         raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems, --limit and --greedy")
+    if options.has_own_rewards:
+        raise InputError("--regrade grades by math-verify: leave out --reward, or draw anew")
 
 
 def _plan(
@@ -135,8 +141,10 @@ def evaluate(
     start, ranks = time.monotonic(), plan.ranks
     read = ranks.together(lambda: lineage.recorded([*problem_files, *plan.policies.values()]))
     decides = provenance.versions() | verifier.VERSION
-    identity = provenance.identify(run, given, read["inputs"], decides, template_digest=plan.template.digest)
-    ranks.refuse_differences(read["inputs"] | decides | {f"template {plan.template.name}": plan.template.digest})
+    came_to = {"template_digest": plan.template.digest, **plan.rewards.came_to}
+    identity = provenance.identify(run, given, read["inputs"], decides, **came_to)
+    seen = {f"template {plan.template.name}": plan.template.digest, "reward": plan.rewards.digest}
+    ranks.refuse_differences(read["inputs"] | decides | seen)
     with ExitStack() as stack:
         place = ranks.on_first(lambda: _begin(out, identity, list(plan.policies), stack))
         if place is None:
@@ -232,7 +240,7 @@ def _draw_missing(drawings: Mapping[str, Drawing], place: Path, start_engine: St
     kept = plan.ranks.on_first(lambda: {stem: _kept(place, stem) for stem in stems})
     engines = Engines(start_engine, plan.ranks)
     num_groups = plan.num_groups * len(drawings)
-    with Verifier(bare=plan.options.bare) as verifier, Meter(num_groups, plan.ranks) as meter:
+    with plan.grader(has_scored=any(kept.values())) as grader, Meter(num_groups, plan.ranks) as meter:
         for name, path in plan.policies.items():
             missing = [_missing(plan, name, drawing.stems, kept) for drawing in drawings.values()]
             if any(missing):
@@ -240,7 +248,7 @@ def _draw_missing(drawings: Mapping[str, Drawing], place: Path, start_engine: St
             for drawing, own in zip(drawings.values(), missing, strict=True):
                 meter.start(name, len(own), plan.num_groups // len(plan.policies) - len(own))
                 if own:
-                    _draw(drawing.plan, name, place, plan.ranks.share(own), engine, verifier, meter)
+                    _draw(drawing.plan, name, place, plan.ranks.share(own), engine, grader, meter)
 
 
 def _kept(place: Path, stem: str) -> set[str]:
@@ -264,7 +272,7 @@ def _draw(
     place: Path,
     share: Sequence[tuple[str, Prompt]],
     engine: Engine,
-    verifier: Verifier,
+    grader: Grader,
     meter: Meter,
 ) -> None:
     """Draw groups of one policy; each is kept as soon as it is scored."""
@@ -274,7 +282,7 @@ def _draw(
             for stem in (dict(share) if plan.ranks.keeps else ())
         }
         for part in plan.parts(share):
-            _draw_part(plan, name, part, writers, engine, verifier, meter)
+            _draw_part(plan, name, part, writers, engine, grader, meter)
 
 
 def _draw_part(
@@ -283,7 +291,7 @@ def _draw_part(
     part: Sequence[tuple[str, Prompt]],
     writers: Mapping[str, Writer],
     engine: Engine,
-    verifier: Verifier,
+    grader: Grader,
     meter: Meter,
 ) -> None:
     def keep(number: int, group: Group) -> None:
@@ -291,7 +299,8 @@ def _draw_part(
             writers[part[number][0]].add(group.rollouts(name))
 
     prompts = [prompt for _, prompt in part]
-    sampling.draw_scored(engine, verifier, prompts, plan.seeded(prompts), meter, keep)
+    with plan.ranks.one_voice():
+        sampling.draw_scored(engine, grader, prompts, plan.seeded(prompts), meter, keep)
 
 
 def _stored(drawing: Drawing, set_name: str, place: Path) -> Iterator[Rollout]:

@@ -164,6 +164,10 @@ def _grade_share(file: Path, verifier: Verifier, ranks: Ranks) -> list[Verdict]:
     own = (rollout for rank, rollout in _shared_out(file, ranks.num_ranks) if rank == ranks.rank)
     verdicts: list[Verdict] = []
     while batch := list(islice(own, BATCH)):
+        if any("rewards" in rollout for rollout in batch):
+            raise InputError(
+                f"--regrade {file}: its rewards are not math-verify's (--reward): draw anew to change them"
+            )
         scores = verifier.submit([(rollout["completion"], rollout["answer"]) for rollout in batch]).result()
         verdicts += (score.verdict for score in scores)
     return verdicts

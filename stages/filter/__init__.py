@@ -39,6 +39,7 @@ def run(
     max_pass_rate: Annotated[
         float, "a problem is hard if its pass rate is below this; 10 % is 0.1, 1 is no bound", above(0), at_most(1)
     ] = 0.1,
+    min_reward: Annotated[float, "a rollout is a success if its reward is this or more"] = 1.0,
     max_per_problem: Annotated[
         int, "keep at most so many successes of a problem, drawn at random; 0 keeps all", at_least(0)
     ] = 0,
@@ -52,7 +53,8 @@ def run(
     """Choose the successes on hard problems as examples to fine-tune on.
 
     The pass rate of a problem is its share of successes among all rollouts given, whether an update saw them or not.
-    Chosen are successes of the problems strictly below --max-pass-rate, in the order in which they come. Standard
+    Chosen are successes of the problems strictly below --max-pass-rate, in the order in which they come. A success is a
+    correct rollout or, where rewards are not just 1 or 0, one with --min-reward. Standard
     input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
     Beside FILE.jsonl FILE.manifest.json says how it came about.
 
@@ -82,7 +84,7 @@ def run(
 
 def _yield(sources: list["_Source"], parameters: dict[str, Any]) -> str:
     """What each threshold would give, as a table."""
-    tallies, successes = _count(sources, parameters["keep_truncated"], parameters["policy"])
+    tallies, successes = _count(sources, parameters)
     choice = Choice(parameters["seed"], parameters["keep_duplicates"])
     choice.add(_candidates(sources, successes, set(range(len(tallies)))))
     cap = parameters["max_per_problem"]
@@ -93,7 +95,7 @@ def _yield(sources: list["_Source"], parameters: dict[str, Any]) -> str:
 def _choose(sources: list["_Source"], out: str, parameters: dict[str, Any]) -> dict[str, int]:
     """Write the examples; return the counts of the manifest."""
     max_pass_rate = parameters["max_pass_rate"]
-    tallies, successes = _count(sources, parameters["keep_truncated"], parameters["policy"])
+    tallies, successes = _count(sources, parameters)
     hard = {tally.number: tally for tally in tallies.values() if tally.num_usable and tally.is_below(max_pass_rate)}
     if not hard:
         raise InputError(_nothing_selected(tallies, max_pass_rate))
@@ -109,7 +111,7 @@ def _choose_problems(sources: list["_Source"], out: str, parameters: dict[str, A
     """Write the hard ones of --problems, in their order, each with its pass rate; return the counts of the manifest."""
     max_pass_rate, file = parameters["max_pass_rate"], parameters["problems"]
     by_id = {problem["id"]: problem for problem in records.read_problems(file)}
-    tallies, _ = _count(sources, True, parameters["policy"])
+    tallies, _ = _count(sources, parameters | {"keep_truncated": True})
     if strange := [name for name in tallies if name not in by_id]:
         raise InputError(f"--problems {file}: lacks {tabular.some(strange)}: name the file that the rollouts are of")
     hard = [
@@ -214,18 +216,18 @@ def _warn_of_running(paths: list[str]) -> None:
             warn(f"{path} is no finished rl run (no manifest.json): pass rates are over the steps that are there")
 
 
-def _count(sources: list[_Source], keep_truncated: bool, policy: str) -> tuple[dict[str, Tally], Positions]:
+def _count(sources: list[_Source], parameters: dict[str, Any]) -> tuple[dict[str, Tally], Positions]:
     """First pass: check every line, count by problem id, and note the places of the usable successes."""
     tallies: dict[str, Tally] = {}
     successes = Positions()
-    policies = _Policies(policy)
+    policies = _Policies(parameters["policy"])
     with _progress(sources) as advance:
         for place, source in enumerate(sources):
             with source.first_pass() as file:
-                for offset in _count_file(file, source, place, tallies, successes, keep_truncated, policies):
+                for offset in _count_file(file, source, place, tallies, successes, parameters, policies):
                     advance(place, offset)
     if not tallies:
-        raise InputError(f"--policy {policy}: the rollouts are of {', '.join(policies.names)}")
+        raise InputError(f"--policy {parameters['policy']}: the rollouts are of {', '.join(policies.names)}")
     return tallies, successes
 
 
@@ -261,27 +263,29 @@ def _count_file(
     place: int,
     tallies: dict[str, Tally],
     successes: Positions,
-    keep_truncated: bool,
+    parameters: dict[str, Any],
     policies: _Policies,
 ) -> Iterator[int]:
     """Count the rollouts of one file; yield the offset reached every so many lines."""
     add_success = successes.buffer.extend
+    keep_truncated, min_reward = parameters["keep_truncated"], parameters["min_reward"]
     policy, is_wanted = None, False
     for line, offset, rollout in records.scan(file, source.name, Rollout):
         if rollout["policy"] != policy:  # looked up only when it changes, since every line of every file passes here
             policy = rollout["policy"]
             is_wanted = policies.counts(policy, source.run, f"{source.name}:{line}")
-        is_correct = rollout["reward"] == 1
-        if is_correct != (rollout["verdict"] == "correct") or not (is_correct or rollout["reward"] == 0):
+        reward = rollout["reward"]
+        if (reward >= 1) != (rollout["verdict"] == "correct"):
             raise InputError(f"{source.name}:{line}: {_contradiction(rollout)}")
         if is_wanted:
+            is_success = reward >= min_reward
             question = hash((rollout["prompt"], rollout["answer"]))
             tally = tallies.get(rollout["problem_id"])
             if tally is None or tally.question != question:
                 tally = _first_tally(tallies, rollout, question, f"{source.name}:{line}")
             tally.num_rollouts += 1
-            tally.num_correct += is_correct
-            if is_correct and (keep_truncated or rollout["finish_reason"] != "length"):
+            tally.num_correct += is_success
+            if is_success and (keep_truncated or rollout["finish_reason"] != "length"):
                 tally.num_usable += 1
                 add_success((place, offset, tally.number))
         if not line % FLUSH_LINES:
@@ -291,8 +295,6 @@ def _count_file(
 
 def _contradiction(rollout: Rollout) -> str:
     reward, verdict = rollout["reward"], rollout["verdict"]
-    if reward not in (0, 1):
-        return f"reward {reward:g} must be 0 or 1, as the verifier gave it"
     return f"reward {reward:g} and verdict {verdict} contradict each other: grade these rollouts anew (eval --regrade)"
 
 

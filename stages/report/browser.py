@@ -75,11 +75,11 @@ def _samples(evaluation: Evaluation, chosen: set[str]) -> dict[tuple[str, str], 
 
 def _mix(rollouts: Sequence[Rollout], count: int) -> list[dict[str, Any]]:
     """Up to `count` of the samples, half of them correct if there are enough, in the order of drawing."""
-    right = [rollout for rollout in rollouts if rollout["reward"] > 0]
-    wrong = [rollout for rollout in rollouts if rollout["reward"] <= 0]
+    right = [rollout for rollout in rollouts if rollout["verdict"] == "correct"]
+    wrong = [rollout for rollout in rollouts if rollout["verdict"] != "correct"]
     num_right = min(len(right), max((count + 1) // 2, count - len(wrong)))
     kept = sorted(right[:num_right] + wrong[: count - num_right], key=lambda rollout: rollout["sample"])
-    return [{key: r[key] for key in SHOWN} | {"correct": r["reward"] > 0} for r in kept]  # type: ignore[literal-required]
+    return [{key: r[key] for key in SHOWN} | {"correct": r["verdict"] == "correct"} for r in kept]  # type: ignore[literal-required]
 
 
 def _short(text: str) -> str:

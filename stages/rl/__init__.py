@@ -20,11 +20,13 @@ from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most,
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
 from stages.core.ranks import Ranks, TensorParallel
+from stages.core.rewards import RewardOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from stages.core.engine import VllmEngine
+    from stages.core.rewards import Rewards
     from stages.core.rollouts import Prompt
     from stages.core.templates import Template
     from stages.rl.rundir import RunDir
@@ -36,6 +38,7 @@ TOTALS = (
         "grad_alarms",
         "mismatch_alarms",
         "timeouts",
+        "errors",
         "seconds",
         "generate_s",
         "verify_s",
@@ -47,7 +50,7 @@ TOTALS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LoraOptions):
+class Options(RewardOptions, LoraOptions):
     """The options with their defaults: the paper's, or DAPO's own if the paper is silent."""
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
@@ -70,8 +73,8 @@ class Options(LoraOptions):
     minibatches: Annotated[int, "optimizer updates on each step's rollouts", at_least(1)] = 16
     clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low", above(0), below(1)] = 0.2
     clip_high: Annotated[float, "the ratio is clipped above 1 + clip_high", above(0)] = 0.28
-    reward_correct: Annotated[float, "reward of a correct completion in the advantage"] = 1.0
-    reward_wrong: Annotated[float, "reward of any other completion in the advantage"] = -1.0
+    reward_correct: Annotated[float, "reward of a correct completion in the advantage, by math-verify alone"] = 1.0
+    reward_wrong: Annotated[float, "reward of any other completion in the advantage, by math-verify alone"] = -1.0
     overlong_buffer: Annotated[
         int, "tokens before max_tokens over which the overlong penalty grows; 0 is off", at_least(0)
     ] = 512
@@ -181,7 +184,11 @@ def run(
     if accelerator.is_main_process:
         _warn_of(asked, options.max_tokens)
     inputs = {"policy": digest(path), "problems": digest(problems)}
-    came_to = {"processes": accelerator.num_processes, "template_digest": asked.template.digest}
+    came_to = {
+        "processes": accelerator.num_processes,
+        "template_digest": asked.template.digest,
+        **asked.rewards.came_to,
+    }
     identity = identify(run, given, inputs, versions() | verifier.VERSION, **came_to)
     _refuse_differences(ranks, identity, valid)
     directory = RunDir(out)
@@ -213,6 +220,7 @@ def _checked_places(policy: str, problems: Path, out: Path, options: Options) ->
 def _refuse_differences(ranks: Ranks, identity: Identity, valid: Path | None) -> None:
     """Raise InputError if ranks see different files or packages: they would draw, and train on, different prompts."""
     seen = {**identity.inputs, **identity.versions, "template": identity.parameters["template_digest"]}
+    seen["reward"] = identity.parameters["reward_digest"]
     ranks.refuse_differences(seen | ({"valid": digest(valid)} if valid else {}))
 
 
@@ -228,14 +236,16 @@ class Asked(NamedTuple):
     template: "Template"
     ends: tuple[list[int], list[str]]
     context: int
+    rewards: "Rewards"
 
 
 def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ranks: Ranks) -> Asked:
     """Read and check policy and problems, without an engine."""
-    from stages.core import adapters, policies, records, templates
+    from stages.core import adapters, policies, records, rewards, templates
     from stages.core.rollouts import make_prompts
     from stages.rl import validation
 
+    rewarded = rewards.read(options)
     tokenizer = policies.load_tokenizer(path)
     template = templates.load(options.template, tokenizer)
     ranks.refuse_uneven()
@@ -245,7 +255,8 @@ def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ran
     context = policies.context_length(path)
     prompts, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
     asked_too = validation.read(valid, template, tokenizer, options.max_tokens, context) if valid is not None else []
-    return Asked(prompts, asked_too, left_out, template, template.end_tokens(tokenizer), context)
+    rewards.check(rewarded, [*prompts, *asked_too], tokenizer, ranks.is_first)
+    return Asked(prompts, asked_too, left_out, template, template.end_tokens(tokenizer), context, rewarded)
 
 
 def _go_on(
@@ -260,7 +271,8 @@ def _go_on(
 ) -> None:
     """Do the steps after `done`, and finish the run."""
     if options.tracker != "none":
-        accelerator.init_trackers("rloop-rl", config=asdict(options))
+        config = {name: str(value) if isinstance(value, list) else value for name, value in asdict(options).items()}
+        accelerator.init_trackers("rloop-rl", config=config)
     _explore(accelerator, directory, done, paths["policy"], path, identity.inputs["policy"], asked, options)
     if accelerator.is_main_process:
         _finish(directory, identity, paths, options, asked.left_out)
@@ -278,10 +290,9 @@ def _explore(
     asked: Asked,
     options: Options,
 ) -> None:
-    """Build engine, verifier, trainer and explorer, and do the steps that are left."""
+    """Build engine, grader, trainer and explorer, and do the steps that are left."""
     from stages.core.engine import Sampling
     from stages.core.lifetime import stop_signal
-    from stages.core.verifier import Verifier
     from stages.rl import validation
     from stages.rl.explorer import Explorer
     from stages.rl.trainer import Trainer
@@ -292,8 +303,8 @@ def _explore(
     sampling = Sampling(
         options.group_size, options.max_tokens, options.temperature, stop=tuple(stop), stop_token_ids=tuple(stop_ids)
     )
-    with Verifier() as verifier, stop_signal() as stop_flag:
-        explorer = Explorer(options, accelerator, engine, verifier, trainer, asked.prompts, sampling, origin)
+    with asked.rewards.grader() as grader, stop_signal() as stop_flag:
+        explorer = Explorer(options, accelerator, engine, grader, trainer, asked.prompts, sampling, origin)
         explorer.validation = validation.of(asked.valid, sampling, options)
         apart = explorer.check_hand_over()
         if accelerator.is_main_process:

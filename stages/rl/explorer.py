@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import orjson
 import torch
@@ -30,8 +30,7 @@ from stages.core.outputs import whole_dir
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
-from stages.core.rollouts import Group, Prompt, draw
-from stages.core.verifier import Verifier
+from stages.core.rollouts import Grader, Group, Prompt, draw
 from stages.rl import Options, agreement, dapo, validation
 from stages.rl.agreement import Bound, Difference
 from stages.rl.batching import ProblemStream
@@ -41,6 +40,7 @@ from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
 from stages.rl.validation import NOT_MEASURED, Measured, Validation
 
 MAX_COLLAPSED_STEPS = 3  # in a row: every update was non-finite, or the engine was far from the trainer
+T = TypeVar("T")
 PLACE = "place.json"  # beside weights and optimizer in a state: position in the stream, acceptance, first difference
 
 
@@ -68,14 +68,14 @@ class Clock:
 
 
 class Explorer:
-    """One rank of a DAPO run: an engine that draws, a verifier, a trainer, and the stream of problems."""
+    """One rank of a DAPO run: an engine that draws, a grader, a trainer, and the stream of problems."""
 
     def __init__(
         self,
         options: Options,
         accelerator: Accelerator,
         engine: Engine,
-        verifier: Verifier,
+        grader: Grader,
         trainer: Trainer,
         prompts: Sequence[Prompt],
         sampling: Sampling,
@@ -86,7 +86,7 @@ class Explorer:
         self.accelerator = accelerator
         self.ranks = Ranks(options.tensor_parallel, accelerator.process_index, accelerator.num_processes)
         self.engine = engine
-        self.verifier = verifier
+        self.grader = grader
         self.trainer = trainer
         self.prompts = prompts
         self.sampling = sampling
@@ -207,7 +207,7 @@ class Explorer:
         self.trainer.release()
         self.engine.wake()
         self.hand_over()
-        value = self.validation.measure(self.ranks, self.engine, self.verifier, self.stop.is_received)
+        value = self.validation.measure(self.ranks, self.engine, self.grader, self.stop.is_received)
         self.engine.sleep()
         if value == value:
             self.last_valid = f"  valid {value:.2f} (step {step})"
@@ -227,7 +227,8 @@ class Explorer:
             groups = self._draw(self.stream.take(num_wanted), step, batch)
             batch.drawn += groups
             self._write(step, directory, batch.drawn, [], policy)
-            informative = [group for group in groups if dapo.is_informative(group.rewards)]
+            self._refuse_failed_rewards(step, batch.drawn)
+            informative = [group for group in groups if dapo.is_informative(_applicable(group, group.rewards))]
             batch.kept += informative[: rounds.num_missing]
             rounds.count(len(informative), len(groups))
         self.acceptance = rounds.acceptance
@@ -239,6 +240,14 @@ class Explorer:
         self.num_short += bool(rounds.num_missing)
         return batch
 
+    def _refuse_failed_rewards(self, step: int, drawn: Sequence[Group]) -> None:
+        """End if rewards of the user's own failed on every group of the step, which a round fills at least."""
+        faults = [group.scores[0].fault for group in drawn]
+        if all(faults):
+            self._end(
+                InputError(f"the rewards failed on all {len(faults)} groups of step {step}: --reward {faults[0]}")
+            )
+
     def _draw(self, wanted: Sequence[int], step: int, batch: Batch) -> list[Group]:
         """Draw a group for each problem number, every engine its share; all ranks get all groups, in order."""
         clock = Clock()
@@ -247,7 +256,7 @@ class Explorer:
         sampling = replace(self.sampling, seeds=self.ranks.share(seeds))
         try:
             share = [self.prompts[i] for i in self.ranks.share(wanted)]
-            mine = draw(self.engine, self.verifier, share, sampling, should_stop=self.stop.is_received)
+            mine = draw(self.engine, self.grader, share, sampling, should_stop=self.stop.is_received)
         except Stopped:
             mine = []
         batch.generate_s += clock.lap()
@@ -262,20 +271,26 @@ class Explorer:
         return [gathered[place] for place in range(len(wanted))]
 
     def _trainable(self, group: Group) -> list[TokenRollout]:
-        values = dapo.advantages(self._shaped(group), self.options.advantage_eps)
+        """The completions with their advantages among those of the group that a reward applies to."""
+        completions = _applicable(group, group.completions)
+        values = dapo.advantages(_applicable(group, self._shaped(group)), self.options.advantage_eps)
         return [
             TokenRollout(group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage)
-            for completion, advantage in zip(group.completions, values, strict=True)
+            for completion, advantage in zip(completions, values, strict=True)
         ]
 
     def _shaped(self, group: Group) -> list[float]:
+        """The rewards as they enter the advantage: math-verify's on the scale of the options, one's own as they are."""
         options = self.options
+        scaled = group.rewards
+        if not options.has_own_rewards:
+            scaled = [options.reward_correct if reward else options.reward_wrong for reward in scaled]
         return [
-            (options.reward_correct if reward else options.reward_wrong)
+            reward
             + dapo.overlong_penalty(
                 len(completion.token_ids), options.max_tokens, options.overlong_buffer, options.overlong_penalty
             )
-            for completion, reward in zip(group.completions, group.rewards, strict=True)
+            for completion, reward in zip(group.completions, scaled, strict=True)
         ]
 
     def _write(
@@ -311,7 +326,7 @@ class Explorer:
         return {
             "step": step,
             "reward": _mean(shaped),
-            "pass_rate": _mean([rollout["reward"] for rollout in rollouts]),
+            "pass_rate": _mean([rollout["verdict"] == "correct" for rollout in rollouts]),
             "num_groups": len(batch.drawn),
             "num_kept": len(batch.kept),
             "num_surplus": rounds.num_informative - len(batch.kept),
@@ -320,7 +335,7 @@ class Explorer:
             "acceptance": rounds.acceptance.share,
             "short_batch": int(rounds.num_missing > 0),
             "num_rollouts": len(rollouts),
-            "num_trained": sum(len(group.completions) for group in trained),
+            "num_trained": sum(len(_applicable(group, group.completions)) for group in trained),
             "loss": stats.mean("loss"),
             "entropy": stats.mean("entropy"),
             "grad_norm": _mean(norms),
@@ -338,6 +353,7 @@ class Explorer:
             "truncated": _mean([rollout["finish_reason"] == "length" for rollout in rollouts]),
             "no_answer": _mean([rollout["verdict"] == "no_answer" for rollout in rollouts]),
             "timeouts": sum(rollout["verdict"] == "timeout" for rollout in rollouts),
+            "errors": sum(rollout["verdict"] == "error" for rollout in rollouts),
             "rollout_tokens": sum(lengths),
             "update_tokens": stats.num_tokens,
             "tokens_per_s": sum(lengths) / total_s,
@@ -484,6 +500,11 @@ def _is_collapsed(row: Mapping[str, Any]) -> bool:
 
 def _has_drifted(row: Mapping[str, Any]) -> bool:
     return row["mismatch_alarms"] > 0
+
+
+def _applicable(group: Group, values: Sequence[T]) -> list[T]:
+    """Those of the `values` of a group's completions to which a reward applies: all, by math-verify."""
+    return [value for value, score in zip(values, group.scores, strict=True) if score.applies]
 
 
 def _mean(values: Sequence[float]) -> float:

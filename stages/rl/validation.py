@@ -17,9 +17,8 @@ from stages.core.engine import Engine, Sampling, ShouldStop
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
 from stages.core.ranks import Ranks
-from stages.core.rollouts import Group, Prompt, draw_each, make_prompts, seeded
+from stages.core.rollouts import Grader, Group, Prompt, draw_each, make_prompts, seeded
 from stages.core.templates import Template
-from stages.core.verifier import Verifier
 from stages.rl import Options
 
 
@@ -46,14 +45,15 @@ class Validation:
         """Whether the policy after `step` is measured: the start policy (0), each of the `every`-th, and the last."""
         return step % self.every == 0 or step == last
 
-    def measure(self, ranks: Ranks, engine: Engine, verifier: Verifier, should_stop: ShouldStop) -> float:
+    def measure(self, ranks: Ranks, engine: Engine, grader: Grader, should_stop: ShouldStop) -> float:
         """avg@k of the weights in the engine; NaN if any rank had to stop. All ranks call it; an engine has a share."""
         share = ranks.share(self.prompts)
         sampling = seeded(self.sampling, self.seed, share)
         groups: list[Group] = []
+        mine: float
         try:
-            draw_each(engine, verifier, share, sampling, lambda _, group: groups.append(group), should_stop)
-            mine = sum(sum(group.rewards) for group in groups)
+            draw_each(engine, grader, share, sampling, lambda _, group: groups.append(group), should_stop)
+            mine = sum(group.num_correct for group in groups)
         except Stopped:
             mine = math.nan
         return sum(ranks.gather(mine)) / (len(self.prompts) * self.sampling.num_samples)
