@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from stages import report
-from stages.core import figures, jsonl, runs, tabular
+from stages.core import figures, jsonl, outputs, runs, tabular
 from stages.core.errors import InputError
 from stages.report import browser, curves, page, study, summaries
 
@@ -178,6 +178,16 @@ def test_global_steps_count_the_whole_iterations_even_if_their_ends_were_not_eva
     policies = [f"runs/{name}" for name in ("1/rl/checkpoints/step_000010", "2/rl/checkpoints/step_000010", "3/policy")]
     found = runs.places(policies, tmp_path / "runs")
     assert [(place.step, place.label) for place in found] == [(10, "10"), (40, "40"), (80, "80+RFT")]
+
+
+def test_a_merged_policy_is_labelled_as_merged_and_ends_its_iteration_as_a_fine_tuned_one_does(tmp_path):
+    for iteration, stage in enumerate(("merge", "rft"), 1):
+        write_rl(tmp_path / f"runs/{iteration}/rl", 30)
+        outputs.write_json(tmp_path / f"runs/{iteration}/policy/manifest.json", {"stage": stage})
+    policies = ["runs/1/rl/checkpoints/step_000030", "runs/1/policy", "runs/2/policy"]
+    found = runs.places(policies, tmp_path / "runs")
+    assert [place.label for place in found] == ["30", "30+merge", "60+RFT"]
+    assert [place.ends_iteration for place in found] == [False, True, True]
 
 
 def test_steps_are_those_of_the_runs_that_were_named_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):

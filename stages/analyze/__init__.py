@@ -234,7 +234,7 @@ def _similarity_by_step(
             {
                 "run": method,
                 "step": place.step,
-                "after_rft": int(place.fine_tuned),
+                "after_rft": int(place.ends_iteration),
                 "within": float(within),
                 "within_distinct": float(within_distinct[index]),
                 "to_others": float((alike[index].sum() - within) / (len(on_way) - 1)),

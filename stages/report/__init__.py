@@ -126,7 +126,7 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
     order = [*(f"pass@{k}" for k in choices.ks[-1:]), f"avg@{study.num_samples}"]
     labels = {place.policy: place.label for place in study.places}
     best = {f"{m}, step {labels[p]}": p for m, p in curves.best_on(on_sets, choices.valid, order).items()}
-    resets = sorted({place.step for place in study.places if place.fine_tuned})
+    resets = sorted({place.step for place in study.places if place.ends_iteration})
     first = [*curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)]
     figures = {
         "RLoop against RL over steps": [*curves.of_evaluations(on_sets, resets, order[::-1])],

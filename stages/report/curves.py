@@ -1,7 +1,7 @@
 """Metrics over steps: evaluations and logs along each method's training, as tidy rows and as figures.
 
 `step` counts RL steps from the base. RLoop has two policies at the end of an iteration, RL's endpoint and the
-fine-tuned policy that the next iteration starts from (`after_rft`); the line between them is the reset.
+one made by rft or merge that the next iteration starts from (`after_rft`); the line between them is the reset.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,9 @@ def tidy(table: pd.DataFrame, places: Sequence[Place]) -> pd.DataFrame:
     """Every metric of every policy on the way of every method, set by set, in percent; the base is on each way."""
     methods = dict.fromkeys(place.method for place in places if place.method != BASE)
     ways = [
-        (method, place.step, int(place.fine_tuned), place.policy) for method in methods for place in way(places, method)
+        (method, place.step, int(place.ends_iteration), place.policy)
+        for method in methods
+        for place in way(places, method)
     ]
     rows = pd.DataFrame(ways, columns=["method", "step", "after_rft", "policy"]).merge(table, on="policy")
     scale = rows["metric"].ne("mean_tokens") * 99 + 1
@@ -55,7 +57,7 @@ def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[s
         panel = rows[(rows["set"] == name) & (rows["metric"] == metric)]
         if panel["method"].value_counts().max() > 1:
             title = f"{metric} on {'average over the sets' if name == AVERAGE else name}"
-            caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop starts anew from a fine-tuned policy."
+            caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop's next iteration starts."
             style = Panel(f"{metric} (%)", resets=resets, number="4", top=rows["high"].max())
             file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
             yield lines(file, title, caption, _series(panel, "method"), style)
@@ -70,7 +72,7 @@ def of_iterations(rows: pd.DataFrame) -> Iterator[Figure]:
     for name, panel in starts.groupby("set", observed=True):
         if panel["iteration"].nunique() > 1:
             title = f"RLoop over iterations on {name}"
-            caption = f"Metrics of the policy fine-tuned after each iteration on {name}; 0 is the base."
+            caption = f"Metrics of the policy that each iteration ended with on {name}; 0 is the base."
             series = _series(panel, "metric", x="iteration")
             yield lines(f"iterations_{file_name(name)}", title, caption, series, style)
 
