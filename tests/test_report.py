@@ -126,6 +126,9 @@ def test_results_table_holds_each_method_on_each_set_and_their_average(made):
     assert float(rows[8]["pass@4"]) == pytest.approx(200 / 3, abs=0.005)
     for_dvc = json.loads((made / "results.json").read_bytes())
     assert all(for_dvc[row["method"]][row["set"]]["avg@4"] == float(row["avg@4"]) for row in rows)
+    small = {path.stem: json.loads(path.read_bytes()) for path in (made / "metrics").iterdir()}
+    averages = {re.sub(r"\W+", "_", method): for_dvc[method]["Average"] for method in methods}
+    assert small == averages, "for dvc metrics show: the average over the sets, a file a method"
 
 
 def test_results_markdown_is_the_papers_table_and_says_what_is_left_out(made):
@@ -274,7 +277,7 @@ def test_a_second_report_replaces_the_first_with_the_same_bytes(made):
 def test_of_an_empty_directory_all_outputs_are_written_and_say_what_is_missing(tmp_path, capsys):
     make(tmp_path, out=str(tmp_path / "out/page.html"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "page.html", "results.md", "results.tsv", "results.json", "curves.tsv", "figures",
+        "page.html", "results.md", "results.tsv", "results.json", "curves.tsv", "figures", "metrics",
     }  # fmt: skip
     assert "no results.jsonl" in (tmp_path / "out/results.md").read_text()
     assert "no log.tsv" in (tmp_path / "out/page.html").read_text()
@@ -287,6 +290,9 @@ def test_what_no_report_wrote_is_never_removed(made, tmp_path):
     with pytest.raises(InputError, match=r"thesis\.docx"):
         make(made, out=str(tmp_path / "page.html"))
     assert (tmp_path / "figures/thesis.docx").exists()
+    shutil.move(tmp_path / "figures", tmp_path / "metrics")
+    with pytest.raises(InputError, match=r"metrics holds thesis\.docx"):
+        make(made, out=str(tmp_path / "page.html"))
 
 
 @pytest.mark.slow
