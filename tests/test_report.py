@@ -175,6 +175,21 @@ def test_curves_place_every_policy_on_its_way(made):
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in expected], abs=1e-3)
 
 
+def test_the_divergence_from_the_base_is_a_curve_in_nats():
+    names = ["runs/0/policy", *(f"runs/{policy}" for policy in (VANILLA[1], RLOOP[0], RLOOP[1]))]
+    rows = [
+        {"set": "valid", "policy": name, "metric": metric, "value": value, "low": value / 2, "high": 2 * value}
+        for name, nats in zip(names, (0.0, 3.0, 1.0, 0.5), strict=True)
+        for metric, value in (("kl", nats), ("avg@4", 0.25))
+    ]
+    tidy = curves.tidy(pd.DataFrame(rows), runs.places(names))
+    assert tidy.groupby("metric")["value"].max().to_dict() == {"avg@4": 25, "kl": 3}, "the others are in percent"
+    [figure] = curves.of_divergence(tidy, [])
+    assert (figure.name, figure.title) == ("kl_valid", "KL to the base on valid")
+    drawn = [(row["series"], row["RL steps"], row["nats a completion"]) for row in figure.data]
+    assert drawn == [("RL", 0, 0), ("RL", 4, 3), ("RLoop", 0, 0), ("RLoop", 2, 1), ("RLoop", 2, 0.5)]
+
+
 def test_global_steps_count_the_whole_iterations_even_if_their_ends_were_not_evaluated(tmp_path):
     write_rl(tmp_path / "runs/1/rl", 30)
     write_rl(tmp_path / "runs/2/rl", 20)

@@ -140,7 +140,7 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
     figures = {
         "RLoop against RL over steps": [*curves.of_evaluations(on_sets, resets, order[::-1])],
         "Over iterations": [*curves.of_iterations(on_sets)],
-        "Learning, forgetting and similarity": _analysis(study),
+        "Learning, forgetting and similarity": [*_analysis(study), *curves.of_divergence(on_sets, resets)],
         "Training": [*curves.overfitting(on_sets, logs, choices.valid, order), *curves.of_logs(logs, resets)],
     }
     sections = {
