@@ -1,21 +1,24 @@
 """Sample: draw rollouts from policies and keep them all. For metrics, or to resume an interrupted call, use eval.
 
-Writes one Rollout a line: policies in the order of the options, problems in the order of their file. Under `accelerate
-launch` every process draws a share, and the first writes what one process would.
+Writes one Rollout a line: policies in the order of the options, problems in the order of their file; beside FILE.jsonl
+FILE.manifest.json says how it came about. Under `accelerate launch` every process draws a share, and the first writes
+what one process would.
 """
 
-from collections import deque
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import jsonl, outputs, sampling, tabular
+from stages.core import jsonl, lineage, outputs, provenance, sampling, tabular, verifier
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
-from stages.core.provenance import digest
 from stages.core.ranks import Ranks
+from stages.core.records import Rollout
 
 
 @checked
@@ -32,24 +35,42 @@ def run(
     """Draw groups of rollouts from one policy or several, and score them.
 
     Several policies share one engine, so they need one architecture and one tokenizer. A problem whose prompt leaves
-    no room for --max-tokens in the policy's context is left out, and named.
+    no room for --max-tokens in the policy's context is left out, and named. Beside FILE.jsonl FILE.manifest.json says
+    how it came about.
 
     Example: rloop sample --policy loop/0/policy --problems loop/0/prec.jsonl --out loop/prec.jsonl --template none
     --max-tokens 72 --num-samples 4
     """
+    given, start = locals(), time.monotonic()
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
     plan = ranks.together(lambda: _plan(policy, problems, out, num_samples, options, ranks))
-    if not ranks.is_alone:
-        read = {str(path): digest(path) for path in (problems, *plan.policies.values())}
-        ranks.refuse_differences(read | {"reward": plan.rewards.digest})
+    is_piped = str(out) == "-"  # without a manifest; so one process need not read the weights for their digests
+    sources = [path for path in (problems, *plan.policies.values()) if str(path) != "-"]
+    read = ranks.together(lambda: lineage.recorded([] if is_piped and ranks.is_alone else sources))
+    ranks.refuse_differences(read["inputs"] | {"reward": plan.rewards.digest})
+    manifest_file, counts = out.with_suffix(".manifest.json"), Counter[str]()
     with ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
+        ranks.on_first(lambda: stack.enter_context(outputs.claimed(out, manifest_file)))
         rollouts = sampling.rollouts(plan, plan.start_engine, stack.enter_context(plan.grader()))
-        if ranks.is_first:
-            jsonl.write(out, rollouts)
-        else:
+        if not ranks.is_first:
             deque(rollouts, maxlen=0)  # draws what it has to
+            return
+        jsonl.write(out, _counted(rollouts, counts))
+        if not is_piped:
+            decides = provenance.versions() | verifier.VERSION
+            came_to = {"template_digest": plan.template.digest, **plan.rewards.came_to}
+            identity = provenance.identify(run, given, read["inputs"], decides, **came_to)
+            paths = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # as from the hub
+            about = {"policies": list(plan.policies), "paths": paths, "stamps": read["stamps"]}
+            record = provenance.manifest(identity, counts, time.monotonic() - start, **about)
+            outputs.write_json(manifest_file, record)
+
+
+def _counted(rollouts: Iterator[Rollout], counts: Counter[str]) -> Iterator[Rollout]:
+    for rollout in rollouts:
+        counts.update(rollouts=1, tokens=rollout["num_tokens"], correct=int(rollout["reward"] >= 1))
+        yield rollout
 
 
 def _plan(

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from stages.rl.batching import ProblemStream, microbatches, shares, split
+from stages.core.batching import microbatches
+from stages.rl.batching import ProblemStream, shares, split
 
 
 @pytest.mark.parametrize("budget", [1, 50, 300, 10_000])

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from stages import analyze, report
+from stages import analyze, report, sample
+from stages import filter as filtering
 from stages.core import jsonl, lineage, outputs, provenance, runs
 from stages.core.errors import InputError
 from stages.core.sampling import Options, Plan
-from tests.made_up import Runs
+from tests.made_up import OPTIONS, Runs
 from tests.scripted import ScriptedEngine
 
 pytestmark = pytest.mark.slow  # each writes reports, with their figures
@@ -147,6 +148,26 @@ def test_a_policy_from_examples_or_rollouts_of_before_is_left_out(graph, capsys)
     assert told == lines and chosen == WHOLE | {"RLoop": "runs/1/policy"}
     graph.examples("2")
     assert table(capsys)[1] == [f"runs/2/policy: made from another runs/2/examples.jsonl {OTHER}"]
+
+
+def test_examples_from_rollouts_that_sample_drew_from_a_policy_of_before_are_left_out(graph, capsys):
+    drawn, examples = Path("runs/2/drawn.jsonl"), Path("runs/2/examples.jsonl")
+    train = Path("runs/0/train.jsonl")
+    sample.run(policy=[WHOLE["RL"]], problems=train, out=drawn, num_samples=64, options=OPTIONS)
+    examples.unlink()
+    filtering.run(rollouts=[str(drawn)], out=str(examples), max_pass_rate=1.0)
+    graph.rft("2", "runs/1/policy")
+    graph.evaluate("2", "runs/2/rl/checkpoints", "runs/2/policy")
+    assert table(capsys) == (WHOLE, [])
+    graph.rl("vanilla", "runs/0/policy", 4)
+    graph.evaluate("vanilla", "runs/vanilla/rl/checkpoints")
+    chosen, lines = table(capsys)
+    assert chosen == WHOLE | {"RLoop": "runs/1/policy"}
+    assert lines == [
+        f"runs/2/drawn.jsonl: made from another {WHOLE['RL']} {OTHER}",
+        "runs/2/examples.jsonl: made from runs/2/drawn.jsonl, which is left out",
+        "runs/2/policy: made from runs/2/examples.jsonl, which is left out",
+    ]
 
 
 def test_a_run_that_is_still_going_on_is_known_by_what_it_began_with(graph, capsys):

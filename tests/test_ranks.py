@@ -14,7 +14,7 @@ import pytest
 from rloop_cli import warm
 from stages.core import jsonl, records
 from stages.core.ranks import Ranks
-from stages.core.records import Rollout
+from stages.core.records import Divergence, Rollout
 from tests import ranks as launched
 
 
@@ -107,8 +107,9 @@ def check_alike(found, expected):
 
 @pytest.mark.slow
 def test_two_ranks_draw_and_grade_what_one_process_does(place):
-    alone(place, *EVAL, "--out", "one")
-    codes, said = together([place, place], *EVAL, "--out", "two")
+    asked = *EVAL, "--kl-to", "policy"
+    alone(place, *asked, "--out", "one")
+    codes, said = together([place, place], *asked, "--out", "two")
     assert codes == [0, 0], said
     assert "pass@8" in said[0] and "groups 168/168" in said[0] and not said[1]
     one, two = (sorted(str(p.relative_to(place / name)) for p in (place / name).rglob("*")) for name in ("one", "two"))
@@ -118,11 +119,15 @@ def test_two_ranks_draw_and_grade_what_one_process_does(place):
         check_alike(drawn, drawn_in(place / "one" / name / "rollouts.jsonl"))
         assert len(drawn) == 2 * 8 * number
         check_alike(*(drawn_in(place / which / name / "greedy.jsonl") for which in ("two", "one")))
+        kl = [list(records.read(place / which / name / "kl.jsonl", Divergence)) for which in ("two", "one")]
+        assert [d["kl_nats"] == 0 for d in kl[0]] == [d["policy"] == "policy" for d in kl[1]]
+        same = [abs(a["kl_nats"] - b["kl_nats"]) < 1e-3 * (1 + b["kl_nats"]) for a, b in zip(*kl, strict=True)]
+        assert sum(same) > 0.97 * len(same)
     codes, said = together([place, place], "eval", "--regrade", "two", "--out", "again", "--k", 8, "--maj")
     assert codes == [0, 0] and "no verdict changed" in said[0] and not said[1]
     for name in (
         "metrics.json",
-        *(f"{s}/{f}" for s in ("sums", "few") for f in ("rollouts.jsonl", "greedy.jsonl", "metrics.json")),
+        *(f"{s}/{f}" for s in ("sums", "few") for f in ("rollouts.jsonl", "greedy.jsonl", "kl.jsonl", "metrics.json")),
     ):
         assert (place / "again" / name).read_bytes() == (place / "two" / name).read_bytes()
     codes, said = together([place, place], "sample", *ASKED[:2], *ASKED[4:6], *HOW, "--out", "sampled.jsonl")

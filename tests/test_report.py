@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from stages import report
-from stages.core import figures, jsonl, runs, tabular
+from stages.core import figures, jsonl, outputs, runs, tabular
 from stages.core.errors import InputError
 from stages.report import browser, curves, page, study, summaries
 
@@ -126,6 +126,9 @@ def test_results_table_holds_each_method_on_each_set_and_their_average(made):
     assert float(rows[8]["pass@4"]) == pytest.approx(200 / 3, abs=0.005)
     for_dvc = json.loads((made / "results.json").read_bytes())
     assert all(for_dvc[row["method"]][row["set"]]["avg@4"] == float(row["avg@4"]) for row in rows)
+    small = {path.stem: json.loads(path.read_bytes()) for path in (made / "metrics").iterdir()}
+    averages = {re.sub(r"\W+", "_", method): for_dvc[method]["Average"] for method in methods}
+    assert small == averages, "for dvc metrics show: the average over the sets, a file a method"
 
 
 def test_results_markdown_is_the_papers_table_and_says_what_is_left_out(made):
@@ -172,12 +175,37 @@ def test_curves_place_every_policy_on_its_way(made):
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in expected], abs=1e-3)
 
 
+def test_the_divergence_from_the_base_is_a_curve_in_nats():
+    names = ["runs/0/policy", *(f"runs/{policy}" for policy in (VANILLA[1], RLOOP[0], RLOOP[1]))]
+    rows = [
+        {"set": "valid", "policy": name, "metric": metric, "value": value, "low": value / 2, "high": 2 * value}
+        for name, nats in zip(names, (0.0, 3.0, 1.0, 0.5), strict=True)
+        for metric, value in (("kl", nats), ("avg@4", 0.25))
+    ]
+    tidy = curves.tidy(pd.DataFrame(rows), runs.places(names))
+    assert tidy.groupby("metric")["value"].max().to_dict() == {"avg@4": 25, "kl": 3}, "the others are in percent"
+    [figure] = curves.of_divergence(tidy, [])
+    assert (figure.name, figure.title) == ("kl_valid", "KL to the base on valid")
+    drawn = [(row["series"], row["RL steps"], row["nats a completion"]) for row in figure.data]
+    assert drawn == [("RL", 0, 0), ("RL", 4, 3), ("RLoop", 0, 0), ("RLoop", 2, 1), ("RLoop", 2, 0.5)]
+
+
 def test_global_steps_count_the_whole_iterations_even_if_their_ends_were_not_evaluated(tmp_path):
     write_rl(tmp_path / "runs/1/rl", 30)
     write_rl(tmp_path / "runs/2/rl", 20)
     policies = [f"runs/{name}" for name in ("1/rl/checkpoints/step_000010", "2/rl/checkpoints/step_000010", "3/policy")]
     found = runs.places(policies, tmp_path / "runs")
     assert [(place.step, place.label) for place in found] == [(10, "10"), (40, "40"), (80, "80+RFT")]
+
+
+def test_a_merged_policy_is_labelled_as_merged_and_ends_its_iteration_as_a_fine_tuned_one_does(tmp_path):
+    for iteration, stage in enumerate(("merge", "rft"), 1):
+        write_rl(tmp_path / f"runs/{iteration}/rl", 30)
+        outputs.write_json(tmp_path / f"runs/{iteration}/policy/manifest.json", {"stage": stage})
+    policies = ["runs/1/rl/checkpoints/step_000030", "runs/1/policy", "runs/2/policy"]
+    found = runs.places(policies, tmp_path / "runs")
+    assert [place.label for place in found] == ["30", "30+merge", "60+RFT"]
+    assert [place.ends_iteration for place in found] == [False, True, True]
 
 
 def test_steps_are_those_of_the_runs_that_were_named_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
@@ -264,7 +292,7 @@ def test_a_second_report_replaces_the_first_with_the_same_bytes(made):
 def test_of_an_empty_directory_all_outputs_are_written_and_say_what_is_missing(tmp_path, capsys):
     make(tmp_path, out=str(tmp_path / "out/page.html"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "page.html", "results.md", "results.tsv", "results.json", "curves.tsv", "figures",
+        "page.html", "results.md", "results.tsv", "results.json", "curves.tsv", "figures", "metrics",
     }  # fmt: skip
     assert "no results.jsonl" in (tmp_path / "out/results.md").read_text()
     assert "no log.tsv" in (tmp_path / "out/page.html").read_text()
@@ -277,6 +305,9 @@ def test_what_no_report_wrote_is_never_removed(made, tmp_path):
     with pytest.raises(InputError, match=r"thesis\.docx"):
         make(made, out=str(tmp_path / "page.html"))
     assert (tmp_path / "figures/thesis.docx").exists()
+    shutil.move(tmp_path / "figures", tmp_path / "metrics")
+    with pytest.raises(InputError, match=r"metrics holds thesis\.docx"):
+        make(made, out=str(tmp_path / "page.html"))
 
 
 @pytest.mark.slow

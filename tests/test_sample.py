@@ -1,13 +1,16 @@
 """What sample and eval share: everything that is refused before an engine starts, and what is drawn then."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stages import sample
-from stages.core import jsonl, records, sampling
+from stages.core import jsonl, provenance, records, sampling
 from stages.core.errors import InputError
 from stages.core.ranks import ALONE
 from stages.core.records import Rollout
@@ -221,10 +224,23 @@ def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, 
         file.write(json.dumps(problem(6) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
     monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
     sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", num_samples=2, options=OPTIONS)
-    assert len(list(records.read(tmp_path / "out.jsonl", Rollout))) == 12
     assert "1 problems are too long for the policy's context: long" in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert manifest["stage"] == "sample" and manifest["parameters"]["num_samples"] == 2
+    assert manifest["inputs"] == {str(path): provenance.digest(path) for path in (problems, tiny_policy)}
+    drawn = list(records.read(tmp_path / "out.jsonl", Rollout))
+    correct = sum(rollout["verdict"] == "correct" for rollout in drawn)
+    assert manifest["counts"] == {"rollouts": 12, "tokens": sum(r["num_tokens"] for r in drawn), "correct": correct}
     with pytest.raises(InputError, match="already holds something"):
         sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", options=OPTIONS)
+
+
+def test_rollouts_on_stdout_leave_no_manifest(tiny_policy, problems, tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(buffer=io.BytesIO()))
+    monkeypatch.chdir(tmp_path)
+    sample.run(policy=[str(tiny_policy)], problems=problems, out=Path("-"), num_samples=2, options=OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == [problems.name]
 
 
 @pytest.mark.parametrize(("fault", "num_starts"), [(None, 1), ("that is too much", 3)])

@@ -234,7 +234,7 @@ def _similarity_by_step(
             {
                 "run": method,
                 "step": place.step,
-                "after_rft": int(place.fine_tuned),
+                "after_rft": int(place.ends_iteration),
                 "within": float(within),
                 "within_distinct": float(within_distinct[index]),
                 "to_others": float((alike[index].sum() - within) / (len(on_way) - 1)),
@@ -245,7 +245,7 @@ def _similarity_by_step(
 
 
 def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For `dvc metrics`: each matrix's mean above the diagonal, and the mean of similarity within over steps."""
+    """In numbers: each matrix's mean above the diagonal, and the mean of similarity within over steps."""
     import numpy as np
 
     metrics: dict[str, Any] = {}

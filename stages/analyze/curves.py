@@ -51,7 +51,7 @@ def _curve(problem_set: str, name: str, rows: list[dict[str, Any]]) -> Curve:
 def _steps(run: str, on_way: Sequence[Place], values: Sequence[Interval]) -> list[dict[str, Any]]:
     """A row a policy on the way of a run, as `figures.lines` takes them."""
     return [
-        _row(run, place.step, value) | {"after_rft": int(place.fine_tuned), "policy": place.policy}
+        _row(run, place.step, value) | {"after_rft": int(place.ends_iteration), "policy": place.policy}
         for place, value in zip(on_way, values, strict=True)
     ]
 

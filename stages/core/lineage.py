@@ -183,8 +183,9 @@ class Line:
 
     def _sources(self, place: Path) -> list[tuple[Path, str]]:
         """What `place` was made from, as far as that lies below the directory of runs, with the digests of then."""
-        if place.name == "examples.jsonl":
-            inputs = _inputs(read_manifest(place.with_suffix(".manifest.json")))
+        beside = read_manifest(place.with_suffix(".manifest.json"))
+        if place.name == "examples.jsonl" or beside.get("stage") == "sample":
+            inputs = _inputs(beside)
             return [(source, digest) for path, digest in inputs.items() if (source := self._find(path)) is not None]
         manifest = read_manifest(place / "manifest.json")
         if begun := read_manifest(place / "state" / "run.json"):  # a run that is still going on has no manifest yet
@@ -292,8 +293,8 @@ class Line:
         return next((digest for digest in candidates if digest), "")
 
     def _recorded_digests(self) -> dict[str, str]:
-        """Stamp -> digest, from the evaluations and the examples."""
-        manifests = [*self._manifests.values(), *map(read_manifest, self._below("*/examples.manifest.json"))]
+        """Stamp -> digest, from the evaluations and what else recorded stamps: examples, samples."""
+        manifests = [*self._manifests.values(), *map(read_manifest, self._below("*/*.manifest.json"))]
         return {
             mark: inputs[path]
             for manifest in manifests

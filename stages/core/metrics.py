@@ -79,7 +79,7 @@ def per_problem(
 
     n is `num_samples`, or else the smallest number of samples of any problem. If every result also counts
     `num_no_answer` or `num_tokens` (a sum over samples), `no_answer` (share) and `mean_tokens` (tokens a completion)
-    are there too.
+    are there too; if each counts `kl_nats`, `kl`: KL to a base in nats a completion.
     """
     import numpy as np
 
@@ -90,6 +90,8 @@ def per_problem(
     for field, name in (("num_truncated", "truncated"), ("num_no_answer", "no_answer"), ("num_tokens", "mean_tokens")):
         if all(field in result for result in results):
             values[name] = np.array([result[field] for result in results]) / n  # type: ignore[literal-required]
+    if all("kl_nats" in result for result in results):
+        values["kl"] = np.array([r["kl_nats"] / r["num_kl_samples"] for r in results])  # type: ignore[typeddict-item]
     return values
 
 
@@ -172,7 +174,8 @@ def average_interval(sets: Sequence["Array"], seed: int = 0) -> Interval:
 def share_interval(part: "Array", whole: "Array", seed: int = 0) -> Interval:
     """Share of the problems `whole` that are in `part` (both bool [problems]), with its interval; NaN of no problem.
 
-    Both are resampled together, since their sizes depend on the problems; resamples without any of `whole` don't count.
+    Or the quotient of two sums over problems, such as nats and tokens. Both are resampled together, since their sizes
+    depend on the problems; resamples without any of `whole` don't count.
     """
     import numpy as np
 

@@ -81,7 +81,20 @@ class Result(TypedDict):
     num_truncated: int
 
 
-Record = TypeVar("Record", Problem, Rollout, Example, Result)
+class Divergence(TypedDict):
+    """KL(policy || base) along one completion that the policy drew, in nats; made by eval --kl-to.
+
+    {"problem_id": "math-500/7", "policy": "runs/1/policy", "sample": 0, "num_tokens": 9, "kl_nats": 0.31}
+    """
+
+    problem_id: str
+    policy: str
+    sample: int
+    num_tokens: int
+    kl_nats: float
+
+
+Record = TypeVar("Record", Problem, Rollout, Example, Result, Divergence)
 
 
 def read(path: str | Path, kind: type[Record]) -> Iterator[Record]:

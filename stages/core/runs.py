@@ -2,7 +2,7 @@
 
     runs/0/policy                              the base: step 0 of every method
     runs/<i>/rl/checkpoints/step_<n>           RLoop, n steps into iteration i: the steps of all iterations before, + n
-    runs/<i>/policy                            RLoop, fine-tuned after iteration i: the start of iteration i + 1
+    runs/<i>/policy                            RLoop, made by rft or merge after iteration i: the start of i + 1
     runs/vanilla/rl/checkpoints/step_<n>       RL alone (the baseline), step n
     runs/<name>/rl/checkpoints/step_<n>        any other run, which is called by its name
     runs/eval/**/results.jsonl                 evaluations, each of one set; one may hold several policies, and the sets
@@ -27,7 +27,7 @@ from stages.core.records import Result, Rollout
 from stages.core.tabular import read_tsv
 
 BASE, RLOOP, RL = "Base", "RLoop", "RL"
-FINE_TUNED = "+RFT"
+FINE_TUNED, MERGED = "+RFT", "+merge"
 MAX_STEPS = 10**9 - 1
 MAX_DIRECTORIES = 100_000  # below the directory that evaluations are looked for in
 ROOT = Path("/")
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     """Where a policy is on its method's way: Place("runs/2/rl/checkpoints/step_000010", "RLoop", 40, "40").
 
     `step` counts RL steps from the base; `label` names the place on its way ("30+RFT" is the policy fine-tuned after
-    step 30). A policy at any other path is a method of its own.
+    step 30, "30+merge" one averaged then). A policy at any other path is a method of its own.
     """
 
     policy: str
@@ -50,9 +50,9 @@ class Place(NamedTuple):
     label: str
 
     @property
-    def fine_tuned(self) -> bool:
-        """Whether this is a start policy made by rft, not a checkpoint of RL."""
-        return self.label.endswith(FINE_TUNED)
+    def ends_iteration(self) -> bool:
+        """Whether this is the next start policy, made by rft or merge, not a checkpoint of RL."""
+        return self.label.endswith((FINE_TUNED, MERGED))
 
 
 class Evaluation(NamedTuple):
@@ -72,17 +72,20 @@ class Evaluation(NamedTuple):
 def places(policies: Iterable[str], root: str | Path | None = None, bases: Collection[str] = ()) -> list[Place]:
     """Each policy's place, ordered by method and then by way.
 
-    `root` is the directory of runs: the lengths of the iterations are read there, even if policies were evaluated
-    under another path or from another working directory. Of `bases`, which are the base by their content, the first
-    is the base if there is none at <root>/0/policy.
+    `root` is the directory of runs: the lengths of the iterations, and whether they end with merge, are read there,
+    even if policies were evaluated under another path or from another working directory. Of `bases`, which are the
+    base by their content, the first is the base if there is none at <root>/0/policy.
     """
     policies = [policy.rstrip("/") for policy in policies]
     offsets = _offsets(policies, root)
-    placed = [_place(policy, offsets) for policy in policies]
+    merged = _merged(policies, root)
+    placed = [_place(policy, offsets, merged) for policy in policies]
     if not any(place.method == BASE for place in placed):
         others = [place for place in placed if place.policy in bases and place_below(place.policy) is None]
         placed = [Place(place.policy, BASE, 0, "0") if place in others[:1] else place for place in placed]
-    return sorted(placed, key=lambda place: (place.method, place.step, iteration_of(place.policy), place.fine_tuned))
+    return sorted(
+        placed, key=lambda place: (place.method, place.step, iteration_of(place.policy), place.ends_iteration)
+    )
 
 
 def root_of(evals: Iterable[Path], named: str = "") -> Path | None:
@@ -106,7 +109,7 @@ def way(placed: Sequence[Place], method: str) -> list[Place]:
     return [place for place in placed if place.method == BASE] + [place for place in placed if place.method == method]
 
 
-def _place(policy: str, offsets: Mapping[int, int]) -> Place:
+def _place(policy: str, offsets: Mapping[int, int], merged: Collection[int]) -> Place:
     checkpoint = _CHECKPOINT.match(policy)
     run = checkpoint["run"] if checkpoint else policy
     step = int(checkpoint["step"]) if checkpoint else 0
@@ -118,7 +121,7 @@ def _place(policy: str, offsets: Mapping[int, int]) -> Place:
             step += offsets[iteration]
             return Place(policy, RLOOP, step, str(step))
         step = offsets[iteration + 1]
-        return Place(policy, RLOOP, step, f"{step}{FINE_TUNED}")
+        return Place(policy, RLOOP, step, f"{step}{MERGED if iteration in merged else FINE_TUNED}")
     if not checkpoint:
         return Place(policy, policy, 0, policy)
     name = Path(run).parent.name if Path(run).name == "rl" else Path(run).name
@@ -150,6 +153,13 @@ def place_below(policy: str) -> Path | None:
         return None
     of_run = run.parts[-2:] if run.name in ("rl", "policy") else run.parts[-1:]
     return Path(*of_run, *(Path(policy).parts[-2:] if checkpoint else ()))
+
+
+def _merged(policies: Sequence[str], root: str | Path | None) -> set[int]:
+    """The iterations whose policy came out of merge, by its manifest below `root`."""
+    iterations = {iteration_of(policy) for policy in policies} if root is not None else set()
+    manifests = {i: read_manifest(Path(root or "", str(i), "policy", "manifest.json")) for i in iterations}
+    return {iteration for iteration, manifest in manifests.items() if manifest.get("stage") == "merge"}
 
 
 def _offsets(policies: Sequence[str], root: str | Path | None) -> dict[int, int]:

@@ -215,6 +215,12 @@ class Engines:
         self._policy = policy
         return self._engine
 
+    def close(self) -> None:
+        """Free the engine's memory, if one was started."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def _takes(self, policy: Path) -> bool:
         if policies.is_tied(policy) != policies.is_tied(self._policy):
             return False

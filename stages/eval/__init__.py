@@ -5,6 +5,7 @@ For one set, OUT holds
     rollouts.jsonl   every completion         metrics.json    see scoring.py
     results.jsonl    counts by problem        manifest.json   how it came about
     greedy.jsonl     with --greedy: a completion of temperature 0 for each problem, which counts in no avg@k or pass@k
+    kl.jsonl         with --kl-to: the KL divergence to a base along some of the completions, see divergence.py
 
 For several, each set has them in OUT/<set>/, and OUT/metrics.json sums them up. For an average over sets run report.
 
@@ -20,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from stages.core import jsonl, lineage, outputs, provenance, sampling, verifier
+from stages.core import jsonl, lineage, outputs, provenance, records, sampling, verifier
 from stages.core.engine import Engine
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent, going_on
@@ -29,24 +30,27 @@ from stages.core.options import PLACE, at_least, checked
 from stages.core.outputs import read_json
 from stages.core.provenance import Identity
 from stages.core.ranks import Ranks
-from stages.core.records import Rollout
+from stages.core.records import Divergence
 from stages.core.rollouts import Grader, Group, Prompt
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
-from stages.eval import partial, scoring, selection, votes
-from stages.eval.partial import Groups, Writer
+from stages.eval import divergence, partial, scoring, selection, votes
+from stages.eval.partial import Groups, Keeper, Stems
 
-ROLLOUTS, GREEDY = "rollouts.jsonl", "greedy.jsonl"
-Drawn = Mapping[str, Iterator[Rollout]]  # a set's rollouts by the names of their files
-Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
+ROLLOUTS, GREEDY, KL = "rollouts.jsonl", "greedy.jsonl", "kl.jsonl"
+Drawn = Mapping[str, Iterator[Any]]  # a set's rollouts, and the Divergences along them, by the names of their files
 
 
 class Drawing(NamedTuple):
-    """What is drawn into one file of each set, the stems of its partial files, and what marks its rollouts."""
+    """What is drawn into one file of each set, the stems of its partial files, and what marks its rollouts.
+
+    Of the first `num_scored` samples of each group the token ids are kept besides.
+    """
 
     plan: Plan
     stems: Stems
     marks: dict[str, Any]
+    num_scored: int = 0
 
 
 @checked
@@ -67,6 +71,8 @@ def run(
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
     maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False,
     greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False,
+    kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PLACE] = "",
+    kl_samples: Annotated[int, "with --kl-to: completions of each problem that it is measured on", at_least(1)] = 1,
     select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
     options: sampling.Options,
 ) -> None:
@@ -80,6 +86,10 @@ def run(
     With --selected the policies of one evaluation are asked on other sets: every checkpoint on the validation set,
     say, and then only those on the test sets that it left standing.
 
+    With --kl-to every policy is compared with a base on completions that it drew itself: both are run over the first
+    --kl-samples of each problem, when all are drawn. That loads two policies and costs two passes, far less than
+    drawing the rest, and as much GPU memory as both policies have weights.
+
     With --regrade nothing is drawn: the verdicts of stored rollouts are worked out anew by math-verify as it is now,
     OUT is written from them, and what changed is shown. The stored rollouts stay as they are. So --regrade --maj
     adds maj@k, for which the verifier says which answers are equivalent, to an evaluation without it.
@@ -91,7 +101,7 @@ def run(
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
     if regrade is not None:
-        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options, greedy))
+        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected), kl_to], problems, options, greedy))
         regrade_rollouts(regrade, out, {"k": k, "maj": maj, "select": select, "bare": options.bare}, ranks)
         return
     ranks.together(lambda: scoring.check_metrics(num_samples, k, select, maj, greedy))
@@ -107,8 +117,9 @@ def _refuse_drawing(
     out: Path, policies: list[str], problem_files: list[Path], options: sampling.Options, greedy: bool
 ) -> None:
     outputs.refuse_unwritable(out)
-    if policies or problem_files or options.limit or greedy:
-        raise InputError("--regrade draws nothing: leave out --policy, --selected, --problems, --limit and --greedy")
+    if any(policies) or problem_files or options.limit or greedy:
+        drawing = "--policy, --selected, --problems, --limit, --greedy and --kl-to"
+        raise InputError(f"--regrade draws nothing: leave out {drawing}")
     if options.has_own_rewards:
         raise InputError("--regrade grades by math-verify: leave out --reward, or draw anew")
 
@@ -139,9 +150,13 @@ def evaluate(
 ) -> None:
     """Draw what is not there yet and write `out`; an engine is started only if something is left to draw."""
     start, ranks = time.monotonic(), plan.ranks
-    read = ranks.together(lambda: lineage.recorded([*problem_files, *plan.policies.values()]))
+    num_scored = given["kl_samples"] if given["kl_to"] else 0
+    base = ranks.together(lambda: divergence.checked(given["kl_to"], num_scored, plan))
+    sources = [*problem_files, *plan.policies.values(), *([base] if base else [])]
+    read = ranks.together(lambda: lineage.recorded(sources))
     decides = provenance.versions() | verifier.VERSION
     came_to = {"template_digest": plan.template.digest, **plan.rewards.came_to}
+    came_to |= {"kl_to": read["inputs"][str(base)]} if base else {}
     identity = provenance.identify(run, given, read["inputs"], decides, **came_to)
     seen = {f"template {plan.template.name}": plan.template.digest, "reward": plan.rewards.digest}
     ranks.refuse_differences(read["inputs"] | decides | seen)
@@ -150,10 +165,15 @@ def evaluate(
         if place is None:
             return
         ranks.refuse_unseen(place / partial.SETTINGS)
-        drawings = _drawings(plan, _stems(plan, problem_files, identity.inputs), given["greedy"])
+        stems = _stems(plan, problem_files, identity.inputs)
+        drawings = _drawings(plan, stems, given["greedy"], num_scored)
         with going_on(lambda: "what was drawn is kept: the same command draws the rest"):
             _draw_missing(drawings, place, start_engine)
-        ranks.wait()
+            ranks.wait()
+            if base:
+                scored = divergence.stems_of(stems, num_scored, came_to["kl_to"])
+                divergence.score_missing(plan, stems, num_scored, base, scored, place)
+                drawings[KL] = Drawing(plan, scored, {})
         if not ranks.is_first:
             return
         stored = {
@@ -224,9 +244,9 @@ def _stems(plan: Plan, problem_files: list[Path], digests: Mapping[str, str]) ->
     }
 
 
-def _drawings(plan: Plan, stems: Stems, greedy: bool) -> dict[str, Drawing]:
+def _drawings(plan: Plan, stems: Stems, greedy: bool, num_scored: int) -> dict[str, Drawing]:
     """What is drawn, by the file that it is written to; stems begin with hexadecimal digits unless greedy."""
-    drawings = {ROLLOUTS: Drawing(plan, stems, {})}
+    drawings = {ROLLOUTS: Drawing(plan, stems, {}, num_scored)}
     if greedy:
         at_zero = replace(plan, sampling=replace(plan.sampling, num_samples=1, temperature=0.0))
         drawings[GREEDY] = Drawing(at_zero, {key: f"greedy-{stem}" for key, stem in stems.items()}, {"greedy": True})
@@ -236,38 +256,25 @@ def _drawings(plan: Plan, stems: Stems, greedy: bool) -> dict[str, Drawing]:
 def _draw_missing(drawings: Mapping[str, Drawing], place: Path, start_engine: StartEngine) -> None:
     """Draw what is not in `place`, policy by policy; a policy that lacks nothing is not loaded."""
     plan = drawings[ROLLOUTS].plan
-    stems = [stem for drawing in drawings.values() for stem in drawing.stems.values()]
-    kept = plan.ranks.on_first(lambda: {stem: _kept(place, stem) for stem in stems})
+    wanted = {stem: drawing.num_scored for drawing in drawings.values() for stem in drawing.stems.values()}
+    kept = plan.ranks.on_first(lambda: {stem: partial.kept(place, stem, num) for stem, num in wanted.items()})
     engines = Engines(start_engine, plan.ranks)
     num_groups = plan.num_groups * len(drawings)
     with plan.grader(has_scored=any(kept.values())) as grader, Meter(num_groups, plan.ranks) as meter:
         for name, path in plan.policies.items():
-            missing = [_missing(plan, name, drawing.stems, kept) for drawing in drawings.values()]
+            missing = [partial.missing(plan, name, drawing.stems, kept) for drawing in drawings.values()]
             if any(missing):
                 engine = engines.holding(path)  # on every rank, whose share of a few may be nothing
             for drawing, own in zip(drawings.values(), missing, strict=True):
                 meter.start(name, len(own), plan.num_groups // len(plan.policies) - len(own))
                 if own:
-                    _draw(drawing.plan, name, place, plan.ranks.share(own), engine, grader, meter)
-
-
-def _kept(place: Path, stem: str) -> set[str]:
-    with Groups(place, stem) as groups:
-        return groups.problem_ids
-
-
-def _missing(plan: Plan, name: str, stems: Stems, kept: dict[str, set[str]]) -> list[tuple[str, Prompt]]:
-    """What a policy lacks of all sets, each prompt with its stem; it counts as kept from now on."""
-    missing = []
-    for set_name, prompts in plan.sets.items():
-        stem = stems[set_name, name]
-        missing += [(stem, prompt) for prompt in prompts if prompt.problem["id"] not in kept[stem]]
-        kept[stem].update(prompt.problem["id"] for prompt in prompts)
-    return missing
+                    _draw(drawing, name, place, plan.ranks.share(own), engine, grader, meter)
+    if any(wanted.values()):
+        engines.close()  # two policies need its memory now
 
 
 def _draw(
-    plan: Plan,
+    drawing: Drawing,
     name: str,
     place: Path,
     share: Sequence[tuple[str, Prompt]],
@@ -276,35 +283,36 @@ def _draw(
     meter: Meter,
 ) -> None:
     """Draw groups of one policy; each is kept as soon as it is scored."""
+    plan = drawing.plan
     with ExitStack() as stack:
-        writers = {
-            stem: stack.enter_context(Writer(place, stem, plan.ranks.engine))
+        keepers = {
+            stem: stack.enter_context(Keeper(place, stem, plan.ranks.engine, drawing.num_scored))
             for stem in (dict(share) if plan.ranks.keeps else ())
         }
         for part in plan.parts(share):
-            _draw_part(plan, name, part, writers, engine, grader, meter)
+            _draw_part(plan, name, part, keepers, engine, grader, meter)
 
 
 def _draw_part(
     plan: Plan,
     name: str,
     part: Sequence[tuple[str, Prompt]],
-    writers: Mapping[str, Writer],
+    keepers: Mapping[str, Keeper],
     engine: Engine,
     grader: Grader,
     meter: Meter,
 ) -> None:
     def keep(number: int, group: Group) -> None:
-        if writers:
-            writers[part[number][0]].add(group.rollouts(name))
+        if keepers:
+            keepers[part[number][0]].add(group, name)
 
     prompts = [prompt for _, prompt in part]
     with plan.ranks.one_voice():
         sampling.draw_scored(engine, grader, prompts, plan.seeded(prompts), meter, keep)
 
 
-def _stored(drawing: Drawing, set_name: str, place: Path) -> Iterator[Rollout]:
-    """A set's rollouts by policy, problem and sample, in the order of the plan."""
+def _stored(drawing: Drawing, set_name: str, place: Path) -> Iterator[Any]:
+    """A set's rollouts, or Divergences, by policy, problem and sample, in the order of the plan."""
     for name in drawing.plan.policies:
         with Groups(place, drawing.stems[set_name, name]) as groups:
             for prompt in drawing.plan.sets[set_name]:
@@ -340,6 +348,8 @@ def _counted(place: Path, drawn: Drawn, maj: bool, bare: bool) -> list[Any]:
     jsonl.write(place / ROLLOUTS, map(tally.add, map(ballots.add, rollouts) if maj else rollouts))
     if GREEDY in drawn:
         jsonl.write(place / GREEDY, map(tally.add, drawn[GREEDY]))
+    if KL in drawn:
+        jsonl.write(place / KL, map(tally.add_divergence, drawn[KL]))
     results = tally.results
     if maj:
         with Verifier() as graders:
@@ -379,11 +389,17 @@ def regrade_rollouts(source: Path, out: Path, parameters: Mapping[str, Any], ran
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
         with Verifier(bare=parameters["bare"]) as graders:
-            verdicts = {file: scoring.grade(file, graders, ranks) for own in files.values() for file in own.values()}
+            graded = [file for own in files.values() for kind, file in own.items() if kind != KL]
+            verdicts = {file: scoring.grade(file, graders, ranks) for file in graded}
         if not ranks.is_first:
             return
         sets = {
-            name: {kind: scoring.regraded(file, verdicts[file], changes[name]) for kind, file in own.items()}
+            name: {
+                kind: records.read(file, Divergence)
+                if kind == KL
+                else scoring.regraded(file, verdicts[file], changes[name])
+                for kind, file in own.items()
+            }
             for name, own in files.items()
         }
         summaries = _write(out, sets, manifest, start)
@@ -404,7 +420,7 @@ def _stored_files(source: Path) -> dict[str, dict[str, Path]]:
     files = [path for path in paths if path.exists()]
     if not files:
         raise InputError(f"--regrade {source} holds no rollouts.jsonl: name an eval output, or a file of rollouts")
-    stored = {file: {name: file.with_name(name) for name in (ROLLOUTS, GREEDY)} for file in files}
+    stored = {file: {name: file.with_name(name) for name in (ROLLOUTS, GREEDY, KL)} for file in files}
     return {
         read_json(file.parent / "manifest.json").get("set", file.parent.name): {
             name: path for name, path in own.items() if path.exists()

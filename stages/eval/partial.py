@@ -3,28 +3,40 @@
     .OUT.partial/settings.json                           what every group depends on, but for policy and problem
     .OUT.partial/<problems>-<policy>-<engine>.jsonl      a policy's groups, a line each, in the order they were done
     .OUT.partial/greedy-<problems>-...                   the same at temperature 0
+    .OUT.partial/tokens<n>-<problems>-...                with --kl-to: token ids of the first n samples of each group
+    .OUT.partial/kl<n>-<base>-<problems>-...             and their Divergences
 
 It lies beside OUT and is removed once OUT is written. Policies and problem files are known by their digests, so a
 repeated call may name more of them, and those that have changed are drawn anew. Each engine has files of its own; all
 of them are read, so a repeated call may have more ranks or fewer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
 from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.provenance import Identity, read_manifest
-from stages.core.records import Rollout
+from stages.core.rollouts import Group, Prompt
+from stages.core.sampling import Plan
 
 SETTINGS = "settings.json"
+Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
 
-
-NO_MATTER = ("k", "maj", "greedy", "select", "limit")  # options of eval on which no group of rollouts depends
+NO_MATTER = (
+    "k",
+    "maj",
+    "greedy",
+    "kl_to",
+    "kl_samples",
+    "select",
+    "limit",
+)  # options of eval on which no group of rollouts depends
 
 
 def directory(out: Path, identity: Identity) -> Path:
@@ -68,8 +80,8 @@ class Groups:
         """The problems whose groups are there."""
         return set(self._places)
 
-    def get(self, problem_id: str) -> list[Rollout]:
-        """The rollouts of a problem, by sample."""
+    def get(self, problem_id: str) -> list[Any]:
+        """The rollouts of a problem, by sample, or what else its line holds."""
         file, start = self._places[problem_id]
         file.seek(start)
         return orjson.loads(file.readline())
@@ -89,10 +101,58 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, rollouts: list[Rollout]) -> None:
-        """Keep the rollouts of one problem."""
-        self._file.write(orjson.dumps(rollouts, option=orjson.OPT_APPEND_NEWLINE))
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the rollouts of one problem, or what else there is of it, with its id."""
+        self._file.write(orjson.dumps(records, option=orjson.OPT_APPEND_NEWLINE))
         self._file.flush()
+
+
+class Keeper:
+    """Keeps the groups that one engine draws, and before each the token ids of its first `num_scored` samples.
+
+    So if the rollouts of a group are there, its tokens are, unless it was drawn by a call that did not want them.
+    """
+
+    def __init__(self, place: Path, stem: str, engine: int, num_scored: int) -> None:
+        self._num_scored = num_scored
+        self._rollouts = Writer(place, stem, engine)
+        self._tokens = Writer(place, tokens_stem(stem, num_scored), engine) if num_scored else nullcontext()
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._rollouts.__exit__(*error)
+        self._tokens.__exit__(*error)
+
+    def add(self, group: Group, policy: str) -> None:
+        """Keep one group."""
+        if isinstance(self._tokens, Writer):
+            problem_id, completions = group.prompt.problem["id"], group.completions[: self._num_scored]
+            self._tokens.add([{"problem_id": problem_id, "token_ids": each.token_ids} for each in completions])
+        self._rollouts.add(group.rollouts(policy))
+
+
+def tokens_stem(stem: str, num_scored: int) -> str:
+    """The stem of the files of token ids that belong to those of rollouts."""
+    return f"tokens{num_scored}-{stem}"
+
+
+def missing(plan: Plan, policy: str, stems: Stems, known: dict[str, set[str]]) -> list[tuple[str, Prompt]]:
+    """What a policy lacks of all sets, each prompt with its stem; it counts as `known` from now on."""
+    lacking = []
+    for set_name, prompts in plan.sets.items():
+        stem = stems[set_name, policy]
+        lacking += [(stem, prompt) for prompt in prompts if prompt.problem["id"] not in known[stem]]
+        known[stem].update(prompt.problem["id"] for prompt in prompts)
+    return lacking
+
+
+def kept(place: Path, stem: str, num_scored: int = 0) -> set[str]:
+    """The problems whose groups are there, with the tokens of `num_scored` samples."""
+    with Groups(place, stem) as groups:
+        ids = groups.problem_ids
+    return ids & kept(place, tokens_stem(stem, num_scored)) if num_scored else ids
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[tuple[str, int, int]]:

@@ -7,8 +7,9 @@
      "selected": {"policy": "runs/1/policy", "metric": "pass@32", "value": 0.5}}
 
 With --maj there are `maj@8` and so on, too (see votes.py), and with --greedy `greedy`, the share of problems that the
-completion at temperature 0 gets right. Everything is computed from counts by problem (results.jsonl), and those from
-rollouts.jsonl and greedy.jsonl.
+completion at temperature 0 gets right. With --kl-to there are `kl` and `kl_per_token`, in nats a completion and a token
+(see divergence.py). Everything is computed from counts by problem (results.jsonl), and those from rollouts.jsonl,
+greedy.jsonl and kl.jsonl.
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ from typing import Any
 from stages.core import metrics, records
 from stages.core.errors import InputError
 from stages.core.ranks import Ranks
-from stages.core.records import Result, Rollout, Verdict
+from stages.core.records import Divergence, Result, Rollout, Verdict
 from stages.core.tabular import aligned
 from stages.core.verifier import Verifier
 from stages.eval import votes
@@ -59,6 +60,14 @@ class Tally:
         result["verdicts"][rollout["verdict"]] += 1
         return rollout
 
+    def add_divergence(self, divergence: Divergence) -> Divergence:
+        """Add one completion's divergence to the Result of its problem, and return it."""
+        result = self._results[divergence["policy"], divergence["problem_id"]]
+        for name, value in (("samples", 1), ("tokens", divergence["num_tokens"])):
+            result[f"num_kl_{name}"] = result.get(f"num_kl_{name}", 0) + value
+        result["kl_nats"] = result.get("kl_nats", 0.0) + divergence["kl_nats"]
+        return divergence
+
     @property
     def results(self) -> list[Any]:
         """The Results, with `num_no_answer`, `num_tokens` (of all samples) and `verdicts` beside the usual fields."""
@@ -79,10 +88,15 @@ def measure(results: Sequence[Result], ks: Sequence[int], select: str = "") -> d
 
 
 def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
+    import numpy as np
+
     verdicts: Counter[str] = Counter()
     for result in results:
         verdicts.update(result["verdicts"])
     more = {name: metrics.interval(values) for name, values in _more_metrics(results, ks).items()}
+    if all("kl_nats" in result for result in results):
+        nats, tokens = (np.array([result[name] for result in results]) for name in ("kl_nats", "num_kl_tokens"))
+        more["kl_per_token"] = metrics.share_interval(nats, tokens)
     return metrics.summarise(results, ks) | more | {"verdicts": dict(verdicts.most_common())}
 
 
@@ -191,13 +205,15 @@ def _shared_out(file: Path, num_ranks: int) -> Iterator[tuple[int, Rollout]]:
 
 
 def summary_table(measured: dict[str, Any]) -> str:
-    """A line a policy: each metric in per cent with its interval."""
-    names = _accuracies(next(iter(measured["policies"].values())))
-    rows = [["policy", *names, "truncated", "no answer", "tokens"]]
+    """A line a policy: each metric in per cent with its interval; the divergence, if it was measured, in nats."""
+    first = next(iter(measured["policies"].values()))
+    names, divergence = _accuracies(first), ["kl_per_token"] if "kl_per_token" in first else []
+    rows = [["policy", *names, "truncated", "no answer", "tokens", *("nats a token" for _ in divergence)]]
     for policy, summary in measured["policies"].items():
         figures = [_percent(summary[name]) for name in names]
         shares = [f"{100 * summary[name]['value']:.1f}" for name in ("truncated", "no_answer")]
-        rows.append([policy, *figures, *shares, f"{summary['mean_tokens']['value']:.0f}"])
+        nats = ["{value:.4f} [{low:.4f}, {high:.4f}]".format(**summary[name]) for name in divergence]
+        rows.append([policy, *figures, *shares, f"{summary['mean_tokens']['value']:.0f}", *nats])
     return aligned(rows)
 
 

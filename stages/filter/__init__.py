@@ -58,6 +58,9 @@ def run(
     input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
     Beside FILE.jsonl FILE.manifest.json says how it came about.
 
+    Balanced examples, at most n successes of every problem that was solved, hard or not, are
+    --max-pass-rate 1 --max-per-problem n.
+
     With --problems, the file that the rollouts are of, its hard problems are written in the place of examples, for rl:
     those below --max-pass-rate that were solved at least once, each with its pass rate.
 

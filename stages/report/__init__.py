@@ -2,7 +2,8 @@
 
 Reads what the other stages left under --runs: evaluations, logs, manifests, analyses. What is missing, or was made from
 something that has changed since, is left out and named, so that a half-finished run can be viewed. A report replaces an
-earlier one, but no other files: written.json among the figures lists those of the last report.
+earlier one, but no other files: written.json among the figures lists those of the last report. metrics/ has the average
+over the sets, a file a method, so that `dvc metrics show` is a table of these; results.json has all sets.
 """
 
 import sys
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from stages.core.figures import Figure
     from stages.report.study import Study
 
-FIGURES, WRITTEN = "figures", "written.json"
+FIGURES, METRICS, WRITTEN = "figures", "metrics", "written.json"
 BESIDE = ("results.md", "results.tsv", "results.json", "curves.tsv")  # the page
 INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
@@ -46,7 +47,9 @@ def run(
     choices: Choices,
     runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs", PLACE] = "",
     out: Annotated[
-        str, "page to write, with results.*, curves.tsv and figures beside it; default: report.html in --runs", PLACE
+        str,
+        "page to write, with results.*, curves.tsv, metrics and figures beside it; default: report.html in --runs",
+        PLACE,
     ] = "",
     evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)", PLACE] = [],  # noqa: B006
     table: Annotated[bool, "print the results table as Markdown and write nothing", WITHOUT_EFFECT] = False,
@@ -72,7 +75,7 @@ def run(
         sys.stdout.write(summaries.tsv(rows) if tsv else summaries.markdown(rows))
     else:
         page = Path(out or study.runs / "report.html")
-        with outputs.locked(page, page.parent / FIGURES):
+        with outputs.locked(page, page.parent / FIGURES, page.parent / METRICS):
             _write(page, choices, study)
     for line in [*(f"left out: {line}" for line in study.left_out), *study.unequal()]:
         warn(line)
@@ -86,14 +89,18 @@ def _write(page: Path, choices: Choices, study: "Study") -> None:
 
     pictures = page.parent / FIGURES
     before = _refuse_strangers(pictures, [page, *(page.parent / name for name in BESIDE)])
-    content, texts, plotted = _content(study, choices)
+    content, texts, small, plotted = _content(study, choices)
     texts[page.name] = render(content)
+    by_file = {f"{figures.file_name(method)}.json": metrics for method, metrics in small.items()}
     with outputs.whole_dir(pictures, replacing=True) as beside:
         for figure in plotted:
             figures.save(figure, beside)
         names = sorted(path.name for path in beside.iterdir())
-        files = sorted({*before, *(f"../{name}" for name in texts)})
+        files = sorted({*before, *(f"../{name}" for name in (*texts, *(f"{METRICS}/{file}" for file in by_file)))})
         outputs.write_json(beside / WRITTEN, {"stage": "report", "files": files, "figures": names})
+    with outputs.whole_dir(page.parent / METRICS, replacing=True) as beside:
+        for file, metrics in by_file.items():
+            outputs.write_json(beside / file, metrics)
     for name, text in texts.items():
         with outputs.whole_file(page.parent / name) as beside:
             beside.write_text(text, encoding="utf-8")
@@ -107,14 +114,16 @@ def _refuse_strangers(pictures: Path, files: Collection[Path]) -> list[str]:
         outputs.refuse_no_file(path)
         if path.exists() and path.resolve() not in own:
             raise InputError(f"{path} is there, and no report wrote it: name another --out, or remove it first")
-    there = [path.name for path in pictures.iterdir()] if pictures.is_dir() else []
-    if strangers := sorted({*there} - {WRITTEN, *written.get("figures", [])}):
-        raise InputError(f"{pictures} holds {strangers[0]}, which no report wrote: name another --out")
+    own |= {(pictures / name).resolve() for name in (WRITTEN, *written.get("figures", []))}
+    for directory in (pictures, pictures.with_name(METRICS)):
+        there = sorted(directory.iterdir()) if directory.is_dir() else []
+        if stranger := next((path.name for path in there if path.resolve() not in own), ""):
+            raise InputError(f"{directory} holds {stranger}, which no report wrote: name another --out")
     return list(written.get("files", []))
 
 
-def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str], list["Figure"]]:
-    """What the page shows, the texts of the files beside it, and all figures."""
+def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], list["Figure"]]:
+    """What the page shows, the texts of the files beside it, each method's metrics for DVC, and all figures."""
     from stages.report import browser, curves, summaries
     from stages.report.study import AVERAGE
 
@@ -126,12 +135,12 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
     order = [*(f"pass@{k}" for k in choices.ks[-1:]), f"avg@{study.num_samples}"]
     labels = {place.policy: place.label for place in study.places}
     best = {f"{m}, step {labels[p]}": p for m, p in curves.best_on(on_sets, choices.valid, order).items()}
-    resets = sorted({place.step for place in study.places if place.fine_tuned})
+    resets = sorted({place.step for place in study.places if place.ends_iteration})
     first = [*curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)]
     figures = {
         "RLoop against RL over steps": [*curves.of_evaluations(on_sets, resets, order[::-1])],
         "Over iterations": [*curves.of_iterations(on_sets)],
-        "Learning, forgetting and similarity": _analysis(study),
+        "Learning, forgetting and similarity": [*_analysis(study), *curves.of_divergence(on_sets, resets)],
         "Training": [*curves.overfitting(on_sets, logs, choices.valid, order), *curves.of_logs(logs, resets)],
     }
     sections = {
@@ -162,7 +171,8 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
         "results.json": orjson.dumps(summaries.for_dvc(rows), option=INDENTED).decode(),
         "curves.tsv": on_sets.to_csv(sep="\t", index=False, float_format="%.6g"),
     }
-    return content, texts, [*first, *chain(*figures.values())]
+    small = {m: sets[name] for m, sets in summaries.for_dvc(summaries.overall(rows)).items() for name in sets}
+    return content, texts, small, [*first, *chain(*figures.values())]
 
 
 def _missing(study: "Study", choices: Choices, sections: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ def _of_set(evaluation: Evaluation, places: Sequence[Place], max_problems: int, 
             about = {"id": problem, "prompt": _short(one["prompt"]), "answer": one["answer"]}
             problems.append(about | {"rates": rates.loc[problem].tolist(), "rollouts": shown})
     policies = [
-        {"label": _label(place), "method": place.method, "step": place.step, "after_rft": place.fine_tuned}
+        {"label": _label(place), "method": place.method, "step": place.step, "after_rft": place.ends_iteration}
         for place in places
     ]
     return {"name": evaluation.problem_set, "policies": policies, "problems": problems}

@@ -1,7 +1,7 @@
 """Metrics over steps: evaluations and logs along each method's training, as tidy rows and as figures.
 
 `step` counts RL steps from the base. RLoop has two policies at the end of an iteration, RL's endpoint and the
-fine-tuned policy that the next iteration starts from (`after_rft`); the line between them is the reset.
+one made by rft or merge that the next iteration starts from (`after_rft`); the line between them is the reset.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from stages.core.runs import BASE, RL, RLOOP, Place, iteration_of, way
 from stages.report.study import AVERAGE
 
 COLUMNS = ["set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"]
+NO_SHARES = ("mean_tokens", "kl")  # metrics that are no fractions
 TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
     "pass_rate": ("Training pass rate", "share correct", "1"),
     "reward": ("Training reward (shaped)", "mean reward", "1"),
@@ -27,13 +28,18 @@ TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
 
 
 def tidy(table: pd.DataFrame, places: Sequence[Place]) -> pd.DataFrame:
-    """Every metric of every policy on the way of every method, set by set, in percent; the base is on each way."""
+    """Every metric of every policy on the way of every method, set by set; the base is on each way.
+
+    In percent, but for tokens and nats.
+    """
     methods = dict.fromkeys(place.method for place in places if place.method != BASE)
     ways = [
-        (method, place.step, int(place.fine_tuned), place.policy) for method in methods for place in way(places, method)
+        (method, place.step, int(place.ends_iteration), place.policy)
+        for method in methods
+        for place in way(places, method)
     ]
     rows = pd.DataFrame(ways, columns=["method", "step", "after_rft", "policy"]).merge(table, on="policy")
-    scale = rows["metric"].ne("mean_tokens") * 99 + 1
+    scale = ~rows["metric"].isin(NO_SHARES) * 99 + 1
     rows[["value", "low", "high"]] = rows[["value", "low", "high"]].mul(scale, axis="index")
     return rows.sort_values("set", kind="stable", ignore_index=True)[COLUMNS]
 
@@ -55,7 +61,7 @@ def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[s
         panel = rows[(rows["set"] == name) & (rows["metric"] == metric)]
         if panel["method"].value_counts().max() > 1:
             title = f"{metric} on {'average over the sets' if name == AVERAGE else name}"
-            caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop starts anew from a fine-tuned policy."
+            caption = f"{title} over RL steps; band: 95 % interval. Dotted: RLoop's next iteration starts."
             style = Panel(f"{metric} (%)", resets=resets, number="4", top=rows["high"].max())
             file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
             yield lines(file, title, caption, _series(panel, "method"), style)
@@ -70,9 +76,19 @@ def of_iterations(rows: pd.DataFrame) -> Iterator[Figure]:
     for name, panel in starts.groupby("set", observed=True):
         if panel["iteration"].nunique() > 1:
             title = f"RLoop over iterations on {name}"
-            caption = f"Metrics of the policy fine-tuned after each iteration on {name}; 0 is the base."
+            caption = f"Metrics of the policy that each iteration ended with on {name}; 0 is the base."
             series = _series(panel, "metric", x="iteration")
             yield lines(f"iterations_{file_name(name)}", title, caption, series, style)
+
+
+def of_divergence(rows: pd.DataFrame, resets: Sequence[int]) -> Iterator[Figure]:
+    """KL to the base over steps, a panel for each set on which eval measured it (--kl-to)."""
+    for name, panel in rows[rows["metric"] == "kl"].groupby("set", observed=True):
+        if panel["method"].value_counts().max() > 1:
+            title = f"KL to the base on {name}"
+            caption = f"{title}, along completions that each policy drew, over RL steps; band: 95 % interval."
+            style = Panel("nats a completion", resets=resets)
+            yield lines(f"kl_{file_name(str(name))}", title, caption, _series(panel, "method"), style)
 
 
 def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> Iterator[Figure]:

@@ -32,7 +32,7 @@ def methods(places: Sequence[Place]) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     for place in places:  # ordered by step within a method, so the last one stays
-        endpoint = place.method == RLOOP and not place.fine_tuned
+        endpoint = place.method == RLOOP and not place.ends_iteration
         chosen[RLOOP_ENDPOINT if endpoint else place.method] = place.policy
     order = [name for name in (BASE, RL, RLOOP, RLOOP_ENDPOINT) if name in chosen]
     return {name: chosen[name] for name in order + sorted(chosen.keys() - order)}

@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import disable_dropout_in_model
 
 from stages.core import acceleration, adapters, heads, policies
+from stages.core.batching import microbatches
 from stages.core.policies import IGNORED, PADDING
 from stages.rl import Options, dapo
-from stages.rl.batching import microbatches, shares, split
+from stages.rl.batching import shares, split
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process that saves its state
 
