@@ -102,3 +102,41 @@ def test_differences_are_taken_within_a_seed(experiment, monkeypatch, tmp_path):
     assert values["Base", "all", "avg@32"] == {"1": 25.0, "2": 50.0}
     assert results.differences(values, "RL", "Base", "outside", "avg@32") == [25.0]
     assert results.differences(values, "RL", "Base", "all", "avg@32", relative=True) == [100.0]
+
+
+def test_a_cost_counts_every_run_and_fine_tuning_behind_a_policy_once(experiment, tmp_path):
+    _, results = experiment
+
+    def write(place, **record):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(json.dumps(record))
+
+    for run, start in (("1/rl", None), ("2/rl", "1/policy")):
+        write(f"{run}/manifest.json", stage="rl", **({"policy": start} if start else {}))
+        lines = [f"{step}\t{100 * step}\t{10 * step}\n" for step in range(1, results.STEPS + 2)]
+        (tmp_path / run / "log.tsv").write_text("step\tnum_rollouts\tupdate_tokens\n" + "".join(lines))
+    write("0/policy/manifest.json", stage="toy")
+    write("1/policy/manifest.json", stage="rft", policy="0/policy", examples="1/examples.jsonl")
+    write("1/policy/metrics.json", num_tokens=7)
+    write("1/examples.manifest.json", rollouts=["1/rl"])
+    end = f"2/rl/checkpoints/{results.step_name(2)}"
+    write("2/policy/manifest.json", stage="merge", paths={"policy 0": "1/policy", "policy 1": end})
+
+    first = sum(range(1, results.STEPS + 1))
+    assert results.cost(tmp_path, "0/policy") == (0, 0, 0)
+    assert results.cost(tmp_path, "1/policy") == (100 * first, 10 * first, 7)
+    assert results.cost(tmp_path, end) == (100 * (first + 1 + 2), 10 * (first + 1 + 2), 7)
+    assert results.cost(tmp_path, "2/policy") == results.cost(tmp_path, end)
+
+
+def test_temporal_sampling_takes_turns_from_the_latest_checkpoint(experiment):
+    _, results = experiment
+
+    def counts(correct):
+        return [{"num_samples": 32, "num_correct": correct}]
+
+    names = [f"vanilla/rl/checkpoints/{results.step_name(step)}" for step in results.SPREAD]
+    found = results.spread(dict(zip(names, map(counts, (0, 0, 32)), strict=True)))
+    assert found["avg@32"][0] == pytest.approx(11 / 32)
+    assert found["pass@8"][0] == 1.0
+    assert results.spread({}) == {}

@@ -2,10 +2,12 @@
 
     python experiments/toy/results.py
 
-Writes experiments/toy/results/: measurements.tsv (one number a line: seed, method, set, metric), results.md, and
-methods.png and .svg. Figures are percent. An interval is the 95 % Student interval of the mean over seeds, so it says
-how far the mean would move with other policies, other problems and other draws of the same kind; two seeds have none.
-A difference is taken within each seed, where both methods began from the same policy and answered the same problems.
+Writes experiments/toy/results/: measurements.tsv (one number a line: seed, method, set, metric), results.md, and the
+figures methods and frontier, each as .png and .svg. Figures are percent. An interval is the 95 % Student interval of
+the mean over seeds, so it says how far the mean would move with other policies, other problems and other draws of the
+same kind; two seeds have none. A difference is taken within each seed, where both methods began from the same policy
+and answered the same problems. What a method cost is read from the logs of the runs that its policy came out of, by the
+manifests.
 """
 
 import csv
@@ -16,10 +18,13 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from run import HERE, ITERATIONS, RUNS, SETS, STEPS
 from scipy.stats import t as student
 
+from stages.analyze import temporal
 from stages.core import figures, metrics, records
 from stages.core.outputs import read_json
 from stages.rl.rundir import step_name
@@ -28,6 +33,8 @@ OUT = HERE / "results"
 MIN_SEEDS = 3  # fewer have no interval worth the name
 TOTAL = ITERATIONS * STEPS
 LONG, LONGER = (f"vanilla/rl/checkpoints/{step_name(steps)}" for steps in (TOTAL, 2 * TOTAL))
+SPREAD = range(STEPS, TOTAL + 1, STEPS)  # the steps of the checkpoints that temporal sampling takes turns with
+HARD = f"hard/rl/checkpoints/{step_name(TOTAL - STEPS)}"
 METHODS = {  # name: (eval, policy, what it is)
     "Base": ("loop", "0/policy", "the policy before any RL"),
     "RL": ("loop", LONG, f"one DAPO run of {TOTAL} steps"),
@@ -43,10 +50,21 @@ METHODS = {  # name: (eval, policy, what it is)
     "RL, static": ("static", f"static/{LONG}", "without dynamic sampling"),
     "RLoop, mixed": ("mixed", f"mixed/{ITERATIONS}/policy", "trained where the short-cut fails on 40 %"),
     "RL, mixed": ("mixed", f"mixed/{LONG}", "trained where the short-cut fails on 40 %"),
+    "RL, temporal": ("loop", LONG, f"its samples spread over the checkpoints at {', '.join(map(str, SPREAD))} steps"),
+    "Merge, .25": ("merge25", f"merge25/{ITERATIONS}/policy", "a quarter of the way from start to endpoint, no tuning"),
+    "Merge, .5": ("merge50", f"merge50/{ITERATIONS}/policy", "half of the way"),
+    "Merge, .75": ("merge75", f"merge75/{ITERATIONS}/policy", "three quarters of the way"),
+    "Balanced, 1": ("balanced1", f"balanced1/{ITERATIONS}/policy", "of every problem, easy or hard, one success"),
+    "Balanced, 2": ("balanced2", f"balanced2/{ITERATIONS}/policy", "two distinct successes of every problem"),
+    "Balanced, 4": ("balanced4", f"balanced4/{ITERATIONS}/policy", "four"),
+    "RL, hard only": ("hard", HARD, f"after {STEPS} steps only on the problems below 30 %"),
 }
+BALANCED = ("Balanced, 1", "Balanced, 2", "Balanced, 4")
+RIVALS = ("RL, temporal", "Merge, .25", "Merge, .5", "Merge, .75", *BALANCED, "RL, hard only")
 OUTSIDE = SETS[1:]  # the sets out of distribution
 MEASURES = ("avg@32", "pass@8", "pass@16", "pass@32")
-COLUMNS = (("valid", "avg@32"), ("valid", "pass@32"), ("outside", "avg@32"), ("outside", "pass@32"))
+COLUMNS = tuple((name, metric) for name in ("valid", "outside", "all") for metric in ("avg@32", "pass@32"))
+BOTH = ("avg@32", "pass@32")
 MAIN_HEAD = (*(" ".join(column) for column in COLUMNS), "seeds")
 PAIRS = (
     ("RLoop", "RL"),
@@ -64,6 +82,7 @@ PAIRS = (
     ("RLoop", "RLoop, static"),
     ("RL", "RL, static"),
     ("RLoop, mixed", "RL, mixed"),
+    *((rival, other) for rival in RIVALS for other in ("RL", "RLoop")),
 )
 
 Values = Mapping[tuple[str, str, str], Mapping[str, float]]  # (method, set, metric): by seed, in percent
@@ -100,7 +119,10 @@ def measured() -> Values:
             for name in SETS:
                 found = evaluated(root / "eval" / place / name / "results.jsonl")
                 results = found.get(policy or next(iter(found), ""), [])
-                for metric, by_problem in metrics.per_problem(results).items() if results else ():
+                by_metric = metrics.per_problem(results) if results else {}
+                if method == "RL, temporal":
+                    by_metric = spread(found)
+                for metric, by_problem in by_metric.items():
                     if metric in MEASURES:
                         values.setdefault((method, name, metric), {})[root.name] = 100 * float(by_problem.mean())
     for method in METHODS:
@@ -109,6 +131,71 @@ def measured() -> Values:
                 parts = [values.get((method, name, metric), {}) for name in sets]
                 values[method, whole, metric] = {seed: fmean(part[seed] for part in parts) for seed in parts[0]}
     return {key: by_seed for key, by_seed in values.items() if by_seed}
+
+
+def spread(found: Mapping[str, Sequence[records.Result]]) -> dict[str, NDArray[np.float64]]:
+    """The metrics of temporal sampling, the latest checkpoint first; avg@32 is that of 32 samples so spread."""
+    names = [f"vanilla/rl/checkpoints/{step_name(step)}" for step in reversed(SPREAD)]
+    if not all(name in found for name in names):
+        return {}
+    n, c = (
+        np.array([[result[key] for result in found[name]] for name in names]) for key in ("num_samples", "num_correct")
+    )  # type: ignore[literal-required]
+    passed = {f"pass@{k}": temporal.pass_at_k(n, c, k) for k in metrics.KS}
+    return {"avg@32": np.average(c / n, axis=0, weights=temporal.quotas(32, len(names))), **passed}
+
+
+class Cost(NamedTuple):
+    """What a policy cost after the base: rollouts drawn, and completion tokens trained on in RL and in fine-tuning."""
+
+    rollouts: int
+    rl_tokens: int
+    tuning_tokens: int
+
+
+def cost(root: Path, policy: str) -> Cost:
+    """What all runs and fine-tunings that a policy came out of have cost together, each counted once."""
+    steps: dict[str, int] = {}
+    tuned: set[str] = set()
+    ancestry(root, policy, steps, tuned)
+    rows = [row for run, last in steps.items() if "." not in run for row in rl_log(root / run)[:last]]
+    drawn = sum(sum(1 for _ in (root / run).open()) for run in steps if run.endswith(".jsonl"))
+    tuning = sum(read_json(root / name / "metrics.json")["num_tokens"] for name in tuned)
+    rollouts, tokens = (sum(int(row[name]) for row in rows) for name in ("num_rollouts", "update_tokens"))
+    return Cost(rollouts + drawn, tokens, tuning)
+
+
+def ancestry(root: Path, policy: str, steps: dict[str, int], tuned: set[str]) -> None:
+    """Add to `steps` the RL runs (or files of samples) behind a policy, with the last step taken of each; to `tuned`
+    the policies that fine-tuning made."""
+    run, _, last = policy.partition("/checkpoints/")
+    record = read_json(root / run / "manifest.json")
+    if last:
+        steps[run] = max(steps.get(run, 0), int(last.removeprefix("step_")))
+        ancestry(root, record.get("policy", "0/policy"), steps, tuned)
+    elif record["stage"] == "merge":
+        for source in record["paths"].values():
+            ancestry(root, source, steps, tuned)
+    elif record["stage"] == "rft":
+        tuned.add(policy)
+        ancestry(root, record["policy"], steps, tuned)
+        made = read_json((root / record["examples"]).with_suffix(".manifest.json"))
+        steps |= {rollouts: max(steps.get(rollouts, 0), STEPS) for rollouts in made["rollouts"]}
+
+
+@cache
+def rl_log(run: Path) -> Sequence[Mapping[str, str]]:
+    """The lines of a run's log.tsv."""
+    with (run / "log.tsv").open(newline="") as file:
+        return list(csv.DictReader(file, dialect="excel-tab"))
+
+
+def costs(method: str) -> list[Cost]:
+    """What a method cost, seed by seed."""
+    place, policy, _ = METHODS[method]
+    found = {root: evaluated(root / "eval" / place / "valid/results.jsonl") for root in sorted(RUNS.glob("[0-9]*"))}
+    names = {root: policy or next(iter(results), "") for root, results in found.items()}
+    return [cost(root, name) for root, name in names.items() if name in found[root]]
 
 
 def differences(values: Values, first: str, second: str, name: str, metric: str, relative: bool = False) -> list[float]:
@@ -136,6 +223,13 @@ def sections(values: Values) -> Iterator[str]:
     yield "## Methods\n\nMean over seeds; *outside* is the plain average of prec, paren and long."
     yield table(["Method", *MAIN_HEAD], [methods_line(values, method) for method in present])
     yield "\n".join(f"- *{method}*: {METHODS[method][2]}" for method in present)
+    yield (
+        "## Frontier\n\nThe plain average of all four sets. *On it*: no other method that trained on the same problems "
+        "has a higher mean of both. Rollouts drawn and completion tokens trained on, after the base; thousands, means "
+        "over seeds."
+    )
+    head = ["Method", "avg@32", "pass@32", "on it", "rollouts", "RL tokens", "tuning tokens"]
+    yield table(head, [frontier_line(values, method, present) for method in by_accuracy(values, present)])
     yield "## Differences\n\nPoints, within each seed; bold where the interval excludes zero."
     pairs = [(one, other) for one, other in PAIRS if one in present and other in present]
     yield table(["Difference", *MAIN_HEAD], [differences_line(values, one, other) for one, other in pairs])
@@ -167,6 +261,26 @@ def methods_line(values: Values, method: str) -> list[str]:
     """A method's means."""
     cells = [cell(mean(values[method, *column].values())) for column in COLUMNS]
     return [method, *cells, str(len(values[method, *COLUMNS[0]]))]
+
+
+def by_accuracy(values: Values, methods: Iterable[str]) -> list[str]:
+    """Methods from the highest average accuracy down; those that trained on other problems are left out."""
+    alike = [method for method in methods if not method.endswith("mixed")]
+    return sorted(alike, key=lambda method: -fmean(values[method, "all", "avg@32"].values()))
+
+
+def frontier_line(values: Values, method: str, present: Sequence[str]) -> list[str]:
+    """A method's averages over all sets, whether none is better in both, and what it cost."""
+    found = {other: both(values, other) for other in by_accuracy(values, present)}
+    own = found[method]
+    is_best = not any(all(a > b for a, b in zip(each, own, strict=True)) for each in found.values())
+    spent = [f"{fmean(amounts) / 1000:,.0f}" for amounts in zip(*costs(method), strict=True)]
+    return [method, *(cell(mean(values[method, "all", metric].values())) for metric in BOTH), "●" * is_best, *spent]
+
+
+def both(values: Values, method: str) -> list[float]:
+    """The mean over seeds of accuracy and of coverage, all sets."""
+    return [fmean(values[method, "all", metric].values()) for metric in BOTH]
 
 
 def differences_line(values: Values, one: str, other: str) -> list[str]:
@@ -213,8 +327,34 @@ def draw(values: Values, path: Path) -> None:
         panels[0].set_yticks(range(len(present)), present)
         panels[0].invert_yaxis()
         canvas.supxlabel("percent; outside: average of prec, paren and long", fontsize=9)
-        canvas.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-        canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        save(canvas, path)
+
+
+def draw_frontier(values: Values, path: Path) -> None:
+    """Accuracy against coverage, the average of all sets: a dot a method, full on the frontier, with its intervals."""
+    present = by_accuracy(values, [method for method in METHODS if (method, "all", "avg@32") in values])
+    with matplotlib.rc_context(figures.STYLE | {"figure.facecolor": "white", "svg.hashsalt": "rloop"}):
+        canvas = Figure(figsize=(8, 5.5), layout="constrained")
+        axes = canvas.subplots()
+        for method in present:
+            found = [mean(values[method, "all", metric].values()) for metric in BOTH]
+            x, y = (each.value for each in found)
+            on_it = bool(frontier_line(values, method, present)[3])
+            colour = figures.COLOURS.get(method, "#2a9d76" if on_it else "#9aa1ab")
+            halves = [0.0 if each.half != each.half else each.half for each in found]
+            axes.errorbar(x, y, xerr=halves[0], yerr=halves[1], color=colour, alpha=0.25, linewidth=1)
+            axes.plot(x, y, "o", color=colour, markerfacecolor=colour if on_it else "none")
+            axes.annotate(method, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour)
+        axes.set_xlabel("avg@32, average of the four sets, percent")
+        axes.set_ylabel("pass@32, percent")
+        axes.grid(alpha=0.2)
+        save(canvas, path)
+
+
+def save(canvas: Figure, path: Path) -> None:
+    """Write a figure as PNG and SVG."""
+    canvas.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def main() -> None:
@@ -232,6 +372,7 @@ def main() -> None:
     text = "\n\n".join(sections(values)) + "\n"
     (OUT / "results.md").write_text("# The toy over seeds\n\n" + text)
     draw(values, OUT / "methods")
+    draw_frontier(values, OUT / "frontier")
     print(text)
 
 

@@ -11,6 +11,8 @@ Every seed has a policy and problems of its own. The hyper-parameters are those 
 problems. RLoop's first exploration is the first 30 steps of the long run: same policy, same problems, same draws. All
 arms have as many RL steps as RLoop's iterations together, but for the long run's second half (twice as many) and
 `rejection` (none, but as many rollouts).
+
+A seed is done with before the next begins, so that what is there at any time can be compared.
 """
 
 import argparse
@@ -44,6 +46,9 @@ TRAIN, SELECT = 320, 100  # problems to train on, and to choose a checkpoint by
 MIXED_HARD_FRAC = 0.4  # of `mixed`: the short-cut no longer pays there
 
 
+BALANCED = {"max_pass_rate": 1.0, "keep_duplicates": False}  # successes of all problems, the easy ones too
+
+
 @dataclass(frozen=True)
 class Arm:
     """A way through the loop: where it differs from params.yaml. `vanilla` adds a run without a loop beside it."""
@@ -53,6 +58,7 @@ class Arm:
     rft: dict[str, Any] = field(default_factory=dict)
     train: str = "train"
     from_endpoint: bool = False  # fine-tune the policy at the end of the exploration, not the one at its start
+    merge: float = 0.0  # no fine-tuning: the weight of the end of the exploration, averaged with its start
     vanilla: bool = False
 
 
@@ -64,9 +70,15 @@ ARMS = {
     "static": Arm(rl={"max_rounds": 1}, vanilla=True),  # no dynamic sampling: what a step draws is what it has
     "mixed": Arm(train="mixed", vanilla=True),
     "paper": Arm(filter={"max_pass_rate": 0.1, "max_per_problem": 0}, rft={"batch_size": 4}),
+    "merge25": Arm(merge=0.25),
+    "merge50": Arm(merge=0.5),
+    "merge75": Arm(merge=0.75),
+    "balanced1": Arm(filter=BALANCED | {"max_per_problem": 1}),
+    "balanced2": Arm(filter=BALANCED | {"max_per_problem": 2}),
+    "balanced4": Arm(filter=BALANCED | {"max_per_problem": 4}),
+    "hard": Arm(),  # no loop: after the first exploration RL goes on, on the problems that stayed hard
 }
 
-CLAIM = ("vanilla", "loop", "rejection")  # these first
 Make = list[str] | Callable[[Path], list[str] | None]
 
 
@@ -78,12 +90,13 @@ class Part(NamedTuple):
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Options as dvc hands them to a command: lists are repeated, true is a bare flag."""
+    """Options as dvc hands them to a command: lists are repeated, true is a bare flag, false is left out."""
     words = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         for item in value if isinstance(value, list) else [value]:
-            words += [flag] if item is True else [flag, str(item)]
+            if item is not False:
+                words += [flag] if item is True else [flag, str(item)]
     return words
 
 
@@ -110,6 +123,10 @@ def loop(name: str, seed: int) -> Iterator[Part]:
             rollouts = "1/rl"
         else:
             yield explore(rollouts, start, arm.train, seed * 100 + iteration, arm.rl)
+        if arm.merge:
+            yield Part(f"{place}/policy", merge(start, rollouts, arm.merge))
+            start = f"{place}/policy"
+            continue
         examples = f"{place}/examples.jsonl"
         yield Part(examples, ["filter", "--rollouts", rollouts, *flags(PARAMS["filter"] | arm.filter)])
         tuned = f"{rollouts}/checkpoints/{step_name(STEPS)}" if arm.from_endpoint else start
@@ -118,6 +135,20 @@ def loop(name: str, seed: int) -> Iterator[Part]:
         start = f"{place}/policy"
     if arm.vanilla:
         yield explore(f"{name}/vanilla/rl", "0/policy", arm.train, seed, arm.rl | {"steps": ITERATIONS * STEPS})
+
+
+def merge(start: str, run: str, weight: float) -> list[str]:
+    """The policy between the start of an exploration and its end."""
+    return ["merge", *flags({"policy": [start, f"{run}/checkpoints"], "weight": [1 - weight, weight]})]
+
+
+def hard_only(seed: int) -> Iterator[Part]:
+    """After the first exploration, which all arms share, its hard problems for the rest of the steps; no reset."""
+    options = PARAMS["filter"] | {"max_per_problem": 0, "keep_duplicates": False}
+    hard = ["filter", "--rollouts", "1/rl", "--problems", "sets/train.jsonl", *flags(options)]
+    yield Part("sets/hard.jsonl", hard)
+    end = f"1/rl/checkpoints/{step_name(STEPS)}"
+    yield explore("hard/rl", end, "hard", seed, {"steps": (ITERATIONS - 1) * STEPS})
 
 
 def explore(out: str, policy: str, train: str, seed: int, options: dict[str, Any]) -> Part:
@@ -129,12 +160,15 @@ def explore(out: str, policy: str, train: str, seed: int, options: dict[str, Any
 def evaluations(name: str) -> Iterator[Part]:
     """What is asked of an arm's policies: the whole sets of those at the end, a part of them on the way."""
     end = step_name(ITERATIONS * STEPS)
-    if name == "loop":
+    if name == "hard":
+        yield evaluate(name, [f"hard/rl/checkpoints/{step_name((ITERATIONS - 1) * STEPS)}"])
+    elif name == "loop":
         on_way = [f"vanilla/rl/checkpoints/{step_name(step)}" for step in steps_on_way(ITERATIONS * STEPS)]
         yield evaluate("select", on_way, ["sets/select.jsonl"], num_samples=16, k=[8, 16], select="avg@16")
         last = f"{ITERATIONS}/rl/checkpoints/{step_name(STEPS)}"
         twice = f"vanilla/rl/checkpoints/{step_name(2 * ITERATIONS * STEPS)}"
-        yield evaluate("loop", ["0/policy", f"vanilla/rl/checkpoints/{end}", twice, f"{ITERATIONS}/policy", last])
+        ends = [f"vanilla/rl/checkpoints/{step_name(i * STEPS)}" for i in range(1, ITERATIONS + 1)]
+        yield evaluate("loop", ["0/policy", *ends, twice, f"{ITERATIONS}/policy", last])
         yield Part("eval/early", best_on_way)
         on_way += [f"{i}/{part}" for i in range(1, ITERATIONS + 1) for part in (
             *(f"rl/checkpoints/{step_name(step)}" for step in steps_on_way(STEPS)), "policy")]  # fmt: skip
@@ -222,7 +256,7 @@ def parts(name: str, seed: int) -> Iterator[Part]:
     if name == "vanilla":
         yield from base(seed)
     else:
-        yield from loop(name, seed)
+        yield from hard_only(seed) if name == "hard" else loop(name, seed)
         yield from evaluations(name)
 
 
@@ -261,9 +295,14 @@ def make_all(name: str, seed: int, needed: Future[None] | None) -> None:
 
 
 def order(names: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """First what is claimed, for every seed; then seed by seed what asks why."""
-    first = [(name, seed) for name in names if name in CLAIM for seed in seeds]
-    return first + [(name, seed) for seed in seeds for name in names if name not in CLAIM]
+    """Seed by seed; what the arms of a seed build on comes while earlier seeds are under way, so that none waits."""
+    turns = {"vanilla": 0, "loop": 1}
+
+    def turn(chain: tuple[str, int]) -> tuple[int, int]:
+        own = turns.get(chain[0], len(turns))
+        return own + seeds.index(chain[1]), own
+
+    return sorted(((name, seed) for seed in seeds for name in names), key=turn)
 
 
 def main() -> int:
