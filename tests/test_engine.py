@@ -10,7 +10,15 @@ import torch
 
 from stages.core import engine as engine_module
 from stages.core import policies
-from stages.core.engine import MAX_BATCHED_TOKENS, MAX_SEQUENCES, Sampling, VllmEngine, fitting, seed_of
+from stages.core.engine import (
+    BLOCK_TOKENS,
+    MAX_BATCHED_TOKENS,
+    MAX_SEQUENCES,
+    Sampling,
+    VllmEngine,
+    fitting,
+    seed_of,
+)
 from stages.core.errors import InputError
 
 QUESTIONS = [f"{a}+{b}*{c}=?" for a in range(1, 5) for b in range(1, 4) for c in range(2, 4)]
@@ -168,6 +176,24 @@ def test_with_a_seed_for_each_prompt_their_order_does_not_matter(engine, prompts
 
 
 @pytest.mark.slow
+def test_whole_blocks_of_a_prompt_are_computed_once_for_all_its_samples(engine, tiny_policy, prompts, monkeypatch):
+    scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, computed = scheduler.schedule, []
+
+    def noted(*args):
+        computed.append(schedule(*args))
+        return computed[-1]
+
+    monkeypatch.setattr(scheduler, "schedule", noted)
+    prompt = (prompts[0] * BLOCK_TOKENS)[: 2 * BLOCK_TOKENS + 6]
+    (group,) = engine.generate([prompt], seeded(8, 4, [prompt]))
+    assert computed[0].total_num_scheduled_tokens == len(prompt) + 7 * 6
+    for completion in group:
+        expected = log_probs(tiny_policy, prompt, completion.token_ids)
+        assert torch.allclose(torch.tensor(completion.log_probs), expected, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_completions_end_at_the_end_token_or_at_the_bound(engine, prompts):
     end = engine.tokenizer.eos_token_id
     completions = [c for group in engine.generate(prompts, seeded(8, 32, prompts, log_probs=False)) for c in group]
@@ -213,8 +239,10 @@ def test_as_many_sequences_are_under_way_as_fit_at_half_of_the_longest_length():
 @pytest.fixture
 def start_small(tiny_policy, monkeypatch):
     """Start engines with a cache of 1,024 tokens, for about ten sequences."""
-    start, size = engine_module._start, {"num_gpu_blocks_override": 32, "block_size": 32}
-    monkeypatch.setattr(engine_module, "_start", lambda policy, **options: start(policy, **options, **size))
+    start, num_blocks = engine_module._start, 1024 // BLOCK_TOKENS
+    monkeypatch.setattr(
+        engine_module, "_start", lambda policy, **options: start(policy, **options, num_gpu_blocks_override=num_blocks)
+    )
     monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)  # `engine` needs the groups
     started = []
 

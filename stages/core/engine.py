@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_BATCHED_TOKENS = 4096  # tokens in one pass of the engine on the CPU
+BLOCK_TOKENS = 32  # of the CPU's cache: the smallest it takes; only whole blocks of a prompt are shared by its samples
 MAX_SEQUENCES = 512  # at once, unless asked for otherwise: the largest batch that vLLM captures as a CUDA graph
 MaxSequences = Annotated[
     int,
@@ -161,7 +162,7 @@ class VllmEngine:
         extra = self._distributed(distributed)
         if not self.on_gpu:  # a prompt cut in two can't take back its seeded draw: "CPU Generator does not use offset"
             extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
-            extra |= kernels.options(is_compiled)
+            extra |= kernels.options(is_compiled) | {"block_size": BLOCK_TOKENS}
         self._llm = _start(
             policy,
             dtype=dtype,

@@ -84,13 +84,14 @@ class _Scores(torch.autograd.Function):
         is_top1 = torch.empty_like(tokens, dtype=torch.bool)
         norms = torch.empty_like(log_probs)
         for rows in _chunks(logits):
-            scaled = logits[rows].float() / temperature
-            norms[rows] = scaled.logsumexp(-1)
-            own = scaled.gather(-1, tokens[rows, None])[:, 0]
-            is_top1[rows] = own >= scaled.amax(-1)
+            scaled = _scaled(logits[rows], temperature)
+            own, top = scaled.gather(-1, tokens[rows, None])[:, 0], scaled.amax(-1)
+            weights = (scaled - top[:, None]).exp_()
+            total = weights.sum(-1)
+            norms[rows] = top + total.log()
+            is_top1[rows] = own >= top
             log_probs[rows] = own - norms[rows]
-            probs = (scaled - norms[rows, None]).exp_()
-            entropy[rows] = norms[rows] - torch.linalg.vecdot(probs, scaled)
+            entropy[rows] = norms[rows] - torch.linalg.vecdot(weights, scaled) / total
         context.save_for_backward(logits, tokens, norms)
         context.temperature = temperature
         context.mark_non_differentiable(entropy, is_top1)
@@ -102,10 +103,15 @@ class _Scores(torch.autograd.Function):
         scale = gradients[0] / context.temperature
         gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
-            probs = (logits[rows].float() / context.temperature).sub_(norms[rows, None]).exp_()
+            probs = (_scaled(logits[rows], context.temperature) - norms[rows, None]).exp_()
             probs.mul_(-scale[rows, None]).scatter_add_(-1, tokens[rows, None], scale[rows, None])
             gradient[rows] = probs
         return gradient, None, None
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The logits in float32 over the temperature, without a pass over them where neither changes anything."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:
