@@ -115,7 +115,6 @@ def test_a_cost_counts_every_run_and_fine_tuning_behind_a_policy_once(experiment
         write(f"{run}/manifest.json", stage="rl", **({"policy": start} if start else {}))
         lines = [f"{step}\t{100 * step}\t{10 * step}\n" for step in range(1, results.STEPS + 2)]
         (tmp_path / run / "log.tsv").write_text("step\tnum_rollouts\tupdate_tokens\n" + "".join(lines))
-    write("0/policy/manifest.json", stage="toy")
     write("1/policy/manifest.json", stage="rft", policy="0/policy", examples="1/examples.jsonl")
     write("1/policy/metrics.json", num_tokens=7)
     write("1/examples.manifest.json", rollouts=["1/rl"])

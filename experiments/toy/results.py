@@ -173,10 +173,10 @@ def ancestry(root: Path, policy: str, steps: dict[str, int], tuned: set[str]) ->
     if last:
         steps[run] = max(steps.get(run, 0), int(last.removeprefix("step_")))
         ancestry(root, record.get("policy", "0/policy"), steps, tuned)
-    elif record["stage"] == "merge":
+    elif record.get("stage") == "merge":
         for source in record["paths"].values():
             ancestry(root, source, steps, tuned)
-    elif record["stage"] == "rft":
+    elif record.get("stage") == "rft":
         tuned.add(policy)
         ancestry(root, record["policy"], steps, tuned)
         made = read_json((root / record["examples"]).with_suffix(".manifest.json"))
