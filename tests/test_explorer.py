@@ -203,6 +203,7 @@ def test_rewards_that_fail_on_some_groups_are_counted_and_on_a_whole_step_end_th
         InputError, match=r"failed on all 12 groups of step 1: --reward .*: it raised AssertionError: even"
     ):
         explore(tmp_path / "all", lambda number: 1, num_problems=1, reward=[f"{file}:odd"])
+    assert not list(tmp_path.glob("all/rl/rollouts/*"))
 
 
 def test_advantages_reach_the_trainer_in_the_order_of_the_completions(tmp_path):

@@ -227,7 +227,7 @@ class Explorer:
             groups = self._draw(self.stream.take(num_wanted), step, batch)
             batch.drawn += groups
             self._write(step, directory, batch.drawn, [], policy)
-            self._refuse_failed_rewards(step, batch.drawn)
+            self._refuse_failed_rewards(step, directory, batch.drawn)
             informative = [group for group in groups if dapo.is_informative(_applicable(group, group.rewards))]
             batch.kept += informative[: rounds.num_missing]
             rounds.count(len(informative), len(groups))
@@ -240,10 +240,11 @@ class Explorer:
         self.num_short += bool(rounds.num_missing)
         return batch
 
-    def _refuse_failed_rewards(self, step: int, drawn: Sequence[Group]) -> None:
+    def _refuse_failed_rewards(self, step: int, directory: RunDir, drawn: Sequence[Group]) -> None:
         """End if rewards of the user's own failed on every group of the step, which a round fills at least."""
         faults = [group.scores[0].fault for group in drawn]
         if all(faults):
+            self._leave(directory, step)
             self._end(
                 InputError(f"the rewards failed on all {len(faults)} groups of step {step}: --reward {faults[0]}")
             )
@@ -444,14 +445,18 @@ class Explorer:
             )
 
     def _abandon(self, directory: RunDir, step: int) -> NoReturn:
-        """Leave a step in which nothing was updated yet, with the state of the one before on disk."""
+        """Leave a step in which nothing was updated yet because of SIGTERM."""
+        self._leave(directory, step)
+        self._end_terminated(f"while step {step} was drawn, with {step - 1} steps done")
+
+    def _leave(self, directory: RunDir, step: int) -> None:
+        """Forget a step in which nothing was updated yet; the state of the one before is on disk."""
         self.engine.sleep()
         self.stream.position, self.acceptance = self._before
         if self.accelerator.is_main_process:
             directory.forget_rollouts(step)
         if self.saved < step - 1:
             self._keep_state(directory, step - 1)
-        self._end_terminated(f"while step {step} was drawn, with {step - 1} steps done")
 
     def _end(self, error: InputError | CollapseError) -> NoReturn:
         """End on all ranks at once, and say why on one."""
