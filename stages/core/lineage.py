@@ -25,7 +25,13 @@ from stages.core.provenance import read_manifest
 from stages.core.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
-SETTINGS = ("template_digest", "max_tokens", "temperature", "bare")  # of an eval; comparable figures share them
+SETTINGS = (
+    "template_digest",
+    "max_tokens",
+    "temperature",
+    "bare",
+    "kl_to",
+)  # of an eval; comparable figures share them
 
 
 def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
