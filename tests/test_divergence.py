@@ -10,6 +10,7 @@ import torch
 from stages import eval as evaluation
 from stages.core import jsonl, policies, records
 from stages.core.errors import InputError
+from stages.core.lineage import Line
 from stages.core.records import Divergence, Result, Rollout
 from stages.core.sampling import Options, Plan
 from stages.eval.divergence import Completion, divergences, token_kl
@@ -174,6 +175,11 @@ def test_a_call_that_was_begun_without_it_is_done_again_where_tokens_are_missing
     run([other_policy], problems, tmp_path / "out", tiny_policy)  # already done
     with pytest.raises(InputError, match="already holds something"):
         run([other_policy], problems, tmp_path / "out", other_policy)
+    run([tiny_policy], problems, tmp_path / "to-another", other_policy)
+    run([tiny_policy], problems, tmp_path / "to-none")
+    evals = [tmp_path / name for name in ("out", "to-another", "to-none")]
+    [line] = Line(None, evals).unequal(evals)
+    assert "differ in kl_to: " in line and "to-another" in line and "to-none" not in line
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from stages.core.provenance import read_manifest
 from stages.core.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
-SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "reward_digest")  # comparable evals share them
+# of an eval; comparable figures share them
+SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "reward_digest", "kl_to")
 
 
 def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:

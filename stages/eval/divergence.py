@@ -90,17 +90,17 @@ def score_missing(plan: Plan, stems: Stems, num_scored: int, base: Path, scored_
 def _score(plan: Plan, shares: Mapping[str, Share], tokens: Mapping[str, str], base: Path, place: Path) -> None:
     """Score the share of each policy; `tokens` has the stems of the completions' tokens by those to write."""
     models, num_done = _Models(base, plan), 0
+    parts = [(name, own[i : i + AT_ONCE]) for name, own in shares.items() for i in range(0, len(own), AT_ONCE)]
     with StepProgress("KL", sum(map(len, shares.values())), quiet=not plan.ranks.is_first) as progress:
-        for name, share in shares.items():
-            for start in range(0, len(share), AT_ONCE):
-                part = share[start : start + AT_ONCE]
-                for stem, own in groupby(part, key=lambda pair: pair[0]):
-                    completions = _drawn(place, tokens[stem], {p.problem["id"]: p.token_ids for _, p in own})
-                    with Writer(place, stem, plan.ranks.rank) as writer:
-                        for divergences_of_problem in models.score(name, completions):
-                            writer.add(divergences_of_problem)
-                num_done += len(part)
-                progress.step(num_done, name)
+        for name, part in parts:
+            for stem, own in groupby(part, key=lambda pair: pair[0]):
+                prompts = {prompt.problem["id"]: prompt.token_ids for _, prompt in own}
+                scored = models.score(name, _drawn(place, tokens[stem], prompts))
+                with Writer(place, stem, plan.ranks.rank) as writer:
+                    for of_problem in scored:
+                        writer.add(of_problem)
+            num_done += len(part)
+            progress.step(num_done, name)
 
 
 def _drawn(place: Path, stem: str, prompts: dict[str, list[int]]) -> list[Completion]:
