@@ -94,11 +94,17 @@ def run(
         ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected)], problems, options.limit, greedy))
         regrade_rollouts(regrade, out, {"k": k, "maj": maj, "select": select, "bare": options.bare}, ranks)
         return
-    ranks.together(lambda: scoring.check_metrics(num_samples, k, select, maj, greedy))
+    ranks.together(lambda: check_options(given))
     plan = ranks.together(
         lambda: _plan(out, selection.added(policy, selected, all_checkpoints), problems, num_samples, options, ranks)
     )
     evaluate(plan, problems, out, given, plan.start_engine)
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise InputError for options of `run` that cannot work together; `rloop check` asks it, too."""
+    if given["regrade"] is None:
+        scoring.check_metrics(*(given[name] for name in ("num_samples", "k", "select", "maj", "greedy")))
 
 
 def _refuse_drawing(out: Path, policies: list[str], problem_files: list[Path], limit: int, greedy: bool) -> None:
