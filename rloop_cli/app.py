@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from rloop_cli import check
 from stages import STAGES, load
 from stages.core import options
 from stages.core.errors import CollapseError, InputError
@@ -144,6 +145,7 @@ def _fail(error: Exception | str, code: int, debug: bool) -> None:
 
 for _stage in STAGES:
     app.command(_stage)(command(load(_stage).run))
+app.command("check")(command(check.run))
 
 
 def main() -> None:

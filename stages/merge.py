@@ -8,7 +8,7 @@ a policy of 7 B parameters takes less than 4 GB of memory. OUT appears whole or 
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +47,7 @@ def run(
     """
     given, started = locals(), time.perf_counter()
     outputs.refuse_occupied(out)
-    _check_weights(policy, weight)
+    check_options(given)
     paths = [policies.resolve(sampling.checkpoints(name)[-1]) for name in policy]
     _check_alike(policy, paths)
     for path in paths:
@@ -62,7 +62,9 @@ def run(
         outputs.write_json(beside / "manifest.json", record)
 
 
-def _check_weights(names: Sequence[str], weights: Sequence[float]) -> None:
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise InputError if the weights of `run` are not as many as its policies, or don't sum to 1."""
+    names, weights = given["policy"], given["weight"]
     if len(names) < 2:
         raise InputError(f"--policy: name at least two policies to merge, found {len(names)}")
     if len(weights) != len(names):

@@ -1,7 +1,8 @@
-"""Every key of every params file is an option of its stage, with a value that the option takes; the Slurm scripts."""
+"""Every params file passes `rloop check`; what the docs say of the configurations; the Slurm scripts."""
 
-import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -10,44 +11,38 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
+from rloop_cli import graph
 from rloop_cli.app import app
+from stages.check import counts
 
 ROOT = Path(__file__).parents[1]
 PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "configs").glob("*.yaml"))]
-SECTIONS = {"rl": "rl", "vanilla": "rl", "filter": "filter", "rft": "rft", "merge": "merge", "eval": "eval",
-            "valid": "eval", "tests": "eval", "analyze": "analyze", "report": "report"}  # fmt: skip
-MAPS = {"toy": "toy", "prepare": "prepare", "prepare_train": "prepare"}
-NO_STAGE = {"launch", "fetch", "iterations", "tuned", "merged"}
 
 
-def held_against_options(stage, section):
-    """Parse the section as the command line would, flags made of it as DVC makes them."""
-    command = typer.main.get_command(app).commands[stage]
-    arguments = []
-    for key, value in section.items():
-        for item in value if isinstance(value, list) else [value]:
-            arguments += [f"--{'' if item else 'no-'}{key}"] if isinstance(item, bool) else [f"--{key}", str(item)]
-    given = {argument.replace("_", "-") for argument in arguments if argument.startswith("--")}
-    missing = [option for option in command.params if option.required and not given & set(option.opts)]
-    for option in missing:
-        arguments += [option.opts[0], "somewhere"]
-    normalize = app.info.context_settings["token_normalize_func"]
-    context = command.make_context(stage, arguments, token_normalize_func=normalize)
-    for key, value in section.items():
-        found = context.params.get(key, context.params.get(f"{key}_"))
-        assert str(found) == str(value) if isinstance(value, str | bool) else found == value or isinstance(value, list)
+@pytest.fixture
+def elsewhere(tmp_path, tiny_policy, monkeypatch):
+    """A working directory with the graph, the configurations, and a policy that no stage makes."""
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "runs/0").mkdir(parents=True)
+    (tmp_path / "runs/0/policy").symlink_to(tiny_policy)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
-def test_every_key_is_an_option_of_its_stage(path):
+def test_it_passes_the_check_and_has_no_section_that_the_graph_does_not_use(path, elsewhere):
     params = yaml.safe_load(path.read_text())
-    assert set(params) == NO_STAGE | set(SECTIONS) | set(MAPS)
-    for section, stage in SECTIONS.items():
-        held_against_options(stage, params[section])
-    for section, stage in MAPS.items():
-        for item in params[section].values():
-            held_against_options(stage, item)
+    for item in (params["prepare"] | params["prepare_train"]).values():
+        if (source := Path(item["source"])).suffix:
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.touch()
+    if params["fetch"] or params["toy"]:
+        Path("runs/0/policy").unlink()
+    run = CliRunner().invoke(app, ["check", "--params", str(path)])
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert set(params) == set(re.findall(r"\$\{(?!item|key)(\w+)", (ROOT / "dvc.yaml").read_text()))
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
@@ -60,13 +55,9 @@ def test_the_iterations_are_chained_and_vanilla_has_as_many_steps(path):
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
-def test_rl_and_eval_ask_with_the_same_template_and_the_options_hold_together(path):
-    from stages.rl import Options
-
+def test_rl_and_eval_ask_with_the_same_template_and_the_sections_name_the_same_set(path):
     params = yaml.safe_load(path.read_text())
-    Options(**params["rl"])
     assert params["rl"]["template"] == params["eval"]["template"]
-    assert max(params["eval"]["k"]) <= params["eval"]["num_samples"]
     [problems] = params["valid"]["problems"]
     assert {params["analyze"]["set"], params["report"]["valid"], Path(problems).stem} == {Path(problems).stem}
     assert params["valid"]["select"] == f"pass@{max(params['eval']['k'])}", "as the report chooses checkpoints"
@@ -149,32 +140,30 @@ def test_a_slurm_job_goes_back_into_the_queue_if_its_time_is_up_and_for_nothing_
     assert calls == ("scancel --signal=TERM 7\nscontrol requeue 7\n" if is_back else "")
 
 
-def asked(params, tested):
-    """(policies x sets, problems asked of them) if so many policies are asked the test sets."""
-    sizes = {"aime": 30, "minerva": 272, "omni": 4428, "math": 500}
-    [valid], tests = ([sizes[Path(file).stem] for file in params[part]["problems"]] for part in ("valid", "tests"))
-    return num_policies(params) + tested * len(tests), num_policies(params) * valid + tested * sum(tests)
-
-
-def num_policies(params):
-    """The base, each iteration's checkpoints and the policy it ends with, the baseline's checkpoints."""
-    every = params["rl"]["checkpoint_every"]
-    of_run, of_vanilla = (math.ceil(params[part]["steps"] / every) for part in ("rl", "vanilla"))
-    return 1 + len(params["iterations"]) * (of_run + 1) + of_vanilla
-
-
-def test_the_cost_of_the_paper_s_evaluations_is_as_the_documentation_has_it():
+def asked(tmp_path, **tests):
+    """Policies x sets and rollouts, at least and at most, of the paper's configuration with changes to `tests`."""
     params = yaml.safe_load((ROOT / "configs/qwen2.5-math-7b.yaml").read_text())
-    num_iterations = len(params["iterations"])
-    fewest = 1 + 2 * num_iterations + 1  # base; end and policy of each iteration; end of the baseline
+    params["tests"] |= tests
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    calls, faults = graph.read(tmp_path / "params.yaml", typer.main.get_group(app))
+    assert not faults
+    evaluations = counts.evaluations(calls)
+    sizes = {"aime": 30, "minerva": 272, "omni": 4428, "math": 500}
+    sizes = {f"runs/0/sets/{name}.jsonl": size for name, size in sizes.items()}
+    return counts.pairs(evaluations), counts.rollouts(evaluations, sizes)
+
+
+def test_the_cost_of_the_paper_s_evaluations_is_as_the_documentation_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    pairs, rollouts = asked(tmp_path)
+    all_pairs, all_rollouts = asked(tmp_path, all_checkpoints=True)
+    assert all_pairs.fewest == all_pairs.most
     rows = {
-        "every policy, every set": num_policies(params),
-        "what counts, at least": fewest,
-        "what counts, at most": fewest + num_iterations + 1,  # and another checkpoint of each run, selected
+        "every policy, every set": (all_pairs.most, all_rollouts.most),
+        "what counts, at least": (pairs.fewest, rollouts.fewest),
+        "what counts, at most": (pairs.most, rollouts.most),
     }
     text = (ROOT / "docs/long-runs.md").read_text()
-    for name, tested in rows.items():
-        pairs, num_problems = asked(params, tested)
-        hours = 1.5 * num_problems / 5230
-        rollouts = num_problems * params["eval"]["num_samples"]
-        assert f"| {name} | {pairs} | {rollouts:,} | {hours:.1f} | {hours / 8:.1f} |" in text
+    for name, (num_pairs, number) in rows.items():
+        hours = 1.5 * number / 32 / 5230
+        assert f"| {name} | {num_pairs} | {number:,} | {hours:.1f} | {hours / 8:.1f} |" in text

@@ -1,7 +1,8 @@
-"""The memory plan: its arithmetic against torch's own bytes, and the configurations that name a GPU."""
+"""The memory plan: its arithmetic against torch's own bytes, the tables of the docs, the configurations."""
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks import memory
-from benchmarks.memory import Shape
+from benchmarks import memory as plans
+from stages.check import memory
+from stages.check.memory import Shape
 from stages.core import adapters
 from stages.rl import Options
 
@@ -107,9 +109,9 @@ def test_the_most_that_is_alive_in_a_pass_is_below_the_plan_by_a_third_at_most(r
     assert 0.67 * planned < a_token(peak) <= planned
 
 
-@pytest.mark.parametrize("name", memory.SHAPES)
+@pytest.mark.parametrize("name", plans.SHAPES)
 def test_parameters_and_frozen_bytes_are_those_of_the_model(name):
-    shape = memory.SHAPES[name]
+    shape = plans.SHAPES[name]
     with torch.device("meta"):
         whole = Qwen2ForCausalLM(configuration(shape))
     assert sum(weight.numel() for weight in whole.parameters()) == shape.parameters
@@ -124,18 +126,54 @@ def configurations_of_one_gpu():
 
 @pytest.mark.parametrize("path", configurations_of_one_gpu(), ids=lambda path: path.name)
 def test_a_configuration_for_one_gpu_fits_the_memory_that_it_names(path):
-    shape, gpu, options = memory.plan(path)
-    offered = memory.GPUS[gpu]
+    shape, gpu, options = plans.plan(path)
+    offered = plans.GPUS[gpu]
     drawing = memory.generation(shape, options, offered)
     assert memory.update(shape, options)["sum"] < 0.95 * offered
     assert drawing["sum"] < 0.95 * offered
     assert drawing["cache tokens (thousands)"] > 100
-    rft = memory.rft_options(path)
+    rft = plans.rft_options(path)
     assert memory.update(shape, rft)["sum"] < 0.95 * offered
 
 
 def test_the_tables_of_the_docs_are_those_that_the_plan_prints():
     docs = (ROOT / "docs/memory.md").read_text()
     assert len(configurations_of_one_gpu()) == 2
-    for table in memory.overview().split("\n\n"):
+    for table in plans.overview().split("\n\n"):
         assert table in docs
+
+
+def several_gpus(**changes):
+    options = {"lora_rank": 0, "gradient_checkpointing": True, "tokens_per_microbatch": 16384}
+    return SimpleNamespace(**options | {"memory_fraction": 0.5, "tensor_parallel": 1} | changes)
+
+
+def test_on_eight_gpus_the_plan_comes_to_the_sums_of_the_docs():
+    shape, options = plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus()
+    updating = memory.sharded_update(shape, options, 8)
+    drawing = memory.shared_generation(shape, options, 79, 8, is_sharded=True)
+    docs = (ROOT / "docs/memory.md").read_text()
+    assert f"| **sum within the layers** | | **{updating['sum'] - updating['context']:.1f}** |" in docs
+    assert f"| **sum** | | **{drawing['sum']:.0f}** |" in docs
+    assert "22.3 GiB hold 417,000 tokens" in docs
+    assert drawing["cache tokens (thousands)"] == pytest.approx(417, rel=0.01)
+
+
+@pytest.mark.parametrize(("number", "fraction", "column"), [(8, 0.35, 0), (16, 0.6, 1), (32, 0.75, 2)])
+def test_a_shared_engine_and_a_sharded_policy_of_32_b_take_what_the_tables_of_the_docs_say(number, fraction, column):
+    shape, docs = plans.SHAPES["Qwen/Qwen2.5-32B"], (ROOT / "docs/memory.md").read_text()
+
+    def cell(row):
+        """The number in the row of the table, without its bold face."""
+        (line,) = (line for line in docs.splitlines() if line.startswith(row))
+        return line.strip("|").split("|")[column + 1].strip(" *")
+
+    for tokens, row in ((16384, "| **sum** | **89"), (4096, "| with 4,096 tokens")):
+        options = several_gpus(tokens_per_microbatch=tokens)
+        assert f"{memory.sharded_update(shape, options, number)['sum']:.1f}" == cell(row)
+    for shared in (2, 4, 8):
+        options = several_gpus(memory_fraction=fraction, tensor_parallel=shared)
+        drawing = memory.shared_generation(shape, options, 79, number, is_sharded=True)
+        cached = drawing["cache tokens (thousands)"] * 1000 * number / shared
+        said = cell(f"| k = {shared} |").replace(",", "")
+        assert cached == pytest.approx(int(said), rel=0.01) if said else cached < 0

@@ -104,13 +104,19 @@ def run(
         ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected), kl_to], problems, options, greedy))
         regrade_rollouts(regrade, out, {"k": k, "maj": maj, "select": select, "bare": options.bare}, ranks)
         return
-    ranks.together(lambda: scoring.check_metrics(num_samples, k, select, maj, greedy))
-    if maj and options.has_own_rewards:
-        raise InputError("--maj asks math-verify which answers are equivalent: leave it out, or --reward")
+    ranks.together(lambda: check_options(given))
     plan = ranks.together(
         lambda: _plan(out, selection.added(policy, selected, all_checkpoints), problems, num_samples, options, ranks)
     )
     evaluate(plan, problems, out, given, plan.start_engine)
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise InputError for options of `run` that cannot work together; `rloop check` asks it, too."""
+    if given["regrade"] is None:
+        scoring.check_metrics(*(given[name] for name in ("num_samples", "k", "select", "maj", "greedy")))
+        if given["maj"] and given["options"].has_own_rewards:
+            raise InputError("--maj asks math-verify which answers are equivalent: leave it out, or --reward")
 
 
 def _refuse_drawing(

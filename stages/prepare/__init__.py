@@ -5,7 +5,7 @@ To choose by difficulty or language, filter the rows first and give the file as 
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +63,7 @@ def run(
     if out != "-":
         outputs.refuse_no_file(out)
         outputs.refuse_occupied(out)
-    origin = sources.find(source, from_, config, split)
+    origin = check_options(given)
     others = [sources.find(file, option="--decontaminate") for file in decontaminate]
     manifest_file = Path(out).with_suffix(".manifest.json")
     with outputs.claimed(out, manifest_file):
@@ -75,6 +75,11 @@ def run(
             identity = identify(run, given, inputs, verifier.VERSION, config=origin.config, split=origin.split)
             record = manifest(identity, curated.counts, time.monotonic() - start, ids=curated.ids)
             outputs.write_json(manifest_file, record)
+
+
+def check_options(given: Mapping[str, Any]) -> Source:
+    """The source that the options of `run` name; InputError if there is none. `rloop check` asks it, too."""
+    return sources.find(*(given[name] for name in ("source", "from_", "config", "split")))
 
 
 def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:

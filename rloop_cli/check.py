@@ -1,0 +1,38 @@
+"""`rloop check`: what can be known before a GPU hour is spent. Reads the graph; stages/check says what it comes to."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.core.errors import InputError
+from stages.core.options import PLACE, at_least
+
+
+def run(
+    *,
+    params: Annotated[Path, "params file, which is read in the place of params.yaml", PLACE] = Path("params.yaml"),
+    runs: Annotated[Path, "directory of runs whose figures say how long it takes", PLACE] = Path("runs"),
+    gpu_memory: Annotated[
+        float, "GiB that each GPU offers (a card of 24 GB some 22, of 80 GB 79), to hold the plan against", at_least(0)
+    ] = 0.0,
+) -> None:
+    """Check a params file and the graph that it makes, without running anything.
+
+    Reads every command of dvc.yaml as it would run and names each fault in a line: options, files that no stage makes,
+    templates, prompts that do not fit the context, and with --gpu-memory what does not fit a GPU. Without a fault it
+    shows a prompt, the longest sequences, memory by the plan of docs/memory.md, how much is drawn, and how long that
+    takes by the figures of a run that is there. What has to be made first is named and checked once it is there.
+
+    Example: rloop check --params params.yaml --gpu-memory 22
+    """
+    from rloop_cli import graph
+    from rloop_cli.app import app
+    from stages import check
+
+    calls, faults = graph.read(params, typer.main.get_group(app))
+    report = check.report(calls, runs, gpu_memory)
+    if not (faults := [*faults, *report.faults]):
+        print(report.summary)
+        return
+    raise InputError("\nrloop: ".join(faults))  # the door begins the first line so

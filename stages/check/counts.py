@@ -1,0 +1,98 @@
+"""How much is done: steps and rollouts of RL, and which policies are asked which sets."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from stages.check.calls import Call, maker
+
+
+class Asked(NamedTuple):
+    """How many policies one call asks its sets, at least and at most."""
+
+    call: Call
+    fewest: int
+    most: int
+
+    @property
+    def sets(self) -> list[str]:
+        """The files of the sets."""
+        return list(map(str, self.call.values.problems))
+
+    @property
+    def samples(self) -> int:
+        """Completions for each problem."""
+        return int(self.call.values.num_samples) + int(self.call.values.greedy)
+
+
+class Range(NamedTuple):
+    """A number between two bounds."""
+
+    fewest: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.fewest:,}" if self.fewest == self.most else f"{self.fewest:,} to {self.most:,}"
+
+
+def num_checkpoints(run: Call) -> int:
+    """The checkpoints that a call of rl leaves; the last step always has one."""
+    return int(-(-run.values.steps // run.values.checkpoint_every))
+
+
+def evaluations(calls: Sequence[Call]) -> list[Asked]:
+    """Every call of eval that draws, with the number of policies that it asks."""
+    return [_asked(call, calls) for call in calls if call.stage == "eval" and call.values.regrade is None]
+
+
+def _asked(call: Call, calls: Sequence[Call]) -> Asked:
+    num_named = sum(_num_policies(name, calls) for name in call.values.policy)
+    fewest = most = num_named
+    for output in map(str, call.values.selected):
+        other = maker(calls, output)
+        if other is None or other.stage != "eval":
+            fewest, most = fewest + 1, most + 1  # one at least is selected; the rest is known when it is read
+            continue
+        each = [_num_policies(name, calls) for name in other.values.policy]
+        counted = sum(each) if call.values.all_checkpoints else len(each)  # the last of each run, and what is no run
+        fewest, most = fewest + counted, most + min(counted + 1, sum(each))
+    return Asked(call, fewest, most)
+
+
+def _num_policies(name: str, calls: Sequence[Call]) -> int:
+    """The checkpoints in the directory `name`, or 1."""
+    run = maker(calls, name)
+    return num_checkpoints(run) if run is not None and run.stage == "rl" else 1
+
+
+def pairs(asked: Sequence[Asked]) -> Range:
+    """Policies times sets."""
+    return _total(asked, lambda one: len(one.sets))
+
+
+def rollouts(asked: Sequence[Asked], sizes: Mapping[str, int]) -> Range:
+    """Completions to draw, by the number of problems of each set."""
+    return _total(asked, lambda one: one.samples * sum(_limited(one, sizes[file]) for file in one.sets))
+
+
+def _total(asked: Sequence[Asked], of_policy: Callable[[Asked], int]) -> Range:
+    return Range(sum(one.fewest * of_policy(one) for one in asked), sum(one.most * of_policy(one) for one in asked))
+
+
+def _limited(one: Asked, size: int) -> int:
+    return min(size, one.call.values.limit or size)
+
+
+class Exploration(NamedTuple):
+    """All calls of rl together: `rollouts` if every step draws only what fills its batch, or as often as it may."""
+
+    num_runs: int
+    num_steps: int
+    rollouts: Range
+
+
+def exploration(calls: Sequence[Call]) -> Exploration:
+    """What rl does in the whole graph."""
+    runs = [call.values for call in calls if call.stage == "rl"]
+    batches = [run.steps * run.problems_per_step * run.group_size for run in runs]
+    most = sum(batch * run.max_rounds for batch, run in zip(batches, runs, strict=True))
+    return Exploration(len(runs), sum(run.steps for run in runs), Range(sum(batches), most))

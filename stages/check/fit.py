@@ -1,0 +1,160 @@
+"""Does it fit: the plan of memory.py for every call that trains or draws, and rules on the number of processes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.check import memory
+from stages.check.calls import Call, Launch, base_of, launched, policies_of
+from stages.check.memory import Shape
+from stages.core import adapters, policies
+from stages.core.errors import InputError
+from stages.core.outputs import read_json
+
+TOLERANCE = 0.01  # of the number of weights: biases, or norms of queries, that the plan doesn't know
+
+
+class Plan(NamedTuple):
+    """What one call needs, in GiB a GPU: parts by moment ("updates", "draws"), their sum and the cache in tokens."""
+
+    call: Call
+    moments: dict[str, dict[str, float]]
+    engine: float  # of the weights in the engine
+
+    @property
+    def cache_tokens(self) -> float | None:
+        """Tokens that one engine's cache holds."""
+        cached = self.moments.get("draws", {}).get("cache tokens (thousands)")
+        return None if cached is None else 1000 * cached
+
+
+def process_faults(calls: Sequence[Call]) -> Iterator[str]:
+    """What rl, rft, sample and eval refuse when they see how many processes there are."""
+    for call in calls:
+        number = launched(call).num_processes if call.stage else None
+        shared, batch = (getattr(call.values, name, 1) for name in ("tensor_parallel", "batch_size"))
+        if number and number % shared:
+            yield (
+                f"{call.origin('--tensor-parallel')}: --tensor-parallel {shared}: must divide the number of processes, "
+                f"{number}"
+            )
+        if number and call.stage == "rft" and batch % number:
+            yield f"{call.origin('--batch-size')}: --batch-size {batch} does not divide among {number} processes"
+
+
+def policy_faults(calls: Sequence[Call]) -> Iterator[str]:
+    """Adapters that a policy has no layers for, and engines that can't be shared by so many."""
+    for call in calls:
+        base = base_of(calls, asked[0]).path if (asked := policies_of(call, calls)) else None
+        if base is None:
+            continue
+        for refuse in (_refuse_sharing, _refuse_adapters):
+            try:
+                refuse(base, call.values)
+            except InputError as error:
+                yield f"{call.origin(str(error).split()[0])}: {error}"
+
+
+def _refuse_sharing(base: Path, options: Any) -> None:
+    if getattr(options, "tensor_parallel", 1) > 1:
+        policies.check_divisible(base, options.tensor_parallel)
+
+
+def _refuse_adapters(base: Path, options: Any) -> None:
+    if getattr(options, "lora_rank", 0):
+        adapters.check(base, options)
+
+
+def shape_of(base: Path) -> Shape:
+    """The shape of a policy; InputError if the checkpoint is broken, or the plan is not for its kind."""
+    shape = memory.shape_of(read_json(policies.resolve(str(base)) / "config.json"))
+    if shape is None or abs(shape.parameters / _num_weights(base, shape.tied) - 1) > TOLERANCE:
+        raise InputError(f"the plan is for decoders of Qwen2's and Llama's kind, and {base} is none")
+    return shape
+
+
+def _num_weights(base: Path, is_tied: bool) -> int:
+    """Numbers in the checkpoint's files, by their headers; a tied head that was written all the same counts once."""
+    from safetensors import safe_open
+
+    number = 0
+    for file in policies.weight_files(base):
+        with safe_open(file, framework="pt") as tensors:
+            names = (name for name in tensors.keys() if not (is_tied and name == "lm_head.weight"))  # noqa: SIM118
+            number += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
+    return number
+
+
+def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]:
+    """The plans of all calls that train or draw, alike ones once, and why there is none for others."""
+    found: dict[str, Plan] = {}
+    unknown: dict[str, None] = {}
+    for call in calls:
+        if call.stage not in ("rl", "rft", "sample", "eval") or not (asked := policies_of(call, calls)):
+            continue
+        base = base_of(calls, asked[0]).path
+        if base is None:
+            continue
+        launch = launched(call)
+        try:
+            shape = shape_of(base)
+        except InputError as error:
+            unknown[str(error)] = None
+            continue
+        if launch.num_processes is None:
+            unknown[f"{' '.join(call.launch)} names no number of processes"] = None
+        elif call.values.dtype == "float32":
+            unknown[f"{call.stage} computes in float32, and the plan is for bfloat16"] = None
+        else:
+            plan = _plan(call, shape, launch, gpu_gib)
+            found.setdefault(f"{call.stage} {plan.moments}", plan)
+    return list(found.values()), list(unknown)
+
+
+def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
+    options, number = call.values, launch.num_processes or 1
+    moments: dict[str, dict[str, float]] = {}
+    if call.stage in ("rl", "rft") and launch.is_sharded:
+        moments["updates"] = memory.sharded_update(shape, options, number)
+    elif call.stage in ("rl", "rft"):
+        moments["updates"] = memory.update(shape, options)
+    if call.stage == "rl" and number == 1 and gpu_gib:
+        moments["draws"] = memory.generation(shape, options, gpu_gib)
+    elif call.stage != "rft" and gpu_gib:
+        moments["draws"] = memory.shared_generation(
+            shape, options, gpu_gib, number, launch.is_sharded, trains=call.stage == "rl"
+        )
+    return Plan(call, moments, 2 * shape.parameters / getattr(options, "tensor_parallel", 1) / memory.GIB)
+
+
+def lines(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
+    """What each plan comes to."""
+    for plan in found:
+        said = [f"{moment} in {parts['sum']:.1f}" for moment, parts in plan.moments.items()]
+        if plan.call.stage != "rft" and not gpu_gib:
+            said.append(f"engine's weights {plan.engine:.1f} (--gpu-memory says what is left for its cache)")
+        cached = "" if plan.cache_tokens is None else f", cache of {plan.cache_tokens / 1000:,.0f} k tokens"
+        if plan.cache_tokens and plan.call.name in longest:
+            cached += f", {plan.cache_tokens // longest[plan.call.name]:,.0f} of the longest sequences"
+        yield f"{plan.call.stage}: {', '.join(said)}{f' of {gpu_gib:g}' if gpu_gib else ''} GiB a GPU{cached}"
+
+
+def faults(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
+    """A line for each plan that needs more than a GPU offers."""
+    for plan in found if gpu_gib else ():
+        stage, origin = plan.call.stage, plan.call.origin
+        for moment, parts in plan.moments.items():
+            if parts["sum"] <= gpu_gib:
+                continue
+            flag, remedy = {
+                "updates": ("--tokens-per-microbatch", "lower it, or set gradient_checkpointing, lora_rank or FSDP"),
+                "draws": ("--memory-fraction", "lower it"),
+            }[moment]
+            yield f"{origin(flag)}: {stage} {moment} in {parts['sum']:.1f} GiB of {gpu_gib:g}, by the plan: {remedy}"
+        needed = longest.get(plan.call.name, 1)
+        if plan.cache_tokens is not None and plan.cache_tokens < needed:
+            yield (
+                f"{origin('--memory-fraction')}: {stage}'s engine has room for {max(0, plan.cache_tokens):,.0f} tokens "
+                f"beside its weights, and one sequence takes {needed:,}: raise it, or tensor_parallel"
+            )

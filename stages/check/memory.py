@@ -1,0 +1,220 @@
+"""What a policy needs on a GPU while rl or rft updates it and while it generates, by arithmetic (docs/memory.md).
+
+bfloat16 autocast: weights, gradients and moments in float32, frozen matrices of linear layers in bfloat16.
+tests/test_memory.py holds parameters and activations against torch's own bytes, and sharding against the tables of
+docs/memory.md. What is marked as an estimate was read in the sources or seen elsewhere; nothing here was measured on a
+GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+GIB = 2**30
+CONTEXT = 1.5  # GiB, estimate: CUDA context, allocator's fragments, what a sleeping engine keeps
+CONTEXT_OF_MANY = 2.0  # GiB, estimate: the same and NCCL, while the engine is awake
+ASLEEP_OF_MANY = 4.0  # GiB, estimate: the same while it sleeps
+ENGINE_WORK = 2.0  # GiB, estimate: the engine's activations, logits of its sampler, CUDA graphs
+ENGINE_WORK_OF_MANY = 3.0  # GiB, estimate: the same for policies that need several GPUs
+HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
+
+
+class Trains(Protocol):
+    """What counts of the options of rl and rft."""
+
+    lora_rank: int
+    gradient_checkpointing: bool
+    tokens_per_microbatch: int
+
+
+class Draws(Protocol):
+    """What counts of the options of rl, sample and eval; `lora_rank` is rl's."""
+
+    lora_rank: int
+    memory_fraction: float
+    tensor_parallel: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder of the Qwen2 kind (biases at query, key and value)."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def linear(self) -> int:
+        """Parameters of the linear layers, their biases included, the head left out."""
+        attention = 2 * self.hidden * (self.query + self.key) + self.query + 2 * self.key
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
+
+    @property
+    def vectors(self) -> int:
+        """Parameters of the norms."""
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def embedding(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.vectors + self.embedding * (1 if self.tied else 2)
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of adapters on all linear layers."""
+        sizes = 2 * (self.hidden + self.query) + 2 * (self.hidden + self.key) + 3 * (self.hidden + self.mlp)
+        return self.layers * rank * sizes
+
+    @property
+    def cache_per_token(self) -> int:
+        """Bytes of the engine's cache a token, in bfloat16."""
+        return self.layers * 2 * self.key * 2
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape | None:
+    """The shape that a config.json describes; None if it is no decoder of this kind, such as a mixture of experts."""
+    config = {**config, **config.get("text_config", {})}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if any(type(config.get(name)) is not int for name in names) or any("expert" in name for name in config):
+        return None
+    hidden, mlp, layers, heads, vocab = (config[name] for name in names)
+    head_dim = config.get("head_dim") or hidden // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return Shape(hidden, mlp, layers, heads, kv_heads, head_dim, vocab, bool(config.get("tie_word_embeddings")))
+
+
+def layer_activations(shape: Shape, rank: int = 0) -> int:
+    """Bytes a token that one layer keeps for its backward pass.
+
+    Between layers the stream is float32, in products bfloat16, and each linear layer keeps a bfloat16 copy of its input
+    of its own. Attention keeps query, key, value, output, and a float32 a head. An adapter keeps its inner values, and
+    an input where the frozen layer needs none; a frozen norm does not keep what it has normalised.
+    """
+    attention = 4 * shape.query + 4 * shape.key + 4 * shape.heads
+    inputs = (3 + 2) * 2 * shape.hidden  # of query, key, value; of gate, up
+    stream = 2 * (4 * shape.hidden + 4)  # before each norm, and its scale
+    extra = 2 * shape.query + 7 * 2 * rank if rank else 2 * 4 * shape.hidden
+    return attention + inputs + stream + extra + 8 * shape.mlp
+
+
+def activations(shape: Shape, rank: int = 0, checkpointing: bool = False) -> int:
+    """Bytes a token that a forward pass keeps, without the head."""
+    norm = 4 * shape.hidden + 4
+    end = norm if rank else norm + 4 * shape.hidden + 8  # the last norm; the token's id, for the embedding's gradient
+    if checkpointing:
+        return shape.layers * 4 * shape.hidden + end
+    return shape.layers * layer_activations(shape, rank) - (norm if rank else 0) + end
+
+
+def backward_work(shape: Shape, rank: int = 0, checkpointing: bool = False) -> int:
+    """Bytes a token while the backward pass is in a layer: gradients (estimate), and what is computed again."""
+    gradients = 8 * shape.mlp + 8 * shape.hidden
+    return gradients + (layer_activations(shape, rank) - 4 * shape.hidden if checkpointing else 0)
+
+
+def held(shape: Shape, rank: int = 0) -> dict[str, int]:
+    """Bytes of what stays from step to step, and of gradients and the weights' casts while an update runs."""
+    if not rank:
+        size = shape.parameters
+        return {"weights": 4 * size, "moments": 8 * size, "gradients": 4 * size, "casts": 2 * shape.linear}
+    adapter = shape.adapter(rank)
+    frozen = 2 * (shape.linear + (0 if shape.tied else shape.embedding)) + 4 * (shape.embedding + shape.vectors)
+    return {
+        "weights": frozen + 4 * adapter,
+        "moments": 8 * adapter,
+        "gradients": 4 * adapter,
+        "casts": 2 * adapter,
+    }
+
+
+def head_work(shape: Shape, tokens: int, rank: int = 0) -> int:
+    """Bytes at the head: a tile of logits, a tile of weights, the states and their gradient, the weights' gradient."""
+    tile = 2 * HEAD_TILE + 2 * 32768 * shape.hidden
+    return tile + 2 * 4 * shape.hidden * tokens + (0 if rank else 4 * shape.embedding)
+
+
+def update(shape: Shape, options: Trains) -> dict[str, float]:
+    """GiB by part while rl or rft updates with these options, and their sum."""
+    rank, checkpointing, tokens = options.lora_rank, options.gradient_checkpointing, options.tokens_per_microbatch
+    layer = backward_work(shape, rank, checkpointing) * tokens
+    parts = {name: size / GIB for name, size in held(shape, rank).items()}
+    parts |= {
+        "activations": activations(shape, rank, checkpointing) * tokens / GIB,
+        "at work": max(layer, head_work(shape, tokens, rank)) / GIB,
+        "context": CONTEXT,
+    }
+    return parts | {"sum": sum(parts.values())}
+
+
+def sharded_layer(shape: Shape) -> int:
+    """Bytes a token that one layer keeps under FSDP2, where what passes from layer to layer is bfloat16."""
+    return 8 * shape.mlp + 29 * shape.hidden
+
+
+def sharded_update(shape: Shape, options: Trains, num_gpus: int) -> dict[str, float]:
+    """As `update`, under FSDP2 on `num_gpus`: each holds its part, gathers two layers (one ahead) and the head."""
+    tokens, layer = options.tokens_per_microbatch, (shape.linear + shape.vectors) / shape.layers
+    held_by_all = {name: size for name, size in held(shape, options.lora_rank).items() if name != "casts"}
+    gradients = (
+        0 if options.lora_rank else 2 + 4
+    )  # bytes a weight: bfloat16, and float32 as it is summed over the ranks
+    kept, again = 2 * shape.hidden, sharded_layer(shape)
+    if not options.gradient_checkpointing:
+        kept, again = again, 0
+    in_layer = (again + 6 * shape.mlp) * tokens + gradients * layer
+    parts = {name: size / num_gpus / GIB for name, size in held_by_all.items()} | {
+        "gathered": (2 * 2 * layer + 2 * shape.embedding) / GIB,
+        "activations": shape.layers * kept * tokens / GIB,
+        "at work": max(in_layer, 2 * HEAD_TILE + gradients * shape.embedding) / GIB,
+        "context": ASLEEP_OF_MANY,
+    }
+    return parts | {"sum": sum(parts.values())}
+
+
+def generation(shape: Shape, options: Draws, gpu_gib: float) -> dict[str, float]:
+    """GiB by part while the engine draws, their sum, and the tokens (thousands) that its cache holds."""
+    engine = options.memory_fraction * gpu_gib
+    weights = 2 * shape.parameters / GIB
+    trainer = held(shape, options.lora_rank)
+    parts = {
+        "engine": engine,
+        "trainer": (trainer["weights"] + trainer["moments"]) / GIB,
+        "hand-over": 2 * 2 * shape.embedding / GIB,
+        "context": CONTEXT,
+    }
+    cache = engine - weights - ENGINE_WORK
+    return parts | {"sum": sum(parts.values()), "cache tokens (thousands)": cache * GIB / shape.cache_per_token / 1000}
+
+
+def shared_generation(
+    shape: Shape, options: Draws, gpu_gib: float, num_gpus: int, is_sharded: bool, trains: bool = True
+) -> dict[str, float]:
+    """As `generation`, on several GPUs, of which `tensor_parallel` share an engine.
+
+    The trainer's part is a share of it if it `is_sharded`, and none in eval and sample, which do not train.
+    """
+    parts = {"engine": options.memory_fraction * gpu_gib}
+    if trains:
+        trainer = held(shape, options.lora_rank)
+        own = (trainer["weights"] + trainer["moments"]) / (num_gpus if is_sharded else 1)
+        parts |= {"trainer": own / GIB, "hand-over": 2 * 2 * shape.embedding / GIB}
+    parts |= {"context": CONTEXT_OF_MANY}
+    shared = min(options.tensor_parallel, shape.kv_heads)  # fewer key/value heads than GPUs are held several times over
+    cache = parts["engine"] - 2 * shape.parameters / options.tensor_parallel / GIB - ENGINE_WORK_OF_MANY
+    cached = cache * GIB / shape.cache_per_token * shared / 1000
+    return parts | {"sum": sum(parts.values()), "cache tokens (thousands)": cached}

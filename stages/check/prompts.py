@@ -1,0 +1,133 @@
+"""The prompts that policies will see, and whether they fit: rendered, counted and held against the context."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.check.calls import Call, base_of, policies_of
+from stages.core import policies, records, tabular, templates
+from stages.core.errors import InputError
+from stages.core.rollouts import make_prompts
+
+SHOWN_CHARS = 300
+
+
+class Asking(NamedTuple):
+    """A file of problems, put by a template to what descends from `base`."""
+
+    base: Path
+    template: str
+    max_tokens: int
+    file: str
+
+
+@dataclass
+class Seen:
+    """What the prompts came to: faults, notes, and the sizes that other parts need."""
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    first: str = ""  # the first problem's prompt
+    sizes: dict[str, int] = field(default_factory=dict)  # problems, by file
+    longest: dict[str, int] = field(default_factory=dict)  # tokens of prompt and completion, by call
+    lines: list[str] = field(default_factory=list)  # of the summary
+
+
+def seen(calls: Sequence[Call]) -> Seen:
+    """Render and count the prompts of every call that draws, as far as policies and problems are there."""
+    whole, done, broken = Seen(), dict[Asking, int](), dict[str, str]()
+    reader, contexts = cache(_reader), dict[str, int]()
+    for call in calls:
+        base = _base(call, calls) if call.stage in ("rl", "sample", "eval") else None
+        if base is None:
+            continue
+        try:
+            tokenizer, context = reader(base)
+        except InputError as error:
+            broken.setdefault(str(error), call.origin("--policy", base))
+            continue
+        for file in (file for file in _files(call) if Path(file).is_file()):
+            asking = Asking(base, call.values.template, call.values.max_tokens, file)
+            if asking not in done:
+                done[asking] = _longest(whole, asking, call, tokenizer, context)
+            whole.longest[call.name] = max(whole.longest.get(call.name, 0), done[asking])
+            contexts[call.name] = context
+    whole.faults += [f"{origin}: {error}" for error, origin in broken.items()]
+    whole.lines += _longest_of_each(calls, whole.longest, contexts)
+    return whole
+
+
+def _base(call: Call, calls: Sequence[Call]) -> Path | None:
+    """The policy that is there and has the tokenizer of those that the call asks."""
+    asked = policies_of(call, calls)
+    return base_of(calls, asked[0]).path if asked else None
+
+
+def _reader(base: Path) -> tuple[Any, int]:
+    """The tokenizer of a policy, and its context in tokens; InputError if the checkpoint is broken."""
+    policies.resolve(str(base))
+    return policies.load_tokenizer(base), policies.context_length(base)
+
+
+def _files(call: Call) -> list[str]:
+    return [path for flag in ("--problems", "--valid") for path in call.places.get(flag, [])]
+
+
+def _longest(whole: Seen, asking: Asking, call: Call, tokenizer: Any, context: int) -> int:
+    """Tokens of the longest prompt of one file and its completion; 0, and a fault in `whole`, if there is none."""
+    try:
+        template = templates.load(asking.template, tokenizer)
+        problems = records.read_problems(Path(asking.file))
+        whole.sizes[asking.file] = len(problems)
+        prompts, left_out = make_prompts(problems, template, tokenizer, asking.max_tokens, context)
+    except InputError as error:
+        flag = _flag(error)
+        whole.faults.append(f"{call.origin(flag, None if flag else asking.file)}: {error}")
+        return 0
+    whole.first = whole.first or prompts[0].text
+    if left_out:
+        said = (
+            f"{len(left_out)} of {len(problems)} problems of {asking.file} ({tabular.some(left_out, 3)}) leave no room "
+            f"for --max-tokens {asking.max_tokens} in a context of {context} tokens"
+        )
+        if call.stage == "eval":
+            whole.faults.append(f"{call.origin('--max-tokens')}: {said}: lower it, or remove them")
+        else:
+            whole.notes.append(f"{said}: {call.stage} leaves them out")
+    return max(len(prompt.token_ids) for prompt in prompts) + asking.max_tokens
+
+
+def _longest_of_each(calls: Sequence[Call], longest: Mapping[str, int], contexts: Mapping[str, int]) -> Iterator[str]:
+    """A line for each stage: the longest of all its calls."""
+    for stage in dict.fromkeys(call.stage for call in calls):
+        ours = [call for call in calls if call.stage == stage and longest.get(call.name)]
+        for call in sorted(ours, key=lambda call: longest[call.name])[-1:]:
+            most = call.values.max_tokens
+            prompt, context = longest[call.name] - most, contexts[call.name]
+            yield f"{stage}: a prompt of {prompt:,} and max_tokens {most:,}, context {context:,}"
+
+
+def _flag(error: InputError) -> str:
+    """The option that an error is of, if it begins with one."""
+    word = str(error).split()[0]
+    return word if word.startswith("--") else "--template" if word == "template" else ""
+
+
+def shortened(text: str, most: int = SHOWN_CHARS) -> str:
+    """A prompt on one line, with its middle left out if it is long."""
+    line = json.dumps(text, ensure_ascii=False)
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+
+
+def waiting(calls: Sequence[Call]) -> Iterator[str]:
+    """A line for everything that has to be made before it can be checked."""
+    needed = [call for call in calls if call.stage in ("rl", "rft", "sample", "eval")]
+    bases = (base_of(calls, policy) for call in needed for policy in policies_of(call, calls)[:1])
+    for waits in dict.fromkeys(base.waits_for for base in bases if base.path is None):
+        yield f"context, prompts and memory of the policy: {waits}"
+    files = dict.fromkeys(file for call in needed for file in _files(call) if not Path(file).is_file())
+    if files:
+        yield f"problems that are not made yet: {tabular.some(list(files))}"
