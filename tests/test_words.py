@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from stages.core import jsonl, records, templates
+from stages.core import jsonl, outputs, records, templates
 from stages.core.errors import InputError
 
 
@@ -217,11 +217,13 @@ def test_a_seed_s_other_thresholds_take_what_does_not_depend_on_them(words, expe
     for name in ("1/rl", "2/rl", "1/policy", "vanilla/rl", "eval/0", "eval/vanilla/valid", "eval/1/valid"):
         (first.runs / name).mkdir(parents=True)
         (first.runs / name / "manifest.json").write_text("{}")
+    (first.runs / "vanilla/rl/state").mkdir()
     stages = {name: {"cmd": name} for name in ("rl@1", "filter@1", "eval_base", "eval@1", "vanilla")}
     (first.path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
     words.run.begin(second)
     there = {str(path.parent.relative_to(second.runs)) for path in second.runs.rglob("manifest.json")}
     assert there == {"1/rl", "vanilla/rl", "eval/0", "eval/vanilla/valid"}
+    assert not (second.runs / "vanilla/rl/state").exists(), "a finished run needs none"
     assert set(yaml.safe_load((second.path / "dvc.lock").read_text())["stages"]) == {"rl@1", "eval_base", "vanilla"}
     assert yaml.safe_load((second.path / "params.yaml").read_text())["filter"]["max_pass_rate"] == 0.3
 
@@ -256,10 +258,15 @@ def test_the_parts_that_are_timed_are_those_of_the_graph(words, experiment, tmp_
     assert parts["eval/1/valid"].amount == (2 + 1) * 200
     shared = {part.out for part in words.timing.parts(experiment.params, sizes, is_shared=True)}
     assert parts.keys() - shared == {"eval/0", "vanilla/rl", "eval/vanilla/valid", "eval/vanilla/test"}
+    asked = words.run.work(experiment.projects([0, 1], [0.1, 0.3]), sizes, "policies")
+    assert sum(part.amount for part, _ in asked if part.kind == "rl") == 2 * (300 + 120)
+    assert {part.kind for part, _ in asked} == {"rl", "rft"}
     (tmp_path / "2/rl").mkdir(parents=True)
     (tmp_path / "2/rl/log.tsv").write_text("step\tseconds\n1\t2.5\n2\t3.5\n")
     assert words.timing.done(parts["2/rl"], tmp_path) == (2, 6.0)
     assert words.timing.done(parts["eval/0"], tmp_path) == (0, 0.0)
+    (tmp_path / "2").rename(tmp_path / "1")
+    assert words.timing.done(parts["vanilla/rl"], tmp_path) == (2, 6.0), "its first steps are the first iteration's"
 
 
 def test_it_goes_on_only_with_the_commit_and_the_settings_that_it_began_with(words, experiment):
@@ -292,6 +299,13 @@ def test_bfloat16_is_refused_where_the_processor_would_imitate_it(words, monkeyp
     (tmp_path / "cpuinfo").write_text("flags : amx_bf16")
     monkeypatch.setattr(sys, "argv", sys.argv[:3])
     assert words.run.read_experiment(words.run.arguments()).params["rl"]["dtype"] == "bfloat16"
+
+
+def test_a_second_call_does_not_run_beside_the_first(words, experiment, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--runs", str(experiment.runs), "--dtype", "float32"])
+    with outputs.locked(experiment.runs / "all"):
+        assert words.run.main() == 2
+    assert capsys.readouterr().err.endswith("is being run by another process: wait for it, or name another --runs\n")
 
 
 def evaluated(place, problem_set, counts, num_samples=4):

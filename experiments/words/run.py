@@ -133,10 +133,15 @@ def take(project: Project, beside: Path) -> None:
     assert project.shares is not None
     for name in SHARED:
         if (project.shares / "runs" / name).exists():
-            shutil.copytree(project.shares / "runs" / name, beside / "runs" / name)
+            shutil.copytree(project.shares / "runs" / name, beside / "runs" / name, ignore=state_of_finished)
     lock = yaml.safe_load((project.shares / "dvc.lock").read_text())
     lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in SHARED_STAGES}
     (beside / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+def state_of_finished(directory: str, names: list[str]) -> set[str]:
+    """What `copytree` leaves out: optimizer and weights that only a run that goes on needs, 1.6 GB here."""
+    return {"state"} & set(names) if "manifest.json" in names else set()
 
 
 def share_first_steps(project: Project) -> None:
@@ -214,20 +219,21 @@ def make(runs: Path, out: str, arguments: list[str]) -> None:
     say(f"{out}: {time.monotonic() - began:.0f} s")
 
 
-def work(projects: Sequence[Project], sizes: dict[str, int]) -> list[tuple[timing.Part, timing.Done]]:
-    """All parts of all projects, with what is done of each."""
+def work(projects: Sequence[Project], sizes: dict[str, int], until: str) -> list[tuple[timing.Part, timing.Done]]:
+    """All parts of all projects, with what is done of each; evaluations are none of those that end with policies."""
     return [
         (part, timing.done(part, project.runs))
         for project in projects
         for part in timing.parts(project.experiment.params, sizes, project.shares is not None)
+        if until == "report" or part.kind != "eval"
     ]
 
 
 class Clock:
     """Says how long is left: when a part is done, and every ten minutes."""
 
-    def __init__(self, projects: Sequence[Project]):
-        self.projects = projects
+    def __init__(self, projects: Sequence[Project], until: str):
+        self.projects, self.until = projects, until
         runs = projects[0].experiment.runs
         count = {name: len(read_problems(runs / f"sets/{name}.jsonl")) for name in data.SETS}
         self.sizes = {"valid": count["valid"], "tests": sum(count[name] for name in data.TESTS)}
@@ -245,7 +251,7 @@ class Clock:
     def _watch(self) -> None:
         whole, spoken = -1, -math.inf
         while True:
-            works = work(self.projects, self.sizes)
+            works = work(self.projects, self.sizes, self.until)
             now_whole = sum(so_far.amount == part.amount for part, so_far in works)
             if now_whole != whole or time.monotonic() - spoken > SPEAK_S:
                 say(f"{now_whole} of {len(works)} parts done, {timing.line(works)}")
@@ -387,6 +393,8 @@ def main() -> int:
 
 def check(experiment: Experiment, options: argparse.Namespace) -> None:
     """Refuse at once, in the terminal, what would fail later."""
+    if outputs.is_locked(experiment.runs / "all"):
+        raise InputError(f"{experiment.runs} is being run by another process: wait for it, or name another --runs")
     if not (experiment.runs / "sources").exists() and options.data:
         data.refuse_missing(options.data)
     if not experiment.base and not (experiment.runs / "base").exists():
@@ -402,7 +410,7 @@ def run(experiment: Experiment, options: argparse.Namespace) -> int:
         return 0
     settings = experiment.settings
     projects = experiment.projects(options.seeds or settings["seeds"], options.thresholds or settings["thresholds"])
-    with Clock(projects):
+    with Clock(projects, options.until):
         failures = list(filter(None, (reproduce(project, options.until) for project in projects)))
     print("\n".join(failures) or "all there", flush=True)
     if options.until == "report" and results.projects(experiment.runs):

@@ -13,6 +13,7 @@ from stages.core.outputs import read_json
 from stages.core.tabular import read_tsv
 
 UNITS = {"rl": "steps", "rft": "fine-tunings", "eval": "problems asked"}  # what each kind of work is counted in
+BASELINE = "vanilla/rl"
 TESTED = 3  # policies of an iteration, and of the baseline, that are asked the test sets, at most
 
 
@@ -40,7 +41,7 @@ def parts(params: Mapping[str, Any], sizes: Mapping[str, int], is_shared: bool) 
     in_iteration, in_vanilla = (math.ceil(count / every) for count in (steps, params["vanilla"]["steps"]))
     if not is_shared:
         yield Part("eval", "eval/0", sizes["valid"] + sizes["tests"])
-        yield Part("rl", "vanilla/rl", params["vanilla"]["steps"])
+        yield Part("rl", BASELINE, params["vanilla"]["steps"])
         yield Part("eval", "eval/vanilla/valid", in_vanilla * sizes["valid"])
         yield Part("eval", "eval/vanilla/test", TESTED * sizes["tests"])
     for key in params["iterations"]:
@@ -55,6 +56,8 @@ def done(part: Part, runs: Path) -> Done:
     """What is there of a part."""
     if part.kind == "rl":
         log = read_tsv(runs / part.out / "log.tsv")
+        if part.out == BASELINE:  # before it has a log, its first steps are made as the first iteration's
+            log = log or read_tsv(runs / "1/rl/log.tsv")
         return Done(min(len(log), part.amount), sum(row.get("seconds", 0.0) for row in log))
     manifest = read_json(runs / part.out / "manifest.json")
     return Done(part.amount if manifest else 0, float(manifest.get("seconds", 0.0)))
