@@ -330,12 +330,13 @@ def test_the_tables_hold_the_ends_of_each_way_and_their_differences(words, tmp_p
         evaluated(project / "runs/eval/0", "valid", {"runs/0/policy": [0, 2]})
         evaluated(project / "runs/eval/vanilla/valid", "valid", {on_way: [4, 4], end: [1, 3]})
         evaluated(project / "runs/eval/1/valid", "valid", {"runs/1/policy": [2, 4]})
+        evaluated(project / "runs/eval/1/test", "far", {"runs/1/policy": [0, 0]})
     found = words.results.policies(tmp_path)
     assert [(policy.seed, policy.method) for policy in found] == [
         (seed, method) for seed in "01" for method in ("Base", "RL", "RLoop 30 %")
     ]
     rows = words.results.measurements(found, [2])
-    values = {(row["seed"], row["method"], row["metric"]): row["value"] for row in rows}
+    values = {(row["seed"], row["method"], row["metric"]): row["value"] for row in rows if row["set"] == "valid"}
     assert values["0", "RL", "avg@4"] == 50.0, "the end counts, not the checkpoint on the way"
     assert values["1", "RLoop 30 %", "avg@4"] == 75.0
     assert values["0", "Base", "pass@2"] == pytest.approx(100 * (0 + 5 / 6) / 2)
@@ -344,7 +345,7 @@ def test_the_tables_hold_the_ends_of_each_way_and_their_differences(words, tmp_p
     assert apart["RL − Base", "avg@4"] == 25.0
     text = words.results.write(tmp_path, tmp_path / "out")
     assert "| RLoop 30 % over RL here" in text
-    assert "+50.0" in text
+    assert "+50.0" in text, "sets that RL was not asked don't count"
     assert (tmp_path / "out/over_steps.tsv").read_text().splitlines()[1] == "0-30\t1\t1\t0.5\t1\t0.25"
 
 

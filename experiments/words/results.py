@@ -155,29 +155,29 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
 
 
 def beside_the_paper(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The relative change of the plain average over all sets and seeds, RLoop over RL, in percent."""
+    """How one method's plain average over sets and seeds stands to another's, in percent.
+
+    Sets and seeds count of which both have a figure.
+    """
     names = list(dict.fromkeys(row["metric"] for row in rows))
-    wanted = (names[0], names[-1])
-    means = {
-        (method, metric): fmean(row["value"] for row in rows if (row["method"], row["metric"]) == (method, metric))
-        for method in dict.fromkeys(row["method"] for row in rows)
-        for metric in wanted
-    }
-    pairs = [(method, runs.RL) for method, metric in means if method.startswith(runs.RLOOP) and metric == wanted[0]]
-    pairs += [(runs.RL, runs.BASE)]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    pairs = [(method, runs.RL) for method in methods if method.startswith(runs.RLOOP)] + [(runs.RL, runs.BASE)]
     lines = [
-        [
-            f"{one} over {other} here",
-            *(relative(means.get((one, metric)), means.get((other, metric))) for metric in wanted),
-        ]
+        [f"{one} over {other} here", *(relative(rows, one, other, metric) for metric in (names[0], names[-1]))]
         for one, other in pairs
     ]
-    return table(["", *wanted], [PAPER, *lines])
+    return table(["", names[0], names[-1]], [PAPER, *lines])
 
 
-def relative(one: float | None, other: float | None) -> str:
-    """`+12.3`, or - if there is nothing to divide by."""
-    return f"{100 * (one / other - 1):+.1f}" if one is not None and other else "-"
+def relative(rows: Sequence[Mapping[str, Any]], one: str, other: str, metric: str) -> str:
+    """`+12.3`: one method's average in percent of the other's, minus 100; - if there is nothing to divide by."""
+    values: dict[str, dict[tuple[str, str], float]] = {one: {}, other: {}}
+    for row in rows:
+        if row["method"] in values and row["metric"] == metric:
+            values[row["method"]][row["seed"], row["set"]] = row["value"]
+    both = values[one].keys() & values[other].keys()
+    above, below = (sum(values[method][key] for key in both) for method in (one, other))
+    return f"{100 * (above / below - 1):+.1f}" if below else "-"
 
 
 def dynamics(directory: Path) -> list[list[str]]:
