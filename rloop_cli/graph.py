@@ -247,5 +247,5 @@ def _places(stage: str, values: Mapping[str, Any]) -> Iterator[tuple[str, list[s
     for name, option in options.declared(load(stage).run).items():
         value = values[name]
         paths = [str(item) for item in (value if isinstance(value, list) else [value]) if isinstance(item, str | Path)]
-        if name != "out" and (option.is_place or "Path" in str(option.type)) and any(paths):
+        if name not in ("out", "reward") and (option.is_place or "Path" in str(option.type)) and any(paths):
             yield option.flag, list(filter(None, paths))
