@@ -9,13 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import jsonl, outputs, sampling, tabular
+from stages.core import jsonl, outputs, sampling
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.provenance import digest
 from stages.core.ranks import Ranks
+from stages.core.rollouts import no_room
 from stages.core.verifier import Verifier
 
 
@@ -65,5 +66,5 @@ def _plan(
     if ranks.is_first:
         sampling.warn_of_templates(plan)
         if plan.left_out:
-            warn(f"{len(plan.left_out)} problems are too long for the policy's context: {tabular.some(plan.left_out)}")
+            warn(f"{no_room(plan.left_out, options.max_tokens, plan.context)}: they are left out")
     return plan
