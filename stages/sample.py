@@ -12,13 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import jsonl, lineage, outputs, provenance, sampling, tabular, verifier
+from stages.core import jsonl, lineage, outputs, provenance, sampling, verifier
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
+from stages.core.rollouts import no_room
 
 
 @checked
@@ -86,5 +87,5 @@ def _plan(
     if ranks.is_first:
         sampling.warn_of_templates(plan)
         if plan.left_out:
-            warn(f"{len(plan.left_out)} problems are too long for the policy's context: {tabular.some(plan.left_out)}")
+            warn(f"{no_room(plan.left_out, options.max_tokens, plan.context)}: they are left out")
     return plan

@@ -423,6 +423,17 @@ def test_a_fault_in_a_file_is_told_with_its_place_and_nothing_is_written(tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def test_a_kept_column_of_prompts_is_asked_as_it_is(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    path = write_jsonl(tmp_path / "verl.jsonl", {"prompt": chat, "reward_model": {"ground_truth": "2"}})
+    assert run(tmp_path, path, keep_column=["prompt"])[0]["prompt"] == chat
+    assert run(tmp_path, path, out="plain.jsonl")[0].get("prompt") is None
+    path = write_jsonl(tmp_path / "wrong.jsonl", {"problem": "a", "answer": "1", "prompt": ["a"]})
+    with pytest.raises(InputError, match=r"wrong\.jsonl:1: --keep-column prompt: field 'prompt' of Problem must be"):
+        run(tmp_path, path, out="wrong.out.jsonl", keep_column=["prompt"])
+    assert not (tmp_path / "wrong.out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("column", "fault"),
     [

@@ -89,6 +89,36 @@ def test_a_duplicate_problem_id_is_an_error_that_names_both_lines(tmp_path):
         records.read_problems(path)
 
 
+CHAT = [{"role": "system", "content": ""}, {"role": "user", "content": "1 + 1?", "name": "Ann"}]
+
+
+def test_a_problem_may_bring_its_prompt_as_a_text_or_as_messages(tmp_path):
+    prompts = ["Q: 1 + 1?\nA:", CHAT, None]
+    path = write(tmp_path / "file.jsonl", *({**PROBLEM, "id": str(i), "prompt": p} for i, p in enumerate(prompts)))
+    assert [problem["prompt"] for problem in records.read_problems(path)] == prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fault"),
+    [
+        ("", "Expected `str` of length >= 1"),
+        ([], "Expected `array` of length >= 1"),
+        (5, "got `int`"),
+        ({"role": "user", "content": "a"}, "got `object`"),
+        (["a"], "got `str` - at `$[0]`"),
+        ([*CHAT, {"role": "user"}], "missing required field `content` - at `$[2]`"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "got `array` - at `$[0].content`"),
+        ([{"role": None, "content": "a"}], "Expected `str`, got `null` - at `$[0].role`"),
+    ],
+)
+def test_a_prompt_that_is_neither_is_refused_by_file_and_line(tmp_path, prompt, fault):
+    path = write(tmp_path / "file.jsonl", PROBLEM, {**PROBLEM, "id": "mine/2", "prompt": prompt})
+    with pytest.raises(InputError) as caught:
+        records.read_problems(path)
+    assert "file.jsonl:2: field 'prompt' of Problem must be a text, or a list of messages" in str(caught.value)
+    assert str(caught.value).endswith(fault)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("record", [ROLLOUT, EXAMPLE, RESULT], ids=["rollouts", "examples", "results"])
 def test_records_open_in_one_line_of_pandas_and_datasets_as_the_readme_says(record, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from rloop_cli import warm
 from stages.core import jsonl, lifetime, policies, records
 from stages.core.engine import VllmEngine
 from stages.core.errors import InputError
+from stages.core.rollouts import OWN_PROMPTS
 from stages.rl import Options
 from stages.rl.rundir import RunDir
 from tests import ranks
@@ -31,10 +32,16 @@ SMALL = (  # noqa: SIM905
 
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory):
-    """Problems whose answer is always 7: a policy that boxes anything at all soon learns to say so."""
+    """Problems whose answer is always 7: a policy that boxes anything at all soon learns to say so.
+
+    Each has a prompt of its own, without the words of the problem.
+    """
     path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
     sums = [(a, b) for a in range(1, 10) for b in range(1, 5)]
-    jsonl.write(path, ({"id": f"{a}+{b}", "problem": f"{a}+{b}=?", "answer": "7", "source": "easy"} for a, b in sums))
+    own = {f"{a}+{b}": f"{a}+{b}=?" for a, b in sums}
+    problems = ({"id": i, "problem": f"What is {text}", "answer": "7", "source": "easy", "prompt": text}
+                for i, text in own.items())  # fmt: skip
+    jsonl.write(path, problems)
     return path
 
 
@@ -91,6 +98,7 @@ def test_the_reward_rises_on_an_easy_set_and_the_rollouts_add_up(whole_run):
         assert sum(rollout["reward"] for rollout in rollouts) / len(rollouts) == pytest.approx(
             row["pass_rate"], rel=1e-5
         )
+        assert all(rollout["prompt"] == f"{rollout['problem_id']}=?" for rollout in rollouts)
         assert row["num_kept"] == 8 or row["short_batch"] == 1
         keys = [(rollout["problem_id"], rollout["sample"]) for rollout in rollouts]
         assert len(set(keys)) == len(keys)
@@ -113,6 +121,7 @@ def test_a_finished_run_leaves_checkpoints_metrics_and_the_last_state(whole_run)
     assert metrics["steps"] == manifest["parameters"]["steps"] == 8
     assert metrics["num_rollouts"] == sum(row["num_rollouts"] for row in RunDir(whole_run).log_rows())
     assert metrics["mismatch_alarms"] == 0
+    assert manifest["template_digest"] == OWN_PROMPTS
     assert sorted(path.name for path in (whole_run / "state").iterdir()) == ["run.json", "step_000008"]
 
 
@@ -123,6 +132,7 @@ def test_while_it_trains_a_run_measures_what_eval_does_of_its_checkpoints(whole_
     arguments = ["eval", *policies, "--problems", held_out, "--out", tmp_path / "eval", *shape]
     code, printed = run(list(map(str, arguments)), tmp_path / "eval.log")
     assert code == 0, printed
+    assert printed.count("was trained with prompts of its problems' own, and is asked with none") == 2
     of_policies = json.loads((tmp_path / "eval/metrics.json").read_bytes())["policies"].values()
     rows, metrics = RunDir(whole_run).log_rows(), json.loads((whole_run / "metrics.json").read_bytes())
     assert [row["step"] for row in rows if "valid" in row] == [4, 8]

@@ -5,7 +5,7 @@ import pytest
 from stages.core import records
 from stages.core.engine import Completion, Sampling
 from stages.core.errors import InputError
-from stages.core.rollouts import draw, draw_each, make_prompts
+from stages.core.rollouts import OWN_PROMPTS, asked_by, draw, draw_each, make_prompts
 from stages.core.templates import Template
 from stages.core.verifier import Verifier
 
@@ -56,8 +56,19 @@ def test_completions_that_never_fit_are_refused(max_tokens, message):
 
 
 def test_an_empty_prompt_is_refused_by_its_problem():
-    with pytest.raises(InputError, match="problem p1 gives an empty prompt"):
+    with pytest.raises(InputError, match="problem p1 gives an empty prompt: remove it, or name another --template"):
         make_prompts([problem(0), problem(1, "")], Template("none", str, (), "digest"), Words(), 6, context=10)
+
+
+def test_a_problem_s_own_prompt_goes_before_the_template_and_is_taken_as_it_is():
+    own = problem(1) | {"prompt": " {problem} as\n it is "}
+    kept, _ = make_prompts([problem(0), own, problem(2) | {"prompt": None}], ASK, Words(), 4, 100)
+    assert [prompt.text for prompt in kept] == ["Q one two A", " {problem} as\n it is ", "Q one two A"]
+    assert asked_by(kept, ASK) == "digest"
+    assert asked_by(kept[1:2], ASK) == OWN_PROMPTS
+    blank = problem(1) | {"prompt": " "}
+    with pytest.raises(InputError, match=r"a\.jsonl: problem p1 gives an empty prompt: .* write its prompt as a text"):
+        make_prompts([blank], ASK, Words(), 4, 100, "a.jsonl")
 
 
 def test_groups_come_in_the_order_of_the_prompts_with_the_verifiers_rewards():

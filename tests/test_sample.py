@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 
+from rloop_cli import warm
 from stages import sample
-from stages.core import jsonl, provenance, records, sampling
+from stages.core import jsonl, policies, provenance, records, sampling, templates
 from stages.core.errors import InputError
 from stages.core.ranks import ALONE
 from stages.core.records import Rollout
+from stages.core.rollouts import OWN_PROMPTS
 from stages.core.sampling import Options, Plan
 from stages.core.verifier import Verifier
+from stages.rft.examples import tokenize
 from tests.scripted import ScriptedEngine
 
 OPTIONS = Options(template="none", max_tokens=32)
+CHAT = "{% for message in messages %}({{ message.content }}){% endfor %}{% if add_generation_prompt %}=?{% endif %}"
 
 
 def problem(number):
@@ -196,6 +201,26 @@ def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, p
     manifest.write_text(json.dumps({"template_digest": "other", "parameters": {"template": "boxed"}}))
     sampling.warn_of_templates(plan)
     assert "was trained with template boxed, and is asked with none" in capsys.readouterr().err
+    manifest.write_text(json.dumps({"template_digest": OWN_PROMPTS, "parameters": {"template": "none"}}))
+    sampling.warn_of_templates(plan)
+    assert "was trained with prompts of its problems' own, and is asked with none" in capsys.readouterr().err
+    jsonl.write(problems, [problem(0) | {"prompt": "1+1=?"}])
+    sampling.warn_of_templates(sampling.plan([str(policy)], [problems], 2, OPTIONS))
+    assert capsys.readouterr().err == ""
+
+
+def test_messages_are_asked_of_policies_with_one_chat_template_and_no_others(tiny_policy, copied, tmp_path, problems):
+    same, other = (shutil.copytree(copied, tmp_path / name) for name in ("same", "other"))
+    for policy, text in ((copied, CHAT), (same, CHAT), (other, f"{CHAT}+")):
+        (policy / "chat_template.jinja").write_text(text)
+    chat = [{"role": "user", "content": "1+2"}]
+    jsonl.write(problems, [problem(0), problem(1) | {"prompt": chat}, problem(2) | {"prompt": "7*7=?"}])
+    plan = sampling.plan([str(copied), str(same)], [problems], 2, OPTIONS)
+    assert [prompt.text for prompt in plan.sets["sums"]] == [problem(0)["problem"], "(1+2)=?", "7*7=?"]
+    with pytest.raises(InputError, match="their chat templates differ, and problems have messages; use two calls"):
+        sampling.plan([str(copied), str(other)], [problems], 2, OPTIONS)
+    with pytest.raises(InputError, match=r"sums.jsonl: messages of problem p1: the policy's tokenizer has no chat te"):
+        sampling.plan([str(tiny_policy)], [problems], 2, OPTIONS)
 
 
 def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy, problems):
@@ -224,7 +249,8 @@ def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, 
         file.write(json.dumps(problem(6) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
     monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
     sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", num_samples=2, options=OPTIONS)
-    assert "1 problems are too long for the policy's context: long" in capsys.readouterr().err
+    fault = "1 problems (long) leave no room for --max-tokens 32 in the policy's context of 128 tokens: they are left"
+    assert fault in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["stage"] == "sample" and manifest["parameters"]["num_samples"] == 2
     assert manifest["inputs"] == {str(path): provenance.digest(path) for path in (problems, tiny_policy)}
@@ -292,3 +318,35 @@ def test_the_real_engine_gives_a_policy_the_same_samples_alone_and_after_another
         second = [r for r in sampling.rollouts(both, start, verifier) if r["policy"] == other]
         assert list(sampling.rollouts(alone, start, verifier)) == second
     engine.load(sampling.policies.disk_weights(tiny_policy))
+
+
+FOUR_SHOT = Path(__file__).parents[1] / "examples/templates/four-shot.txt"
+
+
+@pytest.mark.slow
+def test_after_four_shots_completions_end_at_the_stop_text_which_rft_teaches_with_the_end_token(make_policy, tmp_path):
+    """The policy writes at random in the example's own words, of which the stop text is one."""
+    template = templates.load(str(FOUR_SHOT))
+    [stop] = template.stop
+    words = sorted(set(re.findall(rf"{stop}| ?[A-Za-z]+|[\s\S]", f"{template.render('')}(1+2)=?{stop}")))
+    policy = make_policy(std=0.1, words=words, max_position_embeddings=1024)
+    (policy / "chat_template.jinja").write_text(CHAT)
+    owns = {"p0": None, "p1": "Problem: 1 + 2\nSolution:", "p2": [{"role": "user", "content": "1+2"}]}
+    jsonl.write(tmp_path / "sums.jsonl", [problem(i) | {"prompt": owns[f"p{i}"]} for i in range(3)])
+    command = f"sample --policy {policy} --problems sums.jsonl --out out.jsonl --template {FOUR_SHOT} --max-tokens 48"
+    process = warm.start(command.split(), tmp_path, tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    rollouts = list(records.read(tmp_path / "out.jsonl", Rollout))
+    prompts = [template.render(problem(0)["problem"]), owns["p1"], "(1+2)=?"]
+    assert [rollout["prompt"] for rollout in rollouts] == [prompt for prompt in prompts for _ in range(16)]
+    tokenizer = policies.load_tokenizer(policy)
+    for prompt in prompts:
+        stopped = [rollout for rollout in rollouts if rollout["prompt"] == prompt and stop in rollout["completion"]]
+        assert len(stopped) > 2
+        for rollout in stopped:
+            assert rollout["completion"].index(stop) == len(rollout["completion"]) - len(stop)
+            assert rollout["finish_reason"] == "stop"
+            row = tokenize(tokenizer, {"problem_id": "p", "pass_rate": 0.0, **rollout})
+            taught = [token for token in row.labels if token != policies.IGNORED]
+            assert tokenizer.decode(taught) == rollout["completion"] + tokenizer.eos_token

@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +118,70 @@ def test_a_file_is_a_template_less_the_end_of_line_that_editors_add(tmp_path):
     assert templates.load(str(path)).render(HOSTILE) == f"Q: {HOSTILE}\nGive {{it}} in \\boxed{{}}.\nA:"
 
 
+@pytest.mark.parametrize("head", ['stop: ["\\nQ:", </s>]', "stop:\n- |2-\n\n  Q:\n- </s>"])
+def test_a_file_names_its_stop_texts_between_two_fences(tmp_path, head):
+    path = tmp_path / "mine.txt"
+    path.write_text(f"---\n{head}\n---\n\nQ: {{problem}}\nA:\n")
+    template = templates.load(str(path))
+    assert template.stop == ("\nQ:", "</s>")
+    assert template.render(HOSTILE) == f"\nQ: {HOSTILE}\nA:"
+
+
+@pytest.mark.parametrize(
+    ("head", "fault"),
+    [
+        ('stop: [""]', "Expected `str` of length >= 1"),
+        ("stop: [a, 5]", r"Expected `str`, got `int` - at `\$.stop\[1\]`"),
+        ("stop: a", "Expected `array`, got `str`"),
+        ("stop: [a]\nname: mine", "unknown field `name`"),
+        ("", "Expected `object`, got `null`"),
+        ("stop: [a", "while parsing a flow sequence"),
+        ("stop: [2026-13-01]", "month must be in 1..12"),
+        ("stop: ['\\nQ:']", "a stop text holds a backslash and an n, no line break"),
+    ],
+)
+def test_a_front_matter_that_is_none_is_refused_in_one_line(tmp_path, head, fault):
+    path = tmp_path / "mine.txt"
+    path.write_text(f"---\n{head}\n---\n{{problem}}")
+    with pytest.raises(InputError, match=rf'mine.txt: .*{fault}.*; expected such as stop: \["\\nProblem:"\]') as caught:
+        templates.load(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("---\nstop: [a]\n{problem}", "a second line --- must end its front matter"),
+        ("\ufeff---\nstop: [a]\n---\n{problem}", "begins with a byte order mark"),
+        ("---\nstop: ['{problem}']\n---\nnone here", "must stand in it once, found 0 times"),
+    ],
+)
+def test_a_front_matter_without_an_end_or_a_text_is_refused(tmp_path, text, fault):
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=fault):
+        templates.load(str(path))
+
+
+def test_stop_texts_are_part_of_the_digest_and_a_file_without_any_keeps_the_digest_it_had(tmp_path):
+    path, digests = tmp_path / "mine.txt", []
+    for head in ("", "---\nstop: []\n---\n", "---\nstop: [a]\n---\n", "---\nstop: [b]\n---\n"):
+        path.write_text(head + "Q {problem} A\n")
+        digests.append(templates.load(str(path)).digest)
+    assert (
+        digests[0] == digests[1] == "6cd22fb5b80139841114d9aced22446c85653fc0917347b73be4d437bf5ba5c3"
+    )  # of before there were stops
+    assert len(set(digests)) == 3
+
+
+def test_the_four_shots_of_the_example_end_in_a_box_and_its_stop_text_begins_the_next_problem():
+    template = templates.load(str(Path(__file__).parents[1] / "examples/templates/four-shot.txt"))
+    [stop] = template.stop
+    *shots, last = ("\n" + template.render(HOSTILE)).split(stop)[1:]
+    assert [shot.strip().endswith("}.") and shot.count("\\boxed{") == 1 for shot in shots] == [True] * 4
+    assert last == f" {HOSTILE}\nSolution:"
+
+
 @pytest.mark.parametrize("text", ["no place for it", "{problem} and {problem}"])
 def test_a_file_without_exactly_one_place_for_the_problem_is_refused(tmp_path, text):
     path = tmp_path / "mine.txt"
@@ -140,10 +205,47 @@ def test_the_digest_follows_what_a_template_does_not_what_it_is_called(tmp_path)
     assert templates.load(str(other)).digest != digests["dapo"]
 
 
-def test_stops_that_are_tokens_are_told_from_stops_that_are_text():
-    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "<|im_end|>": 7})
-    assert templates.load("boxed").end_tokens(tokenizer) == ([7], [])
-    assert templates.load("r1-zero").end_tokens(tokenizer) == ([], ["</answer>"])
+def test_stops_that_are_special_tokens_are_told_from_stops_that_are_text(tiny_policy):
+    tokenizer = policies.load_tokenizer(tiny_policy)
+    template = templates.Template("mine", str, ("<eos>", "}", "</answer>"), "digest")
+    assert template.end_tokens(tokenizer) == ([tokenizer.eos_token_id], ["}", "</answer>"])
+
+
+CHAT = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ASK = {"role": "user", "content": HOSTILE}
+
+
+def test_messages_are_rendered_by_the_policys_chat_template(tiny_policy):
+    tokenizer = policies.load_tokenizer(tiny_policy)
+    tokenizer.chat_template = CHAT
+    chats = {
+        "a": [{"role": "system", "content": "Be brief."}, ASK],
+        "b": [ASK],
+        "c": [ASK, {"role": "assistant", "content": "Let me see:"}],
+    }
+    assert templates.render_chats(tokenizer, chats, "sums.jsonl") == {
+        "a": f"[system]Be brief.[end][user]{HOSTILE}[end][assistant]",
+        "b": f"[user]{HOSTILE}[end][assistant]",
+        "c": f"[user]{HOSTILE}[end][assistant]Let me see:",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (None, "the policy's tokenizer has no chat template; write its prompt as a text"),
+        ("{{ raise_exception('no system turn') }}", "the policy's chat template fails: TemplateError: no system turn"),
+    ],
+)
+def test_messages_that_can_not_be_rendered_are_named_by_file_and_problem(tiny_policy, text, fault):
+    tokenizer = policies.load_tokenizer(tiny_policy)
+    tokenizer.chat_template = text
+    with pytest.raises(InputError) as caught:
+        templates.render_chats(tokenizer, {"p1": [ASK]}, "sums.jsonl")
+    assert str(caught.value).startswith(f"sums.jsonl: messages of problem p1: {fault}")
 
 
 class Beginning:

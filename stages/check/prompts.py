@@ -82,7 +82,7 @@ def _longest(whole: Seen, asking: Asking, call: Call, tokenizer: Any, context: i
         template = templates.load(asking.template, tokenizer)
         problems = records.read_problems(Path(asking.file))
         whole.sizes[asking.file] = len(problems)
-        prompts, left_out = make_prompts(problems, template, tokenizer, asking.max_tokens, context)
+        prompts, left_out = make_prompts(problems, template, tokenizer, asking.max_tokens, context, asking.file)
     except InputError as error:
         flag = _flag(error)
         whole.faults.append(f"{call.origin(flag, None if flag else asking.file)}: {error}")

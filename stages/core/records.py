@@ -7,7 +7,19 @@ every metric can be recomputed.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    TypedDict,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 
@@ -18,16 +30,31 @@ Verdict = Literal["correct", "wrong", "no_answer", "rejected", "timeout", "error
 FinishReason = Literal["stop", "length"]
 
 
+class Message(TypedDict):
+    """A turn of a chat; further keys go to the chat template with it.
+
+    {"role": "user", "content": "What is 3 + 4?"}
+    """
+
+    role: str
+    content: str
+
+
 class Problem(TypedDict):
     """Made by prepare and toy, read by rl, sample and eval.
 
     {"id": "math-500/7", "problem": "What is 3 + 4?", "answer": "7", "source": "math-500"}
+
+    `prompt` is how the problem itself says it: a text that the engine sees as it is, or the messages of a chat, which
+    the policy's chat template renders. It takes the place of --template, but for the template's stop texts; without
+    one, or with null, the template renders `problem`.
     """
 
     id: str
     problem: str
     answer: str
     source: str
+    prompt: NotRequired[str | list[Message] | None]
 
 
 class Rollout(TypedDict):
@@ -110,25 +137,41 @@ def scan(file: jsonl.LineSource, name: str, kind: type[Record]) -> Iterator[tupl
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """All problems of `path`; a duplicate id is an InputError, as is a file without any."""
+    """All problems of `path`; InputError for a duplicate id, an ill-formed prompt, or a file without any."""
     seen: dict[str, int] = {}
     problems = []
     for number, problem in enumerate(read(path, Problem), 1):
         if problem["id"] in seen:
             first = seen[problem["id"]]
             raise InputError(f"{path}:{number}: problem id {problem['id']!r} was already used on line {first}")
+        if fault := prompt_fault(problem.get("prompt")):
+            raise InputError(f"{path}:{number}: {fault}")
         seen[problem["id"]] = number
         problems.append(problem)
     return problems
 
 
+def prompt_fault(prompt: Any) -> str | None:
+    """A sentence on why `prompt` can't be a problem's own; None if it can, or if it is None."""
+    try:
+        msgspec.convert(prompt, _PROMPT)
+    except msgspec.ValidationError as error:
+        wanted = "a text, or a list of messages, each with the texts role and content"
+        return f"field 'prompt' of Problem must be {wanted}: {error}"
+    return None
+
+
+_PROMPT = Annotated[str, msgspec.Meta(min_length=1)] | Annotated[list[Message], msgspec.Meta(min_length=1)] | None
+
+
 def checker(kind: type[Record]) -> Callable[[dict[str, Any]], str | None]:
-    """A function from a dictionary to None, or to a sentence on the first field that `kind` forbids.
+    """A function from a dictionary to None, or to a sentence on the first needed field that `kind` forbids.
 
     A JSON number without a point is an int to JSON writers in other languages, so ints pass as floats;
     booleans never pass as numbers, and ints are counts or places, so negative ones don't pass.
     """
-    fields = {name: _accepted(hint) for name, hint in get_type_hints(kind).items()}
+    needed = cast(Any, kind).__required_keys__
+    fields = {name: _accepted(hint) for name, hint in get_type_hints(kind).items() if name in needed}
     shape = msgspec.defstruct(kind.__name__, [(name, accepted.hint) for name, accepted in fields.items()])
 
     def check(record: dict[str, Any]) -> str | None:

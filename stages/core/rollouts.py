@@ -5,14 +5,18 @@ The verifier works on finished groups while the engine still generates the other
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
-from stages.core import policies
+from stages.core import policies, templates
 from stages.core.engine import Completion, Engine, Sampling, ShouldStop, seed_of
 from stages.core.errors import InputError
 from stages.core.records import Problem, Rollout
+from stages.core.tabular import some
 from stages.core.templates import Template
 from stages.core.verifier import Score
+
+OWN_PROMPTS = "the problems' own prompts"  # in the place of a template's digest
 
 
 @dataclass(frozen=True)
@@ -125,20 +129,27 @@ class Group:
 
 
 def make_prompts(
-    problems: Sequence[Problem], template: Template, tokenizer: Any, max_tokens: int, context: int
+    problems: Sequence[Problem],
+    template: Template,
+    tokenizer: Any,
+    max_tokens: int,
+    context: int,
+    file: str | Path = "problems",
 ) -> tuple[list[Prompt], list[str]]:
     """Render and tokenise; return the prompts that leave room for `max_tokens`, and the ids of those left out.
 
-    Raises InputError if `max_tokens` alone fills the `context` (in tokens), a prompt is empty, or none is left.
+    Raises InputError if `max_tokens` alone fills the `context` (in tokens), and one that names the `file` if a prompt
+    is empty or can't be rendered, or if none is left.
     """
     if max_tokens >= context:
         raise InputError(f"--max-tokens {max_tokens} does not fit the policy's context of {context} tokens: lower it")
-    texts = template.render_all([problem["problem"] for problem in problems])
+    texts = _texts(problems, template, tokenizer, str(file))
     encoded = policies.encode(tokenizer, texts)
     prompts, left_out = [], []
     for problem, text, token_ids in zip(problems, texts, encoded, strict=True):
         if not token_ids:
-            raise InputError(f"problem {problem['id']} gives an empty prompt: remove it, or name another --template")
+            remedy = "write its prompt as a text" if problem.get("prompt") else "name another --template"
+            raise InputError(f"{file}: problem {problem['id']} gives an empty prompt: remove it, or {remedy}")
         if len(token_ids) + max_tokens <= context:
             prompts.append(Prompt(problem, text, token_ids))
         else:
@@ -146,10 +157,36 @@ def make_prompts(
     if not prompts:
         shortest = min(len(token_ids) for token_ids in encoded)
         raise InputError(
-            f"no problem fits: the shortest prompt has {shortest} tokens, and with --max-tokens {max_tokens} "
+            f"{file}: no problem fits: the shortest prompt has {shortest} tokens, and with --max-tokens {max_tokens} "
             f"that is beyond the policy's context of {context}: lower --max-tokens"
         )
     return prompts, left_out
+
+
+def asked_by(prompts: Sequence[Prompt], template: Template) -> str:
+    """What made the prompts: the digest of `template`, or OWN_PROMPTS if none of them needed it."""
+    is_needed = any(prompt.problem.get("prompt") is None for prompt in prompts)
+    return template.digest if is_needed else OWN_PROMPTS
+
+
+def _texts(problems: Sequence[Problem], template: Template, tokenizer: Any, file: str) -> list[str]:
+    """Each problem's prompt: its own, or else what the template makes of it."""
+    own = {problem["id"]: prompt for problem in problems if (prompt := problem.get("prompt")) is not None}
+    others = [problem for problem in problems if problem["id"] not in own]
+    rendered = template.render_all([problem["problem"] for problem in others])
+    texts = dict(zip((problem["id"] for problem in others), rendered, strict=True))
+    texts |= {name: prompt for name, prompt in own.items() if isinstance(prompt, str)}
+    chats = {name: prompt for name, prompt in own.items() if not isinstance(prompt, str)}
+    texts |= templates.render_chats(tokenizer, chats, file)
+    return [texts[problem["id"]] for problem in problems]
+
+
+def no_room(left_out: Sequence[str], max_tokens: int, context: int) -> str:
+    """What to say of the problems that `make_prompts` left out."""
+    return (
+        f"{len(left_out)} problems ({some(left_out)}) leave no room for --max-tokens {max_tokens} in the policy's "
+        f"context of {context} tokens"
+    )
 
 
 def draw(

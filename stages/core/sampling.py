@@ -29,8 +29,8 @@ from stages.core.progress import StepProgress, warn
 from stages.core.ranks import ALONE, Ranks, TensorParallel
 from stages.core.records import Problem, Rollout
 from stages.core.rewards import RewardOptions, Rewards
-from stages.core.rollouts import Grader, Group, Prompt, draw_each, make_prompts, seeded
-from stages.core.templates import Template
+from stages.core.rollouts import OWN_PROMPTS, Grader, Group, Prompt, asked_by, draw_each, make_prompts, seeded
+from stages.core.templates import Template, TemplateName
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB if each has 2,048 tokens
@@ -46,11 +46,7 @@ class Options(RewardOptions):
 
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
     temperature: Annotated[float, "sampling temperature", at_least(0)] = 1.0
-    template: Annotated[
-        str,
-        "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none, or a file: the text of a prompt, in which "
-        "{problem} stands once for the problem",
-    ] = "boxed"
+    template: TemplateName = "boxed"
     seed: Annotated[int, "seed of sampling"] = 0
     limit: Annotated[int, "ask only the first problems, so many; 0 asks all", at_least(0)] = 0
     bare: Annotated[bool, "a completion without box and 'Answer:' line counts by its bare final expression"] = False
@@ -249,8 +245,8 @@ def plan(
     template = templates.load(options.template, tokenizer)
     sets: dict[str, list[Prompt]] = {}
     left_out: list[str] = []
-    for name, own in problems.items():
-        sets[name], too_long = make_prompts(own, template, tokenizer, options.max_tokens, context)
+    for file, (name, own) in zip(problem_files, problems.items(), strict=True):
+        sets[name], too_long = make_prompts(own, template, tokenizer, options.max_tokens, context, file)
         left_out += too_long
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
     _check_alike(paths, tokenizers, template, prompts)
@@ -305,6 +301,7 @@ def _check_alike(
     """Raise InputError if a policy cannot take the first one's place in the engine."""
     first = next(iter(paths))
     texts, token_ids = [prompt.text for prompt in prompts], [prompt.token_ids for prompt in prompts]
+    has_chats = any(isinstance(prompt.problem.get("prompt"), list) for prompt in prompts)
     for name, path in paths.items():
         if (fault := policies.difference(paths[first], path)) is not None:
             pass
@@ -312,18 +309,28 @@ def _check_alike(
             fault = "their tokenizers differ"
         elif templates.load(template.name, tokenizers[name]).digest != template.digest:
             fault = "their chat templates differ"
+        elif has_chats and tokenizers[name].chat_template != tokenizers[first].chat_template:
+            fault = "their chat templates differ, and problems have messages"
         if fault:
             raise InputError(f"policies {first} and {name} cannot share one engine: {fault}; use two calls")
 
 
 def warn_of_templates(plan: Plan) -> None:
-    """Warn of each policy whose manifest, or that of the rl run it is a checkpoint of, names another template."""
+    """Warn of each policy whose manifest, or that of the rl run it is a checkpoint of, names another template.
+
+    Nothing is known of problems that all have prompts of their own: their file says how they are asked.
+    """
+    asked = asked_by([prompt for prompts in plan.sets.values() for prompt in prompts], plan.template)
+    if asked == OWN_PROMPTS:
+        return
     for name, path in plan.policies.items():
         manifests = (read_json(place / "manifest.json") for place in (path, *path.absolute().parents[:2]))
         manifest = next((manifest for manifest in manifests if "template_digest" in manifest), {})
-        if manifest.get("template_digest", plan.template.digest) != plan.template.digest:
-            trained = manifest.get("parameters", {}).get("template", "another one")
-            warn(f"policy {name} was trained with template {trained}, and is asked with {plan.template.name}")
+        if manifest.get("template_digest", asked) != asked:
+            trained = f"template {manifest.get('parameters', {}).get('template', 'another one')}"
+            if manifest["template_digest"] == OWN_PROMPTS:
+                trained = "prompts of its problems' own"
+            warn(f"policy {name} was trained with {trained}, and is asked with {plan.template.name}")
 
 
 class Meter:

@@ -1,4 +1,16 @@
-"""From a problem's text to the exact prompt that the engine sees: one template object for rl, sample and eval.
+r"""From a problem's text to the exact prompt that the engine sees: one template object for rl, sample and eval.
+
+A template file is the text of a prompt, in which {problem} stands once for the problem. Texts that end a completion
+may stand before it, as YAML between two lines of dashes:
+
+    ---
+    stop: ["\nProblem:"]
+    ---
+    Problem: What is 3 + 4?
+    Solution: 3 + 4 = \boxed{7}
+
+    Problem: {problem}
+    Solution:
 
 Every rollout stores the rendered prompt, and every manifest the template's digest, so the
 exact prompt can always be read back. Problems are inserted as they are: braces, `%` and the placeholder need no escape.
@@ -11,13 +23,16 @@ import multiprocessing
 import resource
 import signal
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from stages.core.errors import InputError
+from stages.core.records import Message
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 DAPO_BEFORE = (
@@ -37,15 +52,30 @@ PLACEHOLDER = "{problem}"
 MAX_RENDER_S = 10  # seconds of CPU time that a chat template may take over one problem; a usual one takes 0.1 ms
 MAX_RENDER_BYTES = 2**30  # of memory that it may take beside what the process holds already
 MAX_PROMPT_CHARS = 10**7
+FENCE = "---"  # the line before and after what a file says beside its text
+BYTE_ORDER_MARK = "\ufeff"
+
+TemplateName = Annotated[
+    str,
+    "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none, or a file: the text of a prompt, in which {problem} "
+    'stands once for the problem; before it, between two lines of ---, stop: ["\\nProblem:"] names texts that end a '
+    "completion. A problem with a prompt of its own is asked that, and takes from the template its stop texts only",
+]
+
+
+class FrontMatter(msgspec.Struct, forbid_unknown_fields=True):
+    """What a template file says between its fences."""
+
+    stop: list[Annotated[str, msgspec.Meta(min_length=1)]]
 
 
 @dataclass(frozen=True)
 class Template:
     """How a problem is put to a policy.
 
-    `stop` holds texts that end a completion beside the tokenizer's own end tokens; `end_tokens` sorts them for an
-    engine. `digest` names the template by what it does, whatever its `name`. A `program` is a policy's own
-    chat template, which may fail or never end.
+    `stop` holds texts that end a completion beside the tokenizer's own end tokens, and stay at its end: what was
+    sampled is what is trained on. `end_tokens` sorts them for an engine. `digest` names the template by what it does,
+    whatever its `name`. A `program` is a policy's own chat template, which may fail or never end.
     """
 
     name: str
@@ -56,20 +86,27 @@ class Template:
 
     def render_all(self, problems: Sequence[str]) -> list[str]:
         """Every problem's prompt; InputError if a program fails, or takes more than its share of time or memory."""
-        return list(_from_child(self.render, problems) if self.program else map(self.render, problems))
+        if not self.program:
+            return list(map(self.render, problems))
+        return list(_from_child(self.render, [("template chat", problem) for problem in problems]))
 
     def end_tokens(self, tokenizer: Any) -> tuple[list[int], list[str]]:
-        """Split `stop` into token ids and texts: (ids of those that are one token of `tokenizer`, the other texts).
+        """Split `stop` for an engine: (ids of those that are special tokens of `tokenizer`, the others as texts).
 
-        A special token is skipped when completions are decoded, so as a text it would never be seen.
+        A special token is skipped when completions are decoded, so as a text it would never be seen. Any other text
+        may come about in many ways, even if it is one token, too.
         """
-        vocabulary = tokenizer.get_vocab()
-        ids = [vocabulary[text] for text in self.stop if text in vocabulary]
-        return ids, [text for text in self.stop if text not in vocabulary]
+        known = tokenizer.get_vocab()
+        special = {
+            text: known[text]
+            for text in self.stop
+            if text in known and not tokenizer.decode([known[text]], skip_special_tokens=True)
+        }
+        return list(special.values()), [text for text in self.stop if text not in special]
 
 
 def load(name_or_path: str, tokenizer: Any = None) -> Template:
-    """The template of this name, or of this file: a text with {problem} in it once.
+    """The template of this name, or of this file: a text with {problem} in it once, after its stop texts if it has any.
 
     boxed      Qwen2.5's chat markup: system line, problem, "... put your final answer within \\boxed{}"
     qwen-math  Qwen2.5-Math's: the instruction is the system line, the problem is the user's turn
@@ -78,13 +115,34 @@ def load(name_or_path: str, tokenizer: Any = None) -> Template:
     chat       `tokenizer`'s own chat template, the user's turn being the problem and boxed's instruction
     none       the problem's text and nothing else
 
-    Raises InputError for an unknown name, a file without {problem}, or `chat` without a chat template.
+    Raises InputError for an unknown name, a file without {problem} or with a front matter that is none, or `chat`
+    without a chat template.
     """
     if name_or_path in _TEXTS:
         return _pasted(name_or_path, *_TEXTS[name_or_path])
     if name_or_path == "chat":
         return _chat(tokenizer)
-    return _pasted(name_or_path, *_from_file(Path(name_or_path)), ())
+    return _pasted(name_or_path, *_from_file(Path(name_or_path)))
+
+
+def render_chats(tokenizer: Any, chats: Mapping[str, Sequence[Message]], file: str) -> dict[str, str]:
+    """The prompt of each of a file's chats, by problem id: what the policy's chat template makes of the messages.
+
+    A last message of the assistant is left open for the policy to go on with. InputError if there is no chat template,
+    or for what `Template.render_all` raises it.
+    """
+
+    def render(messages: Sequence[Message]) -> str:
+        is_open = messages[-1]["role"] == "assistant"
+        how = {"add_generation_prompt": not is_open, "continue_final_message": is_open}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
+
+    if not chats:
+        return {}
+    places = {problem_id: f"{file}: messages of problem {problem_id}" for problem_id in chats}
+    _chat_source(tokenizer, next(iter(places.values())), "write its prompt as a text, or give the policy one")
+    prompts = _from_child(render, [(places[problem_id], messages) for problem_id, messages in chats.items()])
+    return dict(zip(chats, prompts, strict=True))
 
 
 def _qwen(system: str, after_problem: str) -> tuple[str, str, tuple[str, ...]]:
@@ -110,14 +168,7 @@ def _pasted(name: str, before: str, after: str, stop: tuple[str, ...]) -> Templa
 
 
 def _chat(tokenizer: Any) -> Template:
-    if tokenizer is None or not tokenizer.chat_template:
-        raise InputError(f"template chat: the policy's tokenizer has no chat template; choose another of {_choices()}")
-    try:
-        source = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InputError(f"template chat: {_in_one_line(error)}") from None
-    if not isinstance(source, str):
-        raise InputError(f"template chat: the policy's chat template is no text but {type(source).__name__}")
+    source = _chat_source(tokenizer, "template chat", f"choose another of {_choices()}")
 
     def render(problem: str) -> str:
         turn = {"role": "user", "content": f"{problem}\n{INSTRUCTION}"}
@@ -126,41 +177,54 @@ def _chat(tokenizer: Any) -> Template:
     return Template("chat", render, (), _digest(source, INSTRUCTION), program=True)
 
 
-def _from_child(render: Callable[[str], str], problems: Sequence[str]) -> Iterator[str]:
-    """Prompts from a forked child whose time and memory the kernel bounds.
+def _chat_source(tokenizer: Any, place: str, remedy: str) -> str:
+    """The text of a policy's chat template; InputError, which begins with `place`, if there is none."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(f"{place}: the policy's tokenizer has no chat template; {remedy}")
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(f"{place}: {_in_one_line(error)}") from None
+    if not isinstance(source, str):
+        raise InputError(f"{place}: the policy's chat template is no text but {type(source).__name__}")
+    return source
+
+
+def _from_child(render: Callable[[Any], str], asked: Sequence[tuple[str, Any]]) -> Iterator[str]:
+    """Prompts from a forked child whose time and memory the kernel bounds; asked are (place in messages, input).
 
     A chat template is a program: `'a' * 10**10` and `10 ** 10**8` run in C, where no alarm in this process could end
     them, and loops within loops go on for years. Time is the CPU's, so that a busy machine refuses no template.
     """
     context = multiprocessing.get_context("fork")  # the child holds the tokenizer as it is here
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_render_into, args=(sender, render, problems), daemon=True)
+    child = context.Process(target=_render_into, args=(sender, render, [each for _, each in asked]), daemon=True)
     child.start()
     sender.close()
     try:
-        for _ in problems:
+        for place, _ in asked:
             try:
                 state, text = receiver.recv_bytes().decode().split(" ", 1)
             except EOFError:
-                raise InputError(f"template chat: the policy's chat template {_cause_of_death(child)}") from None
+                raise InputError(f"{place}: the policy's chat template {_cause_of_death(child)}") from None
             if state == "failed":
-                raise InputError(f"template chat: the policy's chat template fails: {text}")
+                raise InputError(f"{place}: the policy's chat template fails: {text}")
             yield text
     finally:
         child.kill()
         child.join()
 
 
-def _render_into(sender: Connection, render: Callable[[str], str], problems: Sequence[str]) -> None:
-    """The child: send each problem's prompt, or why there is none."""
+def _render_into(sender: Connection, render: Callable[[Any], str], inputs: Sequence[Any]) -> None:
+    """The child: send the prompt of each input, or why there is none."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MAX_RENDER_BYTES)
-    for problem in problems:
+    for each in inputs:
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
         _limit(resource.RLIMIT_CPU, int(used) + 1 + MAX_RENDER_S)
         try:
-            text = render(problem)
+            text = render(each)
             if len(text) > MAX_PROMPT_CHARS:
                 raise ValueError(f"it makes a prompt of {len(text)} characters")
             message = b"prompt " + text.encode()
@@ -187,18 +251,42 @@ def _in_one_line(error: Exception) -> str:
     return textwrap.shorten(f"{name}: {error}" if str(error) else name, 240, placeholder=" ...")
 
 
-def _from_file(path: Path) -> tuple[str, str]:
-    """The text before the place for the problem, and the text after it."""
+def _from_file(path: Path) -> tuple[str, str, tuple[str, ...]]:
+    """The text before the place for the problem, the text after it, and the stop texts."""
     if not path.is_file():
         raise InputError(f"template {path}: neither one of {_choices()} nor a file")
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")  # the end of line that editors add
     except UnicodeDecodeError as error:
         raise InputError(f"template {path}: not a UTF-8 text ({error.reason} at byte {error.start})") from None
+    stop, text = _stops_and_text(path, text)
     if text.count(PLACEHOLDER) != 1:
         raise InputError(f"template {path}: {PLACEHOLDER} must stand in it once, found {text.count(PLACEHOLDER)} times")
     before, after = text.split(PLACEHOLDER)
-    return before, after
+    return before, after, stop
+
+
+def _stops_and_text(path: Path, text: str) -> tuple[tuple[str, ...], str]:
+    """The stop texts that a file's front matter names, and the rest; a file whose first line is no fence has none."""
+    first, *lines = text.split("\n")
+    if first.removeprefix(BYTE_ORDER_MARK).rstrip() != FENCE:
+        return (), text
+    if first.startswith(BYTE_ORDER_MARK):
+        raise InputError(f"template {path}: begins with a byte order mark: save the file as plain UTF-8")
+    end = next((number for number, line in enumerate(lines) if line.rstrip() == FENCE), None)
+    if end is None:
+        raise InputError(f"template {path}: a second line {FENCE} must end its front matter; {_EXPECTED}")
+    try:
+        stop = msgspec.yaml.decode("\n".join(lines[:end]), type=FrontMatter).stop
+    except ValueError as error:  # msgspec's errors are ValueErrors; so is what PyYAML says of a wrong date
+        fault = textwrap.shorten(str(error), 240, placeholder=" ...")
+        raise InputError(f"template {path}: front matter: {fault}; {_EXPECTED}") from None
+    if any("\\n" in text for text in stop):
+        raise InputError(f"template {path}: a stop text holds a backslash and an n, no line break; {_EXPECTED}")
+    return tuple(stop), "\n".join(lines[end + 1 :])
+
+
+_EXPECTED = 'expected such as stop: ["\\nProblem:"], in double quotes, or stop: []'
 
 
 def _digest(*parts: str) -> str:

@@ -31,7 +31,7 @@ from stages.core.outputs import read_json
 from stages.core.provenance import Identity
 from stages.core.ranks import Ranks
 from stages.core.records import Divergence
-from stages.core.rollouts import Grader, Group, Prompt
+from stages.core.rollouts import Grader, Group, Prompt, no_room
 from stages.core.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.verifier import Verifier
 from stages.eval import divergence, partial, scoring, selection, votes
@@ -217,10 +217,8 @@ def _manifest(identity: Identity, plan: Plan, stamps: Mapping[str, str]) -> dict
 def _refuse_left_out(plan: Plan) -> None:
     """Raise InputError if prompts do not fit: an average over fewer problems would be another figure."""
     if plan.left_out:
-        raise InputError(
-            f"{len(plan.left_out)} problems, such as {plan.left_out[0]}, leave no room for --max-tokens "
-            f"{plan.sampling.max_tokens} in the policy's context of {plan.context} tokens: lower it, or remove them"
-        )
+        fault = no_room(plan.left_out, plan.sampling.max_tokens, plan.context)
+        raise InputError(f"{fault}: lower it, or remove them")
 
 
 def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:

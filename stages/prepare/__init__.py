@@ -40,7 +40,11 @@ def run(
     answer_column: Annotated[
         str, f"column of the answer, or of a solution with the answer in its last \\boxed{{}}; {ANSWER_DEFAULT}"
     ] = "",
-    keep_column: Annotated[list[str], "keep this column in the records, under its name; repeatable"] = [],  # noqa: B006
+    keep_column: Annotated[
+        list[str],
+        "keep this column in the records, under its name; one called prompt (a text, or messages) is then asked as it "
+        "is, in the place of --template; repeatable",
+    ] = [],  # noqa: B006
     config: Annotated[str, "configuration of a hub id"] = "",
     split: Annotated[str, "split of a hub id, train[:100] included"] = "",
     limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all", at_least(0)] = 0,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import orjson
 
 from stages.core.errors import InputError
-from stages.core.records import Problem
+from stages.core.records import Problem, prompt_fault
 from stages.core.tabular import aligned, some
 from stages.core.templates import DAPO_AFTER, DAPO_BEFORE
 from stages.core.verifier.extraction import extract
@@ -113,9 +113,14 @@ def _decimal_text(value: float | Decimal, where: str) -> str:
 
 
 def kept_fields(fields: Mapping[str, Any], where: str) -> bytes:
-    """Further columns of a row as JSON; InputError for one that has the name of a Problem's field, or can't be JSON."""
-    if taken := sorted(fields.keys() & Problem.__annotations__.keys()):
+    """Further columns of a row as JSON; InputError for one that has the name of a Problem's field, or can't be JSON.
+
+    A kept column "prompt" becomes the problem's own, and must be one.
+    """
+    if taken := sorted(fields.keys() & Problem.__required_keys__):
         raise InputError(f"--keep-column {taken[0]}: a problem has a field of that name already: rename the column")
+    if fault := prompt_fault(fields.get("prompt")):
+        raise InputError(f"{where}: --keep-column prompt: {fault}")
     try:
         return orjson.dumps(fields, default=_as_json)
     except orjson.JSONEncodeError as error:

@@ -21,6 +21,7 @@ from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
 from stages.core.ranks import Ranks, TensorParallel
 from stages.core.rewards import RewardOptions
+from stages.core.templates import TemplateName
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,11 +61,7 @@ class Options(RewardOptions, LoraOptions):
     group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
     temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
-    template: Annotated[
-        str,
-        "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none, or a file: the text of a prompt, in which "
-        "{problem} stands once for the problem",
-    ] = "boxed"
+    template: TemplateName = "boxed"
     max_rounds: Annotated[
         int,
         "rounds of drawing in a step, and full batches drawn in all of them, before one not full is taken as it is",
@@ -174,6 +171,7 @@ def run(
 
     from stages.core import verifier
     from stages.core.lifetime import end_with_parent, going_on
+    from stages.core.rollouts import asked_by
     from stages.rl.rundir import RunDir
 
     end_with_parent()
@@ -196,6 +194,7 @@ def run(
         finished, done = ranks.on_first(lambda: _begin(directory, identity, restart_if_changed, stack))
         if not finished:
             paths = {"policy": policy, "problems": str(problems)}
+            paths |= {"template_digest": asked_by(asked.prompts, asked.template)}
             paths |= {"valid": str(valid), "valid_digest": digest(valid)} if valid else {}
             with going_on(directory.where_it_goes_on):
                 _go_on(accelerator, directory, done, identity, paths, path, asked, options)
@@ -253,7 +252,8 @@ def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ran
     policies.check_divisible(path, ranks.tensor_parallel)
     adapters.check(path, options)
     context = policies.context_length(path)
-    prompts, left_out = make_prompts(records.read_problems(problems), template, tokenizer, options.max_tokens, context)
+    asked = records.read_problems(problems)
+    prompts, left_out = make_prompts(asked, template, tokenizer, options.max_tokens, context, problems)
     asked_too = validation.read(valid, template, tokenizer, options.max_tokens, context) if valid is not None else []
     rewards.check(rewarded, [*prompts, *asked_too], tokenizer, ranks.is_first)
     return Asked(prompts, asked_too, left_out, template, template.end_tokens(tokenizer), context, rewarded)
@@ -393,7 +393,6 @@ def _finish(
         **validation.figures(rows),
     }
     counts = {"steps": len(rows), "rollouts": int(totals["num_rollouts"]), "problems_left_out": left_out}
-    paths |= {"template_digest": identity.parameters["template_digest"]}
     directory.finish(metrics, manifest(identity, counts, totals["seconds"], **paths))
 
 
@@ -405,13 +404,11 @@ def _most(rows: list[dict[str, float]], name: str) -> float | None:
 def _warn_of(asked: Asked, max_tokens: int) -> None:
     """Name the problems that are left out, and those of the validation set that are trained on, too."""
     from stages.core import tabular
+    from stages.core.rollouts import no_room
     from stages.rl import validation
 
     if asked.left_out:
-        warn(
-            f"{len(asked.left_out)} problems are left out: prompt and --max-tokens {max_tokens} together are longer "
-            f"than the policy's context of {asked.context} tokens ({tabular.some(asked.left_out)})"
-        )
+        warn(f"{no_room(asked.left_out, max_tokens, asked.context)}: they are left out")
     if ids := validation.in_both(asked.prompts, asked.valid):
         warn(
             f"{len(ids)} of {len(asked.valid)} problems of --valid are trained on, too ({tabular.some(ids)}): the "

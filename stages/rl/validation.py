@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.core import records, tabular
+from stages.core import records
 from stages.core.engine import Engine, Sampling, ShouldStop
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
 from stages.core.ranks import Ranks
-from stages.core.rollouts import Grader, Group, Prompt, draw_each, make_prompts, seeded
+from stages.core.rollouts import Grader, Group, Prompt, draw_each, make_prompts, no_room, seeded
 from stages.core.templates import Template
 from stages.rl import Options
 
@@ -69,12 +69,9 @@ def read(path: Path, template: Template, tokenizer: Any, max_tokens: int, contex
     """The prompts of the validation set; InputError if one does not fit, for fewer problems give another figure."""
     if path == Path("-"):
         raise InputError("--valid -: name a file, for an interrupted run must find the same problems again")
-    prompts, left_out = make_prompts(records.read_problems(path), template, tokenizer, max_tokens, context)
+    prompts, left_out = make_prompts(records.read_problems(path), template, tokenizer, max_tokens, context, path)
     if left_out:
-        raise InputError(
-            f"--valid {path}: {len(left_out)} problems ({tabular.some(left_out)}) leave no room for --max-tokens "
-            f"{max_tokens} in the policy's context of {context} tokens: lower it, or remove them"
-        )
+        raise InputError(f"--valid {path}: {no_room(left_out, max_tokens, context)}: lower it, or remove them")
     return prompts
 
 
