@@ -3,6 +3,7 @@
     python benchmarks/rl_vs_trl.py               3.3 M parameters, 128 rollouts a step, some 90 of at most 256 tokens
     python benchmarks/rl_vs_trl.py --rounds 1    a first look
     python benchmarks/rl_vs_trl.py --policy DIR --dtype bfloat16 --compile   a real model; as it speaks, so long
+    OMP_NUM_THREADS=1 python benchmarks/rl_vs_trl.py --cpu-seconds           on a machine with other work on it
 
 It takes some eight minutes on one busy core. A CPU is fastest at 512 to 1,024 tokens a micro-batch, which stay in its
 caches and hold 4 to 9 % padding; at 16,384, the default for GPUs, 128 rollouts of such different lengths hold 73 %.
@@ -15,12 +16,15 @@ weights would leave no group to train on.
 
 TRL generates by transformers' `generate` and by its continuous batching, and is judged by whichever gives the faster
 step; its vLLM mode does not run on the CPU. Rounds take turns, so that the load of a shared machine falls on all alike;
-the first step of each round warms up and does not count. Nothing is written.
+the first step of each round warms up and does not count. CPU seconds are those of this process: on one thread, where
+none waits for another, they hardly depend on that load. The verifier's, in processes of its own, are not among them.
+Nothing is written.
 """
 
 import argparse
 import os
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -38,14 +42,16 @@ from stages.core.lifetime import StopSignal
 from stages.core.rollouts import Prompt, make_prompts
 from stages.core.templates import load
 from stages.core.verifier import Batch, Score, Verifier
-from stages.rl import Options
-from stages.rl.explorer import Explorer
+from stages.rl import Options, explorer
+from stages.rl.explorer import Clock, Explorer
+from stages.rl.rounds import Acceptance
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
 from stages.toy import arithmetic, pretrain
 
 PHASES = ("generate", "verify", "update", "hand-over", "rest")
 NEVER = 10**9
+NOW = time.process_time if "--cpu-seconds" in sys.argv else time.perf_counter
 Totals = Counter[str]  # seconds of each phase and of the whole steps, tokens, and steps, summed over what counts
 
 
@@ -126,6 +132,19 @@ def update_flops(model: Any, lengths: Sequence[int]) -> float:
     return sum(6.0 * weights * length + 6.0 * attention * length**2 for length in lengths)
 
 
+class BenchmarkClock(Clock):
+    """The clock of a step, which reads the seconds that count here."""
+
+    def __init__(self) -> None:
+        super().__init__(NOW())
+
+    def lap(self) -> float:
+        """Seconds since it was last read."""
+        now = NOW()
+        seconds, self.since = now - self.since, now
+        return seconds
+
+
 class TimedRunDir(RunDir):
     """A run directory that notes when the line of each step was logged."""
 
@@ -136,15 +155,15 @@ class TimedRunDir(RunDir):
     def append_log(self, row: Any) -> None:
         """Add the line and note the time."""
         super().append_log(row)
-        self.ends.append(time.perf_counter())
+        self.ends.append(NOW())
 
 
-def ours(explorer: Explorer, trainer: CountingTrainer) -> Totals:
+def ours(run: Explorer, trainer: CountingTrainer) -> Totals:
     """Some steps of the stage as it is, the first one not counted."""
     with tempfile.TemporaryDirectory() as out:
         directory = TimedRunDir(Path(out))
         trainer.num_flops = 0.0
-        explorer.run(directory, StopSignal(), 0, "random weights")
+        run.run(directory, StopSignal(), 0, "random weights")
         rows = directory.log_rows()
     found: Totals = Counter(steps=len(rows) - 1, seconds=directory.ends[-1] - directory.ends[0])
     found["flops"] = trainer.num_flops * sum(row["update_tokens"] for row in rows[1:]) / sum(
@@ -169,9 +188,9 @@ def bare(engine: VllmEngine, prompts: Sequence[Prompt], group_size: int, max_tok
     for repeat in range(repeats):
         start = repeat * len(prompts) // repeats
         requests = [{"prompt_token_ids": p.token_ids} for p in prompts[start : start + len(prompts) // repeats]]
-        began = time.perf_counter()
+        began = NOW()
         outputs = llm.generate(requests, params, use_tqdm=False)
-        found["generate"] += time.perf_counter() - began
+        found["generate"] += NOW() - began
         found["tokens"] += sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return found
 
@@ -217,15 +236,15 @@ class Marks(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note it down, and the time."""
-        self.ends.append(self.spent + Counter(clock=time.perf_counter()))
+        self.ends.append(self.spent + Counter(clock=NOW()))
 
     def timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """The same method, its seconds added to `name`; for "generate" the completions' tokens too."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = NOW()
             result = method(*args, **kwargs)
-            self.spent[name] += time.perf_counter() - began
+            self.spent[name] += NOW() - began
             if name == "generate":
                 self.spent["tokens"] += sum(len(ids) for ids in result[1])
             return result
@@ -266,9 +285,9 @@ def matmul_peak(dtype: str) -> float:
     matrix = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
     best = float("inf")
     for _ in range(5):
-        began = time.perf_counter()
+        began = NOW()
         matrix @ matrix
-        best = min(best, time.perf_counter() - began)
+        best = min(best, NOW() - began)
     return 2 * 2048**3 / best
 
 
@@ -328,8 +347,9 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
     with HalfRightVerifier() as verifier:
         for _ in range(options.rounds):
             peaks.append(matmul_peak(options.dtype))
-            explorer = Explorer(settings, accelerator, engine, verifier, trainer, prompts, sampling)
-            found["rloop"].update(ours(explorer, trainer))
+            run = Explorer(settings, accelerator, engine, verifier, trainer, prompts, sampling)
+            run.acceptance = Acceptance(NEVER, NEVER)  # all groups are informative here: none is drawn ahead
+            found["rloop"].update(ours(run, trainer))
             found["bare"].update(bare(engine, prompts, options.group_size, options.max_tokens, options.steps + 1))
             for mode in ("generate", "continuous"):
                 found[f"TRL {mode}"].update(theirs(path, prompts, verifier, options, mode))
@@ -345,7 +365,9 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, help="a checkpoint directory in place of the policy made here")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type of all sides")
     parser.add_argument("--compile", action="store_true", help="rloop's and the bare engine run compiled code")
+    parser.add_argument("--cpu-seconds", action="store_true", help="this process's, if other work runs")
     options = parser.parse_args()
+    explorer.Clock = BenchmarkClock  # type: ignore[misc]
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         path = options.policy or Path(scratch) / "policy"

@@ -20,7 +20,8 @@ NORMS = ("rms_norm", "fused_add_rms_norm")
 def options(is_compiled: bool) -> dict[str, Any]:
     """vLLM's arguments for an engine on the CPU; one that is not compiled needs no compiler. InputError without one.
 
-    They change results by no more than rounding. Compiled code is kept on disk, by inductor.
+    They change results by no more than rounding. vLLM 0.32 keeps compiled code below VLLM_CACHE_ROOT, and yet starts no
+    faster with it.
     """
     import torch
 
