@@ -57,7 +57,7 @@ def ends(directory: Path) -> dict[str, dict[str, Sequence[Result]]]:
     placed = runs.places({policy for each in evaluations.values() for policy in each.results}, directory)
     last: dict[str, runs.Place] = {}
     for place in placed:
-        if place.method != runs.RLOOP or place.fine_tuned:
+        if place.method != runs.RLOOP or place.ends_iteration:
             last[place.method] = place  # the last one counts: places come in the order of training
     last = {method: place for method, place in last.items() if is_end(place, directory)}
     return {
