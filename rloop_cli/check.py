@@ -35,4 +35,5 @@ def run(
     if not (faults := [*faults, *report.faults]):
         print(report.summary)
         return
-    raise InputError("\nrloop: ".join(faults))  # the door begins the first line so
+    lines = (" ".join(fault.split()) for fault in faults)
+    raise InputError("\nrloop: ".join(lines))  # the door begins the first line so

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +80,10 @@ def resolve(params: Path) -> tuple[list[Node], list[str]]:
                 members = _members(definitions[name])
             except DvcException as error:
                 lost.setdefault(str(error), []).append(name)
-            nodes += [_node(key, stage, definition, given) for key, stage in members.items()]
+            for key, stage in members.items():
+                nodes.append(node := Node(key, _words(stage["cmd"]), _outs(stage), _origins(key, definition, given)))
+                if stage["cmd"] and not node.words:
+                    faults.append(f"{GRAPH}: {key}: a quotation is not closed in {textwrap.shorten(stage['cmd'], 80)}")
             if not members and given.get(_section(definition)) != {}:
                 outs = [out.partition("${")[0] for out in _outs(definition.get("do", definition))]
                 nodes.append(Node(name, [], outs, {}))
@@ -154,11 +158,19 @@ def _outs(stage: Mapping[str, Any]) -> list[str]:
     return [out if isinstance(out, str) else next(iter(out)) for out in stage.get("outs", [])]
 
 
-def _node(name: str, stage: Mapping[str, Any], definition: Mapping[str, Any], given: Mapping[str, Any]) -> Node:
-    raw = definition.get("do", definition)
+def _words(command: str) -> list[str]:
+    """The words that a shell makes of a command; none if it could not."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
+
+
+def _origins(name: str, definition: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """Where the options of a stage are from, "rl.steps" by "--steps", and its values."""
     item = f"{_section(definition)}.{name.partition('@')[2]}"
     origins: dict[str, str] = {}
-    for reference in _REFERENCE.findall(str(raw["cmd"])):
+    for reference in _REFERENCE.findall(str(definition.get("do", definition)["cmd"])):
         path = re.sub(r"^item\b", item, reference)
         value: Any = given
         for part in path.split("."):
@@ -169,7 +181,7 @@ def _node(name: str, stage: Mapping[str, Any], definition: Mapping[str, Any], gi
             origins |= {one: f"{path}.{key}" for key, items in values.items() for one in items if isinstance(one, str)}
         elif value is not None:  # ${key} is none of the params file's
             origins[str(value)] = path
-    return Node(name, shlex.split(stage["cmd"]), _outs(stage), origins)
+    return origins
 
 
 def _origin(params: Path, node: Node) -> Callable[..., str]:

@@ -1,6 +1,7 @@
 """rloop check: what it names, each fault in a line, what it shows, and that it reads commands as they would be read."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -90,24 +91,17 @@ def test_every_fault_of_the_options_is_named_by_section_and_key(project):
     assert len(lines) == len(wanted), lines
 
 
-@pytest.mark.parametrize(
-    ("stage", "section", "changes"),
-    [
-        ("rl@1", "rl", {"overlong_buffer": 100}),
-        ("rl@1", "rl", {"no_such": 3}),
-        ("vanilla", "vanilla", {"steps": 0}),
-        ("rft@1", "rft", {"lr": "fast"}),
-        ("eval_base", "eval", {"k": [8, 64]}),
-    ],
-)
-def test_a_fault_is_worded_as_the_command_itself_words_it(project, stage, section, changes):
-    project[section] |= changes
-    (fault,) = {line.split(": ", 2)[2] for line in checked(project)}
-    nodes, _ = graph.resolve(Path("params.yaml"))
-    (words,) = (node.words for node in nodes if node.name == stage)
-    refused = CliRunner().invoke(app, words[words.index("rloop") + 1 :])
-    assert refused.exit_code == 2
-    assert refused.stderr.startswith(f"rloop: {fault}")
+def test_a_fault_is_worded_as_the_command_itself_words_it(project):
+    project["rl"]["no_such"] = 3
+    project["rft"]["lr"] = "fast"
+    project["filter"]["max_pass_rate"] = 10
+    project["eval"]["k"] = [8, 64]
+    faults = dict(re.findall(r"^params.yaml: (\w+)\.\w+: (.+)$", "\n".join(checked(project)), re.M))
+    nodes = {node.name: node.words for node in graph.resolve(Path("params.yaml"))[0]}
+    for section, name in (("rl", "rl@1"), ("rft", "rft@1"), ("filter", "filter@1"), ("eval", "eval_base")):
+        refused = CliRunner().invoke(app, nodes[name][nodes[name].index("rloop") + 1 :])
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith(f"rloop: {faults[section]}")
 
 
 def test_a_section_that_is_missing_or_has_numbers_for_keys_is_named_once(project):
@@ -120,6 +114,12 @@ def test_a_section_that_is_missing_or_has_numbers_for_keys_is_named_once(project
         "itertions)",
         "params.yaml: rl is missing, which dvc.yaml asks for in vanilla (there is rll)",
     ]
+
+
+def test_a_command_that_no_shell_could_read_is_named(project):
+    project["report"] = "it's"
+    (line,) = checked(project)
+    assert line.startswith("dvc.yaml: report: a quotation is not closed in rloop report --runs runs ")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,7 @@ def test_what_no_stage_makes_and_is_not_there_is_named_once_each(project):
     assert len(lines) == len(wanted), lines
 
 
+@pytest.mark.slow
 def test_once_they_are_made_prompts_are_shown_and_counted_and_runs_say_how_long_it_takes(made):
     place = Path("old/1/rl")
     place.mkdir(parents=True)
@@ -189,6 +190,7 @@ def test_once_they_are_made_prompts_are_shown_and_counted_and_runs_say_how_long_
     assert "not yet" not in said
 
 
+@pytest.mark.slow
 def test_prompts_that_do_not_fit_are_a_fault_of_eval_and_a_note_of_rl(made):
     long = PROBLEM | {"id": "p/3", "problem": "1+" * 40 + "1="}
     for name in ("train", "prec"):
@@ -202,6 +204,7 @@ def test_prompts_that_do_not_fit_are_a_fault_of_eval_and_a_note_of_rl(made):
     assert checked(made) == [f"params.yaml: {section}.max_tokens: {full}" for section in ("rl", "eval")]
 
 
+@pytest.mark.slow
 def test_broken_problems_and_policies_are_named(made, tiny_policy):
     Path("runs/0/valid.jsonl").write_text('{"id": "1"}\n')
     (line,) = checked(made)
@@ -214,6 +217,7 @@ def test_broken_problems_and_policies_are_named(made, tiny_policy):
     assert line.startswith("params.yaml: iterations.1.start: runs/0/policy/model.safetensors: not a safetensors")
 
 
+@pytest.mark.slow
 def test_a_policy_without_the_layers_for_adapters_or_the_heads_for_ranks_is_named(made):
     made["rl"] |= {"lora_rank": 4, "lora_targets": "w_pack", "tensor_parallel": 3}
     made["launch"] = "torchrun --nproc_per_node=2 -m rloop_cli"
@@ -224,6 +228,7 @@ def test_a_policy_without_the_layers_for_adapters_or_the_heads_for_ranks_is_name
     assert "params.yaml: rft.batch_size: --batch-size 3 does not divide among 2 processes" in lines
 
 
+@pytest.mark.slow
 def test_memory_is_held_against_what_a_gpu_offers(made):
     fits = sections(checked(made, "--gpu-memory", "22"))["memory"]
     assert fits.startswith("rl: updates in 1.8, draws in 12.5 of 22 GiB a GPU, cache of ")
@@ -240,6 +245,7 @@ def test_memory_is_held_against_what_a_gpu_offers(made):
     assert "not planned: rl computes in float32, and the plan is for bfloat16" in said
 
 
+@pytest.mark.slow
 def test_its_help_ends_with_an_example_that_runs(made):
     last = check.run.__doc__.strip().split("\n\n")[-1]
     program, *words = shlex.split(last.partition("Example:")[2])

@@ -9,6 +9,7 @@ from stages.check.calls import Call, launch_files, launch_text, maker
 from stages.core import templates
 from stages.core.errors import InputError
 
+NAMES = ("--policy", "--kl-to", "--decontaminate", "--reward")  # take a name, of the hub's or ours, as well as a path
 _FILE = re.compile(r".*\.[a-z]+(\.gz)?")
 
 
