@@ -149,6 +149,7 @@ def test_what_no_stage_makes_and_is_not_there_is_named_once_each(project):
     project["valid"]["problems"] = ["runs/0/sets/valid.jsonl"]
     project["tests"]["problems"] = ["runs/0/sets/mine.jsonl"]
     project["rl"]["valid"] = "held_out.jsonl"
+    project["rl"]["reward"] = ["math-verify", "lost.py:reward"]
     project["eval"]["template"] = "lost.txt"
     project["launch"] = "accelerate launch --config_file configs/lost.yaml -m rloop_cli"
     lines = checked(project)
@@ -159,6 +160,7 @@ def test_what_no_stage_makes_and_is_not_there_is_named_once_each(project):
         "(the nearest that one makes is runs/0/sets/valid.jsonl)",
         "params.yaml: iterations.3.start: runs/4/policy is not there, and no stage makes it",
         "params.yaml: rl.valid: held_out.jsonl is not there, and no stage makes it",
+        "params.yaml: rl.reward: --reward lost.py:reward: there is no file lost.py",
         "params.yaml: eval.template: template lost.txt: neither one of",
         "params.yaml: launch: configs/lost.yaml: no such file",
     ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.check.calls import Call, launch_files, launch_text, maker
-from stages.core import templates
+from stages.core import rewards, templates
 from stages.core.errors import InputError
 
 NAMES = ("--policy", "--kl-to", "--decontaminate", "--reward")  # take a name, of the hub's or ours, as well as a path
@@ -24,6 +24,7 @@ def faults(calls: Sequence[Call]) -> Iterator[str]:
             if not Path(file).is_file():
                 yield f"{call.origin('', launch_text(call))}: {file}: no such file"
         yield from _template_faults(call)
+        yield from _reward_faults(call)
     made = [str(path) for call in calls for path in call.made]
     for path, origin in missing.items():
         near = difflib.get_close_matches(path, made, 1)
@@ -36,6 +37,14 @@ def _is_name(flag: str, path: str) -> bool:
     return path == "-" or (
         flag in ("--policy", "--decontaminate") and path.count("/") < 2 and not _FILE.fullmatch(path)
     )
+
+
+def _reward_faults(call: Call) -> Iterator[str]:
+    for reward in getattr(call.values, "reward", []):
+        try:
+            rewards.read(rewards.RewardOptions(reward=[reward]))
+        except InputError as error:
+            yield f"{call.origin('--reward', reward)}: {error}"
 
 
 def _template_faults(call: Call) -> Iterator[str]:
