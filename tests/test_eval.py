@@ -221,6 +221,7 @@ def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy
     assert len(engines) == 1
 
 
+@pytest.mark.slow
 def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(engines, tiny_policy, problems, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
