@@ -151,7 +151,7 @@ def _load(source: Source) -> Any:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{source.hub_id}: {reason}; to read a local copy use --source {source.name} --from FILE, "
-            "a file of {', '.join(SUFFIXES)} with the hub's columns"
+            f"a file of {', '.join(SUFFIXES)} with the hub's columns"
         ) from None
 
 
