@@ -126,3 +126,18 @@ def test_the_launcher_s_time_is_its_own_setting(monkeypatch):
     assert lifetime.granted_s() == 30
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     assert lifetime.granted_s() == 600
+
+
+def test_an_interrupt_waits_for_the_end_of_a_block_and_one_that_is_ignored_stays_ignored():
+    done = []
+    with pytest.raises(KeyboardInterrupt), lifetime.interrupts_wait():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        done.append("all of it")
+    assert done
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with lifetime.interrupts_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

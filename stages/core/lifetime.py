@@ -64,6 +64,22 @@ def going_on(where: Callable[[], str]) -> Iterator[None]:
         raise KeyboardInterrupt(where()) from None
 
 
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Hold back a Ctrl-C until the end of the block: torch's checkpoints make it an error of theirs, or lose it."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in the background of a shell
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt
+
+
 def granted_s() -> int | None:
     """Seconds that this process has after SIGTERM until its launcher kills it; None if no launcher is known."""
     if not _is_launched():

@@ -22,6 +22,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from stages.core import acceleration, adapters, heads, policies
 from stages.core.batching import microbatches
+from stages.core.lifetime import interrupts_wait
 from stages.core.policies import IGNORED, PADDING
 from stages.rl import Options, dapo
 from stages.rl.batching import shares, split
@@ -185,12 +186,14 @@ class Trainer:
 
     def save_state(self, path: Path) -> None:
         """Write weights and optimizer as `load_state` takes them back, bit for bit; each rank writes its own part."""
-        save_parts(self._state(), checkpoint_id=path)
+        with interrupts_wait():
+            save_parts(self._state(), checkpoint_id=path)
 
     def load_state(self, path: Path) -> None:
         """Take back what `save_state` wrote, under this number of ranks or another."""
         state = self._state()
-        load_parts(state, checkpoint_id=path)
+        with interrupts_wait():
+            load_parts(state, checkpoint_id=path)
         weights, moments = state["model"], state["optimizer"]
         set_state_dict(
             self.model,
