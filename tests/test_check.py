@@ -203,7 +203,8 @@ def test_prompts_that_do_not_fit_are_a_fault_of_eval_and_a_note_of_rl(made):
     assert "(p/3) leave no room" in sections(checked(made))["note"]
     made["rl"]["max_tokens"] = made["eval"]["max_tokens"] = 128
     full = "--max-tokens 128 does not fit the policy's context of 128 tokens: lower it"
-    assert checked(made) == [f"params.yaml: {section}.max_tokens: {full}" for section in ("rl", "eval")]
+    faults = [f"params.yaml: {section}.max_tokens: {full}" for section in ("rl", "eval")]
+    assert checked(made) == checked(made, "--gpu-memory", "22") == faults
 
 
 @pytest.mark.slow

@@ -53,8 +53,9 @@ def seen(calls: Sequence[Call]) -> Seen:
             asking = Asking(base, call.values.template, call.values.max_tokens, file)
             if asking not in done:
                 done[asking] = _longest(whole, asking, call, tokenizer, context)
-            whole.longest[call.name] = max(whole.longest.get(call.name, 0), done[asking])
-            contexts[call.name] = context
+            if done[asking]:
+                whole.longest[call.name] = max(whole.longest.get(call.name, 0), done[asking])
+                contexts[call.name] = context
     whole.faults += [f"{origin}: {error}" for error, origin in broken.items()]
     whole.lines += _longest_of_each(calls, whole.longest, contexts)
     return whole
