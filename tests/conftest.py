@@ -1,6 +1,7 @@
 """What several files share: tiny policies, the toy, and one real engine for the whole run of the tests."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny policies a second thread only waits
 
@@ -8,6 +9,8 @@ import pytest
 
 from stages.core import policies
 from stages.toy import arithmetic
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and in what it starts
 
 
 @pytest.fixture(scope="session")
