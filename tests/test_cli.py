@@ -287,6 +287,7 @@ def test_ctrl_c_ends_in_one_line_that_says_what_is_kept_from_the_first_rank_alon
         assert capsys.readouterr().err == shown
 
 
+@pytest.mark.slow
 def test_help_answers_within_three_times_a_bare_typer_app():
     def seconds(*command):
         started = time.perf_counter()

@@ -153,6 +153,7 @@ def test_every_sample_of_a_run_has_a_seed_of_its_own_though_a_problem_comes_agai
     assert len(asked) == len(seeds(asked)) == 2 * PER_STEP * GROUP
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_what_one_draws_each_its_share(explore):
     (alone,) = explore("alone")
     first, second = explore("both", num_ranks=2)

@@ -125,6 +125,7 @@ def test_a_released_trainer_holds_no_gradients(tiny_policy):
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True], ids=["first update", "later update"])
 def test_loss_and_gradient_agree_with_trl(tiny_policy, tmp_path, old, head):
     from datasets import Dataset
