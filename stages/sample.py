@@ -60,11 +60,9 @@ def run(
         jsonl.write(out, _counted(rollouts, counts))
         if not is_piped:
             decides = provenance.versions() | verifier.VERSION
-            came_to = {"template_digest": plan.template.digest, **plan.rewards.came_to}
-            identity = provenance.identify(run, given, read["inputs"], decides, **came_to)
-            paths = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # as from the hub
-            about = {"policies": list(plan.policies), "paths": paths, "stamps": read["stamps"]}
-            record = provenance.manifest(identity, counts, time.monotonic() - start, **about)
+            identity = provenance.identify(run, given, read["inputs"], decides, **plan.came_to)
+            seconds = time.monotonic() - start
+            record = provenance.manifest(identity, counts, seconds, **plan.about, stamps=read["stamps"])
             outputs.write_json(manifest_file, record)
 
 

@@ -85,6 +85,17 @@ class Plan:
         """Number of groups, one for each policy and problem."""
         return len(self.policies) * sum(map(len, self.sets.values()))
 
+    @property
+    def came_to(self) -> dict[str, Any]:
+        """What identities say of template and rewards, beyond the values of their options."""
+        return {"template_digest": self.template.digest, **self.rewards.came_to}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What manifests say of the policies: their names, and where those lie that are not named by their paths."""
+        elsewhere = {name: str(path) for name, path in self.policies.items() if str(path) != name}  # as from the hub
+        return {"policies": list(self.policies), "paths": elsewhere}
+
     def grader(self, has_scored: bool = False) -> Grader:
         """What scores the completions, a context manager; `has_scored` if an interrupted call has kept some."""
         return self.rewards.grader(self.options.bare, has_scored)

@@ -161,8 +161,7 @@ def evaluate(
     sources = [*problem_files, *plan.policies.values(), *([base] if base else [])]
     read = ranks.together(lambda: lineage.recorded(sources))
     decides = provenance.versions() | verifier.VERSION
-    came_to = {"template_digest": plan.template.digest, **plan.rewards.came_to}
-    came_to |= {"kl_to": read["inputs"][str(base)]} if base else {}
+    came_to = plan.came_to | ({"kl_to": read["inputs"][str(base)]} if base else {})
     identity = provenance.identify(run, given, read["inputs"], decides, **came_to)
     seen = {f"template {plan.template.name}": plan.template.digest, "reward": plan.rewards.digest}
     ranks.refuse_differences(read["inputs"] | decides | seen)
@@ -202,16 +201,8 @@ def _begin(out: Path, identity: Identity, policies: list[str], stack: ExitStack)
 
 def _manifest(identity: Identity, plan: Plan, stamps: Mapping[str, str]) -> dict[str, Any]:
     """What the manifests of all sets have in common."""
-    elsewhere = {name: str(path) for name, path in plan.policies.items() if str(path) != name}  # such as from the hub
-    return provenance.manifest(
-        identity,
-        {},
-        0,
-        stamps=stamps,
-        paths=elsewhere,
-        policies=list(plan.policies),
-        template_digest=plan.template.digest,
-    )
+    about = {"stamps": stamps, **plan.about, "template_digest": plan.template.digest}
+    return provenance.manifest(identity, {}, 0, **about)
 
 
 def _refuse_left_out(plan: Plan) -> None:
