@@ -7,9 +7,11 @@ The package's weights have 4 bits; they are written in bfloat16. Where the hub c
 """
 
 import argparse
+import functools
 import importlib.util
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -65,17 +67,28 @@ def convert(file: Path, out: Path) -> None:
         policies.check_shapes(beside)
 
 
+def in_one_line(main: Callable[[], int]) -> Callable[[], int]:
+    """The same `main`, but of what its user can mend it says one line, and gives 2."""
+
+    @functools.wraps(main)
+    def call() -> int:
+        try:
+            return main()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return call
+
+
+@in_one_line
 def main() -> int:
     """Convert, and say what will be slow; 2 with one line if it cannot be done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory, a new one")
     out = parser.parse_args().out
-    try:
-        outputs.refuse_occupied(out)
-        convert(weights_file(), out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    outputs.refuse_occupied(out)
+    convert(weights_file(), out)
     if warning := slow_warning(CPUINFO.read_text() if CPUINFO.is_file() else ""):
         print(f"warning: {warning}", file=sys.stderr)
     return 0

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
+from base import in_one_line
 from tabulate import tabulate
 
 from stages.core import metrics, outputs, runs, tabular
@@ -241,17 +242,14 @@ def write(directory: Path, out: Path) -> str:
     return text
 
 
+@in_one_line
 def main() -> int:
     """Write the tables and show them; 2 with one line if there is nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    try:
-        print(write(options.runs, options.out))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(write(options.runs, options.out))
     return 0
 
 

@@ -376,19 +376,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@base.in_one_line
 def main() -> int:
     """Do what is missing; 1 if a project failed, 2 with one line for what the user can mend."""
     options = arguments()
-    try:
-        experiment = read_experiment(options)
-        check(experiment, options)
-        if options.background:
-            go_to_background(experiment.runs / "log.txt")
-        with outputs.locked(experiment.runs / "all"):
-            return run(experiment, options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    experiment = read_experiment(options)
+    check(experiment, options)
+    if options.background:
+        go_to_background(experiment.runs / "log.txt")
+    with outputs.locked(experiment.runs / "all"):
+        return run(experiment, options)
 
 
 def check(experiment: Experiment, options: argparse.Namespace) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from base import in_one_line
+
 from stages.core import jsonl, outputs
-from stages.core.errors import InputError
 
 NAMES = (
     "Ada", "Ben", "Carla", "Dev", "Elif", "Finn", "Gita", "Hugo", "Ines", "Jonas",
@@ -162,6 +163,7 @@ def problems(num: int, seed: int) -> Iterator[dict[str, Any]]:
             yield {"id": f"told-{seed}-{len(seen):05d}", **problem}
 
 
+@in_one_line
 def main() -> int:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,12 +171,8 @@ def main() -> int:
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    try:
-        with outputs.claimed(options.out):
-            jsonl.write(options.out, problems(options.num, options.seed))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with outputs.claimed(options.out):
+        jsonl.write(options.out, problems(options.num, options.seed))
     return 0
 
 
