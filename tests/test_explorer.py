@@ -189,6 +189,8 @@ def test_one_s_own_rewards_enter_the_advantage_as_they_are_without_what_none_app
     row, batch = found.rows[0], found.trainer.batches[0]
     assert (row["num_kept"], row["pass_rate"]) == (4, 0.5), "rewards differ, though all completions are of one text"
     assert row["num_trained"] == len(batch) == 4 * (GROUP - 1)
+    each = {name: row[f"rewards/mine.py:{name}"] for name in ("place", "last")}
+    assert each == {"place": (1 + 2 + 3) / 3, "last": 1.0}, "means over what they apply to"
     assert [rollout.advantage for rollout in batch[:3]] == pytest.approx(dapo.advantages([0.5, 1.0, 2.5], 1e-6))
 
 

@@ -54,7 +54,8 @@ def write_eval(root: Path, problem_set: str, group: str, policies: list[str]) ->
 def write_rl(run: Path, steps: int) -> None:
     run.mkdir(parents=True)
     names = ["step", "reward", "pass_rate", "entropy", "grad_norm", "num_rollouts", "rollout_tokens", "update_tokens"]
-    rows = [[step, step / 10, step / 20, 1 / step, 0.5, 8, 100, 80] for step in range(1, steps + 1)]
+    names.append("rewards/mine.py:short")
+    rows = [[step, step / 10, step / 20, 1 / step, 0.5, 8, 100, 80, 0.25] for step in range(1, steps + 1)]
     lines = [
         "\t".join(map(str, line)) for line in [[*names, "seconds", "mismatch"], *([*row, 1.5, ""] for row in rows)]
     ]
@@ -225,6 +226,7 @@ def test_iterations_count_by_number_where_no_steps_are_known():
 def test_every_figure_lies_there_as_png_and_svg_with_its_data(made):
     names = {path.stem for path in (made / "figures").iterdir()} - {"written"}
     expected = {"steps_valid_avg4", "steps_far_pass4", "iterations_far", "overfitting", "training_grad_norm"}
+    expected.add("training_rewards_mine.py_short")
     assert expected | {"forgetting_RL", "similarity_by_step", "retention"} <= names
     assert "training_mismatch" not in names, "a column without a number makes no figure"
     for name in names:

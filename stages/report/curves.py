@@ -92,15 +92,16 @@ def of_divergence(rows: pd.DataFrame, resets: Sequence[int]) -> Iterator[Figure]
 
 
 def of_logs(logs: pd.DataFrame, resets: Sequence[int]) -> Iterator[Figure]:
-    """A panel for each known column of the logs over steps, both methods."""
+    """A panel for each known column of the logs, and each of one's own rewards, over steps, both methods."""
     of_rl = logs[logs["method"] != ""].sort_values("method", kind="stable")  # RL before RLoop
-    for column, (title, axis, number) in TRAINING.items():
+    own = {name: (name, "mean where it applies", "") for name in logs if name.startswith("rewards/")}
+    for column, (title, axis, number) in {**TRAINING, **own}.items():
         known = of_rl.reindex(columns=["method", "step", column]).dropna()
         if len(known):
             explodes = column == "grad_norm" and bool(0 < 100 * known[column].min() < known[column].max())
             style = Panel(axis, resets=resets, number=number, log_scale=explodes)
             caption = f"{title} at each RL step, from log.tsv."
-            yield lines(f"training_{column}", title, caption, _series(known, "method", y=column), style)
+            yield lines(f"training_{file_name(column)}", title, caption, _series(known, "method", y=column), style)
 
 
 def overfitting(rows: pd.DataFrame, logs: pd.DataFrame, valid: str, wanted: Sequence[str]) -> Iterator[Figure]:

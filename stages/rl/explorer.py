@@ -327,6 +327,7 @@ class Explorer:
         return {
             "step": step,
             "reward": _mean(shaped),
+            **_by_reward(batch.drawn),
             "pass_rate": _mean([rollout["verdict"] == "correct" for rollout in rollouts]),
             "num_groups": len(batch.drawn),
             "num_kept": len(batch.kept),
@@ -510,6 +511,13 @@ def _has_drifted(row: Mapping[str, Any]) -> bool:
 def _applicable(group: Group, values: Sequence[T]) -> list[T]:
     """Those of the `values` of a group's completions to which a reward applies: all, by math-verify."""
     return [value for value, score in zip(values, group.scores, strict=True) if score.applies]
+
+
+def _by_reward(groups: Sequence[Group]) -> dict[str, float]:
+    """The mean of each of one's own rewards over the completions that it applies to; {} if there are none."""
+    parts = [score.parts for group in groups for score in group.scores if score.parts]
+    names = parts[0] if parts else ()
+    return {f"rewards/{name}": _mean([part[name] for part in parts if part[name] is not None]) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:
