@@ -284,7 +284,8 @@ def test_a_card_names_the_hub_id_that_the_policy_goes_back_to_and_how_its_exampl
     assert cards.base_of(str(tmp_path)) == ""
     (tmp_path / "manifest.json").write_text(json.dumps({"base_model": "org/model"}))
     assert cards.base_of(str(tmp_path)) == "org/model"
-    filtered = {"stage": "filter", "parameters": {"max_pass_rate": 0.1}, "counts": {"rollouts": 9000}}
+    how = {"max_pass_rate": 0.1, "min_reward": 0.5}
+    filtered = {"stage": "filter", "parameters": how, "counts": {"rollouts": 9000}}
     (tmp_path / "e.manifest.json").write_text(json.dumps(filtered))
     manifest = {"policy": "runs/1/policy", "examples": str(tmp_path / "e.jsonl"), "base_model": "org/model"}
     manifest["parameters"] = dict.fromkeys(cards.SETTINGS, 1)
@@ -292,8 +293,8 @@ def test_a_card_names_the_hub_id_that_the_policy_goes_back_to_and_how_its_exampl
     written = ModelCard(cards.card(manifest, {"loss": 0.5}, [example(prompt, "2")]))
     assert written.data.base_model == "org/model"
     assert "`runs/1/policy`, from `org/model`" in written.text
-    assert "the successes among 9,000 rollouts" in written.text
-    assert "rate in that phase was below 0.1." in written.text
+    assert "successes (a reward of\n  0.5 or more) among 9,000 rollouts" in written.text
+    assert "on problems whose pass rate in them was below 0.1." in written.text
     assert "    ---\n    ```\n    {problem}: é\n    \n    # 1+1=\n" in written.text
 
 

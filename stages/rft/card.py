@@ -32,8 +32,8 @@ def card(manifest: Mapping[str, Any], figures: Mapping[str, float], examples: Se
 # A policy fine-tuned by RLoop
 
 - **Base**: `{manifest["policy"]}`{f", from `{base}`" if base else ""}.
-- **Method**: rejection fine-tuning: the base learns from completions that a verifier found correct, with the loss on
-  the completion alone.
+- **Method**: rejection fine-tuning: the base learns from completions that earned their reward, with the loss on the
+  completion alone.
 - **Data**: {_data(Path(manifest["examples"]), examples)}
 
 ## Figures
@@ -73,10 +73,12 @@ def _data(file: Path, examples: Sequence[Example]) -> str:
     chosen = read_manifest(file.with_suffix(".manifest.json"))
     if chosen.get("stage") != "filter":
         return data
-    bound, num_rollouts = chosen["parameters"]["max_pass_rate"], chosen["counts"]["rollouts"]
+    parameters, num_rollouts = chosen["parameters"], chosen["counts"]["rollouts"]
+    bound = parameters["max_pass_rate"]
+    which = f"problems whose pass rate in them was below {bound:g}" if bound < 1 else "all problems"
     return (
-        f"{data} They are the successes among {num_rollouts:,} rollouts of a phase of RL, on the problems whose pass\n"
-        f"  rate in that phase was below {bound:g}."
+        f"{data} They are successes (a reward of\n"
+        f"  {parameters.get('min_reward', 1.0):g} or more) among {num_rollouts:,} rollouts, on {which}."
     )
 
 
