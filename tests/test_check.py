@@ -69,6 +69,15 @@ def test_the_toy_passes_before_anything_is_made_and_what_waits_is_named(project)
     assert not {"prompt", "tokens", "memory"} & said.keys()
 
 
+def test_prompts_and_steps_that_make_a_comparison_unequal_are_noted(project):
+    assert "note" not in sections(checked(project))
+    project["eval"]["template"] = "qwen-math"
+    project["vanilla"]["steps"] = 60
+    noted = sections(checked(project))["note"]
+    assert noted.startswith("templates differ: rl asks with none, eval asks with qwen-math; a policy is tested")
+    assert noted.endswith("vanilla has 60 steps, the iterations together 90: no comparison at equal steps")
+
+
 def test_every_fault_of_the_options_is_named_by_section_and_key(project):
     project["toy"]["0"]["sed"] = 1
     project["rl"] |= {"stepz": 1, "group_size": 1, "beta2": -0.5, "minibatches": "two"}
@@ -198,7 +207,7 @@ def test_prompts_that_do_not_fit_are_a_fault_of_eval_and_a_note_of_rl(made):
     for name in ("train", "prec"):
         jsonl.write(f"runs/0/{name}.jsonl", [PROBLEM, long])
     (line,) = checked(made)
-    assert line.startswith("params.yaml: eval.max_tokens: 1 of 2 problems of runs/0/prec.jsonl (p/3) leave no room")
+    assert line.startswith("params.yaml: eval.max_tokens: runs/0/prec.jsonl: 1 problems (p/3) leave no room")
     jsonl.write("runs/0/prec.jsonl", [PROBLEM])
     assert "(p/3) leave no room" in sections(checked(made))["note"]
     made["rl"]["max_tokens"] = made["eval"]["max_tokens"] = 128

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from stages.check import counts, files, fit, prompts, times
 from stages.check.calls import Call
 from stages.check.counts import Range
+from stages.check.notes import notes
 from stages.check.prompts import Seen
 
 WIDTH, LABEL = 100, 12
@@ -42,7 +43,7 @@ def report(calls: Sequence[Call], runs: Path, gpu_gib: float) -> Report:
         "rl": list(_exploration(calls)),
         "eval": list(_evaluations(calls, seen)),
         "time": list(times.estimates(calls, _rollouts(calls, seen), runs)),
-        "note": seen.notes,
+        "note": [*seen.notes, *notes(calls)],
         "not yet": list(prompts.waiting(calls)),
     }
     text = "\n".join(

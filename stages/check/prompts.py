@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from stages.check.calls import Call, base_of, policies_of
 from stages.core import policies, records, tabular, templates
 from stages.core.errors import InputError
-from stages.core.rollouts import make_prompts
+from stages.core.rollouts import make_prompts, no_room
 
 SHOWN_CHARS = 300
 
@@ -90,10 +90,7 @@ def _longest(whole: Seen, asking: Asking, call: Call, tokenizer: Any, context: i
         return 0
     whole.first = whole.first or prompts[0].text
     if left_out:
-        said = (
-            f"{len(left_out)} of {len(problems)} problems of {asking.file} ({tabular.some(left_out, 3)}) leave no room "
-            f"for --max-tokens {asking.max_tokens} in a context of {context} tokens"
-        )
+        said = f"{asking.file}: {no_room(left_out, asking.max_tokens, context)}"
         if call.stage == "eval":
             whole.faults.append(f"{call.origin('--max-tokens')}: {said}: lower it, or remove them")
         else:

@@ -517,7 +517,7 @@ def _by_reward(groups: Sequence[Group]) -> dict[str, float]:
     """The mean of each of one's own rewards over the completions that it applies to; {} if there are none."""
     parts = [score.parts for group in groups for score in group.scores if score.parts]
     names = parts[0] if parts else ()
-    return {f"rewards/{name}": _mean([part[name] for part in parts if part[name] is not None]) for name in names}
+    return {f"rewards/{name}": _mean([one for part in parts if (one := part[name]) is not None]) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:

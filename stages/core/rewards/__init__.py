@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 WORKER = "stages.core.rewards.worker"  # the module that a worker runs
 MATH_VERIFY = "math-verify"
+PLAIN = [(MATH_VERIFY, 1.0)]  # names and weights where a reward is 1 or 0, as math-verify says
 SLACK_S = 30.0  # of wall time, beyond twice the CPU time that a call may take
 MAX_TOLD = 10  # different messages that are told as they come
 
@@ -70,7 +71,7 @@ class RewardOptions(OptionGroup):
     @property
     def has_own_rewards(self) -> bool:
         """Whether rewards are anything but math-verify's 1 or 0."""
-        return (self.reward, self.weights) != ([MATH_VERIFY], [1.0])
+        return list(zip(self.reward, self.weights, strict=True)) != PLAIN
 
 
 class Reward(NamedTuple):
@@ -93,7 +94,7 @@ class Rewards:
     @property
     def are_own(self) -> bool:
         """Whether they are anything but math-verify's 1 or 0."""
-        return [(reward.name, reward.weight) for reward in self.each] != [(MATH_VERIFY, 1.0)]
+        return [(reward.name, reward.weight) for reward in self.each] != PLAIN
 
     @property
     def digest(self) -> str:
