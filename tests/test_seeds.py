@@ -1,6 +1,5 @@
 """What rl's requests draw their noise from: an engine core that records seeds, below the real engine and explorer."""
 
-from itertools import chain
 from threading import Barrier, Thread, local
 from types import SimpleNamespace
 
@@ -118,7 +117,7 @@ def explore(tmp_path, monkeypatch):
         directory = RunDir(tmp_path / out)
         if not done:
             directory.begin(Identity("rl", {}, {}, {}), False)
-        monkeypatch.setattr(explorer_module, "gather_object", lambda given: list(chain(*ranks.exchange(given))))
+        monkeypatch.setattr(explorer_module.Ranks, "gather", lambda self, mine: ranks.exchange(mine))
         options = Options(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
                       max_rounds=1, save_every=1, seed=seed, tensor_parallel=shared)  # fmt: skip
         problems = [{"id": f"p{i}", "problem": "", "answer": "7", "source": ""} for i in range(NUM_PROBLEMS)]

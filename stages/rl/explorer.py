@@ -15,12 +15,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 import orjson
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from stages.core.acceleration import memory_in_use
 from stages.core.engine import Engine, Sampling, seed_of
@@ -140,13 +140,13 @@ class Explorer:
         SystemExit(2) on the others, if the difference is above the bound of the compute type.
         """
         parts = self.engine, self.trainer, self.prompts, self.sampling
-        faults = [fault for fault in self._gather(self.engine.swap_fault(self.trainer.weights)) if fault]
+        faults = [fault for fault in self.ranks.gather(self.engine.swap_fault(self.trainer.weights)) if fault]
         if faults:
             self._end(
                 InputError(f"this policy cannot be trained: vLLM cannot take new weights of its kind: {faults[0]}")
             )
         self.hand_over()
-        by_rank = self._gather(agreement.difference(*parts))
+        by_rank = self.ranks.gather(agreement.difference(*parts))
         worst = Difference(max(each.mean for each in by_rank), max(each.largest for each in by_rank))
         self.start_mismatch = worst.mean
         if breach := self.bound.breach(worst):
@@ -268,7 +268,8 @@ class Explorer:
         if self.ranks.is_alone:
             return settled
         places = self.ranks.share(range(len(wanted))) if self.ranks.keeps else []
-        gathered: dict[int, Group] = dict(gather_object(list(zip(places, settled, strict=True))))
+        by_rank = self.ranks.gather(list(zip(places, settled, strict=True)))
+        gathered: dict[int, Group] = dict(chain.from_iterable(by_rank))
         return [gathered[place] for place in range(len(wanted))]
 
     def _trainable(self, group: Group) -> list[TokenRollout]:
@@ -367,7 +368,7 @@ class Explorer:
         """The most memory in use on any GPU, and the preemptions of all engines since there were so many."""
         now = self.engine.num_preemptions
         since = math.nan if now is None or num_preemptions is None else now - num_preemptions
-        by_rank = self._gather((since, max(memory_gib, memory_in_use())))
+        by_rank = self.ranks.gather((since, max(memory_gib, memory_in_use())))
         return {"peak_memory_gib": max(gib for _, gib in by_rank), "num_preemptions": sum(num for num, _ in by_rank)}
 
     def _lr(self, step: int) -> float:
@@ -388,7 +389,7 @@ class Explorer:
 
     def _keep_checkpoint(self, directory: RunDir, step: int) -> None:
         path = directory.checkpoint(step)
-        if any(self._gather(path.is_dir())):
+        if any(self.ranks.gather(path.is_dir())):
             return
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
         self._write_whole(path, lambda beside: self.trainer.save_checkpoint(beside, dtype))
@@ -432,7 +433,7 @@ class Explorer:
     def _recent_rows(self, directory: RunDir) -> deque[dict[str, Any]]:
         """The last rows of the log, which a resumed run goes on counting from; the main rank reads and broadcasts."""
         rows = directory.log_rows()[-MAX_COLLAPSED_STEPS:] if self.accelerator.is_main_process else []
-        return deque(self._gather(rows)[0], maxlen=MAX_COLLAPSED_STEPS)
+        return deque(self.ranks.gather(rows)[0], maxlen=MAX_COLLAPSED_STEPS)
 
     def _warn_of_short_grace(self, row: Mapping[str, Any]) -> None:
         """Warn once if an update takes longer than the launcher waits after SIGTERM: no state could be saved then."""
@@ -486,13 +487,9 @@ class Explorer:
             f"the policy that is trained; {good} is the last policy saved before"
         )
 
-    def _gather(self, mine: Any) -> list[Any]:
-        """What each rank has, on every rank."""
-        return list(gather_object([mine])) if self.accelerator.num_processes > 1 else [mine]
-
     def _any(self, here: bool) -> bool:
         """Whether it is true on any rank, so that all leave together."""
-        return any(self._gather(here))
+        return any(self.ranks.gather(here))
 
 
 def _all_of(recent: Sequence[Mapping[str, Any]], is_bad: Callable[[Mapping[str, Any]], bool]) -> bool:
