@@ -337,6 +337,17 @@ def test_policies_are_taken_from_no_eval_that_selected_nothing(validated, proble
         run([], problems, Path("test"), selected=[validated])
 
 
+def test_policies_that_were_made_anew_since_they_were_selected_are_refused(validated, problems, other_policy):
+    shutil.rmtree(CHECKPOINTS[2])
+    shutil.copytree(other_policy, CHECKPOINTS[2])
+    with pytest.raises(InputError, match="--selected valid: 1/rl/checkpoints/step_000012 has changed since"):
+        run([], problems, Path("test"), selected=[validated])
+    assert not Path("test").exists()
+    run([TUNED, "1/rl/checkpoints"], problems, Path("anew"), select="avg@4")
+    run([], problems, Path("test"), selected=[Path("anew")])
+    assert asked("test") == [TUNED, CHECKPOINTS[1], CHECKPOINTS[2]]
+
+
 def test_of_equals_by_the_metric_the_best_by_average_is_named_as_the_report_does_then_the_first():
     def summary(coverage, average):
         return {"avg@4": {"value": average}, "pass@4": {"value": coverage}}

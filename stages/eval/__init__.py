@@ -160,6 +160,7 @@ def evaluate(
     base = ranks.together(lambda: divergence.checked(given["kl_to"], num_scored, plan))
     sources = [*problem_files, *plan.policies.values(), *([base] if base else [])]
     read = ranks.together(lambda: lineage.recorded(sources))
+    ranks.together(lambda: selection.refuse_changed(given["selected"], read["inputs"]))
     decides = provenance.versions() | verifier.VERSION
     came_to = plan.came_to | ({"kl_to": read["inputs"][str(base)]} if base else {})
     identity = provenance.identify(run, given, read["inputs"], decides, **came_to)

@@ -1,6 +1,6 @@
 """Which policies of an evaluation are worth asking on more sets: what `eval --selected` takes from an eval output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stages.core.errors import InputError
@@ -36,3 +36,15 @@ def policies_of(output: Path, all_checkpoints: bool) -> list[str]:
         )
     last = ends(asked)
     return [policy for policy in asked if policy == best or policy in last]
+
+
+def refuse_changed(evals: Sequence[Path], inputs: Mapping[str, str]) -> None:
+    """Raise InputError if a policy is not the one that the eval output was made of; `inputs` are the digests of now."""
+    for output in evals:
+        then = read_manifest(output / "manifest.json")["inputs"]
+        for policy in policies_of(output, all_checkpoints=True):
+            if policy in then and inputs.get(policy, then[policy]) != then[policy]:
+                raise InputError(
+                    f"--selected {output}: {policy} has changed since that evaluation: repeat it, for what is best by "
+                    "it was found with another policy"
+                )
