@@ -159,10 +159,6 @@ class VllmEngine:
         self._num_probe_tokens = min(PROBE_TOKENS, max_model_len - 1)
         self._vocabulary = policies.load_config(policy).get_text_config().vocab_size
         self.tokenizer = policies.load_tokenizer(policy)
-        extra = self._distributed(distributed)
-        if not self.on_gpu:  # a prompt cut in two can't take back its seeded draw: "CPU Generator does not use offset"
-            extra |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
-            extra |= kernels.options(is_compiled) | {"block_size": BLOCK_TOKENS}
         self._llm = _start(
             policy,
             dtype=dtype,
@@ -172,7 +168,8 @@ class VllmEngine:
             enable_sleep_mode=self.sleeps,
             logprobs_mode="processed_logprobs",
             use_tqdm_on_load=False,
-            **extra,
+            **self._distributed(distributed),
+            **({} if self.on_gpu else _on_cpu(max_model_len, is_compiled)),
         )
         self._max_model_len = max_model_len
         self.cache_tokens = _cache_tokens(self._llm.llm_engine.vllm_config.cache_config)
@@ -402,6 +399,15 @@ def fitting(cache_tokens: int, longest: int) -> int:
     They are at different places, and most end before the longest: few of so many are preempted.
     """
     return max(1, min(MAX_SEQUENCES, 2 * cache_tokens // longest))
+
+
+def _on_cpu(max_model_len: int, is_compiled: bool) -> dict[str, Any]:
+    """vLLM's arguments where there is no GPU.
+
+    A prompt cut in two can't take back its seeded draw there ("CPU Generator does not use offset"), so none is cut.
+    """
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
+    return whole | kernels.options(is_compiled) | {"block_size": BLOCK_TOKENS}
 
 
 def _cache_tokens(config: Any) -> int:
