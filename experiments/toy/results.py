@@ -85,6 +85,13 @@ PAIRS = (
     *((rival, other) for rival in RIVALS for other in ("RL", "RLoop")),
 )
 
+LABELS = {  # where a name stands in the figure of the frontier, in points from its dot, if not on the right above it
+    **dict.fromkeys(("Balanced, 1", "RL, stopped early", "Base", "RL, temporal", "Hard below 10 %"), (-5, 4, "right")),
+    **dict.fromkeys(("Balanced, 2", "RL", "RLoop, RL endpoint", "RLoop, static"), (-6, -4, "right")),
+    **dict.fromkeys(("Merge, .25", "RL, static"), (-5, -10, "right")),
+    **dict.fromkeys(("Balanced, 4", "No RL: rejection"), (5, -10, "left")),
+}
+
 Values = Mapping[tuple[str, str, str], Mapping[str, float]]  # (method, set, metric): by seed, in percent
 
 
@@ -344,7 +351,8 @@ def draw_frontier(values: Values, path: Path) -> None:
             halves = [0.0 if each.half != each.half else each.half for each in found]
             axes.errorbar(x, y, xerr=halves[0], yerr=halves[1], color=colour, alpha=0.25, linewidth=1)
             axes.plot(x, y, "o", color=colour, markerfacecolor=colour if on_it else "none")
-            axes.annotate(method, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour)
+            *place, side = LABELS.get(method, (5, 4, "left"))
+            axes.annotate(method, (x, y), place, textcoords="offset points", ha=side, fontsize=8, color=colour)
         axes.set_xlabel("avg@32, average of the four sets, percent")
         axes.set_ylabel("pass@32, percent")
         axes.grid(alpha=0.2)
