@@ -171,6 +171,12 @@ def test_policies_that_cannot_take_each_others_place_are_refused(tiny_policy, ma
         sampling.plan([str(tiny_policy), str(make_policy(**other))], [problems], 2, OPTIONS)
 
 
+def test_notes_of_who_wrote_a_configuration_and_settings_of_training_do_not_matter(tiny_policy, copied, problems):
+    notes = {"_model_name_or_path": "elsewhere", "unsloth_version": "2026.1", "initializer_range": 0.1}
+    edit_json(copied / "config.json", **notes)
+    assert len(sampling.plan([str(tiny_policy), str(copied)], [problems], 2, OPTIONS).policies) == 2
+
+
 def test_policies_with_other_end_tokens_are_refused(tiny_policy, copied, problems):
     edit_json(copied / "generation_config.json", eos_token_id=[65, 3])
     with pytest.raises(InputError, match="end tokens are"):

@@ -15,15 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 NO_MATTER = {  # keys of config.json in which policies of one engine may differ; end tokens are compared on their own
-    "transformers_version",
-    "_name_or_path",
-    "dtype",
-    "tie_word_embeddings",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
+    *("transformers_version", "dtype", "tie_word_embeddings", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    *("attention_dropout", "initializer_range", "pretraining_tp"),  # of training alone
 }
+NOTES = ("_", "unsloth_")  # keys that begin so are notes of who wrote the file, such as _name_or_path
 IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
 PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
 _LAYER = re.compile(r".*?\.\d+\.")  # what the names of a layer's weights begin with
@@ -234,7 +230,7 @@ def difference(first: Path, second: Path) -> str | None:
     """Why one engine cannot serve `second` after `first`, by their configurations; None if it can."""
     before, after = (load_config(path).to_dict() for path in (first, second))
     for key in sorted((before.keys() | after.keys()) - NO_MATTER):
-        if before.get(key) != after.get(key):
+        if before.get(key) != after.get(key) and not key.startswith(NOTES):
             return f"{key} is {before.get(key)} in the one and {after.get(key)} in the other"
     before_ids, after_ids = (end_token_ids(path) for path in (first, second))
     return None if before_ids == after_ids else f"end tokens are {before_ids} in the one and {after_ids} in the other"
