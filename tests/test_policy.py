@@ -4,6 +4,8 @@ import json
 import random
 import resource
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +109,20 @@ def test_the_largest_finite_weights_are_finite(copied):
     weights["model.norm.weight"].fill_(torch.finfo(torch.bfloat16).max)
     save_file(weights, copied / "model-1.safetensors")
     check(copied)
+
+
+@pytest.mark.parametrize(
+    ("inner", "fault"),
+    [
+        ({"hidden_size": 8, "dtype": "float32"}, None),
+        ({"hidden_size": 9, "dtype": "float32"}, "text_config.hidden_size is 8 in the one and 9 in the other"),
+    ],
+)
+def test_a_configuration_within_another_is_compared_key_by_key(inner, fault, monkeypatch):
+    found = {"one": {"text_config": {"dtype": "bfloat16", "hidden_size": 8}}, "other": {"text_config": inner}}
+    monkeypatch.setattr(policies, "load_config", lambda path: SimpleNamespace(to_dict=lambda: found[path.name]))
+    monkeypatch.setattr(policies, "end_token_ids", lambda path: [2])
+    assert policies.difference(Path("one"), Path("other")) == fault
 
 
 def test_a_pad_token_beyond_the_vocabulary_does_not_matter(copied, tmp_path):

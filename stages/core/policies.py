@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -229,11 +229,23 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
 def difference(first: Path, second: Path) -> str | None:
     """Why one engine cannot serve `second` after `first`, by their configurations; None if it can."""
     before, after = (load_config(path).to_dict() for path in (first, second))
-    for key in sorted((before.keys() | after.keys()) - NO_MATTER):
-        if before.get(key) != after.get(key) and not key.startswith(NOTES):
-            return f"{key} is {before.get(key)} in the one and {after.get(key)} in the other"
+    if apart := _apart(before, after):
+        return apart
     before_ids, after_ids = (end_token_ids(path) for path in (first, second))
     return None if before_ids == after_ids else f"end tokens are {before_ids} in the one and {after_ids} in the other"
+
+
+def _apart(before: Mapping[str, Any], after: Mapping[str, Any], above: str = "") -> str:
+    """The first key in which two configurations differ so that it matters, in words; "" if there is none."""
+    for key in sorted((before.keys() | after.keys()) - NO_MATTER):
+        one, other = before.get(key), after.get(key)
+        if one == other or key.startswith(NOTES):
+            continue
+        if not isinstance(one, dict) or not isinstance(other, dict):
+            return f"{above}{key} is {one} in the one and {other} in the other"
+        if within := _apart(one, other, f"{above}{key}."):  # as of a language model beside one for images
+            return within
+    return ""
 
 
 def end_token_ids(path: Path) -> list[int]:
