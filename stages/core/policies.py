@@ -237,9 +237,9 @@ def difference(first: Path, second: Path) -> str | None:
 
 def _apart(before: Mapping[str, Any], after: Mapping[str, Any], above: str = "") -> str:
     """The first key in which two configurations differ so that it matters, in words; "" if there is none."""
-    for key in sorted((before.keys() | after.keys()) - NO_MATTER):
+    for key in sorted((before.keys() | after.keys()) - NO_MATTER, key=str):
         one, other = before.get(key), after.get(key)
-        if one == other or key.startswith(NOTES):
+        if one == other or str(key).startswith(NOTES):
             continue
         if not isinstance(one, dict) or not isinstance(other, dict):
             return f"{above}{key} is {one} in the one and {other} in the other"

@@ -41,7 +41,7 @@ def policies_of(output: Path, all_checkpoints: bool) -> list[str]:
 def refuse_changed(evals: Sequence[Path], inputs: Mapping[str, str]) -> None:
     """Raise InputError if a policy is not the one that the eval output was made of; `inputs` are the digests of now."""
     for output in evals:
-        then = read_manifest(output / "manifest.json")["inputs"]
+        then = read_manifest(output / "manifest.json").get("inputs", {})
         for policy in policies_of(output, all_checkpoints=True):
             if policy in then and inputs.get(policy, then[policy]) != then[policy]:
                 raise InputError(
