@@ -322,13 +322,11 @@ class Explorer:
         rounds = batch.rounds
         rollouts = [rollout for group in batch.drawn for rollout in group.rollouts("", step)]
         lengths = [rollout["num_tokens"] for rollout in rollouts]
-        shaped = [reward for group in batch.drawn for reward in self._shaped(group)]
         norms = [norm for norm in stats.grad_norms if math.isfinite(norm)]
         total_s = sum(seconds.values())
         return {
             "step": step,
-            "reward": _mean(shaped),
-            **_by_reward(batch.drawn),
+            **self._mean_rewards(batch.drawn),
             "pass_rate": _mean([rollout["verdict"] == "correct" for rollout in rollouts]),
             "num_groups": len(batch.drawn),
             "num_kept": len(batch.kept),
@@ -363,6 +361,14 @@ class Explorer:
             "seconds": total_s,
             **seconds,
         }
+
+    def _mean_rewards(self, groups: Sequence[Group]) -> dict[str, float]:
+        """The mean reward as it enters the advantage, then of each of one's own where it applies."""
+        parts = [score.parts for group in groups for score in group.scores if score.parts]
+        names = parts[0] if parts else ()
+        by_name = {name: _mean([one for part in parts if (one := part[name]) is not None]) for name in names}
+        shaped = [reward for group in groups for reward in self._shaped(group)]
+        return {"reward": _mean(shaped), **{f"rewards/{name}": mean for name, mean in by_name.items()}}
 
     def _strain(self, num_preemptions: int | None, memory_gib: float) -> dict[str, float]:
         """The most memory in use on any GPU, and the preemptions of all engines since there were so many."""
@@ -508,13 +514,6 @@ def _has_drifted(row: Mapping[str, Any]) -> bool:
 def _applicable(group: Group, values: Sequence[T]) -> list[T]:
     """Those of the `values` of a group's completions to which a reward applies: all, by math-verify."""
     return [value for value, score in zip(values, group.scores, strict=True) if score.applies]
-
-
-def _by_reward(groups: Sequence[Group]) -> dict[str, float]:
-    """The mean of each of one's own rewards over the completions that it applies to; {} if there are none."""
-    parts = [score.parts for group in groups for score in group.scores if score.parts]
-    names = parts[0] if parts else ()
-    return {f"rewards/{name}": _mean([one for part in parts if (one := part[name]) is not None]) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:
