@@ -5,7 +5,7 @@ import random
 import pytest
 
 from stages.core.batching import microbatches
-from stages.rl.batching import ProblemStream, shares, split
+from stages.rl.batching import ProblemStream, microbatches_after, shares, split
 
 
 @pytest.mark.parametrize("budget", [1, 50, 300, 10_000])
@@ -21,6 +21,23 @@ def test_microbatches_of_neighbours_in_length_waste_little_on_padding():
     lengths = [random.Random(3).randint(1, 256) for _ in range(512)]
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in microbatches(lengths, 2048))
     assert padded < 1.1 * sum(lengths)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 300, 10_000])
+def test_microbatches_after_prompts_count_each_prompt_once(budget):
+    draw = random.Random(budget)
+    prompts = [[number] * draw.randint(1, 30) for number in range(8) for _ in range(7)]
+    lengths = [draw.randint(1, 90) for _ in prompts]
+    batches = microbatches_after(prompts, lengths, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(56))
+
+    def tokens(batch):
+        heads = {tuple(prompts[i]) for i in batch}
+        return len(heads) * max(map(len, heads)) + len(batch) * max(lengths[i] for i in batch)
+
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        assert len(batch) == 1 or tokens(batch) <= budget
+        assert following is None or tokens([*batch, following[0]]) > budget  # it was full
 
 
 def test_shares_deal_every_sequence_once_and_evenly():

@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,17 +18,21 @@ from trl.trainer.utils import add_fused_lm_head
 from stages import rl
 from stages.core import heads, policies
 from stages.core.adapters import trained
+from stages.rl import prefixes
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, without_dropout
 from tests import ranks
+from tests.architectures import ARCHITECTURES, make
 
 OPTIONS = rl.Options(minibatches=1, tokens_per_microbatch=4096, weight_decay=0.0)
 
 
 def some_rollouts(count, seed=0):
+    """Groups of four; the prompt of the third has one token."""
     draw = random.Random(seed)
     rollouts = []
-    for _ in range(count):
-        prompt = [draw.randrange(2, 60) for _ in range(draw.randint(3, 9))]
+    for number in range(count):
+        if number % 4 == 0:
+            prompt = [draw.randrange(2, 60) for _ in range(1 if number == 8 else draw.randint(3, 9))]
         completion = [draw.randrange(2, 60) for _ in range(draw.randint(1, 40))]
         engine = [draw.gauss(-4.1, 0.3) for _ in completion]
         rollouts.append(TokenRollout(prompt, completion, engine, draw.choice([-1.3, -0.2, 0.4, 1.7])))
@@ -87,6 +92,47 @@ def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_
     expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert close(found, expected, 1e-5)
     assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "OLMo 2"])
+def test_a_prompt_computed_once_gives_the_gradient_of_one_computed_for_each_completion(name, tmp_path, monkeypatch):
+    """Prompts of 3 to 60 tokens, so that Gemma's window of 32 begins in the prompt, in it, and after it."""
+    policy = make(name, tmp_path / "policy")
+    draw = random.Random(0)
+    prompts = [[draw.randrange(2, 30) for _ in range(length)] for length in (3, 30, 60)]
+    rollouts = [replace(rollout, prompt_ids=prompts[number % 3]) for number, rollout in enumerate(some_rollouts(12))]
+    for rollout in rollouts:
+        rollout.completion_ids = [token % 30 for token in rollout.completion_ids]
+    once = outcome_of(policy, rollouts)
+    monkeypatch.setattr(prefixes, "fits", lambda model: False)
+    each = outcome_of(policy, rollouts)
+    assert close(once.gradient, each.gradient, 1e-5)
+    assert torch.allclose(once.sums, each.sums, rtol=1e-5)
+    assert torch.allclose(once.log_probs, each.log_probs, atol=1e-5)
+    assert once.num_tokens < 0.7 * each.num_tokens
+
+
+def outcome_of(policy, rollouts):
+    """Of a fresh trainer; `num_tokens` are those that the decoder embedded for the gradient, padding included."""
+    trainer = Trainer(policy, Accelerator(), OPTIONS)
+    sizes = []
+    hook = trainer.model.get_input_embeddings().register_forward_hook(lambda _, ids, __: sizes.append(ids[0].numel()))
+    sums = trainer.gradient(rollouts)
+    hook.remove()
+    log_probs = torch.cat(trainer.log_probs(rollouts))
+    return SimpleNamespace(gradient=gradient_of(trainer), sums=sums, log_probs=log_probs, num_tokens=sum(sizes))
+
+
+def test_prompts_are_not_shared_where_a_decoder_keeps_more_than_keys_and_values_or_recomputes(tiny_policy):
+    from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    assert prefixes.fits(model)
+    model.gradient_checkpointing_enable()
+    assert not prefixes.fits(model)
+    linear = Qwen3NextConfig(num_hidden_layers=4)
+    assert "linear_attention" in linear.layer_types
+    assert not prefixes.fits(SimpleNamespace(config=linear, is_gradient_checkpointing=False))
 
 
 def test_old_log_probs_keep_the_ratio_when_a_step_has_several_updates(tiny_policy):

@@ -24,8 +24,8 @@ from stages.core import acceleration, adapters, heads, policies
 from stages.core.batching import microbatches
 from stages.core.lifetime import interrupts_wait
 from stages.core.policies import IGNORED, PADDING
-from stages.rl import Options, dapo
-from stages.rl.batching import shares, split
+from stages.rl import Options, dapo, prefixes
+from stages.rl.batching import microbatches_after, shares, split
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process that saves its state
 
@@ -91,6 +91,9 @@ class Trainer:
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         heads.add_head(model, options.temperature)
+        self._shares_prompts = not (torch.cuda.is_available() or accelerator.is_fsdp2) and prefixes.fits(model)
+        if self._shares_prompts:
+            prefixes.add_prefixes(model)
         vocabulary = model.config.get_text_config().vocab_size
         self._token_budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
         optimizer = torch.optim.AdamW(
@@ -141,14 +144,13 @@ class Trainer:
         Every rank must call it, on rollouts of its own; all make as many passes as the one that needs most.
         """
         by_number: dict[int, torch.Tensor] = {}
-        batches = microbatches([rollout.length for rollout in rollouts], self._token_budget)
+        batches = self._microbatches(rollouts)
         for number in range(max(gather_object([len(batches)]))):
             batch = batches[min(number, len(batches) - 1)]
             picked = [rollouts[index] for index in batch]
             scored = self._scored_alone(picked)
             for row, index in enumerate(batch):
-                start = len(rollouts[index].prompt_ids) - 1
-                by_number[index] = scored[row, start : start + len(rollouts[index].completion_ids)].float().cpu()
+                by_number[index] = scored[row, self._places(rollouts[index])].float().cpu()
         return [by_number[index] for index in range(len(rollouts))]
 
     def _scored_alone(self, batch: Sequence[TokenRollout]) -> torch.Tensor:
@@ -252,15 +254,26 @@ class Trainer:
 
     def _forward(self, batch: Sequence[TokenRollout]) -> Any:
         """Score the completion tokens of `batch`. Padding is on the right, where causal attention never looks."""
-        rows = [torch.tensor(r.prompt_ids + r.completion_ids) for r in batch]
+        device = self.accelerator.device
+        rows = [torch.tensor(rollout.prompt_ids[self._begin(rollout) :] + rollout.completion_ids) for rollout in batch]
         labels = [row.clone() for row in rows]
         for row, rollout in zip(labels, batch, strict=True):
-            row[: len(rollout.prompt_ids)] = IGNORED
-        device = self.accelerator.device
-        input_ids = pad_sequence(rows, True, PADDING).to(device)
-        return self.model(
-            input_ids=input_ids, labels=pad_sequence(labels, True, IGNORED).to(device), fused_lm_head=True
-        )
+            row[: len(row) - len(rollout.completion_ids)] = IGNORED
+        shared: dict[str, Any] = {}
+        if self._shares_prompts:
+            prompts = [rollout.prompt_ids for rollout in batch]
+            shared = {"prefixes": prefixes.build(prompts, [len(row) for row in rows], device)}
+        ids, targets = pad_sequence(rows, True, PADDING), pad_sequence(labels, True, IGNORED)
+        return self.model(input_ids=ids.to(device), labels=targets.to(device), fused_lm_head=True, **shared)
+
+    def _begin(self, rollout: TokenRollout) -> int:
+        """The prompt token that its row begins with: the last one if what is before it is computed once for many."""
+        return len(rollout.prompt_ids) - 1 if self._shares_prompts else 0
+
+    def _places(self, rollout: TokenRollout) -> slice:
+        """Where its completion's tokens are in a row of shifted labels."""
+        start = len(rollout.prompt_ids) - 1 - self._begin(rollout)
+        return slice(start, start + len(rollout.completion_ids))
 
     def _aligned(
         self, values: Sequence[torch.Tensor], batch: Sequence[TokenRollout], like: torch.Tensor
@@ -268,8 +281,7 @@ class Trainer:
         """Per-token values of the completions, laid out as the shifted labels are: (sequences, tokens - 1)."""
         laid = torch.zeros(like.shape)
         for row, value, rollout in zip(laid, values, batch, strict=True):
-            start = len(rollout.prompt_ids) - 1
-            row[start : start + len(value)] = value
+            row[self._places(rollout)] = value
         return laid.to(like.device)
 
     def _remember_log_probs(self, rollouts: Sequence[TokenRollout]) -> None:
@@ -277,20 +289,24 @@ class Trainer:
             for batch, counts in self._passes(rollouts):
                 scored = self._forward(batch).log_probs
                 for row, rollout in zip(scored, batch if counts else [], strict=False):
-                    start = len(rollout.prompt_ids) - 1
-                    rollout.old_log_probs = row[start : start + len(rollout.completion_ids)].float().cpu()
+                    rollout.old_log_probs = row[self._places(rollout)].float().cpu()
 
     def _passes(self, rollouts: Sequence[TokenRollout]) -> list[tuple[list[TokenRollout], bool]]:
         """This rank's micro-batches, and whether they count: all ranks make equally many passes, some on nothing."""
-        lengths = [rollout.length for rollout in rollouts]
         plans = []
-        for share in shares(lengths, self.accelerator.num_processes):
-            packed = microbatches([lengths[i] for i in share], self._token_budget)
-            plans.append([[rollouts[share[i]] for i in batch] for batch in packed])
+        for share in shares([rollout.length for rollout in rollouts], self.accelerator.num_processes):
+            dealt = [rollouts[number] for number in share]
+            plans.append([[dealt[number] for number in batch] for batch in self._microbatches(dealt)])
         mine = plans[self.accelerator.process_index]
         idle = max(len(plan) for plan in plans) - len(mine)
         shortest = min(rollouts, key=lambda rollout: rollout.length)
         return [(batch, True) for batch in mine] + [([shortest], False)] * idle
+
+    def _microbatches(self, rollouts: Sequence[TokenRollout]) -> list[list[int]]:
+        if not self._shares_prompts:
+            return microbatches([rollout.length for rollout in rollouts], self._token_budget)
+        prompts = [rollout.prompt_ids for rollout in rollouts]
+        return microbatches_after(prompts, [len(r.completion_ids) + 1 for r in rollouts], self._token_budget)
 
     def _hold_sync(self, hold: bool) -> AbstractContextManager[Any]:
         """Under DDP, reduce gradients once an update rather than once a micro-batch."""
