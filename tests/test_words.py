@@ -147,7 +147,7 @@ def test_no_set_holds_a_problem_of_another(words, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     read = []
-    for place, arguments in words.data.preparations({"valid": 3, "test": 4, "seed": 1}):
+    for place, arguments in words.data.preparations({"train": 0, "valid": 3, "test": 4, "seed": 1}):
         options = {}
         for flag, value in zip(
             *[iter(word for word in arguments[1:] if word != "--drop-unparseable")] * 2, strict=True
@@ -255,12 +255,12 @@ def test_the_time_left_is_what_the_finished_parts_took(words):
 def test_the_parts_that_are_timed_are_those_of_the_graph(words, experiment, tmp_path):
     sizes = {"valid": 200, "tests": 600}
     parts = {part.out: part for part in words.timing.parts(experiment.params, sizes, is_shared=False)}
-    assert sum(part.amount for part in parts.values() if part.kind == "rl") == 180 + 60 + 60
-    assert parts["eval/1/valid"].amount == (2 + 1) * 200
+    assert sum(part.amount for part in parts.values() if part.kind == "rl") == 90 + 30 + 30
+    assert parts["eval/1/valid"].amount == (1 + 1) * 200
     shared = {part.out for part in words.timing.parts(experiment.params, sizes, is_shared=True)}
     assert parts.keys() - shared == {"eval/0", "vanilla/rl", "eval/vanilla/valid", "eval/vanilla/test"}
     asked = words.run.work(experiment.projects([0, 1], [0.1, 0.3]), sizes, "policies")
-    assert sum(part.amount for part, _ in asked if part.kind == "rl") == 2 * (300 + 120)
+    assert sum(part.amount for part, _ in asked if part.kind == "rl") == 2 * (150 + 60)
     assert {part.kind for part, _ in asked} == {"rl", "rft"}
     (tmp_path / "2/rl").mkdir(parents=True)
     (tmp_path / "2/rl/log.tsv").write_text("step\tseconds\n1\t2.5\n2\t3.5\n")

@@ -97,7 +97,7 @@ def preparations(settings: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]
     `sources/pool.jsonl` is read by the first and the last of the sets.
     """
     before: list[str] = []
-    limits = {"valid": settings["valid"], **dict.fromkeys(TESTS, settings["test"]), "train": 0}
+    limits = {"valid": settings["valid"], **dict.fromkeys(TESTS, settings["test"]), "train": settings["train"]}
     for name, limit in limits.items():
         source = f"sources/{name if name in TESTS else 'pool'}.jsonl"
         place = "train.jsonl" if name == "train" else f"sets/{name}.jsonl"
