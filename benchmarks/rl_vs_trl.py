@@ -2,7 +2,7 @@
 
     python benchmarks/rl_vs_trl.py               3.3 M parameters, 128 rollouts a step, some 90 of at most 256 tokens
     python benchmarks/rl_vs_trl.py --rounds 1    a first look
-    python benchmarks/rl_vs_trl.py --policy DIR --dtype bfloat16 --compile   a real model; as it speaks, so long
+    python benchmarks/rl_vs_trl.py --policy DIR --questions FILE --template FILE   a real model; as it speaks, so long
     OMP_NUM_THREADS=1 python benchmarks/rl_vs_trl.py --cpu-seconds           on a machine with other work on it
 
 It takes some eight minutes on one busy core. A CPU is fastest at 512 to 1,024 tokens a micro-batch, which stay in its
@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Qwen2Config, Qwe
 from stages.core import policies
 from stages.core.engine import Sampling, VllmEngine
 from stages.core.lifetime import StopSignal
+from stages.core.records import Problem, read_problems
 from stages.core.rollouts import Prompt, make_prompts
 from stages.core.templates import load
 from stages.core.verifier import Batch, Score, Verifier
@@ -76,17 +78,23 @@ def make_policy(path: Path, vocabulary: int, max_tokens: int) -> None:
     policies.save(Qwen2ForCausalLM(config), tokenizer, path)
 
 
-def ready_prompts(path: Path, count: int, max_tokens: int) -> list[Prompt]:
-    """Prompts of the toy's problems."""
+def ready_prompts(path: Path, options: argparse.Namespace) -> list[Prompt]:
+    """Prompts of the first problems in --questions, or of the toy's."""
+    count = options.problems * (options.steps + 1)
+    problems = list(islice(read_problems(options.questions), count)) if options.questions else toy_problems(count)
+    tokenizer = policies.load_tokenizer(path)
+    template, context = load(options.template, tokenizer), policies.context_length(path)
+    return make_prompts(problems, template, tokenizer, options.max_tokens, context)[0]
+
+
+def toy_problems(count: int) -> list[Problem]:
+    """Sums of the toy."""
     rng = random.Random(0)
-    problems = [
+    return [
         {"id": str(number), "problem": arithmetic.question(expression), "answer": str(arithmetic.truth(expression)),
          "source": "toy"}
         for number, expression in enumerate(arithmetic.draw(rng, rng.randint(3, 6), True) for _ in range(count))
     ]  # fmt: skip
-    tokenizer = policies.load_tokenizer(path)
-    prompts, _ = make_prompts(problems, load("none", tokenizer), tokenizer, max_tokens, policies.context_length(path))
-    return prompts
 
 
 class HalfRight:
@@ -120,16 +128,23 @@ class CountingTrainer(Trainer):
 
     def update(self, rollouts: Sequence[TokenRollout], lr: float) -> UpdateStats:
         """The step's updates."""
-        self.num_flops += update_flops(self.model, [rollout.length for rollout in rollouts])
+        self.num_flops += update_flops(self.model, rollouts)
         return super().update(rollouts, lr)
 
 
-def update_flops(model: Any, lengths: Sequence[int]) -> float:
-    """6 a matmul weight and token, and for causal attention 6 a layer, hidden unit and pair of positions."""
-    tied = model.config.tie_word_embeddings  # the embedding is the head, too
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and (tied or "embed" not in name))
-    attention = model.config.num_hidden_layers * model.config.hidden_size
-    return sum(6.0 * weights * length + 6.0 * attention * length**2 for length in lengths)
+def update_flops(model: Any, rollouts: Sequence[TokenRollout]) -> float:
+    """6 a matmul weight and token, and for causal attention 6 a layer, hidden unit and pair of positions.
+
+    A prompt counts once however many rollouts follow it, and the output head is for completions alone.
+    """
+    head = model.get_output_embeddings().weight.numel()
+    embeddings = model.get_input_embeddings().weight
+    body = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2 and p is not embeddings)
+    prompts = [len(prompt) for prompt in {tuple(rollout.prompt_ids) for rollout in rollouts}]
+    completions = sum(len(rollout.completion_ids) for rollout in rollouts)
+    pairs = sum(n**2 for n in prompts) + sum(r.length**2 - len(r.prompt_ids) ** 2 for r in rollouts)
+    attention = model.config.num_hidden_layers * model.config.hidden_size * pairs
+    return 6.0 * (body * (sum(prompts) + completions) + head * completions + attention)
 
 
 class BenchmarkClock(Clock):
@@ -334,7 +349,7 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
         checkpoint_every=NEVER,
         save_every=NEVER,
     )
-    prompts = ready_prompts(path, options.problems * (options.steps + 1), options.max_tokens)
+    prompts = ready_prompts(path, options)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if options.dtype == "bfloat16" else "no")
     longest = max(len(prompt.token_ids) for prompt in prompts)
     engine = VllmEngine(
@@ -363,6 +378,8 @@ def main() -> None:
                           ("vocabulary", 96), ("tokens-per-microbatch", 512), ("trl-batch", 16)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--policy", type=Path, help="a checkpoint directory in place of the policy made here")
+    parser.add_argument("--questions", type=Path, help="a problem file in place of the toy's problems")
+    parser.add_argument("--template", default="none", help="of the prompts, as in rl")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type of all sides")
     parser.add_argument("--compile", action="store_true", help="rloop's and the bare engine run compiled code")
     parser.add_argument("--cpu-seconds", action="store_true", help="this process's, if other work runs")
