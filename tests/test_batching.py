@@ -1,11 +1,12 @@
 """Micro-batches, shares and the stream of problems: nothing is lost, nothing comes twice."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
-from stages.core.batching import microbatches
-from stages.rl.batching import ProblemStream, microbatches_after, shares, split
+from stages.core.batching import PASS, microbatches
+from stages.rl.batching import ProblemStream, shares, split
 
 
 @pytest.mark.parametrize("budget", [1, 50, 300, 10_000])
@@ -24,20 +25,36 @@ def test_microbatches_of_neighbours_in_length_waste_little_on_padding():
 
 
 @pytest.mark.parametrize("budget", [1, 60, 300, 10_000])
-def test_microbatches_after_prompts_count_each_prompt_once(budget):
+def test_microbatches_after_prompts_hold_each_prompt_once_within_the_budget(budget):
     draw = random.Random(budget)
     prompts = [[number] * draw.randint(1, 30) for number in range(8) for _ in range(7)]
     lengths = [draw.randint(1, 90) for _ in prompts]
-    batches = microbatches_after(prompts, lengths, budget)
+    batches = microbatches(lengths, budget, prompts)
     assert sorted(index for batch in batches for index in batch) == list(range(56))
+    for batch in batches:
+        assert len(batch) == 1 or tokens(batch, lengths, prompts) <= budget
 
-    def tokens(batch):
-        heads = {tuple(prompts[i]) for i in batch}
-        return len(heads) * max(map(len, heads)) + len(batch) * max(lengths[i] for i in batch)
 
-    for batch, following in zip(batches, [*batches[1:], None], strict=True):
-        assert len(batch) == 1 or tokens(batch) <= budget
-        assert following is None or tokens([*batch, following[0]]) > budget  # it was full
+def tokens(batch, lengths, prompts):
+    heads = {tuple(prompts[i]) for i in batch}
+    return len(heads) * max(map(len, heads)) + len(batch) * max(lengths[i] for i in batch)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_cut_of_the_sequences_sorted_by_length_is_cheaper(seed):
+    draw = random.Random(seed)
+    prompts = [draw.choice([[], [1] * 9, [2] * 20]) for _ in range(9)]
+    lengths = [draw.randint(1, 60) for _ in prompts]
+    order = sorted(range(9), key=lambda index: -lengths[index])
+    costs = []
+    for cuts in range(2**8):
+        ends = [place for place in range(1, 9) if cuts >> (place - 1) & 1]
+        batches = [order[start:end] for start, end in pairwise([0, *ends, 9])]
+        sizes = [tokens(batch, lengths, prompts) for batch in batches]
+        if all(size <= 160 for size in sizes):
+            costs.append(sum(sizes) + len(batches) * 160 / PASS)
+    found = microbatches(lengths, 160, prompts)
+    assert sum(tokens(batch, lengths, prompts) for batch in found) + len(found) * 160 / PASS == min(costs)
 
 
 def test_shares_deal_every_sequence_once_and_evenly():

@@ -21,27 +21,6 @@ def split(items: Sequence[int], num_parts: int) -> list[list[int]]:
     return [list(items[start:end]) for start, end in pairwise(cuts)]
 
 
-def microbatches_after(prompts: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Pack sequence numbers as `microbatches` does, where each follows its prompt and a prompt counts once.
-
-    `lengths` are the tokens of each sequence alone. A micro-batch holds at most `token_budget` tokens, those of its
-    prompts and padding included.
-    """
-    batches: list[list[int]] = []
-    heads: set[tuple[int, ...]] = set()
-    widest = 0
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        more = heads | {tuple(prompts[index])}
-        tokens = len(more) * max(map(len, more)) + (len(batches[-1]) + 1) * widest if batches else 0
-        if batches and tokens <= token_budget:
-            batches[-1].append(index)
-            heads = more
-        else:
-            batches.append([index])
-            heads, widest = {tuple(prompts[index])}, lengths[index]
-    return batches
-
-
 class ProblemStream:
     """Problem numbers without end: every epoch a fresh permutation, each number once an epoch.
 

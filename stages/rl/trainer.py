@@ -25,7 +25,7 @@ from stages.core.batching import microbatches
 from stages.core.lifetime import interrupts_wait
 from stages.core.policies import IGNORED, PADDING
 from stages.rl import Options, dapo, prefixes
-from stages.rl.batching import microbatches_after, shares, split
+from stages.rl.batching import shares, split
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process that saves its state
 
@@ -306,7 +306,7 @@ class Trainer:
         if not self._shares_prompts:
             return microbatches([rollout.length for rollout in rollouts], self._token_budget)
         prompts = [rollout.prompt_ids for rollout in rollouts]
-        return microbatches_after(prompts, [len(r.completion_ids) + 1 for r in rollouts], self._token_budget)
+        return microbatches([len(r.completion_ids) + 1 for r in rollouts], self._token_budget, prompts)
 
     def _hold_sync(self, hold: bool) -> AbstractContextManager[Any]:
         """Under DDP, reduce gradients once an update rather than once a micro-batch."""
