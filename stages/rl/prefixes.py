@@ -76,8 +76,7 @@ def _after(model: Any, prefixes: Prefixes) -> dict[str, Any]:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     cache.batch_select_indices(rows)
-    steps = torch.arange(int(lengths.max()), device=ids.device)
-    steps = steps.expand(len(rows), -1)
+    steps = torch.arange(int(lengths.max()), device=ids.device).expand(len(rows), -1)
     return {
         "past_key_values": cache,
         "attention_mask": torch.cat([mask[rows], torch.ones_like(steps)], dim=1),
