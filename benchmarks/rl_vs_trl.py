@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def make_policy(path: Path, vocabulary: int, max_tokens: int) -> None:
 def ready_prompts(path: Path, options: argparse.Namespace) -> list[Prompt]:
     """Prompts of the first problems in --questions, or of the toy's."""
     count = options.problems * (options.steps + 1)
-    problems = list(islice(read_problems(options.questions), count)) if options.questions else toy_problems(count)
+    problems = read_problems(options.questions)[:count] if options.questions else toy_problems(count)
     tokenizer = policies.load_tokenizer(path)
     template, context = load(options.template, tokenizer), policies.context_length(path)
     return make_prompts(problems, template, tokenizer, options.max_tokens, context)[0]

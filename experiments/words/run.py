@@ -1,6 +1,6 @@
 """A real language model through the whole loop: base, warm start, problems, then dvc.yaml for each seed and threshold.
 
-    python experiments/words/run.py --data DIR --background     all of it, on two cores in days; the log: runs/log.txt
+    python experiments/words/run.py --data DIR --background     all of it, on two cores in a day; the log: runs/log.txt
     python experiments/words/run.py --data DIR --until base     only the policy that the loop starts from
     python experiments/words/run.py --data DIR --until policies --seeds 0 --thresholds 0.1      no evaluations
     python experiments/words/results.py                         the tables, of what is there
@@ -10,7 +10,7 @@ experiments/words/runs/: sources/, sets/, train.jsonl and warm/ (data.py), base/
 start), and a DVC project for each seed and threshold, 0-10/ and so on, with the same dvc.yaml.
 
 The baseline's first steps are the first iteration's, so they are copied. What does not depend on the threshold (first
-exploration, baseline, their evaluations) is copied from the seed's first project to its others. It takes days: run it
+exploration, baseline, their evaluations) is copied from the seed's first project to its others. It takes a day: run it
 from a clone of its own, for it goes on only with the commit that it began with.
 """
 
