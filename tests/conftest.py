@@ -15,13 +15,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the backg
 
 @pytest.fixture(scope="session")
 def make_policy(tmp_path_factory):
-    """A function that makes a checkpoint of random weights of the given size: a Qwen2 decoder that reads the toy."""
+    """A function that makes a checkpoint of random weights of the given kind and size; it reads the toy."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from stages.toy import pretrain
 
-    def make(std=0.2, words=arithmetic.WORDS, seed=0, **config):
+    def make(std=0.2, words=arithmetic.WORDS, seed=0, kind="qwen2", **config):
         tokenizer = pretrain.build_tokenizer(words)
         shape = {
             "vocab_size": len(tokenizer),
@@ -36,7 +36,7 @@ def make_policy(tmp_path_factory):
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        model = Qwen2ForCausalLM(Qwen2Config(**(shape | config)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(shape | config)))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in (parameter for parameter in model.parameters() if parameter.dim() == 2):

@@ -26,11 +26,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
 
 
-@pytest.fixture(scope="module")
-def policy(make_policy):
+@pytest.fixture(scope="module", params=["qwen2", "llama"])  # vLLM 0.23 has another runner for each
+def policy(make_policy, request):
     """Random weights with heads of 64, a size that every kernel for attention knows."""
     return make_policy(
-        std=0.05, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4,
+        std=0.05, kind=request.param, hidden_size=256, intermediate_size=512, num_attention_heads=4,
+        num_key_value_heads=4,
     )  # fmt: skip
 
 
@@ -41,12 +42,11 @@ def pair(policy):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = rl._accelerator(rl.Options(dtype="bfloat16"), Path())
-    engine = VllmEngine(
-        policy, max_model_len=96, dtype="bfloat16", memory_fraction=SHARE, sleeps=True, empty=True
-    )  # fmt: skip
+    engine = VllmEngine(policy, max_model_len=96, dtype="bfloat16", memory_fraction=SHARE, sleeps=True)
     trainer = Trainer(policy, accelerator, replace(OPTIONS, gradient_checkpointing=True))
     engine.load(trainer.weights())
-    return engine, trainer
+    yield engine, trainer
+    engine.close()
 
 
 def drawn(engine, seeds, prompts=PROMPTS):
