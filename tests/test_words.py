@@ -354,16 +354,23 @@ def test_the_tables_hold_the_ends_of_each_way_and_their_differences(words, tmp_p
         (project / "params.yaml").write_text("vanilla: {steps: 2}\neval: {k: [2]}\n")
         evaluated(project / "runs/eval/0", "valid", {"runs/0/policy": [0, 2]})
         evaluated(project / "runs/eval/vanilla/valid", "valid", {on_way: [4, 4], end: [1, 3]})
-        evaluated(project / "runs/eval/1/valid", "valid", {"runs/1/policy": [2, 4]})
+        explored = {"runs/1/rl/checkpoints/step_000002": [3, 4], "runs/1/rl/checkpoints/step_000001": [4, 4]}
+        evaluated(project / "runs/eval/1/valid", "valid", {**explored, "runs/1/policy": [2, 4]})
         evaluated(project / "runs/eval/1/test", "far", {"runs/1/policy": [0, 0]})
     found = words.results.policies(tmp_path)
     assert [(policy.seed, policy.method) for policy in found] == [
-        (seed, method) for seed in "01" for method in ("Base", "RL", "RLoop 30 %")
+        (seed, method) for seed in "01" for method in ("Base", "RL", "RLoop 30 %", "RLoop 30 %, last RL endpoint")
     ]
     rows = words.results.measurements(found, [2])
     values = {(row["seed"], row["method"], row["metric"]): row["value"] for row in rows if row["set"] == "valid"}
     assert values["0", "RL", "avg@4"] == 50.0, "the end counts, not the checkpoint on the way"
     assert values["1", "RLoop 30 %", "avg@4"] == 75.0
+    assert values["1", "RLoop 30 %, last RL endpoint", "avg@4"] == 87.5, (
+        "its last step, not an earlier one or what it led to"
+    )
+    averages = {(row["method"], row["metric"]): row["value"] for row in words.results.averages(rows)}
+    assert averages["RLoop 30 %", "avg@4"] == 37.5, "of the set that it solves and of the one that it does not"
+    assert ("RL", "avg@4") not in averages, "one set of two is no average"
     assert values["0", "Base", "pass@2"] == pytest.approx(100 * (0 + 5 / 6) / 2)
     apart = {(row["pair"], row["metric"]): row["value"] for row in words.results.differences(found, [2])}
     assert apart["RLoop 30 % − RL", "avg@4"] == 25.0

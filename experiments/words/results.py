@@ -22,6 +22,7 @@ from tabulate import tabulate
 from stages.core import metrics, outputs, runs, tabular
 from stages.core.errors import InputError
 from stages.core.records import Result
+from stages.report.summaries import RLOOP_ENDPOINT
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("entropy", "grad_norm", "pass_rate")
@@ -37,12 +38,12 @@ class Policy(NamedTuple):
 
 
 def policies(directory: Path) -> list[Policy]:
-    """Base, RL and RLoop of every project in `directory`; base and RL once a seed."""
+    """Base, RL, RLoop and its last RL endpoint of every project in `directory`; base and RL once a seed."""
     found: dict[tuple[str, str], Policy] = {}
     for project in projects(directory):
         seed, _, percent = project.name.partition("-")
         for method, results in ends(project / "runs").items():
-            name = f"{method} {percent} %" if method == runs.RLOOP else method
+            name = method.replace(runs.RLOOP, f"{runs.RLOOP} {percent} %")
             found.setdefault((seed, name), Policy(seed, name, results))
     return [found[key] for key in sorted(found)]
 
@@ -53,13 +54,16 @@ def projects(directory: Path) -> list[Path]:
 
 
 def ends(directory: Path) -> dict[str, dict[str, Sequence[Result]]]:
-    """Method to its last policy's results by set; of RLoop the policy that the last iteration ends with."""
+    """Method to its last policy's results by set; of RLoop the policy that the last iteration ends with.
+
+    That policy is the start policy tuned once more; the one that the last iteration's RL ends with is RLOOP_ENDPOINT's.
+    """
     evaluations = runs.read_evals(runs.find_evals([directory / "eval"]))
     placed = runs.places({policy for each in evaluations.values() for policy in each.results}, directory)
     last: dict[str, runs.Place] = {}
     for place in placed:
-        if place.method != runs.RLOOP or place.ends_iteration:
-            last[place.method] = place  # the last one counts: places come in the order of training
+        is_explored = place.method == runs.RLOOP and not place.ends_iteration
+        last[RLOOP_ENDPOINT if is_explored else place.method] = place  # the last one counts: in order of training
     last = {method: place for method, place in last.items() if is_end(place, directory)}
     return {
         method: {name: each.results[place.policy] for name, each in evaluations.items() if place.policy in each.results}
@@ -141,6 +145,19 @@ def pivot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     return table([*keys, *names], [[*line, *(cells.get(name, "-") for name in names)] for line, cells in lines.items()])
 
 
+def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each seed, method and metric: the plain average over all sets, of those that were asked all."""
+    sets = {row["set"] for row in rows}
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["seed"], row["method"], row["metric"]), []).append(row["value"])
+    return [
+        {"set": "average", "seed": seed, "method": method, "metric": metric, "value": fmean(values)}
+        for (seed, method, metric), values in groups.items()
+        if len(values) == len(sets)
+    ]
+
+
 def over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """The plain means over seeds, and of how many."""
     names = list(dict.fromkeys(row["metric"] for row in rows))
@@ -217,7 +234,7 @@ def sections(directory: Path) -> Iterator[str]:
     trees = outputs.read_json(directory / "experiment.json").get("trees", [])
     commits = ", ".join(f"{tree['commit'][:7]}{' with changes' if tree['is_changed'] else ''}" for tree in trees)
     yield f"# A real language model through the loop\n\nMade at commit {commits or '-'}. Percent."
-    yield f"## Means over seeds\n\n{over_seeds(rows, ('set', 'method'))}"
+    yield f"## Means over seeds\n\n{over_seeds([*averages(rows), *rows], ('set', 'method'))}"
     yield f"## Each seed\n\nWith the 95 % interval over problems.\n\n{pivot(rows, ('set', 'seed', 'method'))}"
     if apart:
         yield "## Differences\n\nPoints, on the same problems; bold where the 95 % interval excludes zero."
