@@ -5,9 +5,9 @@
     make gpu-check POLICY=... PROBLEMS=train.jsonl         on problems of one's own (default: sums of two numbers)
     make gpu-check PYTHON=/path/to/python                  where the active Python is not the one with vLLM
 
-It needs what `pip install -e '.[gpu,dev]'` installs. Without a GPU it says so and ends well. The tests take some
-minutes, most of them for vLLM's compilation; the rl run, of five steps, depends on the policy. All that is written goes
-to a temporary directory.
+It needs what `pip install -e '.[gpu,dev]'` installs, and the GPU for itself: the tests read the memory of the whole
+device. Without a GPU it says so and ends well. The tests take some minutes, most of them for vLLM's compilation; the rl
+run, of five steps, depends on the policy. All that is written goes to a temporary directory.
 """
 
 import argparse

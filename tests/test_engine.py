@@ -229,6 +229,18 @@ def test_an_interrupted_call_leaves_nothing_behind(engine, prompts):
     assert engine.generate(prompts, seeded(4, 16, prompts, 5)) == calm
 
 
+def test_an_engine_that_another_process_keeps_from_sleeping_says_so_in_one_line():
+    """As vLLM does it where memory of the GPU that it gives back is taken by another process at once."""
+
+    def sleep(level):
+        raise AssertionError("Memory usage increased after sleeping.")
+
+    engine = object.__new__(VllmEngine)
+    engine.sleeps, engine._llm = True, SimpleNamespace(sleep=sleep)
+    with pytest.raises(InputError, match=r"wants the GPU for itself \(Memory usage increased after sleeping\.\)"):
+        engine.sleep()
+
+
 def test_as_many_sequences_are_under_way_as_fit_at_half_of_the_longest_length():
     assert fitting(417_000, 150 + 2048) == 379
     assert fitting(10**7, 2198) == MAX_SEQUENCES

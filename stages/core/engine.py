@@ -266,9 +266,18 @@ class VllmEngine:
         return float((self._log_probs(tokens) - loaded).abs().mean())
 
     def sleep(self) -> None:
-        """Free the GPU's memory for the trainer; weights and cache are gone until `wake` and `load`."""
+        """Free the GPU's memory for the trainer; weights and cache are gone until `wake` and `load`.
+
+        InputError if another process takes as much of the GPU meanwhile, which vLLM does not bear.
+        """
         if self.sleeps:
-            self._llm.sleep(level=2)
+            try:
+                self._llm.sleep(level=2)
+            except AssertionError as error:
+                raise InputError(
+                    f"vLLM's sleep mode wants the GPU for itself ({_first_line(error)}): end what else runs on it, or "
+                    "give another one by CUDA_VISIBLE_DEVICES; then the same command goes on"
+                ) from error
             self._asleep = True
 
     def wake(self) -> None:
