@@ -368,7 +368,7 @@ def test_the_tables_hold_the_ends_of_each_way_and_their_differences(words, tmp_p
     assert values["1", "RLoop 30 %, last RL endpoint", "avg@4"] == 87.5, (
         "its last step, not an earlier one or what it led to"
     )
-    averages = {(row["method"], row["metric"]): row["value"] for row in words.results.averages(rows)}
+    averages = {(row["method"], row["metric"]): row["value"] for row in rows if row["set"] == "average"}
     assert averages["RLoop 30 %", "avg@4"] == 37.5, "of the set that it solves and of the one that it does not"
     assert ("RL", "avg@4") not in averages, "one set of two is no average"
     assert values["0", "Base", "pass@2"] == pytest.approx(100 * (0 + 5 / 6) / 2)

@@ -26,6 +26,7 @@ from stages.report.summaries import RLOOP_ENDPOINT
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("entropy", "grad_norm", "pass_rate")
+AVERAGE = "average"  # the set in the place of all sets
 PAPER = ("RLoop over RL in the paper (Qwen2.5-Math-7B)", "+9", "+15")
 
 
@@ -84,34 +85,50 @@ def ks(directory: Path) -> list[int]:
 
 
 def measurements(found: Sequence[Policy], ks: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each policy, set and metric, in percent."""
-    return [
-        {"seed": policy.seed, "method": policy.method, "set": name, "problems": len(results), "metric": metric,
-         **{part: 100 * figure[part] for part in ("value", "low", "high")}}
-        for policy in found
-        for name, results in policy.results.items()
-        for metric, figure in metrics.summarise(results, ks).items()
-        if "@" in metric
-    ]  # fmt: skip
+    """A row for each policy, set and metric, and for the average over sets."""
+    num_sets = count_sets(found)
+    rows: list[dict[str, Any]] = []
+    for policy in found:
+        values = {name: metrics.per_problem(results, ks) for name, results in policy.results.items()}
+        rows += ({"seed": policy.seed, "method": policy.method, **row} for row in figures(values, num_sets))
+    return rows
 
 
 def differences(found: Sequence[Policy], ks: Sequence[int]) -> list[dict[str, Any]]:
     """A row for each RLoop and RL, each against RL and base, of one seed, set by set and metric by metric."""
     by_name = {(policy.seed, policy.method): policy for policy in found}
-    rows = []
+    num_sets = count_sets(found)
+    rows: list[dict[str, Any]] = []
     for policy in found:
         for other in (runs.RL, runs.BASE):
             before = by_name.get((policy.seed, other))
             if before is None or policy.method in (other, runs.BASE):
                 continue
-            for name in policy.results.keys() & before.results.keys():
-                compared = metrics.compare(before.results[name], policy.results[name], ks)
-                rows += [
-                    {"seed": policy.seed, "pair": f"{policy.method} − {other}", "set": name, "metric": metric,
-                     **{part: 100 * figure[part] for part in ("value", "low", "high")}, "real": figure["real"]}
-                    for metric, figure in compared.items() if "@" in metric
-                ]  # fmt: skip
-    return sorted(rows, key=lambda row: (row["set"], row["pair"], row["seed"]))
+            both = policy.results.keys() & before.results.keys()
+            gains = {name: metrics.gains(before.results[name], policy.results[name], ks) for name in sorted(both)}
+            key = {"seed": policy.seed, "pair": f"{policy.method} − {other}"}
+            rows += (key | row | {"real": not row["low"] <= 0 <= row["high"]} for row in figures(gains, num_sets))
+    return sorted(rows, key=lambda row: (row["set"] != AVERAGE, row["set"], row["pair"], row["seed"]))
+
+
+def count_sets(found: Sequence[Policy]) -> int:
+    """How many sets there are; only a policy that was asked all has an average."""
+    return len({name for policy in found for name in policy.results})
+
+
+def figures(values: Mapping[str, Mapping[str, Any]], num_sets: int) -> Iterator[dict[str, Any]]:
+    """A row for each set and metric, and for the plain average over sets if they are all, in percent.
+
+    `values` holds arrays [problems] by set and metric.
+    """
+    parts = {name: [name] for name in values}
+    if len(values) == num_sets > 1:
+        parts = {AVERAGE: list(values)} | parts
+    for name, sets in parts.items():
+        for metric in (metric for metric in values[sets[0]] if "@" in metric):
+            arrays = [values[each][metric] for each in sets]
+            shown = {part: 100 * value for part, value in metrics.average_interval(arrays).items()}
+            yield {"set": name, "problems": sum(map(len, arrays)), "metric": metric, **shown}
 
 
 def over_steps(directory: Path) -> list[dict[str, Any]]:
@@ -143,19 +160,6 @@ def pivot(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
         text = f"**{cell(row)}**" if row.get("real") else cell(row)
         lines.setdefault(tuple(str(row[key]) for key in keys), {})[row["metric"]] = text
     return table([*keys, *names], [[*line, *(cells.get(name, "-") for name in names)] for line, cells in lines.items()])
-
-
-def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each seed, method and metric: the plain average over all sets, of those that were asked all."""
-    sets = {row["set"] for row in rows}
-    groups: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row["seed"], row["method"], row["metric"]), []).append(row["value"])
-    return [
-        {"set": "average", "seed": seed, "method": method, "metric": metric, "value": fmean(values)}
-        for (seed, method, metric), values in groups.items()
-        if len(values) == len(sets)
-    ]
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
@@ -234,12 +238,14 @@ def sections(directory: Path) -> Iterator[str]:
     trees = outputs.read_json(directory / "experiment.json").get("trees", [])
     commits = ", ".join(f"{tree['commit'][:7]}{' with changes' if tree['is_changed'] else ''}" for tree in trees)
     yield f"# A real language model through the loop\n\nMade at commit {commits or '-'}. Percent."
-    yield f"## Means over seeds\n\n{over_seeds([*averages(rows), *rows], ('set', 'method'))}"
-    yield f"## Each seed\n\nWith the 95 % interval over problems.\n\n{pivot(rows, ('set', 'seed', 'method'))}"
+    yield f"## Means over seeds\n\n{over_seeds(rows, ('set', 'method'))}"
+    yield "## Each seed\n\nWith the 95 % interval over problems; for the average each set is resampled on its own."
+    yield pivot(rows, ("set", "seed", "method"))
     if apart:
         yield "## Differences\n\nPoints, on the same problems; bold where the 95 % interval excludes zero."
         yield pivot(apart, ("set", "pair", "seed"))
-    yield f"## Beside the paper\n\nRelative change of the average over all sets and seeds.\n\n{beside_the_paper(rows)}"
+    yield "## Beside the paper\n\nRelative change of the average over all sets and seeds."
+    yield beside_the_paper([row for row in rows if row["set"] != AVERAGE])
     yield "## Over steps\n\nMeans of a run's first and of its last fifth; each step is in over_steps.tsv."
     yield table(["project", "run", "steps", *COLUMNS], training(steps))
     if lines := dynamics(directory):

@@ -131,6 +131,11 @@ def compare(
     Pairing removes what the problems' difficulty adds to both, so that much smaller differences can be told from
     chance than by two intervals side by side. Raises InputError if their problems differ.
     """
+    return {name: judged(interval(values, seed)) for name, values in gains(first, second, ks).items()}
+
+
+def gains(first: Sequence[Result], second: Sequence[Result], ks: Sequence[int] = KS) -> dict[str, "Array"]:
+    """Each metric of the second policy minus the first's [problems]; InputError if their problems differ."""
     order = {result["problem_id"]: position for position, result in enumerate(first)}
     if order.keys() != {result["problem_id"] for result in second}:
         names = [results[0]["policy"] if results else "(none)" for results in (first, second)]
@@ -138,7 +143,7 @@ def compare(
     num_samples = min((result["num_samples"] for result in (*first, *second)), default=0)
     before = per_problem(first, ks, num_samples)
     after = per_problem(sorted(second, key=lambda result: order[result["problem_id"]]), ks, num_samples)
-    return {name: difference(before[name], after[name], seed) for name in before if name in after}
+    return {name: after[name] - before[name] for name in before if name in after}
 
 
 def difference(first: "ArrayLike", second: "ArrayLike", seed: int = 0) -> Difference:
