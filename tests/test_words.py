@@ -84,12 +84,12 @@ def words(monkeypatch):
         del sys.modules[name]
 
 
-@pytest.fixture
-def experiment(words, tmp_path):
+@pytest.fixture(params=[("settings", "cpu"), ("gpu", "gpu")], ids=["cpu", "gpu"])
+def experiment(words, tmp_path, request):
     """The experiment as it is configured, in a directory of its own, with a policy and problems that are only files."""
     root = words.run.ROOT
-    settings = yaml.safe_load((root / "experiments/words/settings.yaml").read_text())
-    params = yaml.safe_load((root / "configs/smollm2-135m-cpu.yaml").read_text())
+    settings = yaml.safe_load((root / f"experiments/words/{request.param[0]}.yaml").read_text())
+    params = yaml.safe_load((root / f"configs/smollm2-135m-{request.param[1]}.yaml").read_text())
     for name in ("policy/model.safetensors", "template.txt", "train.jsonl", "train.manifest.json", "sets/valid.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -255,12 +255,13 @@ def test_the_time_left_is_what_the_finished_parts_took(words):
 def test_the_parts_that_are_timed_are_those_of_the_graph(words, experiment, tmp_path):
     sizes = {"valid": 200, "tests": 600}
     parts = {part.out: part for part in words.timing.parts(experiment.params, sizes, is_shared=False)}
-    assert sum(part.amount for part in parts.values() if part.kind == "rl") == 90 + 30 + 30
+    steps = experiment.steps
+    assert sum(part.amount for part in parts.values() if part.kind == "rl") == 3 * steps + steps + steps
     assert parts["eval/1/valid"].amount == (1 + 1) * 200
     shared = {part.out for part in words.timing.parts(experiment.params, sizes, is_shared=True)}
     assert parts.keys() - shared == {"eval/0", "vanilla/rl", "eval/vanilla/valid", "eval/vanilla/test"}
     asked = words.run.work(experiment.projects([0, 1], [0.1, 0.3]), sizes, "policies")
-    assert sum(part.amount for part, _ in asked if part.kind == "rl") == 2 * (150 + 60)
+    assert sum(part.amount for part, _ in asked if part.kind == "rl") == 2 * (5 + 2) * steps
     assert {part.kind for part, _ in asked} == {"rl", "rft"}
     (tmp_path / "2/rl").mkdir(parents=True)
     (tmp_path / "2/rl/log.tsv").write_text("step\tseconds\n1\t2.5\n2\t3.5\n")
