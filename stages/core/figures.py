@@ -97,7 +97,9 @@ def lines(name: str, title: str, caption: str, table: pd.DataFrame, style: Panel
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
-            axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=4, columnspacing=1)
+            axes.legend(
+                loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=4, fontsize=8, columnspacing=1, handlelength=1.2
+            )
     named = table.rename(columns={"x": style.x_label, "y": style.y_label})
     data = [row for label in named["series"].unique() for row in named[named["series"] == label].to_dict("records")]
     return _render(Figure(name, title, caption, data, style.number, "", b""), canvas)
