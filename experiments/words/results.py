@@ -22,7 +22,7 @@ from tabulate import tabulate
 from stages.core import metrics, outputs, runs, tabular
 from stages.core.errors import InputError
 from stages.core.records import Result
-from stages.report.summaries import RLOOP_ENDPOINT
+from stages.report import summaries
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = ("entropy", "grad_norm", "pass_rate")
@@ -55,27 +55,15 @@ def projects(directory: Path) -> list[Path]:
 
 
 def ends(directory: Path) -> dict[str, dict[str, Sequence[Result]]]:
-    """Method to its last policy's results by set; of RLoop the policy that the last iteration ends with.
-
-    That policy is the start policy tuned once more; the one that the last iteration's RL ends with is RLOOP_ENDPOINT's.
-    """
+    """Method to its last policy's results by set, as the report chooses it; none that is still on its way."""
     evaluations = runs.read_evals(runs.find_evals([directory / "eval"]))
     placed = runs.places({policy for each in evaluations.values() for policy in each.results}, directory)
-    last: dict[str, runs.Place] = {}
-    for place in placed:
-        is_explored = place.method == runs.RLOOP and not place.ends_iteration
-        last[RLOOP_ENDPOINT if is_explored else place.method] = place  # the last one counts: in order of training
-    last = {method: place for method, place in last.items() if is_end(place, directory)}
+    steps = yaml.safe_load((directory.parent / "params.yaml").read_text())["vanilla"]["steps"]
+    last = summaries.methods([place for place in placed if place.method == runs.BASE or place.step == steps])
     return {
-        method: {name: each.results[place.policy] for name, each in evaluations.items() if place.policy in each.results}
-        for method, place in last.items()
+        method: {name: each.results[policy] for name, each in evaluations.items() if policy in each.results}
+        for method, policy in last.items()
     }
-
-
-def is_end(place: runs.Place, directory: Path) -> bool:
-    """Whether a policy has had all its steps; one on the way must not pass for the end."""
-    params = yaml.safe_load((directory.parent / "params.yaml").read_text())
-    return place.method == runs.BASE or place.step == params["vanilla"]["steps"]
 
 
 def ks(directory: Path) -> list[int]:
@@ -107,7 +95,7 @@ def differences(found: Sequence[Policy], ks: Sequence[int]) -> list[dict[str, An
             both = policy.results.keys() & before.results.keys()
             gains = {name: metrics.gains(before.results[name], policy.results[name], ks) for name in sorted(both)}
             key = {"seed": policy.seed, "pair": f"{policy.method} − {other}"}
-            rows += (key | row | {"real": not row["low"] <= 0 <= row["high"]} for row in figures(gains, num_sets))
+            rows += (key | metrics.judged(row) for row in figures(gains, num_sets))
     return sorted(rows, key=lambda row: (row["set"] != AVERAGE, row["set"], row["pair"], row["seed"]))
 
 
