@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from stages.core.grading.verifier import Verifier, comparison, grammar, notation, quantities
+from stages.core.grading.verifier.extraction import boxed, extract
+from stages.core.grading.verifier.latex import Refused
 from stages.core.records import Verdict
-from stages.core.verifier import Verifier, comparison, grammar, notation, quantities
-from stages.core.verifier.extraction import boxed, extract
-from stages.core.verifier.latex import Refused
 
 
 def _rows(table: str, separator: str = "¦") -> list[str]:

@@ -58,7 +58,7 @@ def serve(channel: Any, args: argparse.Namespace, rank: int) -> None:
     import torch
 
     from stages import rl
-    from stages.core import adapters, policies
+    from stages.core.policy import adapters, checkpoints
     from stages.rl.trainer import Trainer
 
     torch.set_num_threads(args.threads)
@@ -72,7 +72,7 @@ def serve(channel: Any, args: argparse.Namespace, rank: int) -> None:
     accelerator = rl._accelerator(options, Path())
     before = resident()
     trainer = Trainer(args.policy, accelerator, options)
-    size = policies.load_config(args.policy).vocab_size
+    size = checkpoints.load_config(args.policy).vocab_size
     batch = rollouts(size, args.rollouts, args.prompt_tokens, args.completion_tokens)
     trainer.update(batch, 1e-6)
     trainer.release()

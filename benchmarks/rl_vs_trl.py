@@ -36,13 +36,14 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from stages.core import policies
-from stages.core.engine import Sampling, VllmEngine
+from stages.core.drawing.engine import Sampling, VllmEngine
+from stages.core.drawing.rollouts import Prompt, make_prompts
+from stages.core.drawing.templates import load
+from stages.core.grading.scores import Score
+from stages.core.grading.verifier import Batch, Verifier
 from stages.core.lifetime import StopSignal
+from stages.core.policy import checkpoints
 from stages.core.records import Problem, read_problems
-from stages.core.rollouts import Prompt, make_prompts
-from stages.core.templates import load
-from stages.core.verifier import Batch, Score, Verifier
 from stages.rl import Options, explorer
 from stages.rl.explorer import Clock, Explorer
 from stages.rl.rounds import Acceptance
@@ -74,15 +75,15 @@ def make_policy(path: Path, vocabulary: int, max_tokens: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    policies.save(Qwen2ForCausalLM(config), tokenizer, path)
+    checkpoints.save(Qwen2ForCausalLM(config), tokenizer, path)
 
 
 def ready_prompts(path: Path, options: argparse.Namespace) -> list[Prompt]:
     """Prompts of the first problems in --questions, or of the toy's."""
     count = options.problems * (options.steps + 1)
     problems = read_problems(options.questions)[:count] if options.questions else toy_problems(count)
-    tokenizer = policies.load_tokenizer(path)
-    template, context = load(options.template, tokenizer), policies.context_length(path)
+    tokenizer = checkpoints.load_tokenizer(path)
+    template, context = load(options.template, tokenizer), checkpoints.context_length(path)
     return make_prompts(problems, template, tokenizer, options.max_tokens, context)[0]
 
 
@@ -224,7 +225,7 @@ def theirs(path: Path, prompts: Sequence[Prompt], verifier: Verifier, options: a
             reward,
             dapo_config(out, options, mode),
             train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.problem["answer"]} for p in prompts]),
-            processing_class=policies.load_tokenizer(path),
+            processing_class=checkpoints.load_tokenizer(path),
             callbacks=[marks],
         )
         for name, method in (("generate", "_generate"), ("verify", "_calculate_rewards"),

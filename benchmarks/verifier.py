@@ -20,7 +20,7 @@ from pathlib import Path
 from math_verify import parse, verify
 
 from stages.core import records
-from stages.core.verifier import VERSION, Verifier
+from stages.core.grading.verifier import VERSION, Verifier
 
 Pair = tuple[str, str]  # completion, answer
 WORKING = (

@@ -1,6 +1,6 @@
 """The stages' heavy imports. Only `rloop_cli.warm` imports this module, once for many commands."""
 
-from stages.core.engine import configure
+from stages.core.drawing.engine import configure
 
 configure()  # before vLLM is imported, which reads the environment
 

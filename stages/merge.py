@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core import outputs, policies, sampling
+from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.options import PLACE, checked
+from stages.core.policy import checkpoints
 from stages.core.progress import StepProgress
 from stages.core.provenance import digest, identify, manifest
 
@@ -48,10 +49,10 @@ def run(
     given, started = locals(), time.perf_counter()
     outputs.refuse_occupied(out)
     check_options(given)
-    paths = [policies.resolve(sampling.checkpoints(name)[-1]) for name in policy]
+    paths = [checkpoints.resolve(checkpoints.within(name)[-1]) for name in policy]
     _check_alike(policy, paths)
     for path in paths:
-        policies.check_shapes(path)
+        checkpoints.check_shapes(path)
     with outputs.claimed(out), outputs.whole_dir(out) as beside:
         shutil.copytree(paths[0], beside, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
         num_tensors = _write([_Stored(path) for path in paths], weight, beside)
@@ -75,14 +76,14 @@ def check_options(given: Mapping[str, Any]) -> None:
 
 def _check_alike(names: Sequence[str], paths: Sequence[Path]) -> None:
     """Raise InputError if policies differ in configuration, tokenizer, or the names or shapes of their tensors."""
-    vocabulary = policies.load_tokenizer(paths[0]).get_vocab()
+    vocabulary = checkpoints.load_tokenizer(paths[0]).get_vocab()
     shapes = [_Stored(path).shapes for path in paths]
     for name, path, own in zip(names[1:], paths[1:], shapes[1:], strict=True):
-        fault = policies.difference(paths[0], path)
+        fault = checkpoints.difference(paths[0], path)
         differing = sorted(key for key in shapes[0].keys() | own.keys() if shapes[0].get(key) != own.get(key))
         if fault is None and differing:
             fault = f"tensor {differing[0]} is missing in one, or of another shape"
-        if fault is None and policies.load_tokenizer(path).get_vocab() != vocabulary:
+        if fault is None and checkpoints.load_tokenizer(path).get_vocab() != vocabulary:
             fault = "their tokenizers differ"
         if fault:
             raise InputError(f"policies {names[0]} and {name} cannot be averaged: {fault}")
@@ -94,7 +95,7 @@ class _Stored:
     def __init__(self, path: Path) -> None:
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
-        for file in policies.weight_files(path):
+        for file in checkpoints.weight_files(path):
             with _opened(file) as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
                 self.shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118

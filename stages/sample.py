@@ -12,14 +12,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-from stages.core import jsonl, lineage, outputs, provenance, sampling, verifier
+from stages.core import jsonl, outputs, provenance
+from stages.core.drawing import sampling
+from stages.core.drawing.rollouts import no_room
 from stages.core.errors import InputError
+from stages.core.grading import verifier
 from stages.core.lifetime import end_with_parent
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
-from stages.core.rollouts import no_room
+from stages.core.study import lineage
 
 
 @checked

@@ -13,8 +13,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from stages.core import jsonl, policies, records
+from stages.core import jsonl, records
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 from stages.toy import arithmetic
 
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
@@ -64,7 +65,7 @@ def make(name: str, path: Path, seed: int = 0) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15, generator=generator)
-    policies.save(model, tokenizer, path)
+    checkpoints.save(model, tokenizer, path)
     return path
 
 
@@ -82,9 +83,9 @@ def completions(policy: Path, prompts: list[str], max_tokens: int) -> list[str]:
     """What transformers says, greedily."""
     import torch
 
-    model, tokenizer = policies.load_model(policy, torch.float32), policies.load_tokenizer(policy)
+    model, tokenizer = checkpoints.load_model(policy, torch.float32), checkpoints.load_tokenizer(policy)
     said = []
-    for ids in policies.encode(tokenizer, prompts):
+    for ids in checkpoints.encode(tokenizer, prompts):
         given = torch.tensor([ids])
         out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=max_tokens, do_sample=False)
         said.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
@@ -117,14 +118,14 @@ class Trial:
             rows = [line.split("\t") for line in (policy / "log.tsv").read_text().splitlines()]
             losses = [float(row[rows[0].index("loss")]) for row in rows[1:]]
             assert losses[-1] < losses[0] / 2, f"the loss went from {losses[0]} to {losses[-1]}"
-            before, after = (dict(policies.disk_weights(path)) for path in (start, policy))
+            before, after = (dict(checkpoints.disk_weights(path)) for path in (start, policy))
             assert {n: w.shape for n, w in before.items()} == {n: w.shape for n, w in after.items()}
         return "agrees"
 
     def sample(self) -> str:
         """Greedy completions are those of transformers, of the first policy and of the one after it."""
         from stages import sample
-        from stages.core.sampling import Options
+        from stages.core.drawing.sampling import Options
 
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
         how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)
@@ -135,7 +136,7 @@ class Trial:
     def eval(self) -> str:
         """As `sample`."""
         from stages import eval as stage
-        from stages.core.sampling import Options
+        from stages.core.drawing.sampling import Options
 
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
         how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)

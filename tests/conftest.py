@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny 
 
 import pytest
 
-from stages.core import policies
+from stages.core.policy import checkpoints
 from stages.toy import arithmetic
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and in what it starts
@@ -42,7 +42,7 @@ def make_policy(tmp_path_factory):
             for weight in (parameter for parameter in model.parameters() if parameter.dim() == 2):
                 weight.normal_(std=std, generator=generator)
         path = tmp_path_factory.mktemp("policies") / "policy"
-        policies.save(model, tokenizer, path)
+        checkpoints.save(model, tokenizer, path)
         return path
 
     return make
@@ -79,6 +79,6 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def engine(tiny_policy):
     """The real engine with the weights of `tiny_policy`; whoever loads others loads these again."""
-    from stages.core.engine import VllmEngine
+    from stages.core.drawing.engine import VllmEngine
 
     return VllmEngine(tiny_policy, max_model_len=96)

@@ -1,7 +1,7 @@
-"""A rewards worker with little time and memory: run in place of stages.core.rewards.worker by test_rewards."""
+"""A rewards worker with little time and memory: run in place of stages.core.grading.rewards.worker by test_rewards."""
 
-from stages.core import bounds
-from stages.core.rewards import worker
+from stages.core.grading import bounds
+from stages.core.grading.rewards import worker
 
 bounds.DEADLINE_S = 0.1
 bounds.MAX_MEMORY = 2**28

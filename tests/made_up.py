@@ -7,8 +7,8 @@ from pathlib import Path
 from stages import eval as evaluation
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
+from stages.core.drawing.sampling import Options
 from stages.core.provenance import Identity
-from stages.core.sampling import Options
 
 STEPS = 2
 OPTIONS = Options(template="none", max_tokens=32)

@@ -3,8 +3,8 @@
 import random
 import re
 
-from stages.core import policies
-from stages.core.engine import Completion
+from stages.core.drawing.engine import Completion
+from stages.core.policy import checkpoints
 
 
 class ScriptedEngine:
@@ -15,13 +15,13 @@ class ScriptedEngine:
     """
 
     def __init__(self, policy, dies_after=None, fault=None):
-        self.tokenizer = policies.load_tokenizer(policy)
+        self.tokenizer = checkpoints.load_tokenizer(policy)
         self.dies_after = dies_after
         self.fault = fault
         self.asked = []
         self.num_loads = self.num_checks = 0
         self.is_closed = False
-        self.load(policies.disk_weights(policy))
+        self.load(checkpoints.disk_weights(policy))
 
     def load(self, weights):
         self.skill = 2 * float(dict(weights)["model.embed_tokens.weight"].abs().mean())

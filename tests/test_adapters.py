@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from stages import rl
-from stages.core import adapters, policies
 from stages.core.errors import InputError
+from stages.core.policy import adapters, checkpoints
 from stages.rl.trainer import Trainer
 from tests.test_trainer import OPTIONS, close, some_rollouts
 
@@ -44,15 +44,15 @@ def gradients(trainer):
 def coarse_policy(tiny_policy, tmp_path_factory):
     """`tiny_policy` with its weights rounded to bfloat16, in a checkpoint of that type."""
     path = shutil.copytree(tiny_policy, tmp_path_factory.mktemp("coarse") / "policy")
-    model = policies.load_model(tiny_policy, torch.bfloat16)
-    policies.save(model, policies.load_tokenizer(tiny_policy), path)
+    model = checkpoints.load_model(tiny_policy, torch.bfloat16)
+    checkpoints.save(model, checkpoints.load_tokenizer(tiny_policy), path)
     return path
 
 
 @pytest.mark.parametrize("policy", ["tiny_policy", "tied_policy"])
 def test_before_the_first_update_the_weights_are_the_start_policy_s_bit_for_bit(policy, request):
     path = request.getfixturevalue(policy)
-    assert same(dict(begin(path).weights()), dict(policies.disk_weights(path)))
+    assert same(dict(begin(path).weights()), dict(checkpoints.disk_weights(path)))
 
 
 def test_only_the_adapters_are_trained_and_the_start_policy_stays_as_it_is(tiny_policy):
@@ -80,13 +80,13 @@ def test_a_checkpoint_is_the_policy_with_its_adapters_and_names_none(policy, req
             model.eval()(ids).logits
             for model in (
                 trainer.model,
-                policies.load_model(tmp_path / "policy", torch.float32),
-                policies.load_model(request.getfixturevalue(policy), torch.float32),
+                checkpoints.load_model(tmp_path / "policy", torch.float32),
+                checkpoints.load_model(request.getfixturevalue(policy), torch.float32),
             )
         )
     assert (own - saved).abs().max() < 1e-4
     assert (own - start).abs().max() > 0.1
-    policies.check_shapes(tmp_path / "policy")
+    checkpoints.check_shapes(tmp_path / "policy")
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == sorted(
         path.name for path in request.getfixturevalue(policy).iterdir()
     )
@@ -112,7 +112,7 @@ def test_the_gradients_of_an_adapter_are_the_full_matrix_s_times_its_other_half(
 
 def loss_after(policy, rank, steps=30):
     """The loss on one fixed batch once the matrices of the layers, or adapters on them, were trained on it."""
-    model = policies.load_model(policy, torch.float32)
+    model = checkpoints.load_model(policy, torch.float32)
     adapters.attach(model, rl.Options(lora_rank=rank, lora_alpha=float(rank or 1)), seed=0, is_bfloat16=False)
     matrices = [weight for name, weight in adapters.trained(model).items() if "proj." in name and "weight" in name]
     optimizer = torch.optim.AdamW(matrices, lr=3e-3, weight_decay=0.0)

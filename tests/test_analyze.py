@@ -11,8 +11,9 @@ import pytest
 
 from stages import analyze
 from stages.analyze import dynamics, similarity, temporal
-from stages.core import jsonl, runs
+from stages.core import jsonl
 from stages.core.errors import InputError
+from stages.core.study import runs
 
 BASE = "runs/0/policy"
 

@@ -8,9 +8,9 @@ from fractions import Fraction
 import pytest
 
 from benchmarks import fuzz_verifier as fuzz
-from stages.core.verifier import Verifier, grammar, quantities
-from stages.core.verifier.comparison import decide
-from stages.core.verifier.extraction import extract
+from stages.core.grading.verifier import Verifier, grammar, quantities
+from stages.core.grading.verifier.comparison import decide
+from stages.core.grading.verifier.extraction import extract
 from tests.answer_pairs import DOUBTFUL, PAIRS
 
 BARE, BOX = True, "\\boxed{%s}"

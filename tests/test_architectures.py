@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.core import policies
-from stages.core.engine import VllmEngine
+from stages.core.drawing.engine import VllmEngine
+from stages.core.policy import checkpoints
 from stages.rl.trainer import without_dropout
 from tests.architectures import ARCHITECTURES, Trial, make, outcome
 
@@ -41,7 +41,7 @@ def test_where_weights_cannot_be_swapped_sample_starts_the_engine_anew_and_rl_sa
 def test_without_dropout_a_policy_computes_in_training_what_it_samples_by(name, tmp_path):
     config = make(name, tmp_path) / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.3'))
-    model, tokens = policies.load_model(tmp_path, torch.float32), torch.tensor([[5, 6, 7, 8]])
+    model, tokens = checkpoints.load_model(tmp_path, torch.float32), torch.tensor([[5, 6, 7, 8]])
     sampled_by = model.eval()(tokens).logits
     assert not torch.allclose(model.train()(tokens).logits, sampled_by, atol=1e-3)
     without_dropout(model)

@@ -16,7 +16,7 @@ STAGES = {name: sorted([*(ROOT / "stages" / name).rglob("*.py"), *(ROOT / "stage
           for name in (*stages.STAGES, CHECK)}  # fmt: skip
 ROOMS = [(stage, path) for stage, paths in STAGES.items() for path in paths]
 CORE = sorted((ROOT / "stages" / "core").rglob("*.py"))
-PURE = ("records", "jsonl", "metrics", "verifier", "rewards", "rewards.worker")
+PURE = ("records", "jsonl", "study.metrics", "grading.verifier", "grading.rewards", "grading.rewards.worker")
 HEAVY = (
     *("torch", "vllm", "transformers", "trl", "peft", "accelerate"),
     *("datasets", "numpy", "matplotlib", "pandas", "scipy"),
@@ -112,7 +112,7 @@ def test_every_module_of_the_core_has_two_users():
         module: users
         for module in core
         if module != "stages.core"
-        and not within(module, "stages.core.verifier", "stages.core.rewards.worker")
+        and not within(module, "stages.core.grading.verifier", "stages.core.grading.rewards.worker")
         and len(users := [stage for stage in used if module in used[stage]]) + (module in door) < 2
     }
     assert not alone

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from stages.core.batching import PASS, microbatches
+from stages.core.policy.batching import PASS, microbatches
 from stages.rl.batching import ProblemStream, shares, split
 
 

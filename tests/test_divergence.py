@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from stages import eval as evaluation
-from stages.core import jsonl, policies, records
+from stages.core import jsonl, records
+from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
-from stages.core.lineage import Line
+from stages.core.policy import checkpoints
 from stages.core.records import Divergence, Result, Rollout
-from stages.core.sampling import Options, Plan
+from stages.core.study.lineage import Line
 from stages.eval.divergence import Completion, divergences, token_kl
 from tests.scripted import ScriptedEngine
 
@@ -69,7 +70,7 @@ def plain_kl(policy, base, prompt_ids, token_ids, temperature=1.0):
 
 def test_the_mean_over_what_a_policy_writes_is_the_divergence_of_all_that_it_could_write(make_policy):
     """Two tokens after a prompt, of a vocabulary small enough to write down every completion."""
-    own, base = (policies.load_model(make_policy(words="+-*=?12", seed=s, std=0.6), torch.float32) for s in (0, 1))
+    own, base = (checkpoints.load_model(make_policy(words="+-*=?12", seed=s, std=0.6), torch.float32) for s in (0, 1))
     size, prompt = own.config.vocab_size, [2, 5, 3]
     first = torch.arange(size)
     with torch.no_grad():
@@ -109,8 +110,8 @@ def test_every_policy_is_compared_with_the_base_along_its_own_completions(
     assert [(d["policy"], d["problem_id"], d["sample"]) for d in found] == [key for key in rollouts if key[2] < 2], (
         "the first two samples of each problem"
     )
-    tokenizer = policies.load_tokenizer(tiny_policy)
-    models = {str(path): policies.load_model(path, torch.float32) for path in (tiny_policy, other_policy)}
+    tokenizer = checkpoints.load_tokenizer(tiny_policy)
+    models = {str(path): checkpoints.load_model(path, torch.float32) for path in (tiny_policy, other_policy)}
     for one in found:
         rollout = rollouts[one["policy"], one["problem_id"], one["sample"]]
         prompt, completion = (tokenizer(rollout[name])["input_ids"] for name in ("prompt", "completion"))

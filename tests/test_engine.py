@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stages.core import engine as engine_module
-from stages.core import policies
-from stages.core.engine import (
+from stages.core.drawing import engine as engine_module
+from stages.core.drawing.engine import (
     BLOCK_TOKENS,
     MAX_BATCHED_TOKENS,
     MAX_SEQUENCES,
@@ -20,20 +19,21 @@ from stages.core.engine import (
     seed_of,
 )
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 
 QUESTIONS = [f"{a}+{b}*{c}=?" for a in range(1, 5) for b in range(1, 4) for c in range(2, 4)]
 
 
 @pytest.fixture
 def prompts(engine):
-    return policies.encode(engine.tokenizer, QUESTIONS)
+    return checkpoints.encode(engine.tokenizer, QUESTIONS)
 
 
 @pytest.fixture
 def restored(engine, tiny_policy):
     """The engine, which gets its own weights back in the end."""
     yield engine
-    engine.load(policies.disk_weights(tiny_policy))
+    engine.load(checkpoints.disk_weights(tiny_policy))
 
 
 def seeded(num_samples, max_tokens, prompts, seed=0, **how):
@@ -43,7 +43,7 @@ def seeded(num_samples, max_tokens, prompts, seed=0, **how):
 
 def log_probs(path, prompt, completion):
     """transformers' log-probabilities of the tokens of a completion."""
-    model = policies.load_model(path, torch.float32)
+    model = checkpoints.load_model(path, torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
@@ -65,11 +65,11 @@ def test_log_probabilities_agree_with_transformers_after_the_start(engine, tiny_
 
 @pytest.mark.slow
 def test_log_probabilities_agree_after_swaps_on_an_engine_that_can(restored, tiny_policy, other_policy, prompts):
-    assert restored.swap_fault(lambda: policies.disk_weights(tiny_policy)) is None
+    assert restored.swap_fault(lambda: checkpoints.disk_weights(tiny_policy)) is None
     before = worst_difference(restored, other_policy, prompts)
-    restored.load(policies.disk_weights(other_policy))
+    restored.load(checkpoints.disk_weights(other_policy))
     assert worst_difference(restored, other_policy, prompts) < 1e-4 < 0.1 < before
-    restored.load(policies.disk_weights(tiny_policy))
+    restored.load(checkpoints.disk_weights(tiny_policy))
     assert worst_difference(restored, tiny_policy, prompts) < 1e-4
 
 
@@ -99,7 +99,7 @@ def swap_unknown(load, weights):
 def test_an_engine_that_takes_weights_wrongly_says_so(restored, tiny_policy, monkeypatch, swap, fault):
     load = restored.load
     monkeypatch.setattr(restored, "load", lambda weights: swap(load, weights))
-    found = restored.swap_fault(lambda: policies.disk_weights(tiny_policy))
+    found = restored.swap_fault(lambda: checkpoints.disk_weights(tiny_policy))
     assert fault in found
     assert "\n" not in found
 

@@ -12,11 +12,13 @@ import orjson
 import pytest
 
 from stages import eval as evaluation_stage
-from stages.core import jsonl, metrics, records, verifier
+from stages.core import jsonl, records
+from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
+from stages.core.grading import verifier
+from stages.core.grading.verifier import Verifier
 from stages.core.records import Result, Rollout
-from stages.core.sampling import Options, Plan
-from stages.core.verifier import Verifier
+from stages.core.study import metrics
 from stages.eval import scoring, votes
 from stages.eval.partial import Groups, Writer
 from tests.scripted import ScriptedEngine

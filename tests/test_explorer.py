@@ -7,12 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stages.core import records, rewards
-from stages.core.engine import Completion, Sampling
+from stages.core import records
+from stages.core.drawing.engine import Completion, Sampling
+from stages.core.drawing.rollouts import Prompt
 from stages.core.errors import CollapseError, InputError
+from stages.core.grading import rewards
 from stages.core.lifetime import Stopped, StopSignal
 from stages.core.provenance import Identity
-from stages.core.rollouts import Prompt
 from stages.rl import Options, dapo
 from stages.rl import explorer as explorer_module
 from stages.rl.batching import ProblemStream

@@ -38,7 +38,7 @@ def policy(make_policy, request):
 @pytest.fixture(scope="module")
 def pair(policy):
     """An engine that sleeps and a trainer on the same GPU, both in bfloat16, as rl puts them together."""
-    from stages.core.engine import VllmEngine
+    from stages.core.drawing.engine import VllmEngine
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = rl._accelerator(rl.Options(dtype="bfloat16"), Path())
@@ -50,7 +50,7 @@ def pair(policy):
 
 
 def drawn(engine, seeds, prompts=PROMPTS):
-    from stages.core.engine import Sampling
+    from stages.core.drawing.engine import Sampling
 
     return engine.generate(prompts, Sampling(4, 32, seeds=seeds), lambda *_: None)
 

@@ -5,8 +5,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from stages.core import heads
-from stages.core.policies import IGNORED
+from stages.core.policy import heads
+from stages.core.policy.checkpoints import IGNORED
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16,
          "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": None}  # fmt: skip

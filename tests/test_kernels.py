@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from stages.core import kernels, policies
-from stages.core.engine import Sampling, VllmEngine
+from stages.core.drawing import kernels
+from stages.core.drawing.engine import Sampling, VllmEngine
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -54,11 +55,11 @@ def test_a_compiled_engine_takes_new_weights_and_draws_what_an_eager_one_draws(
     prompts = [[5, 6, 7], [8, 9]]
     how = Sampling(4, 16, seeds=[1, 2])
     compiled = VllmEngine(tiny_policy, max_model_len=96, is_compiled=True)
-    assert compiled.swap_fault(lambda: policies.disk_weights(tiny_policy)) is None
+    assert compiled.swap_fault(lambda: checkpoints.disk_weights(tiny_policy)) is None
     for policy in (other_policy, tiny_policy):
         drawn = []
         for one in (engine, compiled):
-            one.load(policies.disk_weights(policy))
+            one.load(checkpoints.disk_weights(policy))
             drawn.append(one.generate(prompts, how))
         eager, ours = (torch.tensor([p for group in groups for c in group for p in c.log_probs]) for groups in drawn)
         assert torch.allclose(eager, ours, atol=1e-4)

@@ -9,9 +9,10 @@ import pytest
 
 from stages import analyze, report, sample
 from stages import filter as filtering
-from stages.core import jsonl, lineage, outputs, provenance, runs
+from stages.core import jsonl, outputs, provenance
+from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
-from stages.core.sampling import Options, Plan
+from stages.core.study import lineage, runs
 from tests.made_up import OPTIONS, Runs
 from tests.scripted import ScriptedEngine
 

@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks import memory as plans
 from stages.check import memory
 from stages.check.memory import Shape
-from stages.core import adapters
+from stages.core.policy import adapters
 from stages.rl import Options
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import merge
-from stages.core import policies
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def moved(tiny_policy, tmp_path):
 
 
 def tensors(path):
-    return dict(policies.disk_weights(path))
+    return dict(checkpoints.disk_weights(path))
 
 
 def plainly(paths, weights):
@@ -44,18 +44,18 @@ def test_a_merged_policy_is_bit_for_bit_the_average(tiny_policy, moved, tmp_path
     merged, expected = tensors(tmp_path / "merged"), plainly([tiny_policy, moved], weights)
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
-    assert len(policies.weight_files(tmp_path / "merged")) > 1
+    assert len(checkpoints.weight_files(tmp_path / "merged")) > 1
 
 
 def test_a_merged_policy_loads_as_the_first_does_and_says_what_it_is_made_of(tiny_policy, moved, tmp_path):
     out = tmp_path / "merged"
     merge.run(policy=[str(tiny_policy), str(moved), str(moved)], weight=[0.5, 0.25, 0.25], out=out)
-    policies.check_shapes(policies.resolve(str(out)))
-    model = policies.load_model(out, torch.float32)
+    checkpoints.check_shapes(checkpoints.resolve(str(out)))
+    model = checkpoints.load_model(out, torch.float32)
     expected = plainly([tiny_policy, moved, moved], [0.5, 0.25, 0.25])
     assert torch.equal(model.get_input_embeddings().weight, expected["model.embed_tokens.weight"])
-    assert policies.encode(policies.load_tokenizer(out), ["1+2="]) == policies.encode(
-        policies.load_tokenizer(tiny_policy), ["1+2="]
+    assert checkpoints.encode(checkpoints.load_tokenizer(out), ["1+2="]) == checkpoints.encode(
+        checkpoints.load_tokenizer(tiny_policy), ["1+2="]
     )
     record = json.loads((out / "manifest.json").read_text())
     assert record["stage"] == "merge"

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from stages.core import metrics
 from stages.core.errors import InputError
+from stages.core.study import metrics
 
 
 def result(problem: str, num_correct: int, num_samples: int = 4, policy: str = "p", **extra: int) -> dict:
@@ -131,5 +131,5 @@ def test_results_that_are_not_one_policys_on_distinct_problems_are_refused(resul
 
 
 def test_importing_metrics_loads_neither_numpy_nor_torch():
-    code = "import sys, stages.core.metrics; sys.exit(bool({'numpy', 'torch'} & set(sys.modules)))"
+    code = "import sys, stages.core.study.metrics; sys.exit(bool({'numpy', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -87,7 +87,7 @@ def test_one_more_iteration_is_one_more_line_and_five_more_stages(tmp_path):
 
 @pytest.mark.slow
 def test_what_would_be_done_is_shown_from_the_start_with_the_iterations_that_count(tmp_path):
-    from stages.core import lineage
+    from stages.core.study import lineage
 
     params = shrunken()
     params["iterations"]["2"] = {"start": "runs/1/policy"}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.core import policies
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
 WILD = (
@@ -38,11 +38,11 @@ def edit(file, **changes):
 
 def check(policy):
     """All that every stage asks of a policy before it loads the weights."""
-    path = policies.resolve(str(policy))
-    policies.load_tokenizer(path)
-    policies.context_length(path)
-    policies.end_token_ids(path)
-    policies.check_shapes(path)
+    path = checkpoints.resolve(str(policy))
+    checkpoints.load_tokenizer(path)
+    checkpoints.context_length(path)
+    checkpoints.end_token_ids(path)
+    checkpoints.check_shapes(path)
 
 
 def places(value, path=()):
@@ -120,9 +120,9 @@ def test_the_largest_finite_weights_are_finite(copied):
 )
 def test_a_configuration_within_another_is_compared_key_by_key(inner, fault, monkeypatch):
     found = {"one": {"text_config": {"dtype": "bfloat16", "hidden_size": 8}}, "other": {"text_config": inner}}
-    monkeypatch.setattr(policies, "load_config", lambda path: SimpleNamespace(to_dict=lambda: found[path.name]))
-    monkeypatch.setattr(policies, "end_token_ids", lambda path: [2])
-    assert policies.difference(Path("one"), Path("other")) == fault
+    monkeypatch.setattr(checkpoints, "load_config", lambda path: SimpleNamespace(to_dict=lambda: found[path.name]))
+    monkeypatch.setattr(checkpoints, "end_token_ids", lambda path: [2])
+    assert checkpoints.difference(Path("one"), Path("other")) == fault
 
 
 def test_a_pad_token_beyond_the_vocabulary_does_not_matter(copied, tmp_path):
@@ -130,29 +130,29 @@ def test_a_pad_token_beyond_the_vocabulary_does_not_matter(copied, tmp_path):
     edit(copied / "config.json", pad_token_id=size)
     edit(copied / "tokenizer_config.json", pad_token="<outside>")
     check(copied)
-    tokenizer = policies.load_tokenizer(copied)
+    tokenizer = checkpoints.load_tokenizer(copied)
     assert tokenizer.pad_token_id >= size
-    model = policies.load_model(copied, torch.float32)
+    model = checkpoints.load_model(copied, torch.float32)
     assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
-    policies.save(model, tokenizer, tmp_path / "saved")
+    checkpoints.save(model, tokenizer, tmp_path / "saved")
     check(tmp_path / "saved")
-    assert policies.load_tokenizer(tmp_path / "saved").pad_token == "<outside>"
+    assert checkpoints.load_tokenizer(tmp_path / "saved").pad_token == "<outside>"
 
 
 def test_weights_beyond_what_the_system_lets_a_file_grow_to_are_one_line(copied, tmp_path):
-    model, tokenizer = policies.load_model(copied, torch.float32), policies.load_tokenizer(copied)
+    model, tokenizer = checkpoints.load_model(copied, torch.float32), checkpoints.load_tokenizer(copied)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(InputError, match="saved: the weights cannot be written"):
-            policies.save(model, tokenizer, tmp_path / "saved")
+            checkpoints.save(model, tokenizer, tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_policy_without_a_pad_token_gets_none(copied):
     edit(copied / "tokenizer_config.json", pad_token=None)
-    assert policies.load_tokenizer(copied).pad_token is None
+    assert checkpoints.load_tokenizer(copied).pad_token is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_value_that_no_policy_can_have_is_named(copied, name, changes, fault):
 
 
 def test_end_tokens_beyond_the_vocabulary_do_not_matter(copied):
-    edit(copied / "generation_config.json", eos_token_id=[10**9, policies.load_tokenizer(copied).eos_token_id])
+    edit(copied / "generation_config.json", eos_token_id=[10**9, checkpoints.load_tokenizer(copied).eos_token_id])
     check(copied)
 
 
@@ -187,4 +187,4 @@ def test_links_that_lead_in_a_circle_are_no_policy(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(InputError, match="no such directory"):
-        policies.resolve(str(tmp_path / "a"))
+        checkpoints.resolve(str(tmp_path / "a"))

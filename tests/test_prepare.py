@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from stages import prepare
+from stages.core.drawing.templates import DAPO_AFTER, DAPO_BEFORE
 from stages.core.errors import InputError
 from stages.core.records import read_problems
-from stages.core.templates import DAPO_AFTER, DAPO_BEFORE
 from stages.prepare import curation, sources
 
 TEXTS = [f"Ann has {number} pens and buys 2. How many has she?" for number in range(3, 9)]

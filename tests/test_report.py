@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 
 from stages import report
-from stages.core import figures, jsonl, outputs, runs, tabular
+from stages.core import jsonl, outputs, tabular
 from stages.core.errors import InputError
+from stages.core.study import figures, runs
 from stages.report import browser, curves, page, study, summaries
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> 1 + 1 = \\boxed{2}"

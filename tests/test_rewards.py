@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from stages import prepare
-from stages.core import records, rewards
+from stages.core import records
+from stages.core.drawing.rollouts import Prompt
 from stages.core.errors import InputError
-from stages.core.rewards import OwnGrader, RewardOptions
-from stages.core.rollouts import Prompt
+from stages.core.grading import rewards
+from stages.core.grading.rewards import OwnGrader, RewardOptions
 
 EXAMPLES = Path(__file__).parents[1] / "examples/rewards"
 PROBLEM = {"id": "p1", "problem": "3+4=?", "answer": "7", "source": "sums", "target": 5}

@@ -11,8 +11,9 @@ import pytest
 
 from rloop_cli import warm
 from stages import rft
-from stages.core import jsonl, policies, provenance
+from stages.core import jsonl, provenance
 from stages.core.errors import CollapseError, InputError
+from stages.core.policy import checkpoints
 from stages.rft import card as cards
 from stages.rft import examples as ready
 from tests import ranks
@@ -159,7 +160,7 @@ def files(tmp_path_factory):
             bos_token_id=None,
         )
     )
-    policies.save(model, tokenizer, root / "policy")
+    checkpoints.save(model, tokenizer, root / "policy")
     jsonl.write(root / "examples.jsonl", EXAMPLES)
     return SimpleNamespace(root=root, policy=str(root / "policy"), examples=root / "examples.jsonl")
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from rloop_cli import warm
-from stages.core import jsonl, lifetime, policies, records
-from stages.core.engine import VllmEngine
+from stages.core import jsonl, lifetime, records
+from stages.core.drawing.engine import VllmEngine
+from stages.core.drawing.rollouts import OWN_PROMPTS
 from stages.core.errors import InputError
-from stages.core.rollouts import OWN_PROMPTS
+from stages.core.policy import checkpoints
 from stages.rl import Options
 from stages.rl.rundir import RunDir
 from tests import ranks
@@ -394,7 +395,7 @@ def test_with_adapters_and_own_rewards_a_run_goes_on_after_a_kill_as_if_nothing_
         assert filecmp.cmp(out / name, killed / name, shallow=False), name
     assert all(row["mismatch_max"] < 1e-4 for row in RunDir(out).log_rows())
     start, first, last = (
-        dict(policies.disk_weights(path))
+        dict(checkpoints.disk_weights(path))
         for path in (toy / "policy", out / "checkpoints/step_000001", out / "checkpoints/step_000003")
     )
     assert {name for name in start if not start[name].equal(last[name])} == {n for n in start if "proj.weight" in n}

@@ -3,11 +3,11 @@
 import pytest
 
 from stages.core import records
-from stages.core.engine import Completion, Sampling
+from stages.core.drawing.engine import Completion, Sampling
+from stages.core.drawing.rollouts import OWN_PROMPTS, asked_by, draw, draw_each, make_prompts
+from stages.core.drawing.templates import Template
 from stages.core.errors import InputError
-from stages.core.rollouts import OWN_PROMPTS, asked_by, draw, draw_each, make_prompts
-from stages.core.templates import Template
-from stages.core.verifier import Verifier
+from stages.core.grading.verifier import Verifier
 
 ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest")
 

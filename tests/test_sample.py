@@ -12,13 +12,15 @@ import pytest
 
 from rloop_cli import warm
 from stages import sample
-from stages.core import jsonl, policies, provenance, records, sampling, templates
+from stages.core import jsonl, provenance, records
+from stages.core.drawing import sampling, templates
+from stages.core.drawing.rollouts import OWN_PROMPTS
+from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
+from stages.core.grading.verifier import Verifier
+from stages.core.policy import checkpoints
 from stages.core.ranks import ALONE
 from stages.core.records import Rollout
-from stages.core.rollouts import OWN_PROMPTS
-from stages.core.sampling import Options, Plan
-from stages.core.verifier import Verifier
 from stages.rft.examples import tokenize
 from tests.scripted import ScriptedEngine
 
@@ -314,7 +316,7 @@ def test_the_real_engine_gives_a_policy_the_same_samples_alone_and_after_another
     engine, tiny_policy, other_policy, problems
 ):
     def start(path):
-        engine.load(sampling.policies.disk_weights(path))
+        engine.load(sampling.checkpoints.disk_weights(path))
         return engine
 
     other = str(other_policy)
@@ -323,7 +325,7 @@ def test_the_real_engine_gives_a_policy_the_same_samples_alone_and_after_another
     with Verifier() as verifier:
         second = [r for r in sampling.rollouts(both, start, verifier) if r["policy"] == other]
         assert list(sampling.rollouts(alone, start, verifier)) == second
-    engine.load(sampling.policies.disk_weights(tiny_policy))
+    engine.load(sampling.checkpoints.disk_weights(tiny_policy))
 
 
 FOUR_SHOT = Path(__file__).parents[1] / "examples/templates/four-shot.txt"
@@ -346,7 +348,7 @@ def test_after_four_shots_completions_end_at_the_stop_text_which_rft_teaches_wit
     rollouts = list(records.read(tmp_path / "out.jsonl", Rollout))
     prompts = [template.render(problem(0)["problem"]), owns["p1"], "(1+2)=?"]
     assert [rollout["prompt"] for rollout in rollouts] == [prompt for prompt in prompts for _ in range(16)]
-    tokenizer = policies.load_tokenizer(policy)
+    tokenizer = checkpoints.load_tokenizer(policy)
     for prompt in prompts:
         stopped = [rollout for rollout in rollouts if rollout["prompt"] == prompt and stop in rollout["completion"]]
         assert len(stopped) > 2
@@ -354,5 +356,5 @@ def test_after_four_shots_completions_end_at_the_stop_text_which_rft_teaches_wit
             assert rollout["completion"].index(stop) == len(rollout["completion"]) - len(stop)
             assert rollout["finish_reason"] == "stop"
             row = tokenize(tokenizer, {"problem_id": "p", "pass_rate": 0.0, **rollout})
-            taught = [token for token in row.labels if token != policies.IGNORED]
+            taught = [token for token in row.labels if token != checkpoints.IGNORED]
             assert tokenizer.decode(taught) == rollout["completion"] + tokenizer.eos_token

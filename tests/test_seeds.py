@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.core.engine import Sampling, VllmEngine
+from stages.core.drawing.engine import Sampling, VllmEngine
+from stages.core.drawing.rollouts import Prompt
+from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import StopSignal
 from stages.core.provenance import Identity
-from stages.core.rollouts import Prompt
-from stages.core.verifier import Verifier
 from stages.rl import Options
 from stages.rl import explorer as explorer_module
 from stages.rl.explorer import Explorer

@@ -3,8 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.core import policies, templates
+from stages.core.drawing import templates
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 
 HOSTILE = "If {x} = {problem} and 100% of $\\frac{1}{2}$ is {0}, what is \\boxed{}? $Answer\n{{}}"
 
@@ -69,7 +70,7 @@ def test_chat_without_a_chat_template_is_refused(tokenizer):
 
 
 def chat_template(policy, text):
-    tokenizer = policies.load_tokenizer(policy)
+    tokenizer = checkpoints.load_tokenizer(policy)
     tokenizer.chat_template = text
     return templates.load("chat", tokenizer)
 
@@ -206,7 +207,7 @@ def test_the_digest_follows_what_a_template_does_not_what_it_is_called(tmp_path)
 
 
 def test_stops_that_are_special_tokens_are_told_from_stops_that_are_text(tiny_policy):
-    tokenizer = policies.load_tokenizer(tiny_policy)
+    tokenizer = checkpoints.load_tokenizer(tiny_policy)
     template = templates.Template("mine", str, ("<eos>", "}", "</answer>"), "digest")
     assert template.end_tokens(tokenizer) == ([tokenizer.eos_token_id], ["}", "</answer>"])
 
@@ -219,7 +220,7 @@ ASK = {"role": "user", "content": HOSTILE}
 
 
 def test_messages_are_rendered_by_the_policys_chat_template(tiny_policy):
-    tokenizer = policies.load_tokenizer(tiny_policy)
+    tokenizer = checkpoints.load_tokenizer(tiny_policy)
     tokenizer.chat_template = CHAT
     chats = {
         "a": [{"role": "system", "content": "Be brief."}, ASK],
@@ -241,7 +242,7 @@ def test_messages_are_rendered_by_the_policys_chat_template(tiny_policy):
     ],
 )
 def test_messages_that_can_not_be_rendered_are_named_by_file_and_problem(tiny_policy, text, fault):
-    tokenizer = policies.load_tokenizer(tiny_policy)
+    tokenizer = checkpoints.load_tokenizer(tiny_policy)
     tokenizer.chat_template = text
     with pytest.raises(InputError) as caught:
         templates.render_chats(tokenizer, {"p1": [ASK]}, "sums.jsonl")
@@ -258,4 +259,4 @@ class Beginning:
 
 
 def test_a_text_that_begins_with_the_begin_token_gets_no_second_one():
-    assert policies.encode(Beginning(), ["<s>one", "one"]) == [[1], [0, 1]]
+    assert checkpoints.encode(Beginning(), ["<s>one", "one"]) == [[1], [0, 1]]

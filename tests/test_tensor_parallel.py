@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from rloop_cli import warm
-from stages.core import jsonl, policies, records, sampling
+from stages.core import jsonl, records
+from stages.core.drawing import sampling
 from stages.core.errors import InputError
+from stages.core.grading.verifier import Verifier
+from stages.core.policy import checkpoints
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
-from stages.core.verifier import Verifier
 from stages.rl.rundir import RunDir
 from tests import ranks as launched
 
@@ -75,7 +77,7 @@ def expected(place, engine, tiny_policy, monkeypatch):
     plan = sampling.plan(["policy", "other"], [Path("sums.jsonl")], 8, options)
     with Verifier() as verifier:
         jsonl.write(place / "one.jsonl", sampling.rollouts(plan, lambda _: engine, verifier))
-    engine.load(policies.disk_weights(tiny_policy))
+    engine.load(checkpoints.disk_weights(tiny_policy))
     return texts(place / "one.jsonl")
 
 
@@ -153,7 +155,7 @@ def test_one_process_cannot_share_an_engine(place):
 @pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 4), (8, 4), (4, 2), (4, 1)])
 def test_ranks_share_an_engine_if_they_have_whole_heads_each(make_policy, heads, key_value_heads):
     policy = make_policy(num_attention_heads=heads, num_key_value_heads=key_value_heads)
-    policies.check_divisible(policy, 4)
+    checkpoints.check_divisible(policy, 4)
 
 
 @pytest.mark.parametrize(
@@ -164,4 +166,4 @@ def test_ranks_do_not_share_a_head_or_a_unit(make_policy, heads, key_value_heads
     heads_of = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
     policy = make_policy(hidden_size=96, intermediate_size=units, **heads_of)
     with pytest.raises(InputError, match=f"--tensor-parallel 4: must divide {fault}"):
-        policies.check_divisible(policy, 4)
+        checkpoints.check_divisible(policy, 4)

@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 from trl.trainer.utils import add_fused_lm_head
 
 from stages import rl
-from stages.core import heads, policies
-from stages.core.adapters import trained
+from stages.core.policy import checkpoints, heads
+from stages.core.policy.adapters import trained
 from stages.rl import prefixes
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, without_dropout
 from tests import ranks
@@ -258,8 +258,10 @@ def test_a_policy_with_dropout_is_trained_without(tmp_path):
 def both_ranks(tiny_policy, tmp_path_factory):
     """What two ranks made of one batch, by (ddp or fsdp2, dtype); beside the file, the states that they saved."""
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    policies.save(
-        policies.load_model(tiny_policy, torch.bfloat16), policies.load_tokenizer(tiny_policy), out.parent / "coarse"
+    checkpoints.save(
+        checkpoints.load_model(tiny_policy, torch.bfloat16),
+        checkpoints.load_tokenizer(tiny_policy),
+        out.parent / "coarse",
     )
     done = subprocess.run(
         [*ranks.LAUNCH, "numbers", tiny_policy, out], cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT,
@@ -347,7 +349,7 @@ def test_adapters_are_trained_over_sharded_frozen_weights_and_their_state_taken_
     assert case["norms"][0] > 0
     for again in case["again"].values():
         assert all(torch.equal(weight, again[name]) for name, weight in case["weights"].items())
-    start = dict(policies.disk_weights(coarse))
+    start = dict(checkpoints.disk_weights(coarse))
     moved = {name for name, weight in case["weights"].items() if not torch.equal(weight, start[name])}
     assert moved == {name for name in start if name.endswith("proj.weight")}
 

@@ -8,14 +8,16 @@ from typing import ClassVar
 import pytest
 from accelerate import Accelerator
 
-from stages.core import jsonl, policies, templates
-from stages.core.engine import Sampling, seed_of
+from stages.core import jsonl
+from stages.core.drawing import templates
+from stages.core.drawing.engine import Sampling, seed_of
+from stages.core.drawing.rollouts import Prompt
 from stages.core.errors import InputError
+from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import Stopped, StopSignal
+from stages.core.policy import checkpoints
 from stages.core.provenance import Identity
 from stages.core.ranks import ALONE, Ranks
-from stages.core.rollouts import Prompt
-from stages.core.verifier import Verifier
 from stages.rl import Options, validation
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
@@ -172,7 +174,7 @@ def test_one_rank_that_stops_leaves_the_measurement_empty_on_all(monkeypatch):
 @pytest.fixture
 def read(tiny_policy, tmp_path):
     """A function that reads the validation set of these problems, for `tiny_policy` and --max-tokens 100."""
-    tokenizer = policies.load_tokenizer(tiny_policy)
+    tokenizer = checkpoints.load_tokenizer(tiny_policy)
 
     def read(*texts):
         file = tmp_path / "valid.jsonl"

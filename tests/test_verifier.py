@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.core import verifier as module
-from stages.core.verifier import Score, Verifier, comparison
+from stages.core.grading import verifier as module
+from stages.core.grading.scores import Score
+from stages.core.grading.verifier import Verifier, comparison
 
 ROOT = Path(__file__).parents[1]
 HARD = ("So it is \\boxed{\\sqrt{7+4\\sqrt{3}}}.", "2+\\sqrt{3}")
@@ -161,7 +162,7 @@ def test_a_worker_that_cannot_start_is_one_line_with_the_remedy(limit: str, caus
     code = f"""
 import resource
 from stages.core.errors import InputError
-from stages.core.verifier import Verifier
+from stages.core.grading.verifier import Verifier
 import tempfile, subprocess, encodings.idna
 resource.setrlimit(resource.{limit})
 with Verifier(workers=1) as verifier:
@@ -180,8 +181,8 @@ with Verifier(workers=1) as verifier:
 
 def test_recursion_without_end_is_an_error() -> None:
     code = """
-from stages.core.bounds import Bounds
-from stages.core.verifier.algebra import _failed
+from stages.core.grading.bounds import Bounds
+from stages.core.grading.verifier.algebra import _failed
 def deeper(): return deeper()
 print(Bounds()(deeper, _failed))
 """
@@ -189,7 +190,7 @@ print(Bounds()(deeper, _failed))
 
 
 def test_neither_side_imports_torch_and_the_caller_no_sympy() -> None:
-    code = "import sys, stages.core.{0}; print(*({1!r} & set(sys.modules)))"
+    code = "import sys, stages.core.grading.{0}; print(*({1!r} & set(sys.modules)))"
     assert _python(code.format("verifier", {"torch", "sympy", "numpy", "math_verify", "transformers"})).split() == []
     assert _python(code.format("verifier.algebra", {"torch", "transformers", "vllm"})).split() == []
 
@@ -198,7 +199,7 @@ def test_neither_side_imports_torch_and_the_caller_no_sympy() -> None:
 def test_workers_die_with_a_parent_that_is_killed_and_need_no_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "caller.py"  # no `if __name__ == "__main__"`: starting a worker must not run it again
     script.write_text(
-        "import time\nfrom stages.core.verifier import Verifier\nverifier = Verifier(workers=1)\n"
+        "import time\nfrom stages.core.grading.verifier import Verifier\nverifier = Verifier(workers=1)\n"
         f"verifier.verify([{HARD!r}])\nprint(*verifier.worker_pids, flush=True)\n"
         f"verifier.submit([{LONG!r}])\ntime.sleep(60)\n"
     )

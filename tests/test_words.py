@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from stages.core import jsonl, outputs, records, templates
+from stages.core import jsonl, outputs, records
+from stages.core.drawing import templates
 from stages.core.errors import InputError
 
 

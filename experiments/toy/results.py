@@ -25,8 +25,9 @@ from run import HERE, ITERATIONS, RUNS, SETS, STEPS
 from scipy.stats import t as student
 
 from stages.analyze import temporal
-from stages.core import figures, metrics, records
+from stages.core import records
 from stages.core.outputs import read_json
+from stages.core.study import figures, metrics
 from stages.rl.rundir import step_name
 
 OUT = HERE / "results"

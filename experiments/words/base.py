@@ -53,7 +53,7 @@ def convert(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from stages.core import policies
+    from stages.core.policy import checkpoints
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it says that packed weights would be fastest in float32: they are unpacked here
@@ -63,8 +63,8 @@ def convert(file: Path, out: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with outputs.whole_dir(out) as beside:
-        policies.save(model, tokenizer, beside)
-        policies.check_shapes(beside)
+        checkpoints.save(model, tokenizer, beside)
+        checkpoints.check_shapes(beside)
 
 
 def in_one_line(main: Callable[[], int]) -> Callable[[], int]:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import told
 
-from stages.core import jsonl, outputs, templates
+from stages.core import jsonl, outputs
+from stages.core.drawing import templates
 from stages.core.errors import InputError
 from stages.prepare import sources
 

@@ -19,9 +19,10 @@ import yaml
 from base import in_one_line
 from tabulate import tabulate
 
-from stages.core import metrics, outputs, runs, tabular
+from stages.core import outputs, tabular
 from stages.core.errors import InputError
 from stages.core.records import Result
+from stages.core.study import metrics, runs
 from stages.report import summaries
 
 HERE = Path(__file__).resolve().parent

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.analyze import curves, dynamics, similarity
-from stages.core import lineage, outputs
+from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.metrics import KS
 from stages.core.options import PLACE, at_least, checked
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
 from stages.core.records import Result
-from stages.core.runs import (
+from stages.core.study import lineage
+from stages.core.study.metrics import KS
+from stages.core.study.runs import (
     BASE,
     RL,
     RLOOP,
@@ -261,7 +262,7 @@ def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> 
 def _write(
     directory: Path, matrices: Sequence[Matrix], of_steps: Sequence[curves.Curve], steps: Sequence[Mapping[str, Any]]
 ) -> None:
-    from stages.core import figures
+    from stages.core.study import figures
 
     plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, of_steps)]
     for record, figure in zip([*matrices, *of_steps], plotted, strict=True):

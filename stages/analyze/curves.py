@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.analyze import dynamics, temporal
-from stages.core.metrics import Interval, interval
 from stages.core.records import Result
-from stages.core.runs import BASE, Evaluation, Place
+from stages.core.study.metrics import Interval, interval
+from stages.core.study.runs import BASE, Evaluation, Place
 
 DEFINITIONS = {
     "retention": "of the problems that the base solves, the share that each later policy solves",

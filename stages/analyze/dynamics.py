@@ -6,10 +6,10 @@ A checkpoint solves a problem if at least `min_correct` of its samples are corre
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.core import metrics
 from stages.core.errors import InputError
-from stages.core.metrics import Interval
 from stages.core.records import Result
+from stages.core.study import metrics
+from stages.core.study.metrics import Interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ With t = 1 this is pass@k of the latest checkpoint. No checkpoint needs more tha
 
 from typing import TYPE_CHECKING, Any
 
-from stages.core import metrics
+from stages.core.study import metrics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

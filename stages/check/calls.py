@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from stages.core import policies
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 
 MADE_FROM = ("rl", "rft", "merge")  # they write policies of the architecture of their --policy
 
@@ -82,7 +82,7 @@ def _cached(hub_id: str, waits_for: str) -> Base:
 
     try:
         config = try_to_load_from_cache(hub_id, "config.json")
-        return Base(policies.resolve(str(Path(str(config)).parent))) if config else Base(None, waits_for)
+        return Base(checkpoints.resolve(str(Path(str(config)).parent))) if config else Base(None, waits_for)
     except (HFValidationError, InputError):
         return Base(None, waits_for)
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.check.calls import Call, launch_files, launch_text, maker
-from stages.core import rewards, templates
+from stages.core.drawing import templates
 from stages.core.errors import InputError
+from stages.core.grading import rewards
 
 NAMES = ("--policy", "--kl-to", "--decontaminate", "--reward")  # take a name, of the hub's or ours, as well as a path
 _FILE = re.compile(r".*\.[a-z]+(\.gz)?")

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from stages.check import memory
 from stages.check.calls import Call, Launch, base_of, launched, policies_of
 from stages.check.memory import Shape
-from stages.core import adapters, policies
 from stages.core.errors import InputError
 from stages.core.outputs import read_json
+from stages.core.policy import adapters, checkpoints
 
 TOLERANCE = 0.01  # of the number of weights: biases, or norms of queries, that the plan doesn't know
 
@@ -58,7 +58,7 @@ def policy_faults(calls: Sequence[Call]) -> Iterator[str]:
 
 def _refuse_sharing(base: Path, options: Any) -> None:
     if getattr(options, "tensor_parallel", 1) > 1:
-        policies.check_divisible(base, options.tensor_parallel)
+        checkpoints.check_divisible(base, options.tensor_parallel)
 
 
 def _refuse_adapters(base: Path, options: Any) -> None:
@@ -68,7 +68,7 @@ def _refuse_adapters(base: Path, options: Any) -> None:
 
 def shape_of(base: Path) -> Shape:
     """The shape of a policy; InputError if the checkpoint is broken, or the plan is not for its kind."""
-    shape = memory.shape_of(read_json(policies.resolve(str(base)) / "config.json"))
+    shape = memory.shape_of(read_json(checkpoints.resolve(str(base)) / "config.json"))
     if shape is None or abs(shape.parameters / _num_weights(base, shape.tied) - 1) > TOLERANCE:
         raise InputError(f"the plan is for decoders of Qwen2's and Llama's kind, and {base} is none")
     return shape
@@ -79,7 +79,7 @@ def _num_weights(base: Path, is_tied: bool) -> int:
     from safetensors import safe_open
 
     number = 0
-    for file in policies.weight_files(base):
+    for file in checkpoints.weight_files(base):
         with safe_open(file, framework="pt") as tensors:
             names = (name for name in tensors.keys() if not (is_tied and name == "lm_head.weight"))  # noqa: SIM118
             number += sum(prod(tensors.get_slice(name).get_shape()) for name in names)

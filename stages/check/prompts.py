@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.check.calls import Call, base_of, policies_of
-from stages.core import policies, records, tabular, templates
+from stages.core import records, tabular
+from stages.core.drawing import templates
+from stages.core.drawing.rollouts import make_prompts, no_room
 from stages.core.errors import InputError
-from stages.core.rollouts import make_prompts, no_room
+from stages.core.policy import checkpoints
 
 SHOWN_CHARS = 300
 
@@ -69,8 +71,8 @@ def _base(call: Call, calls: Sequence[Call]) -> Path | None:
 
 def _reader(base: Path) -> tuple[Any, int]:
     """The tokenizer of a policy, and its context in tokens; InputError if the checkpoint is broken."""
-    policies.resolve(str(base))
-    return policies.load_tokenizer(base), policies.context_length(base)
+    checkpoints.resolve(str(base))
+    return checkpoints.load_tokenizer(base), checkpoints.context_length(base)
 
 
 def _files(call: Call) -> list[str]:

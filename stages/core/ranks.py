@@ -93,7 +93,7 @@ class Ranks:
         """
         if self.is_alone:
             return [mine]
-        from stages.core.acceleration import process_state
+        from stages.core.policy.acceleration import process_state
 
         process_state()
         from accelerate.utils import gather_object

@@ -21,19 +21,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from stages.core import jsonl, lineage, outputs, provenance, records, sampling, verifier
-from stages.core.engine import Engine
+from stages.core import jsonl, outputs, provenance, records
+from stages.core.drawing import sampling
+from stages.core.drawing.engine import Engine
+from stages.core.drawing.rollouts import Group, Prompt, no_room
+from stages.core.drawing.sampling import Engines, Meter, Plan, StartEngine
 from stages.core.errors import InputError
+from stages.core.grading import verifier
+from stages.core.grading.scores import Grader
+from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import end_with_parent, going_on
-from stages.core.metrics import KS
 from stages.core.options import PLACE, at_least, checked
 from stages.core.outputs import read_json
 from stages.core.provenance import Identity
 from stages.core.ranks import Ranks
 from stages.core.records import Divergence
-from stages.core.rollouts import Grader, Group, Prompt, no_room
-from stages.core.sampling import Engines, Meter, Plan, StartEngine
-from stages.core.verifier import Verifier
+from stages.core.study import lineage
+from stages.core.study.metrics import KS
 from stages.eval import divergence, partial, scoring, selection, votes
 from stages.eval.partial import Groups, Keeper, Stems
 

@@ -16,13 +16,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.core import policies
-from stages.core.batching import microbatches
+from stages.core.drawing.rollouts import Prompt
+from stages.core.drawing.sampling import Plan
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
+from stages.core.policy.batching import microbatches
 from stages.core.progress import StepProgress
 from stages.core.records import Divergence
-from stages.core.rollouts import Prompt
-from stages.core.sampling import Plan
 from stages.eval import partial
 from stages.eval.partial import Groups, Stems, Writer
 
@@ -47,21 +47,23 @@ def checked(name: str, num_scored: int, plan: Plan) -> Path | None:
         raise InputError(f"--kl-samples {num_scored}: there are {plan.sampling.num_samples} samples (--num-samples)")
     if plan.ranks.tensor_parallel > 1:
         raise InputError("--kl-to: each process holds two whole policies for it: leave out --tensor-parallel")
-    base, asked = policies.resolve(name), next(iter(plan.policies.values()))
+    base, asked = checkpoints.resolve(name), next(iter(plan.policies.values()))
     prompts = [prompt for prompts in plan.sets.values() for prompt in prompts]
     longest = max(len(prompt.token_ids) for prompt in prompts) + plan.sampling.max_tokens
     if (size := _vocabulary(base)) != (expected := _vocabulary(asked)):
         raise InputError(f"--kl-to {name}: its vocabulary has {size} tokens, that of the policies {expected}")
-    if policies.encode(policies.load_tokenizer(base), [p.text for p in prompts]) != [p.token_ids for p in prompts]:
+    if checkpoints.encode(checkpoints.load_tokenizer(base), [p.text for p in prompts]) != [
+        p.token_ids for p in prompts
+    ]:
         raise InputError(f"--kl-to {name}: its tokenizer is another than that of the policies")
-    if longest > (context := policies.context_length(base)):
+    if longest > (context := checkpoints.context_length(base)):
         raise InputError(f"--kl-to {name}: a prompt and --max-tokens are {longest} tokens, its context is {context}")
-    policies.check_shapes(base)
+    checkpoints.check_shapes(base)
     return base
 
 
 def _vocabulary(path: Path) -> int:
-    return int(policies.load_config(path).get_text_config().vocab_size)
+    return int(checkpoints.load_config(path).get_text_config().vocab_size)
 
 
 class Completion(NamedTuple):
@@ -151,12 +153,12 @@ class _Models:
     def _load(self, path: Path) -> Any:
         import torch
 
-        from stages.core import acceleration
+        from stages.core.policy import acceleration
 
         dtype = self._plan.options.dtype
         if dtype == "auto":
             dtype = "bfloat16" if acceleration.uses_bfloat16(dtype) else "float32"
-        return policies.load_model(path, getattr(torch, dtype)).to(acceleration.process_state().device)
+        return checkpoints.load_model(path, getattr(torch, dtype)).to(acceleration.process_state().device)
 
 
 def divergences(own: Any, base: Any, completions: Sequence[Completion], temperature: float) -> list[float]:
@@ -168,7 +170,7 @@ def divergences(own: Any, base: Any, completions: Sequence[Completion], temperat
     from torch.nn.utils.rnn import pad_sequence
 
     rows = [torch.tensor(c.prompt_ids + c.token_ids) for c in completions]
-    input_ids = pad_sequence(rows, True, policies.PADDING).to(own.device)
+    input_ids = pad_sequence(rows, True, checkpoints.PADDING).to(own.device)
     with torch.inference_mode():
         p, q = (model(input_ids=input_ids, use_cache=False).logits for model in (own, base))
         spans = [slice(len(c.prompt_ids) - 1, len(c.prompt_ids) + len(c.token_ids) - 1) for c in completions]

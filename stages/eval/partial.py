@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 import orjson
 
 from stages.core import outputs
+from stages.core.drawing.rollouts import Group, Prompt
+from stages.core.drawing.sampling import Plan
 from stages.core.errors import InputError
 from stages.core.provenance import Identity, read_manifest
-from stages.core.rollouts import Group, Prompt
-from stages.core.sampling import Plan
 
 SETTINGS = "settings.json"
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy

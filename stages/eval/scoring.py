@@ -18,12 +18,13 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-from stages.core import metrics, records
+from stages.core import records
 from stages.core.errors import InputError
+from stages.core.grading.verifier import Verifier
 from stages.core.ranks import Ranks
 from stages.core.records import Divergence, Result, Rollout, Verdict
+from stages.core.study import metrics
 from stages.core.tabular import aligned
-from stages.core.verifier import Verifier
 from stages.eval import votes
 
 BATCH = 4096  # rollouts given to the verifier at once when they are graded again

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from stages.core.errors import InputError
 from stages.core.outputs import read_json
+from stages.core.policy import checkpoints
 from stages.core.provenance import read_manifest
-from stages.core.runs import ends
-from stages.core.sampling import checkpoints
+from stages.core.study.runs import ends
 
 
 def added(named: Sequence[str], evals: Sequence[Path], all_checkpoints: bool) -> list[str]:
     """The policies `named`, and after them those of the eval outputs `evals` that are not among them."""
     more = (policy for output in evals for policy in policies_of(output, all_checkpoints))
-    there = {policy for name in named for policy in checkpoints(name)}
+    there = {policy for name in named for policy in checkpoints.within(name)}
     return [*named, *dict.fromkeys(policy for policy in more if policy not in there)]
 
 

@@ -17,9 +17,9 @@ from math import comb
 from typing import Any
 
 from stages.core.errors import InputError
+from stages.core.grading.verifier import Verifier
+from stages.core.grading.verifier.extraction import extract
 from stages.core.records import Rollout
-from stages.core.verifier import Verifier
-from stages.core.verifier.extraction import extract
 
 MAX_BALLOTS = 64  # given to the verifier at once; one of n different answers has n * n pairs
 

@@ -18,12 +18,13 @@ from typing import Annotated, Any, BinaryIO
 
 import orjson
 
-from stages.core import jsonl, lineage, outputs, records, tabular
+from stages.core import jsonl, outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, checked, values
 from stages.core.progress import warn
 from stages.core.provenance import identify, manifest
 from stages.core.records import Example, Rollout
+from stages.core.study import lineage
 from stages.filter.selection import Choice, Positions, Tally, can_select, yield_table
 
 FLUSH_LINES = 4096  # lines between two moves of the bar

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from stages.core import jsonl, outputs, verifier
+from stages.core import jsonl, outputs
 from stages.core.errors import InputError
+from stages.core.grading import verifier
+from stages.core.grading.verifier import Verifier
 from stages.core.options import PLACE, at_least, checked, values
 from stages.core.progress import StepProgress
 from stages.core.provenance import identify, manifest
-from stages.core.verifier import Verifier
 from stages.prepare import curation, sources
 from stages.prepare.sources import Source
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, cast
 
 import orjson
 
+from stages.core.drawing.templates import DAPO_AFTER, DAPO_BEFORE
 from stages.core.errors import InputError
+from stages.core.grading.verifier.extraction import extract
 from stages.core.records import Problem, prompt_fault
 from stages.core.tabular import aligned, some
-from stages.core.templates import DAPO_AFTER, DAPO_BEFORE
-from stages.core.verifier.extraction import extract
 
 LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
 SPACE = " \t\r\n"  # not the form feed: it may be what is left of \frac

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 
-from stages.core import lineage, outputs
+from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.metrics import KS
 from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
+from stages.core.study import lineage
+from stages.core.study.metrics import KS
 
 if TYPE_CHECKING:
-    from stages.core.figures import Figure
+    from stages.core.study.figures import Figure
     from stages.report.study import Study
 
 FIGURES, METRICS, WRITTEN = "figures", "metrics", "written.json"
@@ -84,7 +85,7 @@ def run(
 
 
 def _write(page: Path, choices: Choices, study: "Study") -> None:
-    from stages.core import figures
+    from stages.core.study import figures
     from stages.report.page import render
 
     pictures = page.parent / FIGURES
@@ -189,7 +190,7 @@ def _missing(study: "Study", choices: Choices, sections: Mapping[str, Any]) -> l
 
 def _analysis(study: "Study") -> list["Figure"]:
     """The figures of analyze's outputs below RUNS/analysis; those of a nested output have its path in their names."""
-    from stages.core import figures
+    from stages.core.study import figures
 
     root = study.runs / "analysis"
     plotted: list[Figure] = []

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from stages.core.records import Rollout
-from stages.core.runs import BASE, Evaluation, Place, read_rollouts
+from stages.core.study.runs import BASE, Evaluation, Place, read_rollouts
 from stages.report.page import embedded
 
 MAX_BYTES = 6 * 2**20

@@ -9,8 +9,8 @@ from itertools import product
 
 import pandas as pd
 
-from stages.core.figures import Figure, Panel, file_name, lines
-from stages.core.runs import BASE, RL, RLOOP, Place, iteration_of, way
+from stages.core.study.figures import Figure, Panel, file_name, lines
+from stages.core.study.runs import BASE, RL, RLOOP, Place, iteration_of, way
 from stages.report.study import AVERAGE
 
 COLUMNS = ["set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"]

@@ -12,7 +12,7 @@ import jinja2
 import orjson
 from markupsafe import Markup, escape
 
-from stages.core.figures import INK, Figure
+from stages.core.study.figures import INK, Figure
 
 
 def render(content: Mapping[str, Any]) -> str:

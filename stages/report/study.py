@@ -14,12 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from stages.core import metrics
 from stages.core.errors import InputError
-from stages.core.lineage import Line, chosen
 from stages.core.outputs import read_json
 from stages.core.provenance import read_manifest
-from stages.core.runs import (
+from stages.core.study import metrics
+from stages.core.study.lineage import Line, chosen
+from stages.core.study.runs import (
     RL,
     RLOOP,
     Evaluation,

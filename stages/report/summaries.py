@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from stages.core import metrics
-from stages.core.runs import BASE, RL, RLOOP, Place
+from stages.core.study import metrics
+from stages.core.study.runs import BASE, RL, RLOOP, Place
 from stages.report.study import AVERAGE, KEYS
 
 RLOOP_ENDPOINT = "RLoop, last RL endpoint"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from stages.core import outputs, records, tabular
-from stages.core.adapters import LoraOptions
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
 from stages.core.options import PLACE, at_least, at_most, below, one_of
+from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
 from stages.core.provenance import digest, identify, manifest
 from stages.core.ranks import Ranks
@@ -121,15 +121,15 @@ def _read(policy: str, file: Path, out: Path, options: Options, ranks: Ranks) ->
         )
     examples = list(records.read(file, Example))
 
-    from stages.core import adapters, policies
+    from stages.core.policy import adapters, checkpoints
     from stages.rft.card import base_of
     from stages.rft.examples import tokenize_fitting
 
-    path, base = policies.resolve(policy), base_of(policy)
-    policies.check_shapes(path)
+    path, base = checkpoints.resolve(policy), base_of(policy)
+    checkpoints.check_shapes(path)
     adapters.check(path, options)
-    tokenizer = policies.load_tokenizer(path)
-    context = policies.context_length(path)
+    tokenizer = checkpoints.load_tokenizer(path)
+    context = checkpoints.context_length(path)
     if options.max_tokens > context:
         raise InputError(f"--max-tokens {options.max_tokens} is beyond the policy's context of {context}: lower it")
     rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context)

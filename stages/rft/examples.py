@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.core import policies
 from stages.core.errors import InputError
-from stages.core.policies import IGNORED
+from stages.core.policy import checkpoints
+from stages.core.policy.checkpoints import IGNORED
 from stages.core.records import Example
 
 
@@ -40,7 +40,9 @@ def tokenize(tokenizer: Any, example: Example) -> Row:
     that marks the begin of a text (SentencePiece) would put a space before a completion on its own. If prompt and
     completion share a token in the whole, the completion is tokenised on its own: the engine began there, too.
     """
-    prompt_ids, whole_ids = policies.encode(tokenizer, [example["prompt"], example["prompt"] + example["completion"]])
+    prompt_ids, whole_ids = checkpoints.encode(
+        tokenizer, [example["prompt"], example["prompt"] + example["completion"]]
+    )
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         completion_ids = whole_ids[len(prompt_ids) :]
     else:

@@ -25,10 +25,10 @@ from transformers.utils import logging
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from stages.core import adapters, heads, policies
-from stages.core.acceleration import process_state, reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.errors import CollapseError, InputError
-from stages.core.policies import IGNORED, PADDING
+from stages.core.policy import adapters, checkpoints, heads
+from stages.core.policy.acceleration import process_state, reduce_in_float32, save_policy, uses_bfloat16
+from stages.core.policy.checkpoints import IGNORED, PADDING
 from stages.core.progress import StepProgress
 from stages.rft import Options
 from stages.rft.examples import Row, lr_share, microbatch_size, order
@@ -63,7 +63,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
     """
     num_processes = process_state().num_processes
     share = options.batch_size // num_processes
-    vocabulary = policies.load_config(path).get_text_config().vocab_size
+    vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
     budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
     size = microbatch_size(share, max(map(len, rows)), budget)
     steps = order([len(row) for row in rows], options.batch_size, options.epochs, options.seed)
@@ -71,7 +71,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
     watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
     logging.disable_progress_bar()  # ours is the only one
     logging.set_verbosity_error()  # the trainer warns of changes to the configuration, which are undone below
-    model = policies.load_model(path, torch.float32)
+    model = checkpoints.load_model(path, torch.float32)
     adapters.attach(model, options, options.seed, uses_bfloat16(options.dtype))
     configs = copy.deepcopy((model.config, model.generation_config))
     with tempfile.TemporaryDirectory() as scratch, watch.progress:
@@ -106,7 +106,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
 def _refuse_collapsed(out: Path) -> None:
     """Raise CollapseError where the weights that were written are not finite: no loss follows the last update."""
     try:
-        policies.check_finite(out)
+        checkpoints.check_finite(out)
     except InputError as error:
         raise CollapseError("the last step left weights that are not finite: lower --lr") from error
 

@@ -12,24 +12,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from stages.core.adapters import LoraOptions
-from stages.core.engine import MaxSequences
+from stages.core.drawing.engine import MaxSequences
+from stages.core.drawing.kernels import Compiled
+from stages.core.drawing.templates import TemplateName
 from stages.core.errors import InputError
-from stages.core.kernels import Compiled
+from stages.core.grading.rewards import RewardOptions
 from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
+from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify, manifest, versions
 from stages.core.ranks import Ranks, TensorParallel
-from stages.core.rewards import RewardOptions
-from stages.core.templates import TemplateName
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from stages.core.engine import VllmEngine
-    from stages.core.rewards import Rewards
-    from stages.core.rollouts import Prompt
-    from stages.core.templates import Template
+    from stages.core.drawing.engine import VllmEngine
+    from stages.core.drawing.rollouts import Prompt
+    from stages.core.drawing.templates import Template
+    from stages.core.grading.rewards import Rewards
     from stages.rl.rundir import RunDir
 
 TOTALS = (
@@ -169,9 +169,9 @@ def run(
     """
     given = locals()
 
-    from stages.core import verifier
+    from stages.core.drawing.rollouts import asked_by
+    from stages.core.grading import verifier
     from stages.core.lifetime import end_with_parent, going_on
-    from stages.core.rollouts import asked_by
     from stages.rl.rundir import RunDir
 
     end_with_parent()
@@ -206,14 +206,15 @@ def run(
 
 def _checked_places(policy: str, problems: Path, out: Path, options: Options) -> Path:
     """Where the policy is on disk. Raises InputError for what can't be read or written, without a look inside."""
-    from stages.core import outputs, policies
+    from stages.core import outputs
+    from stages.core.policy import checkpoints
 
     if problems == Path("-"):
         raise InputError("--problems -: name a file, for an interrupted run must find the same problems again")
     outputs.refuse_unwritable(out)
     if options.tracker != "none" and importlib.util.find_spec(options.tracker) is None:
         raise InputError(f"--tracker {options.tracker}: that package is not installed: pip install {options.tracker}")
-    return policies.resolve(policy)
+    return checkpoints.resolve(policy)
 
 
 def _refuse_differences(ranks: Ranks, identity: Identity, valid: Path | None) -> None:
@@ -240,18 +241,21 @@ class Asked(NamedTuple):
 
 def _asked(path: Path, problems: Path, valid: Path | None, options: Options, ranks: Ranks) -> Asked:
     """Read and check policy and problems, without an engine."""
-    from stages.core import adapters, policies, records, rewards, templates
-    from stages.core.rollouts import make_prompts
+    from stages.core import records
+    from stages.core.drawing import templates
+    from stages.core.drawing.rollouts import make_prompts
+    from stages.core.grading import rewards
+    from stages.core.policy import adapters, checkpoints
     from stages.rl import validation
 
     rewarded = rewards.read(options)
-    tokenizer = policies.load_tokenizer(path)
+    tokenizer = checkpoints.load_tokenizer(path)
     template = templates.load(options.template, tokenizer)
     ranks.refuse_uneven()
-    policies.check_shapes(path)
-    policies.check_divisible(path, ranks.tensor_parallel)
+    checkpoints.check_shapes(path)
+    checkpoints.check_divisible(path, ranks.tensor_parallel)
     adapters.check(path, options)
-    context = policies.context_length(path)
+    context = checkpoints.context_length(path)
     asked = records.read_problems(problems)
     prompts, left_out = make_prompts(asked, template, tokenizer, options.max_tokens, context, problems)
     asked_too = validation.read(valid, template, tokenizer, options.max_tokens, context) if valid is not None else []
@@ -291,7 +295,7 @@ def _explore(
     options: Options,
 ) -> None:
     """Build engine, grader, trainer and explorer, and do the steps that are left."""
-    from stages.core.engine import Sampling
+    from stages.core.drawing.engine import Sampling
     from stages.core.lifetime import stop_signal
     from stages.rl import validation
     from stages.rl.explorer import Explorer
@@ -318,7 +322,7 @@ def _explore(
 
 def _start_engine(accelerator: "Accelerator", path: Path, asked: Asked, options: Options) -> "VllmEngine":
     """The engine of this rank, with room for the longest prompt and completion."""
-    from stages.core.engine import VllmEngine, fitting
+    from stages.core.drawing.engine import VllmEngine, fitting
 
     longest, valid_longest = (
         max((len(prompt.token_ids) for prompt in prompts), default=0) + options.max_tokens
@@ -345,7 +349,7 @@ def _accelerator(options: Options, out: Path) -> "Accelerator":
     import torch
     from accelerate import Accelerator
 
-    from stages.core.acceleration import process_state, uses_bfloat16
+    from stages.core.policy.acceleration import process_state, uses_bfloat16
 
     tracker = None if options.tracker == "none" else options.tracker
     process_state()
@@ -404,7 +408,7 @@ def _most(rows: list[dict[str, float]], name: str) -> float | None:
 def _warn_of(asked: Asked, max_tokens: int) -> None:
     """Name the problems that are left out, and those of the validation set that are trained on, too."""
     from stages.core import tabular
-    from stages.core.rollouts import no_room
+    from stages.core.drawing.rollouts import no_room
     from stages.rl import validation
 
     if asked.left_out:

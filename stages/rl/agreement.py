@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from stages.core.engine import Engine, Sampling
-from stages.core.rollouts import Prompt
+from stages.core.drawing.engine import Engine, Sampling
+from stages.core.drawing.rollouts import Prompt
 from stages.rl.trainer import TokenRollout, Trainer
 
 NUM_PROMPTS = 8

@@ -22,15 +22,16 @@ import orjson
 import torch
 from accelerate import Accelerator
 
-from stages.core.acceleration import memory_in_use
-from stages.core.engine import Engine, Sampling, seed_of
+from stages.core.drawing.engine import Engine, Sampling, seed_of
+from stages.core.drawing.rollouts import Group, Prompt, draw
 from stages.core.errors import CollapseError, InputError
+from stages.core.grading.scores import Grader
 from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
 from stages.core.outputs import whole_dir
+from stages.core.policy.acceleration import memory_in_use
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
-from stages.core.rollouts import Grader, Group, Prompt, draw
 from stages.rl import Options, agreement, dapo, validation
 from stages.rl.agreement import Bound, Difference
 from stages.rl.batching import ProblemStream

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from stages.core.policies import PADDING
+from stages.core.policy.checkpoints import PADDING
 
 
 class Prefixes(NamedTuple):

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import disable_dropout_in_model
 
-from stages.core import acceleration, adapters, heads, policies
-from stages.core.batching import microbatches
 from stages.core.lifetime import interrupts_wait
-from stages.core.policies import IGNORED, PADDING
+from stages.core.policy import acceleration, adapters, checkpoints, heads
+from stages.core.policy.batching import microbatches
+from stages.core.policy.checkpoints import IGNORED, PADDING
 from stages.rl import Options, dapo, prefixes
 from stages.rl.batching import shares, split
 
@@ -84,8 +84,8 @@ class Trainer:
     ):
         self.accelerator = accelerator
         self.options = options
-        self.tokenizer = policies.load_tokenizer(path)
-        model = policies.load_model(path, torch.float32)
+        self.tokenizer = checkpoints.load_tokenizer(path)
+        model = checkpoints.load_model(path, torch.float32)
         without_dropout(model)
         adapters.attach(model, options, options.seed, is_bfloat16=accelerator.mixed_precision == "bf16")
         if options.gradient_checkpointing:
@@ -173,7 +173,7 @@ class Trainer:
         """
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         model = self.accelerator.unwrap_model(self.model)
-        return policies.as_saved(acceleration.full_weights(model, dtype), model)
+        return checkpoints.as_saved(acceleration.full_weights(model, dtype), model)
 
     def release(self) -> None:
         """Give back the memory that only an update needs, so that the engine may have it."""

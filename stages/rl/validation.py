@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.core import records
-from stages.core.engine import Engine, Sampling, ShouldStop
+from stages.core.drawing.engine import Engine, Sampling, ShouldStop
+from stages.core.drawing.rollouts import Group, Prompt, draw_each, make_prompts, no_room, seeded
+from stages.core.drawing.templates import Template
 from stages.core.errors import InputError
+from stages.core.grading.scores import Grader
 from stages.core.lifetime import Stopped
 from stages.core.ranks import Ranks
-from stages.core.rollouts import Grader, Group, Prompt, draw_each, make_prompts, no_room, seeded
-from stages.core.templates import Template
 from stages.rl import Options
 
 

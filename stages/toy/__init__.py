@@ -108,7 +108,7 @@ def _make_policy(
     from rich.console import Console
     from rich.progress import track
 
-    from stages.core import policies
+    from stages.core.policy import checkpoints
     from stages.toy import pretrain  # torch and transformers: only once the input is known to be good
 
     tokenizer = pretrain.build_tokenizer(arithmetic.WORDS)
@@ -116,5 +116,5 @@ def _make_policy(
     pairs = arithmetic.draw_lessons(random.Random(seed), exclude)
     steps = pretrain.train(model, tokenizer, pairs, num_steps, batch_size, learning_rate)
     losses = list(track(steps, "pre-training", total=num_steps, console=Console(stderr=True)))
-    policies.save(model, tokenizer, path)
+    checkpoints.save(model, tokenizer, path)
     return {"policy_parameters": model.num_parameters(), "loss": fmean(losses[-pretrain.NUM_CHUNK_BATCHES :])}

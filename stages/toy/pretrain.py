@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from stages.core.policies import IGNORED
+from stages.core.policy.checkpoints import IGNORED
 
 EOS, PAD = "<eos>", "<pad>"
 CONTEXT_TOKENS = 128

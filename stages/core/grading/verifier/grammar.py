@@ -9,7 +9,7 @@ import re
 import string
 from enum import Enum, auto
 
-from stages.core.verifier.latex import MAX_DEPTH, Refused
+from stages.core.grading.verifier.latex import MAX_DEPTH, Refused
 
 
 class Kind(Enum):

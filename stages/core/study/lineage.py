@@ -22,7 +22,7 @@ from typing import Any
 from stages.core import provenance
 from stages.core.errors import InputError
 from stages.core.provenance import read_manifest
-from stages.core.runs import iteration_of, num_steps, place_below
+from stages.core.study.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
 # of an eval; comparable figures share them

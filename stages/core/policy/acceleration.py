@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from stages.core import adapters, policies
+from stages.core.policy import adapters, checkpoints
 
 # Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
 logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
@@ -80,4 +80,4 @@ def save_policy(accelerator: Accelerator, model: Any, tokenizer: Any, path: Path
             kept[name] = tensor.to("cpu")
     if accelerator.is_main_process:
         assert path is not None
-        policies.save(model, tokenizer, path, kept)
+        checkpoints.save(model, tokenizer, path, kept)

@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 
-from stages.core.verifier.latex import MAX_DEPTH, MAX_LENGTH, MAX_WRITTEN, TOKEN, Refused, closing, depth_of
-from stages.core.verifier.quantities import NUMBER_WORDS
+from stages.core.grading.verifier.latex import MAX_DEPTH, MAX_LENGTH, MAX_WRITTEN, TOKEN, Refused, closing, depth_of
+from stages.core.grading.verifier.quantities import NUMBER_WORDS
 
 _FUNCTIONS = """
     arcsin arccos arctan sinh cosh tanh coth sin cos tan cot sec csc log ln lg exp sqrt gcd lcm max min det

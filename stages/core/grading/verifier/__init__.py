@@ -4,10 +4,9 @@
         batch = verifier.submit([("So it is \\\\boxed{\\\\frac12}.", "0.5")])    # returns at once
         [Score(verdict="correct", reward=1.0, prediction="\\\\frac12")] = batch.result()
 
-A completion is untrusted text. What `core.verifier.comparison` can decide on the text alone (numbers, words, choices,
-and lists, tuples, intervals and matrices of those) is decided here in microseconds; the rest goes to
-`core.verifier.algebra` in worker processes (`core.workers`), under bounds of CPU time and memory (`core.bounds`). No
-worker starts before one is needed.
+A completion is untrusted text. What `comparison` can decide on the text alone (numbers, words, choices, and lists,
+tuples, intervals and matrices of those) is decided here in microseconds; the rest goes to `algebra` in worker processes
+(`grading.workers`), under bounds of CPU time and memory (`grading.bounds`). No worker starts before one is needed.
 
 Verdicts: `no_answer` there is nothing to compare; `rejected` over-long, over-deep, or refused before any algebra;
 `timeout` the bound of CPU time was hit; `error` memory ran out, or the algebra failed on our side; `wrong`, `correct`.
@@ -21,15 +20,16 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
+from stages.core.grading.scores import Score
+from stages.core.grading.verifier.comparison import decide
+from stages.core.grading.verifier.extraction import extract
+from stages.core.grading.verifier.latex import MAX_LENGTH
+from stages.core.grading.workers import Job, Kind, Pool
 from stages.core.records import Problem, Verdict
-from stages.core.verifier.comparison import decide
-from stages.core.verifier.extraction import extract
-from stages.core.verifier.latex import MAX_LENGTH
-from stages.core.workers import Job, Kind, Pool
 
-WORKER = "stages.core.verifier.algebra"  # the module that a worker runs
+WORKER = "stages.core.grading.verifier.algebra"  # the module that a worker runs
 MAX_MEMO_BYTES = 256 * 2**20  # of the texts whose verdicts are kept: about a million short ones
 ENTRY_BYTES = 200  # of an entry beside its texts
 MAX_JOB = 16  # predictions sent to a worker at once, all for one answer, which is then parsed once
@@ -41,25 +41,6 @@ VERSION = {
         for name in ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
     },
 }
-
-
-class Score(NamedTuple):
-    """A verdict; `reward` is 1.0 for `correct` and 0.0 otherwise; `prediction` is the text that was compared.
-
-    With rewards of one's own (`core.rewards`) `reward` is their weighted sum, `parts` are the rewards by name, None for
-    one that does not apply, and `fault` says why there are none.
-    """
-
-    verdict: Verdict
-    reward: float
-    prediction: str | None
-    parts: dict[str, float | None] | None = None
-    fault: str = ""
-
-    @property
-    def applies(self) -> bool:
-        """Whether any reward applies to the completion."""
-        return self.parts is None or any(part is not None for part in self.parts.values())
 
 
 class Batch:
@@ -127,7 +108,7 @@ class Verifier:
         return self.submit(pairs).result()
 
     def grade(self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Any) -> Batch:
-        """Begin to score the completions of one prompt, as `core.rewards` does; only the answer decides here."""
+        """Begin to score the completions of one prompt, as `grading.rewards` does; only the answer decides here."""
         return self.submit([(completion, problem["answer"]) for completion in completions])
 
     def refuse_failed(self) -> None:

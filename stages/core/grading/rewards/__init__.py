@@ -7,7 +7,8 @@
 
 A function is called once for a group, by keyword as TRL does: `f(prompts, completions, completion_ids, **columns)`,
 where the columns are the keys of the problem's record. It returns a number for each completion, or None if it does not
-apply; None is left out of the sum. The bounds are those of the verifier's algebra for each completion (`core.bounds`).
+apply; None is left out of the sum. The bounds are those of the verifier's algebra for each completion
+(`grading.bounds`).
 
 What a function raises, a call out of bounds or a worker that ends is an `error` or `timeout` for the whole group, whose
 rewards are 0 then, so that it teaches nothing; `Score.fault` says why.
@@ -23,18 +24,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
-from stages.core import bounds, provenance
+from stages.core import provenance
 from stages.core.errors import InputError
+from stages.core.grading import bounds
+from stages.core.grading.scores import Grader, Score
+from stages.core.grading.verifier import Batch, Verifier, default_workers
+from stages.core.grading.workers import Job, Kind, Loss, Pool
 from stages.core.options import PLACE, OptionGroup
 from stages.core.progress import warn
 from stages.core.records import Problem, Verdict
-from stages.core.verifier import Batch, Score, Verifier, default_workers
-from stages.core.workers import Job, Kind, Loss, Pool
 
 if TYPE_CHECKING:
-    from stages.core.rollouts import Grader, Prompt
+    from stages.core.drawing.rollouts import Prompt
 
-WORKER = "stages.core.rewards.worker"  # the module that a worker runs
+WORKER = "stages.core.grading.rewards.worker"  # the module that a worker runs
 MATH_VERIFY = "math-verify"
 PLAIN = [(MATH_VERIFY, 1.0)]  # names and weights where a reward is 1 or 0, as math-verify says
 SLACK_S = 30.0  # of wall time, beyond twice the CPU time that a call may take

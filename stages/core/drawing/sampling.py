@@ -19,18 +19,22 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from stages.core import policies, records, rewards, templates
-from stages.core.engine import Engine, MaxSequences, Sampling, VllmEngine
+from stages.core import records
+from stages.core.drawing import templates
+from stages.core.drawing.engine import Engine, MaxSequences, Sampling, VllmEngine
+from stages.core.drawing.kernels import Compiled
+from stages.core.drawing.rollouts import OWN_PROMPTS, Group, Prompt, asked_by, draw_each, make_prompts, seeded
+from stages.core.drawing.templates import Template, TemplateName
 from stages.core.errors import InputError
-from stages.core.kernels import Compiled
+from stages.core.grading import rewards
+from stages.core.grading.rewards import RewardOptions, Rewards
+from stages.core.grading.scores import Grader
 from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, one_of
 from stages.core.outputs import read_json
+from stages.core.policy import checkpoints
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import ALONE, Ranks, TensorParallel
 from stages.core.records import Problem, Rollout
-from stages.core.rewards import RewardOptions, Rewards
-from stages.core.rollouts import OWN_PROMPTS, Grader, Group, Prompt, asked_by, draw_each, make_prompts, seeded
-from stages.core.templates import Template, TemplateName
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
 MAX_COMPLETIONS = 8192  # in one call of the engine, which holds them all: about 1 GB if each has 2,048 tokens
@@ -213,7 +217,7 @@ class Engines:
     def holding(self, policy: Path) -> Engine:
         """The engine with the weights of `policy`; started anew if these cannot be swapped in."""
         if self._engine is not None and self._takes(policy):
-            self._engine.load(policies.disk_weights(policy))
+            self._engine.load(checkpoints.disk_weights(policy))
         else:
             if self._engine is not None:
                 self._engine.close()
@@ -229,10 +233,10 @@ class Engines:
             self._engine = None
 
     def _takes(self, policy: Path) -> bool:
-        if policies.is_tied(policy) != policies.is_tied(self._policy):
+        if checkpoints.is_tied(policy) != checkpoints.is_tied(self._policy):
             return False
         if self._can_swap is None and self._engine is not None:
-            faults = self._ranks.gather(self._engine.swap_fault(lambda: policies.disk_weights(self._policy)))
+            faults = self._ranks.gather(self._engine.swap_fault(lambda: checkpoints.disk_weights(self._policy)))
             fault = next(filter(None, faults), None)
             self._can_swap = fault is None
             if fault and self._ranks.is_first:
@@ -250,9 +254,9 @@ def plan(
     rewarded = rewards.read(options)
     problems = _read_sets(problem_files, options.limit)
     paths = _resolve(names)
-    tokenizers = {name: policies.load_tokenizer(path) for name, path in paths.items()}
+    tokenizers = {name: checkpoints.load_tokenizer(path) for name, path in paths.items()}
     first = next(iter(paths))
-    tokenizer, context = tokenizers[first], policies.context_length(paths[first])
+    tokenizer, context = tokenizers[first], checkpoints.context_length(paths[first])
     template = templates.load(options.template, tokenizer)
     sets: dict[str, list[Prompt]] = {}
     left_out: list[str] = []
@@ -262,8 +266,8 @@ def plan(
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
     _check_alike(paths, tokenizers, template, prompts)
     for path in paths.values():
-        policies.check_shapes(path)
-    policies.check_divisible(paths[first], ranks.tensor_parallel)
+        checkpoints.check_shapes(path)
+    checkpoints.check_divisible(paths[first], ranks.tensor_parallel)
     rewards.check(rewarded, prompts, tokenizer, ranks.is_first)
     stop_token_ids, stop = template.end_tokens(tokenizer)
     sampling = Sampling(
@@ -292,18 +296,11 @@ def _resolve(given: Sequence[str]) -> dict[str, Path]:
     if not given:
         raise InputError("--policy is missing: name at least one checkpoint directory")
     paths: dict[str, Path] = {}
-    for name in (name for text in given for name in checkpoints(text)):
+    for name in (name for text in given for name in checkpoints.within(text)):
         if name in paths:
             raise InputError(f"policy {name} is named twice")
-        paths[name] = policies.resolve(name)
+        paths[name] = checkpoints.resolve(name)
     return paths
-
-
-def checkpoints(name: str) -> list[str]:
-    """The checkpoints in the directory `name`, by their names; if it holds none, `name` itself, less a last slash."""
-    name = name.rstrip("/") or name
-    inside = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
-    return [name] if (Path(name) / "config.json").exists() or not inside else [f"{name}/{step}" for step in inside]
 
 
 def _check_alike(
@@ -314,9 +311,9 @@ def _check_alike(
     texts, token_ids = [prompt.text for prompt in prompts], [prompt.token_ids for prompt in prompts]
     has_chats = any(isinstance(prompt.problem.get("prompt"), list) for prompt in prompts)
     for name, path in paths.items():
-        if (fault := policies.difference(paths[first], path)) is not None:
+        if (fault := checkpoints.difference(paths[first], path)) is not None:
             pass
-        elif policies.encode(tokenizers[name], texts) != token_ids:
+        elif checkpoints.encode(tokenizers[name], texts) != token_ids:
             fault = "their tokenizers differ"
         elif templates.load(template.name, tokenizers[name]).digest != template.digest:
             fault = "their chat templates differ"

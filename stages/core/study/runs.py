@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from stages.core import records
 from stages.core.errors import InputError
-from stages.core.metrics import by_policy, check_results
 from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.provenance import read_manifest
 from stages.core.records import Result, Rollout
+from stages.core.study.metrics import by_policy, check_results
 from stages.core.tabular import read_tsv
 
 BASE, RLOOP, RL = "Base", "RLoop", "RL"

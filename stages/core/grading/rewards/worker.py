@@ -3,7 +3,7 @@
 Each file is run anew from the bytes that the parent knows by their digest, so a file that changes while a run goes on
 fails instead of rewarding by two rules. Only the rewards come back: what a function prints goes nowhere.
 
-Run as `python -m stages.core.rewards.worker DESCRIPTOR PARENT FUNCTIONS` by core.rewards only.
+Run as `python -m stages.core.grading.rewards.worker DESCRIPTOR PARENT FUNCTIONS` by grading.rewards only.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stages.core import bounds
-from stages.core.bounds import Bounds, Deadline
+from stages.core.grading import bounds
+from stages.core.grading.bounds import Bounds, Deadline
 
 IMPORT_S = 60.0  # of CPU time, to run a file: it may import large libraries
 MAX_REWARD = 1e9  # so that no square of a reward overflows

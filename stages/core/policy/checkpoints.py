@@ -40,6 +40,13 @@ def resolve(policy: str) -> Path:
     return path
 
 
+def within(name: str) -> list[str]:
+    """The checkpoints in the directory `name`, by their names; if it holds none, `name` itself, less a last slash."""
+    name = name.rstrip("/") or name
+    inside = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
+    return [name] if (Path(name) / "config.json").exists() or not inside else [f"{name}/{step}" for step in inside]
+
+
 def _from_hub(policy: str) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -1,9 +1,9 @@
 """Worker processes for what must not hang or kill a run: each does one job after another, and is replaced if it dies.
 
-    pool = Pool(Kind("the verifier", "stages.core.verifier.algebra", (), bytes.decode, lost), size=3)
+    pool = Pool(Kind("the verifier", "stages.core.grading.verifier.algebra", (), bytes.decode, lost), size=3)
     pool.send(job := Job("0.5", ["1/2", "2"]))         # returns at once; job.futures get the replies, item by item
 
-What runs in the worker is a module that serves one end of a pipe, under bounds of its own (`core.bounds`). Workers
+What runs in the worker is a module that serves one end of a pipe, under bounds of its own (`grading.bounds`). Workers
 are fresh interpreters, not forks, so that they hold neither torch nor the caller's threads, nor run the caller's main
 module again; they die with the caller. No worker starts before one is needed.
 """

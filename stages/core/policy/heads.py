@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from stages.core.policies import IGNORED
+from stages.core.policy.checkpoints import IGNORED
 
 MAX_LOGITS = 2**28  # of a micro-batch on the CPU: 1 GiB in float32, and as much for their gradient
 CHUNK = 2**21  # logits that are held in float32 at a time: what a processor's cache holds

@@ -6,15 +6,16 @@ The verifier works on finished groups while the engine still generates the other
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any
 
-from stages.core import policies, templates
-from stages.core.engine import Completion, Engine, Sampling, ShouldStop, seed_of
+from stages.core.drawing import templates
+from stages.core.drawing.engine import Completion, Engine, Sampling, ShouldStop, seed_of
+from stages.core.drawing.templates import Template
 from stages.core.errors import InputError
+from stages.core.grading.scores import Grader, Pending, Score, Settled
+from stages.core.policy import checkpoints
 from stages.core.records import Problem, Rollout
 from stages.core.tabular import some
-from stages.core.templates import Template
-from stages.core.verifier import Score
 
 OWN_PROMPTS = "the problems' own prompts"  # in the place of a template's digest
 
@@ -31,43 +32,6 @@ class Prompt:
 def seeded(sampling: Sampling, seed: int, prompts: Sequence[Prompt]) -> Sampling:
     """How to sample `prompts` so that a problem's samples hang on `seed` and its id alone, in eval as elsewhere."""
     return replace(sampling, seeds=[seed_of(seed, prompt.problem["id"]) for prompt in prompts])
-
-
-class Pending(Protocol):
-    """Scores that may still be worked out; `result` waits for them."""
-
-    @property
-    def is_done(self) -> bool: ...
-
-    def result(self) -> list[Score]: ...
-
-
-class Grader(Protocol):
-    """What scores completions: a Verifier, or rewards of one's own (`core.rewards`)."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
-
-    def grade(
-        self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[list[int]]
-    ) -> Pending:
-        """Begin to score the completions of one prompt, and return at once."""
-        ...
-
-    def refuse_failed(self) -> None:
-        """Raise InputError if there are no rewards for any group so far."""
-        ...
-
-
-class Settled(NamedTuple):
-    """Scores that are known already, with the `result` of a batch that is being graded."""
-
-    scores: list[Score]
-    is_done: bool = True
-
-    def result(self) -> list[Score]:
-        return self.scores
 
 
 @dataclass
@@ -144,7 +108,7 @@ def make_prompts(
     if max_tokens >= context:
         raise InputError(f"--max-tokens {max_tokens} does not fit the policy's context of {context} tokens: lower it")
     texts = _texts(problems, template, tokenizer, str(file))
-    encoded = policies.encode(tokenizer, texts)
+    encoded = checkpoints.encode(tokenizer, texts)
     prompts, left_out = [], []
     for problem, text, token_ids in zip(problems, texts, encoded, strict=True):
         if not token_ids:

@@ -1,4 +1,4 @@
-"""The worker's side of `core.workers`: bounds of CPU time and memory on each call, and the loop that serves the parent.
+"""The worker's side of `grading.workers`: bounds of CPU time and memory on a call, and the loop that serves the parent.
 
 The bounds count CPU time, not wall time, so that a reward does not depend on the load of the machine. A call that an
 exception can't end, since it sits in C code, is ended by the kernel, with its process.

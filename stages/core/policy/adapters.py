@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.core import policies
 from stages.core.errors import InputError
 from stages.core.options import OptionGroup, above, at_least
+from stages.core.policy import checkpoints
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class LoraOptions(OptionGroup):
 def check(path: Path, options: LoraOptions) -> None:
     """Raise InputError if the adapters that `options` ask for don't fit the policy at `path`; loads no weights."""
     if options.lora_rank:
-        _targets(policies.outline(path), options)
+        _targets(checkpoints.outline(path), options)
 
 
 def attach(model: Any, options: LoraOptions, seed: int, is_bfloat16: bool) -> None:

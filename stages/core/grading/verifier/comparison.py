@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
-from stages.core.records import Verdict
-from stages.core.verifier import extraction, forms, grammar, notation, quantities
-from stages.core.verifier.forms import (
+from stages.core.grading.verifier import extraction, forms, grammar, notation, quantities
+from stages.core.grading.verifier.forms import (
     Approximation,
     Form,
     Matrix,
@@ -36,7 +35,8 @@ from stages.core.verifier.forms import (
     read,
     read_canonical,
 )
-from stages.core.verifier.latex import MAX_LENGTH, Refused, letters
+from stages.core.grading.verifier.latex import MAX_LENGTH, Refused, letters
+from stages.core.records import Verdict
 
 Leaf = Callable[[Literal["value", "equation", "inequality", "decimal"], str, str], bool]
 

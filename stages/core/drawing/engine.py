@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
-from stages.core import kernels, policies
+from stages.core.drawing import kernels
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
 from stages.core.options import WITHOUT_EFFECT, at_least
+from stages.core.policy import checkpoints
 
 if TYPE_CHECKING:
     import torch
@@ -157,8 +158,8 @@ class VllmEngine:
         self._asleep = False
         self._probe_bound = PROBE_BOUNDS.get(dtype, PROBE_BOUND_HALF)
         self._num_probe_tokens = min(PROBE_TOKENS, max_model_len - 1)
-        self._vocabulary = policies.load_config(policy).get_text_config().vocab_size
-        self.tokenizer = policies.load_tokenizer(policy)
+        self._vocabulary = checkpoints.load_config(policy).get_text_config().vocab_size
+        self.tokenizer = checkpoints.load_tokenizer(policy)
         self._llm = _start(
             policy,
             dtype=dtype,
@@ -197,7 +198,7 @@ class VllmEngine:
         options = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": self.tensor_parallel}
         if self.on_gpu:
             return options
-        from stages.core.cpu_worker import Worker
+        from stages.core.drawing.cpu_worker import Worker
 
         return options | {"worker_cls": f"{Worker.__module__}.{Worker.__qualname__}"}
 
@@ -382,7 +383,7 @@ def _start(policy: Path, **options: Any) -> Any:
     try:
         return vllm.LLM(model=str(policy), **options)
     except Exception as error:  # vLLM, torch and pydantic raise a dozen kinds, all of which mean that it does not start
-        kinds = ", ".join(policies.load_config(policy).architectures or ["no architecture"])
+        kinds = ", ".join(checkpoints.load_config(policy).architectures or ["no architecture"])
         raise InputError(
             f"policy {policy}: vLLM {vllm.__version__} does not start with it ({kinds}): {_first_line(error)}"
         ) from error

@@ -5,9 +5,9 @@ digits at a few fixed points, 100 digits where there is no variable (math-verify
 for what differs, which is slower and calls sqrt(2)*1e-20 equal to sqrt(3)*1e-20). Only what cannot be evaluated goes
 to `math_verify.verify`, the answer first, as it wants them.
 
-Each pair is under the bounds of `core.bounds`: sympy can sit in C code that no handler interrupts.
+Each pair is under the bounds of `grading.bounds`: sympy can sit in C code that no handler interrupts.
 
-Run as `python -m stages.core.verifier.algebra DESCRIPTOR PARENT` by core.verifier only.
+Run as `python -m stages.core.grading.verifier.algebra DESCRIPTOR PARENT` by grading.verifier only.
 """
 
 import logging
@@ -21,11 +21,11 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
-from stages.core import bounds
-from stages.core.bounds import Bounds, Deadline
+from stages.core.grading import bounds
+from stages.core.grading.bounds import Bounds, Deadline
+from stages.core.grading.verifier import comparison, grammar, quantities
+from stages.core.grading.verifier.latex import Refused, letters
 from stages.core.records import Verdict
-from stages.core.verifier import comparison, grammar, quantities
-from stages.core.verifier.latex import Refused, letters
 
 
 class _Unreadable(Exception):

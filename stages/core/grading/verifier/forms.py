@@ -7,9 +7,9 @@ from functools import lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
-from stages.core.verifier import grammar, latex, notation, quantities
-from stages.core.verifier.latex import Refused
-from stages.core.verifier.quantities import number
+from stages.core.grading.verifier import grammar, latex, notation, quantities
+from stages.core.grading.verifier.latex import Refused
+from stages.core.grading.verifier.quantities import number
 
 MAX_SIGNS = 3  # plus-minus signs in one value: 8 values
 

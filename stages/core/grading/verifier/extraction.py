@@ -2,7 +2,7 @@
 
 import re
 
-from stages.core.verifier.latex import MAX_LENGTH
+from stages.core.grading.verifier.latex import MAX_LENGTH
 
 MAX_BOXES = 64  # joined to one list
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)

@@ -1,0 +1,62 @@
+"""What grading gives: a Score for each completion, and the Grader that hands them out while the engine goes on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, Self
+
+from stages.core.records import Problem, Verdict
+
+
+class Score(NamedTuple):
+    """A verdict; `reward` is 1.0 for `correct` and 0.0 otherwise; `prediction` is the text that was compared.
+
+    With rewards of one's own `reward` is their weighted sum, `parts` are the rewards by name, None for
+    one that does not apply, and `fault` says why there are none.
+    """
+
+    verdict: Verdict
+    reward: float
+    prediction: str | None
+    parts: dict[str, float | None] | None = None
+    fault: str = ""
+
+    @property
+    def applies(self) -> bool:
+        """Whether any reward applies to the completion."""
+        return self.parts is None or any(part is not None for part in self.parts.values())
+
+
+class Pending(Protocol):
+    """Scores that may still be worked out; `result` waits for them."""
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def result(self) -> list[Score]: ...
+
+
+class Grader(Protocol):
+    """What scores completions: a Verifier, or rewards of one's own."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+
+    def grade(
+        self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[list[int]]
+    ) -> Pending:
+        """Begin to score the completions of one prompt, and return at once."""
+        ...
+
+    def refuse_failed(self) -> None:
+        """Raise InputError if there are no rewards for any group so far."""
+        ...
+
+
+class Settled(NamedTuple):
+    """Scores that are known already, with the `result` of a batch that is being graded."""
+
+    scores: list[Score]
+    is_done: bool = True
+
+    def result(self) -> list[Score]:
+        return self.scores
