@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from stages.core.errors import InputError
-from stages.core.options import PLACE, at_least
+from stages.core.options import PATH, at_least
 
 
 def run(
     *,
-    params: Annotated[Path, "params file, which is read in the place of params.yaml", PLACE] = Path("params.yaml"),
-    runs: Annotated[Path, "directory of runs whose figures say how long it takes", PLACE] = Path("runs"),
+    params: Annotated[Path, "params file, which is read in the place of params.yaml", PATH] = Path("params.yaml"),
+    runs: Annotated[Path, "directory of runs whose figures say how long it takes", PATH] = Path("runs"),
     gpu_memory: Annotated[
         float, "GiB that each GPU offers (a card of 24 GB some 22, of 80 GB 79), to hold the plan against", at_least(0)
     ] = 0.0,

@@ -22,6 +22,7 @@ from stages import STAGES, load
 from stages.check.calls import Call
 from stages.core import options
 from stages.core.errors import InputError
+from stages.core.options import PATH
 
 GRAPH = Path("dvc.yaml")
 _REFERENCE = re.compile(r"\$\{([^}]+)\}")
@@ -259,5 +260,5 @@ def _places(stage: str, values: Mapping[str, Any]) -> Iterator[tuple[str, list[s
     for name, option in options.declared(load(stage).run).items():
         value = values[name]
         paths = [str(item) for item in (value if isinstance(value, list) else [value]) if isinstance(item, str | Path)]
-        if name not in ("out", "reward") and (option.is_place or "Path" in str(option.type)) and any(paths):
+        if name not in ("out", "reward") and (option.effect is PATH or "Path" in str(option.type)) and any(paths):
             yield option.flag, list(filter(None, paths))

@@ -8,16 +8,17 @@ a policy of 7 B parameters takes less than 4 GB of memory. OUT appears whole or 
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.options import PLACE, checked
+from stages.core.options import PATH, OptionGroup
 from stages.core.policy import checkpoints
 from stages.core.progress import StepProgress
-from stages.core.provenance import digest, identify, manifest
+from stages.core.provenance import identify, manifest, recorded
 
 if TYPE_CHECKING:
     import torch
@@ -30,15 +31,28 @@ OWN = (  # what a policy has of its own, beside its configuration and tokenizer
 )
 
 
-@checked
-def run(
-    *,
+@dataclass(frozen=True, kw_only=True)
+class Options(OptionGroup):
+    """What `rloop merge` takes."""
+
     policy: Annotated[
-        list[str], "a checkpoint, or a directory of checkpoints, which stands for its last; repeatable", PLACE
-    ],
-    weight: Annotated[list[float], "the weight of each policy, in their order; they sum to 1"],
-    out: Annotated[Path, "directory to write", PLACE],
-) -> None:
+        list[str], "a checkpoint, or a directory of checkpoints, which stands for its last; repeatable", PATH
+    ]
+    weight: Annotated[list[float], "the weight of each policy, in their order; they sum to 1"]
+    out: Annotated[Path, "directory to write", PATH]
+
+    def __post_init__(self) -> None:
+        """Raise InputError if the weights are not as many as the policies, or don't sum to 1."""
+        super().__post_init__()
+        if len(self.policy) < 2:
+            raise InputError(f"--policy: name at least two policies to merge, found {len(self.policy)}")
+        if len(self.weight) != len(self.policy):
+            raise InputError(f"--weight: {len(self.policy)} policies need as many weights, found {len(self.weight)}")
+        if not math.isclose(total := math.fsum(self.weight), 1, abs_tol=1e-6):
+            raise InputError(f"--weight: the weights must sum to 1, these sum to {total:g}")
+
+
+def run(options: Options) -> None:
     """Average policies of one architecture, tensor by tensor, in float32; OUT has the type of the first.
 
     Weights may be negative or above 1, which moves on beyond a policy.
@@ -46,32 +60,18 @@ def run(
     Example: rloop merge --policy loop/0/policy --policy loop/1/rl/checkpoints --weight .5 --weight .5
     --out loop/1/merged
     """
-    given, started = locals(), time.perf_counter()
-    outputs.refuse_occupied(out)
-    check_options(given)
-    paths = [checkpoints.resolve(checkpoints.within(name)[-1]) for name in policy]
-    _check_alike(policy, paths)
+    started = time.perf_counter()
+    outputs.refuse_occupied(options.out)
+    paths = [checkpoints.resolve(checkpoints.within(name)[-1]) for name in options.policy]
+    _check_alike(options.policy, paths)
     for path in paths:
         checkpoints.check_shapes(path)
-    with outputs.claimed(out), outputs.whole_dir(out) as beside:
+    with outputs.claimed(options.out), outputs.whole_dir(options.out) as beside:
         shutil.copytree(paths[0], beside, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
-        num_tensors = _write([_Stored(path) for path in paths], weight, beside)
-        inputs = {f"policy {number}": digest(path) for number, path in enumerate(paths)}
-        named = {name: str(path) for name, path in zip(inputs, paths, strict=True)}
+        num_tensors = _write([_Stored(path) for path in paths], options.weight, beside)
+        identity = identify("merge", options, recorded(paths))
         seconds = time.perf_counter() - started
-        record = manifest(identify(run, given, inputs), {"tensors": num_tensors}, seconds, paths=named)
-        outputs.write_json(beside / "manifest.json", record)
-
-
-def check_options(given: Mapping[str, Any]) -> None:
-    """Raise InputError if the weights of `run` are not as many as its policies, or don't sum to 1."""
-    names, weights = given["policy"], given["weight"]
-    if len(names) < 2:
-        raise InputError(f"--policy: name at least two policies to merge, found {len(names)}")
-    if len(weights) != len(names):
-        raise InputError(f"--weight: {len(names)} policies need as many weights, found {len(weights)}")
-    if not math.isclose(total := math.fsum(weights), 1, abs_tol=1e-6):
-        raise InputError(f"--weight: the weights must sum to 1, these sum to {total:g}")
+        outputs.write_json(beside / "manifest.json", manifest(identity, {"tensors": num_tensors}, seconds))
 
 
 def _check_alike(names: Sequence[str], paths: Sequence[Path]) -> None:

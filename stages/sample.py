@@ -18,21 +18,20 @@ from stages.core.drawing.rollouts import no_room
 from stages.core.errors import InputError
 from stages.core.grading import verifier
 from stages.core.lifetime import end_with_parent
-from stages.core.options import PLACE, at_least, checked
+from stages.core.options import PATH, at_least, checked
 from stages.core.progress import warn
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
-from stages.core.study import lineage
 
 
 @checked
 def run(
     *,
     policy: Annotated[
-        list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable", PLACE
+        list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable", PATH
     ],
-    problems: Annotated[Path, "problems to ask (JSONL); - is stdin", PLACE],
-    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PLACE],
+    problems: Annotated[Path, "problems to ask (JSONL); - is stdin", PATH],
+    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PATH],
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16,
     options: sampling.Options,
 ) -> None:
@@ -51,8 +50,8 @@ def run(
     plan = ranks.together(lambda: _plan(policy, problems, out, num_samples, options, ranks))
     is_piped = str(out) == "-"  # without a manifest; so one process need not read the weights for their digests
     sources = [path for path in (problems, *plan.policies.values()) if str(path) != "-"]
-    read = ranks.together(lambda: lineage.recorded([] if is_piped and ranks.is_alone else sources))
-    ranks.refuse_differences(read["inputs"] | {"reward": plan.rewards.digest})
+    read = ranks.together(lambda: provenance.recorded([] if is_piped and ranks.is_alone else sources))
+    ranks.refuse_differences(read.digests | {"reward": plan.rewards.digest})
     manifest_file, counts = out.with_suffix(".manifest.json"), Counter[str]()
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out, manifest_file)))
@@ -63,9 +62,9 @@ def run(
         jsonl.write(out, _counted(rollouts, counts))
         if not is_piped:
             decides = provenance.versions() | verifier.VERSION
-            identity = provenance.identify(run, given, read["inputs"], decides, **plan.came_to)
+            identity = provenance.identify_run(run, given, read.digests, decides, **plan.came_to)
             seconds = time.monotonic() - start
-            record = provenance.manifest(identity, counts, seconds, **plan.about, stamps=read["stamps"])
+            record = provenance.manifest(identity, counts, seconds, **plan.about, stamps=read.stamps)
             outputs.write_json(manifest_file, record)
 
 

@@ -8,7 +8,7 @@ from stages import eval as evaluation
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
 from stages.core.drawing.sampling import Options
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, Inputs
 
 STEPS = 2
 OPTIONS = Options(template="none", max_tokens=32)
@@ -60,7 +60,7 @@ class Runs:
         rows = "".join(f"{step}\t0.5\n" for step in range(1, steps + 1))
         (out / "log.tsv").write_text(f"step\tpass_rate\n{rows}")
         inputs = {"policy": provenance.digest(start), "problems": provenance.digest(problems)}
-        identity = Identity("rl", {"steps": steps}, inputs, {})
+        identity = Identity("rl", {"steps": steps}, Inputs(inputs, {}), {})
         manifest = provenance.manifest(identity, {"steps": steps}, 1.0, policy=start, problems=problems)
         outputs.write_json(out / "manifest.json", manifest)
 
@@ -87,7 +87,9 @@ class Runs:
         out, examples = f"runs/{key}/policy", f"runs/{key}/examples.jsonl"
         self.checkpoint(out)
         inputs = {"policy": provenance.digest(start), "examples": provenance.digest(examples)}
-        manifest = provenance.manifest(Identity("rft", {}, inputs, {}), {}, 1.0, policy=start, examples=examples)
+        manifest = provenance.manifest(
+            Identity("rft", {}, Inputs(inputs, {}), {}), {}, 1.0, policy=start, examples=examples
+        )
         outputs.write_json(Path(out, "manifest.json"), manifest)
 
     def evaluate(self, name: str, *policies: str, problems: str = "runs/0/valid.jsonl") -> None:

@@ -13,7 +13,7 @@ from stages.core.drawing.rollouts import Prompt
 from stages.core.errors import CollapseError, InputError
 from stages.core.grading import rewards
 from stages.core.lifetime import Stopped, StopSignal
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, Inputs
 from stages.rl import Options, dapo
 from stages.rl import explorer as explorer_module
 from stages.rl.batching import ProblemStream
@@ -91,7 +91,7 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
         Prompt({"id": f"p{i}", "problem": "", "answer": "7", "source": ""}, "", [i]) for i in range(num_problems)
     ]
     engine, trainer, directory = ScriptedEngine(num_correct), trainer or RecordingTrainer(), RunDir(tmp_path / "rl")
-    directory.begin(Identity("rl", {}, {}, {}), False)
+    directory.begin(Identity("rl", {}, Inputs({}, {}), {}), False)
     assert directory.resume_step() == done
     trainer.engine = engine
     with rewards.read(options).grader() as grader:

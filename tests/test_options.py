@@ -10,7 +10,7 @@ import pytest
 from stages import STAGES, load
 from stages.core.errors import InputError
 from stages.core.options import (
-    PLACE,
+    PATH,
     WITHOUT_EFFECT,
     OptionGroup,
     above,
@@ -32,7 +32,7 @@ class Some(OptionGroup):
 
 
 @checked
-def run(some: Some, out: Annotated[str, "where to", PLACE], k: Annotated[list[int], "ks", below(9)] = [1]):  # noqa: B006
+def run(some: Some, out: Annotated[str, "where to", PATH], k: Annotated[list[int], "ks", below(9)] = [1]):  # noqa: B006
     return values(run, locals())
 
 
@@ -42,8 +42,8 @@ def test_options_of_dataclasses_stand_among_the_others_with_help_bounds_and_defa
     assert found["share"].help_with_rules == "a share (above 0, at most 1)"
     assert found["kind"].rules[0].choices == ("big", "small")
     assert found["k"].default == [1]
-    assert [name for name, option in found.items() if not option.has_effect] == ["threads", "out"]
-    assert [name for name, option in found.items() if option.is_place] == ["out"]
+    assert [name for name, option in found.items() if option.effect is not None] == ["threads", "out"]
+    assert [name for name, option in found.items() if option.effect is PATH] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What decides an output: each stage's options with effect and no others, what was read, and versions."""
 
-import dataclasses
 import inspect
 import sys
 from pathlib import Path
@@ -10,21 +9,17 @@ import pytest
 
 from stages import STAGES, load
 from stages.core import outputs, provenance
-from stages.core.options import declared, groups
-from stages.core.provenance import Identity, identify
+from stages.core.options import WITHOUT_EFFECT, declared
+from stages.core.provenance import Identity, Inputs, identify
 
 
-def with_value(run, name, value):
-    """The arguments of `run`, all at their defaults or empty, but for one option."""
-    given = {}
-    for parameter, group in groups(run).items():
-        fields = {field.name for field in dataclasses.fields(group)}
-        given[parameter] = group(**({name: value} if name in fields else {}))
-    for parameter in inspect.signature(run).parameters.values():
-        if parameter.name not in given:
-            default = "" if parameter.default is inspect.Parameter.empty else parameter.default
-            given[parameter.name] = value if parameter.name == name else default
-    return given
+def options_with(kind, **changed):
+    """The options of a stage at their defaults, or empty, but for `changed`; rules between them are not asked."""
+    made = object.__new__(kind)
+    for name, option in declared(kind).items():
+        default = "" if option.default is inspect.Parameter.empty else option.default
+        object.__setattr__(made, name, changed.get(name, default))
+    return made
 
 
 def another(option):
@@ -42,19 +37,19 @@ def another(option):
     return Path("elsewhere") if option.type in (Path, Path | None) else "elsewhere"
 
 
-OPTIONS = [(stage, name) for stage in STAGES for name in declared(load(stage).run)]
+OPTIONS = [(stage, name) for stage in STAGES for name in declared(load(stage).Options)]
+NOTHING = Inputs({}, {})
 
 
 @pytest.mark.parametrize(("stage", "name"), OPTIONS)
 def test_an_option_with_effect_changes_what_an_output_is_and_no_other_option_does(stage, name):
-    run = load(stage).run
-    option = declared(run)[name]
-    usual = identify(run, with_value(run, "", None), {"policy": "a"})
-    other = identify(run, with_value(run, name, another(option)), {"policy": "a"})
-    assert usual.stage == stage
-    assert (usual.digest != other.digest) == option.has_effect
-    assert bool(other.differences(usual.record)) == option.has_effect
-    if option.has_effect:
+    kind = load(stage).Options
+    option = declared(kind)[name]
+    usual = identify(stage, options_with(kind), NOTHING)
+    other = identify(stage, options_with(kind, **{name: another(option)}), NOTHING)
+    assert (usual.digest != other.digest) == (option.effect is None)
+    assert bool(other.differences(usual.record)) == (option.effect is None)
+    if option.effect is None:
         (change,) = other.differences(usual.record)
         assert change.startswith(f"{name.rstrip('_')} was ")
 
@@ -63,9 +58,8 @@ MEMORY = ("memory_fraction", "max_sequences", "tensor_parallel", "compile")
 
 
 def test_options_without_effect_are_few_and_known():
-    free = {(stage, name) for stage, name in OPTIONS if not declared(load(stage).run)[name].has_effect}
-    recorded = {(stage, name) for stage, name in free if not declared(load(stage).run)[name].is_place}
-    assert recorded == {
+    free = [(stage, name) for stage, name in OPTIONS if declared(load(stage).Options)[name].effect is WITHOUT_EFFECT]
+    assert set(free) == {
         *((stage, name) for stage in ("rl", "sample", "eval") for name in MEMORY),
         *(("rl", name) for name in ("save_every", "keep_state", "alarm_grad_norm", "mismatch_bound", "tracker")),
         *(("rl", name) for name in ("restart_if_changed", "valid", "valid_every", "valid_samples")),
@@ -75,11 +69,11 @@ def test_options_without_effect_are_few_and_known():
 
 
 def test_what_was_read_and_what_decides_rewards_and_samples_count_too():
-    identity = Identity("rl", {"lr": 0.1}, {"policy": "abc"}, {"sympy": "1.13"})
+    identity = Identity("rl", {"lr": 0.1}, Inputs({"policy": "abc"}, {}), {"sympy": "1.13"})
     others = [
-        Identity("rft", {"lr": 0.1}, {"policy": "abc"}, {"sympy": "1.13"}),
-        Identity("rl", {"lr": 0.1}, {"policy": "xyz"}, {"sympy": "1.13"}),
-        Identity("rl", {"lr": 0.1}, {"policy": "abc"}, {"sympy": "1.14"}),
+        Identity("rft", {"lr": 0.1}, Inputs({"policy": "abc"}, {}), {"sympy": "1.13"}),
+        Identity("rl", {"lr": 0.1}, Inputs({"policy": "xyz"}, {}), {"sympy": "1.13"}),
+        Identity("rl", {"lr": 0.1}, Inputs({"policy": "abc"}, {}), {"sympy": "1.14"}),
     ]
     assert len({identity.digest, *(other.digest for other in others)}) == 4
     assert others[1].differences(identity.record) == ["the content of policy has changed"]
@@ -109,7 +103,7 @@ def test_an_output_that_is_made_again_has_the_same_digest_whatever_its_records_s
 
 
 def test_a_manifest_says_what_ran_on_what(tmp_path):
-    made = provenance.manifest(Identity("filter", {"seed": 0}, {"a": "12"}, {}), {"examples": 3}, 1.0)
+    made = provenance.manifest(Identity("filter", {"seed": 0}, Inputs({"a": "12"}, {}), {}), {"examples": 3}, 1.0)
     outputs.write_json(tmp_path / "manifest.json", made)
     back = orjson.loads((tmp_path / "manifest.json").read_bytes())
     assert (back["stage"], back["parameters"], back["inputs"]) == ("filter", {"seed": 0}, {"a": "12"})

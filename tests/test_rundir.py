@@ -6,10 +6,10 @@ import pytest
 
 from stages.core import jsonl
 from stages.core.errors import InputError
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, Inputs
 from stages.rl.rundir import RunDir
 
-IDENTITY = Identity("rl", {"lr": 0.1, "steps": 5}, {"policy": "abc"}, {"sympy": "1.13"})
+IDENTITY = Identity("rl", {"lr": 0.1, "steps": 5}, Inputs({"policy": "abc"}, {}), {"sympy": "1.13"})
 
 
 def saved(directory, step):

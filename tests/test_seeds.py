@@ -9,7 +9,7 @@ from stages.core.drawing.engine import Sampling, VllmEngine
 from stages.core.drawing.rollouts import Prompt
 from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import StopSignal
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, Inputs
 from stages.rl import Options
 from stages.rl import explorer as explorer_module
 from stages.rl.explorer import Explorer
@@ -116,7 +116,7 @@ def explore(tmp_path, monkeypatch):
         ranks = Ranks(num_ranks)
         directory = RunDir(tmp_path / out)
         if not done:
-            directory.begin(Identity("rl", {}, {}, {}), False)
+            directory.begin(Identity("rl", {}, Inputs({}, {}), {}), False)
         monkeypatch.setattr(explorer_module.Ranks, "gather", lambda self, mine: ranks.exchange(mine))
         options = Options(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
                       max_rounds=1, save_every=1, seed=seed, tensor_parallel=shared)  # fmt: skip

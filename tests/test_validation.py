@@ -16,7 +16,7 @@ from stages.core.errors import InputError
 from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import Stopped, StopSignal
 from stages.core.policy import checkpoints
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, Inputs
 from stages.core.ranks import ALONE, Ranks
 from stages.rl import Options, validation
 from stages.rl.explorer import Explorer
@@ -42,7 +42,7 @@ def explore(path, valid=True, trainer=None, stop=None, done=0, num_correct=None,
         )
     )
     trainer.engine, directory, sampling = engine, RunDir(path / "rl"), Sampling(GROUP, 8)
-    directory.begin(Identity("rl", {}, {}, {}), False)
+    directory.begin(Identity("rl", {}, Inputs({}, {}), {}), False)
     assert directory.resume_step() == done
     with Verifier() as verifier:
         explorer = Explorer(options, Accelerator(), engine, verifier, trainer, prompts(range(20)), sampling)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from stages.analyze import curves, dynamics, similarity
 from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.options import PLACE, at_least, checked
+from stages.core.options import PATH, at_least, checked
 from stages.core.progress import warn
-from stages.core.provenance import digest, identify, manifest
+from stages.core.provenance import digest, identify_run, manifest
 from stages.core.records import Result
 from stages.core.study import lineage
 from stages.core.study.metrics import KS
@@ -49,9 +49,9 @@ NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differenti
 
 @checked
 def run(
-    evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)", PLACE],
-    out: Annotated[str, "directory to write", PLACE],
-    runs: Annotated[str, "directory of runs; default: the one that the evals lie in", PLACE] = "",
+    evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)", PATH],
+    out: Annotated[str, "directory to write", PATH],
+    runs: Annotated[str, "directory of runs; default: the one that the evals lie in", PATH] = "",
     iterations: Annotated[str, "the iterations that count, as in '1 2 3'; the rest is left out"] = lineage.ALL,
     set_: Annotated[str, "problem set to analyze, where the evals hold several"] = "",
     min_correct: Annotated[
@@ -88,7 +88,7 @@ def run(
         metrics = _metrics(matrices, steps)
         outputs.write_json(directory / "metrics.json", metrics)
         inputs = {str(path / "results.jsonl"): digest(path / "results.jsonl") for path in directories}
-        identity = identify(run, given, inputs, set=evaluation.problem_set, compare=list(pair or ()))
+        identity = identify_run(run, given, inputs, set=evaluation.problem_set, compare=list(pair or ()))
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
         record = manifest(identity, counts, time.monotonic() - start, evals=evals, left_out=line.left_out)
         outputs.write_json(directory / "manifest.json", record)

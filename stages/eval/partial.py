@@ -23,7 +23,7 @@ from stages.core import outputs
 from stages.core.drawing.rollouts import Group, Prompt
 from stages.core.drawing.sampling import Plan
 from stages.core.errors import InputError
-from stages.core.provenance import Identity, read_manifest
+from stages.core.provenance import Identity, Inputs, read_manifest
 
 SETTINGS = "settings.json"
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
@@ -47,8 +47,8 @@ def directory(out: Path, identity: Identity) -> Path:
     path = out.with_name(f".{out.name}.partial")
     if not (path / SETTINGS).exists():
         path.mkdir(parents=True, exist_ok=True)
-        outputs.write_json(path / SETTINGS, identity.record | {"inputs": {}})
-    groups = replace(identity, inputs={})  # policies and problems are in the names of the files
+        outputs.write_json(path / SETTINGS, identity.record | {"inputs": {}, "stamps": {}})
+    groups = replace(identity, inputs=Inputs({}, {}))  # policies and problems are in the names of the files
     if changes := groups.differences(read_manifest(path / SETTINGS), free=NO_MATTER):
         raise InputError(
             f"{path} holds an interrupted evaluation with other settings: {'; '.join(changes)}. Repeat it as it was "

@@ -18,13 +18,12 @@ from typing import Annotated, Any, BinaryIO
 
 import orjson
 
-from stages.core import jsonl, outputs, records, tabular
+from stages.core import jsonl, outputs, provenance, records, tabular
 from stages.core.errors import InputError
-from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, checked, values
+from stages.core.options import PATH, WITHOUT_EFFECT, above, at_least, at_most, checked, values
 from stages.core.progress import warn
-from stages.core.provenance import identify, manifest
+from stages.core.provenance import identify_run, manifest
 from stages.core.records import Example, Rollout
-from stages.core.study import lineage
 from stages.filter.selection import Choice, Positions, Tally, can_select, yield_table
 
 FLUSH_LINES = 4096  # lines between two moves of the bar
@@ -33,9 +32,9 @@ FLUSH_LINES = 4096  # lines between two moves of the bar
 @checked
 def run(
     *,
-    rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable", PLACE],
-    out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", PLACE] = "",
-    problems: Annotated[Path | None, "write the hard ones of these problems (JSONL), not examples", PLACE] = None,
+    rollouts: Annotated[list[str], "rollouts: a JSONL file, an rl output directory, or - for stdin; repeatable", PATH],
+    out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", PATH] = "",
+    problems: Annotated[Path | None, "write the hard ones of these problems (JSONL), not examples", PATH] = None,
     policy: Annotated[str, "take only the rollouts of this policy; needed where there are several"] = "",
     max_pass_rate: Annotated[
         float, "a problem is hard if its pass rate is below this; 10 % is 0.1, 1 is no bound", above(0), at_most(1)
@@ -80,9 +79,9 @@ def run(
     with outputs.claimed(out, manifest_file):
         counts = (_choose if problems is None else _choose_problems)(sources, out, parameters)
         if out != "-":
-            read = lineage.recorded([*_inputs(rollouts), *([problems] if problems else [])])
-            identity = identify(run, given, read["inputs"])
-            record = manifest(identity, counts, time.monotonic() - start, rollouts=rollouts, stamps=read["stamps"])
+            read = provenance.recorded([*_inputs(rollouts), *([problems] if problems else [])])
+            identity = identify_run(run, given, read.digests)
+            record = manifest(identity, counts, time.monotonic() - start, rollouts=rollouts, stamps=read.stamps)
             outputs.write_json(manifest_file, record)
 
 

@@ -14,9 +14,9 @@ from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.grading import verifier
 from stages.core.grading.verifier import Verifier
-from stages.core.options import PLACE, at_least, checked, values
+from stages.core.options import PATH, at_least, checked, values
 from stages.core.progress import StepProgress
-from stages.core.provenance import identify, manifest
+from stages.core.provenance import identify_run, manifest
 from stages.prepare import curation, sources
 from stages.prepare.sources import Source
 
@@ -34,9 +34,9 @@ def run(
         "local .jsonl, .json, .csv (comma, semicolon or tab), .tsv or .parquet, or one of these with .gz",
     ],
     out: Annotated[
-        str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PLACE
+        str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PATH
     ],
-    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PLACE] = "",
+    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PATH] = "",
     problem_column: Annotated[str, f"column of the problem, such as prompt[0].content; {PROBLEM_DEFAULT}"] = "",
     answer_column: Annotated[
         str, f"column of the answer, or of a solution with the answer in its last \\boxed{{}}; {ANSWER_DEFAULT}"
@@ -51,7 +51,7 @@ def run(
     limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all", at_least(0)] = 0,
     seed: Annotated[int, "decides the draw of --limit"] = 0,
     decontaminate: Annotated[
-        list[str], "drop the problems that this file of problems holds too; repeatable", PLACE
+        list[str], "drop the problems that this file of problems holds too; repeatable", PATH
     ] = [],  # noqa: B006
     drop_unparseable: Annotated[bool, "drop the problems whose answer the verifier cannot read; they never reward"] = (
         False
@@ -77,7 +77,7 @@ def run(
         print(curated.table(), file=sys.stderr)
         if out != "-":
             inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
-            identity = identify(run, given, inputs, verifier.VERSION, config=origin.config, split=origin.split)
+            identity = identify_run(run, given, inputs, verifier.VERSION, config=origin.config, split=origin.split)
             record = manifest(identity, curated.counts, time.monotonic() - start, ids=curated.ids)
             outputs.write_json(manifest_file, record)
 

@@ -17,7 +17,7 @@ import orjson
 
 from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.options import PLACE, WITHOUT_EFFECT, OptionGroup, at_least
+from stages.core.options import PATH, WITHOUT_EFFECT, OptionGroup, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.study import lineage
@@ -46,13 +46,13 @@ class Choices(OptionGroup):
 
 def run(
     choices: Choices,
-    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs", PLACE] = "",
+    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs", PATH] = "",
     out: Annotated[
         str,
         "page to write, with results.*, curves.tsv, metrics and figures beside it; default: report.html in --runs",
-        PLACE,
+        PATH,
     ] = "",
-    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)", PLACE] = [],  # noqa: B006
+    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)", PATH] = [],  # noqa: B006
     table: Annotated[bool, "print the results table as Markdown and write nothing", WITHOUT_EFFECT] = False,
     tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing", WITHOUT_EFFECT] = False,
 ) -> None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from stages.core import outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
-from stages.core.options import PLACE, at_least, at_most, below, one_of
+from stages.core.options import PATH, at_least, at_most, below, one_of
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
-from stages.core.provenance import digest, identify, manifest
+from stages.core.provenance import digest, identify_run, manifest
 from stages.core.ranks import Ranks
 from stages.core.records import Example
 
@@ -58,9 +58,9 @@ class Options(LoraOptions):
 
 
 def run(
-    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PLACE],
-    examples: Annotated[Path, "examples to learn from (JSONL)", PLACE],
-    out: Annotated[Path, "directory to write", PLACE],
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PATH],
+    examples: Annotated[Path, "examples to learn from (JSONL)", PATH],
+    out: Annotated[Path, "directory to write", PATH],
     options: Options,
 ) -> None:
     """Fine-tune the start policy on examples: the next start policy.
@@ -92,7 +92,7 @@ def run(
         tabular.write_tsv(beside / "log.tsv", tuned.log)
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(read.rows), "examples_left_out": read.left_out, "steps": len(tuned.log)}
-        identity = identify(run, given, inputs, **tuned.settings)
+        identity = identify_run(run, given, inputs, **tuned.settings)
         record = manifest(identity, counts, seconds, policy=policy, examples=str(examples), base_model=read.base)
         outputs.write_json(beside / "manifest.json", record)
         (beside / "README.md").write_text(card(record, figures, read.examples), encoding="utf-8")

@@ -17,10 +17,10 @@ from stages.core.drawing.kernels import Compiled
 from stages.core.drawing.templates import TemplateName
 from stages.core.errors import InputError
 from stages.core.grading.rewards import RewardOptions
-from stages.core.options import PLACE, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
+from stages.core.options import PATH, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
-from stages.core.provenance import Identity, digest, identify, manifest, versions
+from stages.core.provenance import Identity, digest, identify_run, manifest, versions
 from stages.core.ranks import Ranks, TensorParallel
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ class Options(RewardOptions, LoraOptions):
 
 
 def run(
-    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PLACE],
-    problems: Annotated[Path, "problems to train on (JSONL)", PLACE],
-    out: Annotated[Path, "directory to write", PLACE],
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PATH],
+    problems: Annotated[Path, "problems to train on (JSONL)", PATH],
+    out: Annotated[Path, "directory to write", PATH],
     options: Options,
     valid: Annotated[
         Path | None, "problems to measure avg@k on while it trains (JSONL); the run stays the same", WITHOUT_EFFECT
@@ -187,7 +187,7 @@ def run(
         "template_digest": asked.template.digest,
         **asked.rewards.came_to,
     }
-    identity = identify(run, given, inputs, versions() | verifier.VERSION, **came_to)
+    identity = identify_run(run, given, inputs, versions() | verifier.VERSION, **came_to)
     _refuse_differences(ranks, identity, valid)
     directory = RunDir(out)
     with ExitStack() as stack:
@@ -219,7 +219,7 @@ def _checked_places(policy: str, problems: Path, out: Path, options: Options) ->
 
 def _refuse_differences(ranks: Ranks, identity: Identity, valid: Path | None) -> None:
     """Raise InputError if ranks see different files or packages: they would draw, and train on, different prompts."""
-    seen = {**identity.inputs, **identity.versions, "template": identity.parameters["template_digest"]}
+    seen = {**identity.inputs.digests, **identity.versions, "template": identity.parameters["template_digest"]}
     seen["reward"] = identity.parameters["reward_digest"]
     ranks.refuse_differences(seen | ({"valid": digest(valid)} if valid else {}))
 
@@ -277,7 +277,7 @@ def _go_on(
     if options.tracker != "none":
         config = {name: str(value) if isinstance(value, list) else value for name, value in asdict(options).items()}
         accelerator.init_trackers("rloop-rl", config=config)
-    _explore(accelerator, directory, done, paths["policy"], path, identity.inputs["policy"], asked, options)
+    _explore(accelerator, directory, done, paths["policy"], path, identity.inputs.digests["policy"], asked, options)
     if accelerator.is_main_process:
         _finish(directory, identity, paths, options, asked.left_out)
     for tracker in accelerator.trackers:

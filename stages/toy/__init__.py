@@ -23,8 +23,8 @@ from typing import Annotated
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
-from stages.core.options import PLACE, above, at_least, at_most, checked
-from stages.core.provenance import identify, manifest
+from stages.core.options import PATH, above, at_least, at_most, checked
+from stages.core.provenance import identify_run, manifest
 from stages.core.records import Problem
 from stages.toy import arithmetic
 
@@ -33,7 +33,7 @@ from stages.toy import arithmetic
 def run(
     *,
     out: Annotated[
-        str, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl", PLACE
+        str, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl", PATH
     ],
     seed: Annotated[int, "seed of the policy: its first weights and what it is pre-trained on", at_least(0)] = 0,
     problems_seed: Annotated[int, "seed of the problem sets", at_least(0)] = 0,
@@ -54,7 +54,7 @@ def run(
 
     Example: rloop toy --out loop/0 --pretrain-steps 150 --pretrain-batch 32 --num-test 20
     """
-    identity, start = identify(run, locals(), {}), time.monotonic()
+    identity, start = identify_run(run, locals(), {}), time.monotonic()
     with outputs.claimed(out), outputs.whole_dir(out) as beside:
         sets = make_sets(problems_seed, num_train, num_test, hard_frac)
         for name, expressions in sets.items():

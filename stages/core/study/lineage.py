@@ -13,7 +13,6 @@ held against anything, because it has no manifest or what it was made from is go
 below the directory of runs and nowhere else, so the working directory decides nothing.
 """
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,32 +20,12 @@ from typing import Any
 
 from stages.core import provenance
 from stages.core.errors import InputError
-from stages.core.provenance import read_manifest
+from stages.core.provenance import read_manifest, stamp
 from stages.core.study.runs import iteration_of, num_steps, place_below
 
 ALL = "all"
 # of an eval; comparable figures share them
 SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "reward_digest", "kl_to")
-
-
-def recorded(paths: Iterable[str | Path]) -> dict[str, dict[str, str]]:
-    """The digest of each path, and its stamp for a later reader: {"inputs": {path: digest}, "stamps": {path: stamp}}.
-
-    A stamp is taken before its digest, so what changes in between does not match it.
-    """
-    stamps = {str(path): stamp(path) for path in paths}
-    return {"inputs": {path: provenance.digest(path) for path in stamps}, "stamps": stamps}
-
-
-def stamp(path: str | Path) -> str:
-    """A digest of the names, sizes and times of change (ns) of all files of `path`; "" if there is nothing."""
-    path = Path(path)
-    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-    if not path.exists():
-        return ""
-    statuses = [(str(file.relative_to(path)), file.stat()) for file in files]
-    text = "".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n" for name, status in statuses)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def chosen(text: str) -> frozenset[int] | None:
@@ -198,8 +177,7 @@ class Line:
         if manifest.get("stage") == "rft":
             return self._sources_of_rft(place, str(manifest.get("policy", "")), _inputs(manifest))
         if manifest.get("stage") == "merge":
-            named = {name: self._find(path) for name, path in (manifest.get("paths") or {}).items()}
-            return [(at, _inputs(manifest).get(name, "")) for name, at in named.items() if at is not None]
+            return [(at, digest) for path, digest in _inputs(manifest).items() if (at := self._find(path)) is not None]
         before = [self._start(place)] if place.name == "rl" else [self._start(place), place.with_name("rl")]
         return [(source, "") for source in before]  # no manifest, or gone: it is on the line if what is before it is
 

@@ -30,7 +30,7 @@ from stages.core.grading import bounds
 from stages.core.grading.scores import Grader, Score
 from stages.core.grading.verifier import Batch, Verifier, default_workers
 from stages.core.grading.workers import Job, Kind, Loss, Pool
-from stages.core.options import PLACE, OptionGroup
+from stages.core.options import PATH, OptionGroup
 from stages.core.progress import warn
 from stages.core.records import Problem, Verdict
 
@@ -51,7 +51,7 @@ class RewardOptions(OptionGroup):
     reward: Annotated[
         list[str],
         "what scores a completion: math-verify, or your function as FILE.py:function; repeatable, rewards are added",
-        PLACE,
+        PATH,
     ] = field(default_factory=lambda: [MATH_VERIFY])
     reward_weight: Annotated[list[float], "weight of each --reward, in their order; if none is given, 1 each"] = field(
         default_factory=list
