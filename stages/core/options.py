@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from stages.core.errors import InputError
 
@@ -170,7 +170,7 @@ def _defaults(owner: Any) -> Iterator[tuple[str, Any]]:
     if not dataclasses.is_dataclass(owner):
         yield from ((name, parameter.default) for name, parameter in inspect.signature(owner).parameters.items())
         return
-    kinds = [*enumerate(inspect.getmro(owner))]
+    kinds = [*enumerate(inspect.getmro(cast(type, owner)))]
     depth = {name: i for i, kind in reversed(kinds) for name in getattr(kind, "__annotations__", ())}
     for field in sorted(dataclasses.fields(owner), key=lambda field: depth[field.name]):  # inherited ones last
         if field.default_factory is not dataclasses.MISSING:
