@@ -62,7 +62,7 @@ def run(
         jsonl.write(out, _counted(rollouts, counts))
         if not is_piped:
             decides = provenance.versions() | verifier.VERSION
-            identity = provenance.identify_run(run, given, read.digests, decides, **plan.came_to)
+            identity = provenance.identify_run(run, given, read.digests, decides, **plan.resolved)
             seconds = time.monotonic() - start
             record = provenance.manifest(identity, counts, seconds, **plan.about, stamps=read.stamps)
             outputs.write_json(manifest_file, record)

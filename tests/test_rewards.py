@@ -140,7 +140,7 @@ def test_a_file_that_changes_while_a_run_goes_on_rewards_nothing(tmp_path):
             grader.refuse_failed()
     changed = read(path, "one")
     assert len({changed.digest, asked.digest, read(path, "one", weights=[2.0]).digest}) == 3
-    assert changed.came_to["reward"] == ["mine.py:one"]
+    assert changed.resolved["reward"] == ["mine.py:one"]
 
 
 def test_closing_waits_for_no_reward(mine):
@@ -208,7 +208,7 @@ def test_rewards_that_are_not_there_or_do_not_match_their_weights_are_refused(gi
 
 def test_math_verify_alone_is_what_it_is_without_the_option():
     named = rewards.read(RewardOptions(reward=["math-verify"], reward_weight=[1.0]))
-    assert named.came_to == rewards.read(RewardOptions()).came_to
+    assert named.resolved == rewards.read(RewardOptions()).resolved
     assert not named.are_own
     assert read("", "math-verify", weights=[2.0]).are_own
 

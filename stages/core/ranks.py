@@ -17,19 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from stages.core.errors import CollapseError, InputError
-from stages.core.options import WITHOUT_EFFECT, at_least
 
 STORE_LIMIT_S = 10  # for the launcher's store to answer, once a rank has failed
 T = TypeVar("T")
-TensorParallel = Annotated[
-    int,
-    "processes in a row that share one engine, each with a part of every weight, for a policy that one GPU cannot hold",
-    at_least(1),
-    WITHOUT_EFFECT,
-]  # an option's type
 
 
 def _launched(variable: str, alone: int) -> int:
@@ -129,7 +122,7 @@ class Ranks:
         return self.gather(value)[0]  # type: ignore[return-value]
 
     @contextmanager
-    def one_voice(self) -> Iterator[None]:
+    def raise_once(self) -> Iterator[None]:
         """Let one rank alone raise an InputError that several meet in the block; the others leave with its code.
 
         For what can't be done `together`, since ranks wait for each other inside, as when their engines start.
@@ -142,7 +135,7 @@ class Ranks:
             self._leave(2)
 
     @contextmanager
-    def first_speaks(self) -> Iterator[None]:
+    def raise_on_first(self) -> Iterator[None]:
         """Let the first rank alone raise a CollapseError that all meet in the block; the others leave with its code."""
         try:
             yield

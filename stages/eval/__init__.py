@@ -165,8 +165,8 @@ def evaluate(
     read = ranks.together(lambda: provenance.recorded(sources))
     ranks.together(lambda: selection.refuse_changed(given["selected"], read.digests))
     decides = provenance.versions() | verifier.VERSION
-    came_to = plan.came_to | ({"kl_to": read.digests[str(base)]} if base else {})
-    identity = provenance.identify_run(run, given, read.digests, decides, **came_to)
+    resolved = plan.resolved | ({"kl_to": read.digests[str(base)]} if base else {})
+    identity = provenance.identify_run(run, given, read.digests, decides, **resolved)
     seen = {f"template {plan.template.name}": plan.template.digest, "reward": plan.rewards.digest}
     ranks.refuse_differences(read.digests | decides | seen)
     with ExitStack() as stack:
@@ -180,7 +180,7 @@ def evaluate(
             _draw_missing(drawings, place, start_engine)
             ranks.wait()
             if base:
-                scored = divergence.stems_of(stems, num_scored, came_to["kl_to"])
+                scored = divergence.stems_of(stems, num_scored, resolved["kl_to"])
                 divergence.score_missing(plan, stems, num_scored, base, scored, place)
                 drawings[KL] = Drawing(plan, scored, {})
         if not ranks.is_first:
@@ -306,7 +306,7 @@ def _draw_part(
             keepers[part[number][0]].add(group, name)
 
     prompts = [prompt for _, prompt in part]
-    with plan.ranks.one_voice():
+    with plan.ranks.raise_once():
         sampling.draw_scored(engine, grader, prompts, plan.seeded(prompts), meter, keep)
 
 

@@ -81,7 +81,7 @@ def run(
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
         if not ranks.is_first:
-            with ranks.first_speaks():
+            with ranks.raise_on_first():
                 fine_tune(read.path, read.tokenizer, read.rows, options, out=None)
             return
         _say_left_out(read.left_out, read.max_tokens)

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from stages.core.drawing.engine import MaxSequences
-from stages.core.drawing.kernels import Compiled
+from stages.core.drawing.engine import EngineOptions, MemoryFraction
 from stages.core.drawing.templates import TemplateName
 from stages.core.errors import InputError
 from stages.core.grading.rewards import RewardOptions
@@ -21,7 +20,7 @@ from stages.core.options import PATH, WITHOUT_EFFECT, above, at_least, at_most, 
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify_run, manifest, versions
-from stages.core.ranks import Ranks, TensorParallel
+from stages.core.ranks import Ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +50,7 @@ TOTALS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RewardOptions, LoraOptions):
+class Options(EngineOptions, RewardOptions, LoraOptions):
     """The options with their defaults: the paper's, or DAPO's own if the paper is silent."""
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
@@ -100,12 +99,7 @@ class Options(RewardOptions, LoraOptions):
         "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
         one_of("auto", "float32", "bfloat16"),
     ] = "auto"
-    memory_fraction: Annotated[
-        float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
-    ] = 0.5
-    tensor_parallel: TensorParallel = 1
-    compile: Compiled = False
-    max_sequences: MaxSequences = 0
+    memory_fraction: MemoryFraction = 0.5
     mismatch_bound: Annotated[
         float,
         "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
@@ -182,12 +176,12 @@ def run(
     if accelerator.is_main_process:
         _warn_of(asked, options.max_tokens)
     inputs = {"policy": digest(path), "problems": digest(problems)}
-    came_to = {
+    resolved = {
         "processes": accelerator.num_processes,
         "template_digest": asked.template.digest,
-        **asked.rewards.came_to,
+        **asked.rewards.resolved,
     }
-    identity = identify_run(run, given, inputs, versions() | verifier.VERSION, **came_to)
+    identity = identify_run(run, given, inputs, versions() | verifier.VERSION, **resolved)
     _refuse_differences(ranks, identity, valid)
     directory = RunDir(out)
     with ExitStack() as stack:
@@ -328,7 +322,7 @@ def _start_engine(accelerator: "Accelerator", path: Path, asked: Asked, options:
         max((len(prompt.token_ids) for prompt in prompts), default=0) + options.max_tokens
         for prompts in (asked.prompts, asked.valid)
     )
-    with Ranks(options.tensor_parallel).one_voice():
+    with Ranks(options.tensor_parallel).raise_once():
         engine = VllmEngine(
             path,
             max_model_len=max(longest, valid_longest),

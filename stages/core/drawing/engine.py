@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 from stages.core.drawing import kernels
 from stages.core.errors import InputError
 from stages.core.lifetime import Stopped
-from stages.core.options import WITHOUT_EFFECT, at_least
+from stages.core.options import ROUNDING, OptionGroup, above, at_least, at_most, one_of
 from stages.core.policy import checkpoints
 
 if TYPE_CHECKING:
@@ -28,19 +28,45 @@ if TYPE_CHECKING:
 MAX_BATCHED_TOKENS = 4096  # tokens in one pass of the engine on the CPU
 BLOCK_TOKENS = 32  # of the CPU's cache: the smallest it takes; only whole blocks of a prompt are shared by its samples
 MAX_SEQUENCES = 512  # at once, unless asked for otherwise: the largest batch that vLLM captures as a CUDA graph
-MaxSequences = Annotated[
-    int,
-    "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most "
-    f"{MAX_SEQUENCES}",
-    at_least(0),
-    WITHOUT_EFFECT,
-]  # an option's type
 SEED_BITS = 62  # sample i of a prompt has the prompt's seed + i, which must stay a signed 64-bit number
 PROBE_TOKENS = 24
 PROBE_BOUNDS = {"float32": 1e-3}  # mean difference in nats a token between two ways to the same weights
 PROBE_BOUND_HALF = 0.05  # in bfloat16 and float16; wrong weights are tenths of a nat away, or more
 
 Weights = Iterable[tuple[str, "torch.Tensor"]]
+MemoryFraction = Annotated[float, "share of a GPU's memory for the engine", above(0), at_most(1), ROUNDING]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(OptionGroup):
+    """What a stage that draws adds to its options. They change results by no more than rounding, but for the type."""
+
+    dtype: Annotated[
+        str,
+        "compute type: float32, bfloat16, float16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16", "float16"),
+    ] = "auto"
+    memory_fraction: MemoryFraction = 0.9
+    max_sequences: Annotated[
+        int,
+        "sequences that an engine works on at once; 0 is what fits its cache at half the longest length, at most "
+        f"{MAX_SEQUENCES}",
+        at_least(0),
+        ROUNDING,
+    ] = 0
+    tensor_parallel: Annotated[
+        int,
+        "processes in a row that share one engine, each with a part of every weight, for a policy that one GPU cannot "
+        "hold",
+        at_least(1),
+        ROUNDING,
+    ] = 1
+    compile: Annotated[
+        bool,
+        "on a CPU, let the engine run compiled code: it starts about a minute later and draws faster (on a GPU it "
+        "always does)",
+        ROUNDING,
+    ] = False
 
 
 class Completion(NamedTuple):

@@ -2,17 +2,10 @@
 
 import os
 import shutil
-from typing import Annotated, Any
+from typing import Any
 
 from stages.core.errors import InputError
-from stages.core.options import WITHOUT_EFFECT
 
-Compiled = Annotated[
-    bool,
-    "on a CPU, let the engine run compiled code: it starts about a minute later and draws faster (on a GPU it always "
-    "does)",
-    WITHOUT_EFFECT,
-]  # an option's type
 PROVIDER = "rloop_c"
 NORMS = ("rms_norm", "fused_add_rms_norm")
 

@@ -21,19 +21,18 @@ from typing import Annotated, Any, TypeVar
 
 from stages.core import records
 from stages.core.drawing import templates
-from stages.core.drawing.engine import Engine, MaxSequences, Sampling, VllmEngine
-from stages.core.drawing.kernels import Compiled
+from stages.core.drawing.engine import Engine, EngineOptions, Sampling, VllmEngine
 from stages.core.drawing.rollouts import OWN_PROMPTS, Group, Prompt, asked_by, draw_each, make_prompts, seeded
 from stages.core.drawing.templates import Template, TemplateName
 from stages.core.errors import InputError
 from stages.core.grading import rewards
 from stages.core.grading.rewards import RewardOptions, Rewards
 from stages.core.grading.scores import Grader
-from stages.core.options import WITHOUT_EFFECT, above, at_least, at_most, one_of
+from stages.core.options import at_least
 from stages.core.outputs import read_json
 from stages.core.policy import checkpoints
 from stages.core.progress import StepProgress, warn
-from stages.core.ranks import ALONE, Ranks, TensorParallel
+from stages.core.ranks import ALONE, Ranks
 from stages.core.records import Problem, Rollout
 
 MAX_WAITING = 32  # groups whose scores may be under way before the engine waits for the verifier
@@ -45,7 +44,7 @@ StartEngine = Callable[[Path], Engine]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RewardOptions):
+class Options(EngineOptions, RewardOptions):
     """The options that sample and eval share."""
 
     max_tokens: Annotated[int, "most tokens in a completion", at_least(1)] = 2048
@@ -54,17 +53,6 @@ class Options(RewardOptions):
     seed: Annotated[int, "seed of sampling"] = 0
     limit: Annotated[int, "ask only the first problems, so many; 0 asks all", at_least(0)] = 0
     bare: Annotated[bool, "a completion without box and 'Answer:' line counts by its bare final expression"] = False
-    dtype: Annotated[
-        str,
-        "compute type: float32, bfloat16, float16, or auto (bfloat16 on a GPU, float32 elsewhere)",
-        one_of("auto", "float32", "bfloat16", "float16"),
-    ] = "auto"
-    memory_fraction: Annotated[
-        float, "share of a GPU's memory for the engine", above(0), at_most(1), WITHOUT_EFFECT
-    ] = 0.9
-    tensor_parallel: TensorParallel = 1
-    compile: Compiled = False
-    max_sequences: MaxSequences = 0
 
 
 @dataclass(frozen=True)
@@ -90,9 +78,9 @@ class Plan:
         return len(self.policies) * sum(map(len, self.sets.values()))
 
     @property
-    def came_to(self) -> dict[str, Any]:
+    def resolved(self) -> dict[str, Any]:
         """What identities say of template and rewards, beyond the values of their options."""
-        return {"template_digest": self.template.digest, **self.rewards.came_to}
+        return {"template_digest": self.template.digest, **self.rewards.resolved}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -146,7 +134,7 @@ def rollouts(plan: Plan, start_engine: StartEngine, grader: Grader) -> Iterator[
             for part in plan.parts(prompts, plan.ranks.num_engines):
                 share = plan.ranks.share(part)
                 groups: dict[int, Group] = {}
-                with plan.ranks.one_voice():
+                with plan.ranks.raise_once():
                     draw_scored(engine, grader, share, plan.seeded(share), meter, groups.__setitem__)
                 mine = [groups[number].rollouts(name) for number in sorted(groups)]
                 for group in _in_order(plan.ranks, mine, len(part)):
@@ -221,7 +209,7 @@ class Engines:
         else:
             if self._engine is not None:
                 self._engine.close()
-            with self._ranks.one_voice():
+            with self._ranks.raise_once():
                 self._engine = self._start(policy)
         self._policy = policy
         return self._engine

@@ -108,7 +108,7 @@ class Rewards:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
-    def came_to(self) -> dict[str, Any]:
+    def resolved(self) -> dict[str, Any]:
         """What identities and manifests say of them."""
         names, weights = [reward.name for reward in self.each], [reward.weight for reward in self.each]
         return {"reward": names, "reward_weight": weights, "reward_digest": self.digest}
