@@ -3,7 +3,7 @@
     python benchmarks/memory.py                                     the tables of docs/memory.md
     python benchmarks/memory.py configs/qwen2.5-0.5b-gsm8k.yaml     the plan of a params file, on its GPU
 
-The arithmetic is stages/check/memory.py, by which `rloop check --gpu-memory` reckons with the policy that is there.
+The arithmetic is stages/core/policy/memory.py; `rloop check --gpu-memory` holds the policy that is there against it.
 """
 
 import sys
@@ -14,7 +14,7 @@ import yaml
 from tabulate import tabulate
 
 from stages import rft
-from stages.check.memory import Shape, generation, update
+from stages.core.policy.memory import Shape, generation, update
 from stages.rl import Options
 
 GPUS = {24: 22.0, 48: 44.0, 80: 79.0}  # GiB that the smallest of its kind offers: L4 and A10G, L40S, A100 and H100

@@ -10,8 +10,6 @@ merge     policies + weights                     -> policy (their weighted avera
 eval      policies + problems                    -> rollouts.jsonl, results.jsonl, metrics.json
 analyze   evals                                  -> learning, forgetting and similarity matrices
 report    a directory of runs                    -> tables and figures
-
-The room check is no stage: what `rloop check` says of a params file before any of them runs.
 """
 
 from importlib import import_module

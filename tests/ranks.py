@@ -30,8 +30,8 @@ from rloop_cli.app import main as rloop
 from rloop_cli.app import prepare_libraries
 from stages import rl
 from stages.core.policy import heads
-from stages.core.policy.acceleration import STEP_LIMIT
 from stages.core.policy.adapters import trained
+from stages.core.ranks import STEP_LIMIT
 from stages.rl.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

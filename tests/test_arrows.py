@@ -11,12 +11,15 @@ import stages
 
 ROOT = Path(stages.__file__).parents[1]
 DOOR = sorted((ROOT / "rloop_cli").glob("*.py"))
-CHECK = "check"  # a room, but no stage of the pipeline: the door hands it the graph
+CHECK = sorted((ROOT / "rloop_cli" / "check").glob("*.py"))
 STAGES = {name: sorted([*(ROOT / "stages" / name).rglob("*.py"), *(ROOT / "stages").glob(f"{name}.py")])
-          for name in (*stages.STAGES, CHECK)}  # fmt: skip
+          for name in stages.STAGES}  # fmt: skip
 ROOMS = [(stage, path) for stage, paths in STAGES.items() for path in paths]
 CORE = sorted((ROOT / "stages" / "core").rglob("*.py"))
+CORE_ROOMS = {"policy": (), "grading": ("policy",), "drawing": ("policy", "grading"), "study": ()}  # and what each uses
+MAP = {"stages", "stages.STAGES", "stages.load"}
 PURE = ("records", "jsonl", "study.metrics", "grading.verifier", "grading.rewards", "grading.rewards.worker")
+OF_THEIR_OWN = {f"stages.core.grading.{name}" for name in ("verifier.algebra", "rewards.worker")}  # processes
 HEAVY = (
     *("torch", "vllm", "transformers", "trl", "peft", "accelerate"),
     *("datasets", "numpy", "matplotlib", "pandas", "scipy"),
@@ -32,10 +35,12 @@ def module_name(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(path):
-    """Every module that the file imports anywhere, `from a import b` as both a and a.b."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, types=True):
+    """Every module that the file imports anywhere, `from a import b` as both a and a.b; those for types if `types`."""
+    tree, found = ast.parse(path.read_text()), set()
+    if not types:
+        tree.body = [node for node in tree.body if ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING"]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -74,14 +79,20 @@ def to_be_described(path):
 
 @pytest.mark.parametrize("path", DOOR, ids=name)
 def test_the_door_knows_the_map_of_the_stages_the_errors_and_the_options_alone(path):
-    ours = {module for module in imported(path) if within(module, "stages")}
     if path.stem == "imports":  # what a process imports ahead of many commands, and nothing else does
-        assert not [other for other in [*DOOR, *CORE, *(p for _, p in ROOMS)] if "rloop_cli.imports" in imported(other)]
+        others = [*DOOR, *CHECK, *CORE, *(path for _, path in ROOMS)]
+        assert not [other for other in others if "rloop_cli.imports" in imported(other)]
         return
-    own = ("stages.check",) if path.stem in ("check", "graph") else ()
-    assert ours <= {"stages", "stages.STAGES", "stages.load", "stages.core", "stages.core.options"} | {
-        m for m in ours if within(m, "stages.core.errors", "stages.core.options", *own)
+    ours = {module for module in imported(path) if within(module, "stages")}
+    assert not {
+        m for m in ours - MAP if m != "stages.core" and not within(m, "stages.core.errors", "stages.core.options")
     }
+
+
+@pytest.mark.parametrize("path", CHECK, ids=name)
+def test_the_check_knows_the_map_of_the_stages_and_the_core_but_no_stage(path):
+    ours = {module for module in imported(path) if within(module, "stages")}
+    assert not {module for module in ours - MAP if not within(module, "stages.core")}
 
 
 @pytest.mark.parametrize(("stage", "path"), ROOMS, ids=lambda value: value if isinstance(value, str) else value.stem)
@@ -100,21 +111,47 @@ def test_the_core_knows_neither_a_stage_nor_the_command_line_nor_dvc(path):
     assert not {module for module in modules if within(module, "typer", "click", "dvc")}
 
 
-def test_every_module_of_the_core_has_two_users():
-    """A module that one stage alone uses, itself or by way of the core, belongs in that stage's room."""
-    core = {module_name(path): {m for m in imported(path) if within(m, "stages.core")} for path in CORE}
-    used = {stage: set().union(*(imported(path) for path in paths)) for stage, paths in STAGES.items()}
-    for modules in used.values():
-        for _ in core:  # whatever is reached through other modules of the core is used, too
-            modules |= set().union(*(found for module, found in core.items() if module in modules))
-    door = set().union(*map(imported, DOOR))
+def core_room(module):
+    """The room of the core that a module is in, or the module itself."""
+    part = module.removeprefix("stages.core.").partition(".")[0]
+    return f"stages.core.{part}"
+
+
+@pytest.mark.parametrize("path", CORE, ids=name)
+def test_rooms_of_the_core_use_what_lies_below_them_and_no_arrow_runs_back(path):
+    room = core_room(module_name(path)).rpartition(".")[2]
+    modules = {module for module in imported(path, types=False) if within(module, "stages.core")}
+    others = {core_room(module).rpartition(".")[2] for module in modules} & {*CORE_ROOMS}
+    assert others <= {room, *CORE_ROOMS.get(room, ())}
+
+
+def direct_users():
+    """For each module of the core, who imports it: stages, the door, rooms and modules of the core."""
+    users = {
+        module_name(path): set() for path in CORE if path.parent != ROOT / "stages" / "core" or path.stem != "__init__"
+    }
+    groups = [*STAGES.items(), ("door", [*DOOR, *CHECK]), *((core_room(module_name(path)), [path]) for path in CORE)]
+    for user, paths in groups:
+        for module in set().union(*map(imported, paths)) & users.keys():
+            users[module].add(user)
+    return users
+
+
+def test_every_room_of_the_core_has_two_direct_users():
+    """A room, or a module in none, that only one stage imports belongs to that stage."""
+    by_room = {}
+    for module, users in direct_users().items():
+        by_room.setdefault(core_room(module), set()).update(users & {*STAGES, "door"})
+    assert not {room: users for room, users in by_room.items() if len(users) < 2}
+
+
+def test_a_module_in_a_room_of_the_core_serves_its_room_or_two_others():
     alone = {
         module: users
-        for module in core
-        if module != "stages.core"
-        and not within(module, "stages.core.grading.verifier", "stages.core.grading.rewards.worker")
-        and len(users := [stage for stage in used if module in used[stage]]) + (module in door) < 2
+        for module, users in direct_users().items()
+        if core_room(module) not in users and len(users) < 2 and module not in OF_THEIR_OWN
     }
+    alone.pop("stages.core.policy.memory", None)  # rl's use is to come
     assert not alone
 
 
@@ -138,13 +175,13 @@ def test_the_command_line_with_every_stage_loads_no_heavy_library():
 
 def test_a_stage_is_a_room_a_line_of_the_map_and_a_test_file():
     rooms = {path.stem for path in (ROOT / "stages").iterdir() if not path.name.startswith(("_", "."))}
-    assert rooms - {"core", CHECK} == set(stages.STAGES)
+    assert rooms - {"core"} == set(stages.STAGES)
     mapped = [line.split()[0] for line in stages.__doc__.splitlines() if "->" in line]
     assert mapped == list(stages.STAGES)
     assert not [stage for stage in STAGES if not (ROOT / "tests" / f"test_{stage}.py").is_file()]
 
 
-@pytest.mark.parametrize("path", [*DOOR, *(path for _, path in ROOMS), *CORE], ids=name)
+@pytest.mark.parametrize("path", [*DOOR, *CHECK, *(path for _, path in ROOMS), *CORE], ids=name)
 def test_every_function_is_typed_and_what_is_public_and_not_trivial_says_what_it_does(path):
     for node in functions(path):
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

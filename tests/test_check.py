@@ -10,8 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from rloop_cli import check, graph
+from rloop_cli import check
 from rloop_cli.app import app
+from rloop_cli.check import graph
 from stages.core import jsonl, tabular
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from rloop_cli import warm
-from rloop_cli.app import app, command
+from rloop_cli.app import app
+from rloop_cli.commands import command
 from stages import STAGES, load
 from stages.core import jsonl, lifetime, outputs
 

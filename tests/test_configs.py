@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from typer.testing import CliRunner
 
-from rloop_cli import graph
 from rloop_cli.app import app
-from stages.check import counts
+from rloop_cli.check import counts, graph
 from stages.core import jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +160,7 @@ def asked(tmp_path, **tests):
     params = yaml.safe_load((ROOT / "configs/qwen2.5-math-7b.yaml").read_text())
     params["tests"] |= tests
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    calls, faults = graph.read(tmp_path / "params.yaml", typer.main.get_group(app))
+    calls, faults = graph.read(tmp_path / "params.yaml")
     assert not faults
     evaluations = counts.evaluations(calls)
     sizes = {"aime": 30, "minerva": 272, "omni": 4428, "math": 500}

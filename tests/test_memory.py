@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import memory as plans
-from stages.check import memory
-from stages.check.memory import Shape
-from stages.core.policy import adapters
+from stages.core.policy import adapters, memory
+from stages.core.policy.memory import Shape
 from stages.rl import Options
 
 ROOT = Path(__file__).parents[1]

@@ -17,10 +17,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from stages.core.errors import CollapseError, InputError
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+# How long a rank waits for the others: for the slowest share of a round of long completions, or for a checkpoint on a
+# slow disk. A round at the paper's scale takes minutes; one of 32,000 tokens at 20 a second, in two waves, about an
+# hour. Torch's own 10 minutes would end such runs. A rank that dies is noticed by the launcher at once, not by this.
+STEP_LIMIT = timedelta(hours=4)
 STORE_LIMIT_S = 10  # for the launcher's store to answer, once a rank has failed
 T = TypeVar("T")
 
@@ -28,6 +35,14 @@ T = TypeVar("T")
 def _launched(variable: str, alone: int) -> int:
     """What the launcher says in `variable`; `alone` for a process that was started without one."""
     return int(os.environ[variable]) if "LOCAL_RANK" in os.environ else alone
+
+
+def process_state() -> "PartialState":
+    """This process among all that were launched; the first call joins them, so it comes before any Accelerator."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=STEP_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,6 @@ class Ranks:
         """
         if self.is_alone:
             return [mine]
-        from stages.core.policy.acceleration import process_state
-
         process_state()
         from accelerate.utils import gather_object
 

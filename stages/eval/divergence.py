@@ -154,11 +154,12 @@ class _Models:
         import torch
 
         from stages.core.policy import acceleration
+        from stages.core.ranks import process_state
 
         dtype = self._plan.options.dtype
         if dtype == "auto":
             dtype = "bfloat16" if acceleration.uses_bfloat16(dtype) else "float32"
-        return checkpoints.load_model(path, getattr(torch, dtype)).to(acceleration.process_state().device)
+        return checkpoints.load_model(path, getattr(torch, dtype)).to(process_state().device)
 
 
 def divergences(own: Any, base: Any, completions: Sequence[Completion], temperature: float) -> list[float]:

@@ -27,9 +27,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from stages.core.errors import CollapseError, InputError
 from stages.core.policy import adapters, checkpoints, heads
-from stages.core.policy.acceleration import process_state, reduce_in_float32, save_policy, uses_bfloat16
+from stages.core.policy.acceleration import reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.policy.checkpoints import IGNORED, PADDING
 from stages.core.progress import StepProgress
+from stages.core.ranks import process_state
 from stages.rft import Options
 from stages.rft.examples import Row, lr_share, microbatch_size, order
 

@@ -20,7 +20,7 @@ from stages.core.options import PATH, WITHOUT_EFFECT, above, at_least, at_most, 
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
 from stages.core.provenance import Identity, digest, identify_run, manifest, versions
-from stages.core.ranks import Ranks
+from stages.core.ranks import Ranks, process_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -343,7 +343,7 @@ def _accelerator(options: Options, out: Path) -> "Accelerator":
     import torch
     from accelerate import Accelerator
 
-    from stages.core.policy.acceleration import process_state, uses_bfloat16
+    from stages.core.policy.acceleration import uses_bfloat16
 
     tracker = None if options.tracker == "none" else options.tracker
     process_state()

@@ -1,14 +1,13 @@
-"""How rl and rft use accelerate: one process group, float32 gradients under bfloat16, whole weights from shards."""
+"""How rl and rft use accelerate: float32 gradients under bfloat16, whole weights from shards."""
 
 import logging
 import math
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -16,16 +15,6 @@ from stages.core.policy import adapters, checkpoints
 
 # Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
 logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
-
-# How long a rank waits for the others: for the slowest share of a round of long completions, or for a checkpoint on a
-# slow disk. A round at the paper's scale takes minutes; one of 32,000 tokens at 20 a second, in two waves, about an
-# hour. Torch's own 10 minutes would end such runs. A rank that dies is noticed by the launcher at once, not by this.
-STEP_LIMIT = timedelta(hours=4)
-
-
-def process_state() -> PartialState:
-    """This process among all that were launched; the first call joins them, so it comes before any Accelerator."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=STEP_LIMIT)
 
 
 def uses_bfloat16(dtype: str) -> bool:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.check.calls import Call, base_of, policies_of
+from rloop_cli.check.calls import Call, base_of, policies_of
 from stages.core import records, tabular
 from stages.core.drawing import templates
 from stages.core.drawing.rollouts import make_prompts, no_room

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stages.check.calls import Call, launch_files, launch_text, maker
+from rloop_cli.check.calls import Call, launch_files, launch_text, maker
 from stages.core.drawing import templates
 from stages.core.errors import InputError
 from stages.core.grading import rewards

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from stages.check.calls import Call
+from rloop_cli.check.calls import Call
 
 
 def notes(calls: Sequence[Call]) -> Iterator[str]:

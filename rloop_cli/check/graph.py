@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
 
+from rloop_cli.check.calls import Call
+from rloop_cli.commands import app
 from stages import STAGES, load
-from stages.check.calls import Call
 from stages.core import options
 from stages.core.errors import InputError
 from stages.core.options import PATH
@@ -38,7 +38,7 @@ class Node(NamedTuple):
     origins: Mapping[str, str]
 
 
-def read(params: Path, group: TyperGroup) -> tuple[list[Call], list[str]]:
+def read(params: Path) -> tuple[list[Call], list[str]]:
     """The calls of the graph in this directory with `params` in the place of params.yaml, and every fault of them.
 
     Raises InputError if one of the two files is missing or is no YAML.
@@ -50,7 +50,7 @@ def read(params: Path, group: TyperGroup) -> tuple[list[Call], list[str]]:
         launch, (stage, *words) = node.words[:number], node.words[number:] or [""]
         origin, values = _origin(params, node), None
         if stage:
-            values, own = parse(stage, group, words)
+            values, own = parse(stage, words)
             faults += [f"{origin(flag)}: {fault}" for flag, fault in own]
         if values is None:  # what it makes counts as made all the same
             calls.append(Call(node.name, "", SimpleNamespace(), {}, node.outs, launch, origin))
@@ -198,12 +198,13 @@ def _origin(params: Path, node: Node) -> Callable[..., str]:
 Faults = list[tuple[str, str]]  # (flag, what is wrong with it)
 
 
-def parse(stage: str, group: TyperGroup, words: list[str]) -> tuple[dict[str, Any] | None, Faults]:
+def parse(stage: str, words: list[str]) -> tuple[dict[str, Any] | None, Faults]:
     """What `run` of the stage would be called with, its groups of options spread; None if that can't be said.
 
     What is refused is left out and the rest read again, so that each fault is found.
     """
     faults: Faults = []
+    group = typer.main.get_group(app)
     above = group.make_context("rloop", [stage])
     while True:
         try:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.check.calls import Call
-from stages.check.counts import Range
+from rloop_cli.check.calls import Call
+from rloop_cli.check.counts import Range
 from stages.core.provenance import read_manifest
 from stages.core.tabular import read_tsv
 

@@ -1,22 +1,29 @@
-"""`rloop check`: what can be known before a GPU hour is spent. Reads the graph; stages/check says what it comes to."""
+"""`rloop check`: what can be known before a GPU hour is spent.
 
+graph reads dvc.yaml as DVC does; calls, files, prompts, fit, counts, times and notes judge it; report puts it together.
+Nothing is run, written or fetched.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from stages.core.errors import InputError
-from stages.core.options import PATH, at_least
+from stages.core.options import PATH, OptionGroup, at_least
 
 
-def run(
-    *,
-    params: Annotated[Path, "params file, which is read in the place of params.yaml", PATH] = Path("params.yaml"),
-    runs: Annotated[Path, "directory of runs whose figures say how long it takes", PATH] = Path("runs"),
+@dataclass(frozen=True, kw_only=True)
+class Options(OptionGroup):
+    """What `rloop check` takes."""
+
+    params: Annotated[Path, "params file, read in the place of params.yaml", PATH] = Path("params.yaml")
+    runs: Annotated[Path, "directory of runs whose figures say how long it takes", PATH] = Path("runs")
     gpu_memory: Annotated[
         float, "GiB that each GPU offers (a card of 24 GB some 22, of 80 GB 79), to hold the plan against", at_least(0)
-    ] = 0.0,
-) -> None:
+    ] = 0.0
+
+
+def run(options: Options) -> None:
     """Check a params file and the graph that it makes, without running anything.
 
     Reads every command of dvc.yaml as it would run and names each fault in a line: options, files that no stage makes,
@@ -26,14 +33,13 @@ def run(
 
     Example: rloop check --params params.yaml --gpu-memory 22
     """
-    from rloop_cli import graph
-    from rloop_cli.app import app
-    from stages import check
+    from rloop_cli.check import graph
+    from rloop_cli.check.report import report
 
-    calls, faults = graph.read(params, typer.main.get_group(app))
-    report = check.report(calls, runs, gpu_memory)
-    if not (faults := [*faults, *report.faults]):
-        print(report.summary)
+    calls, faults = graph.read(options.params)
+    said = report(calls, options.runs, options.gpu_memory)
+    if not (faults := [*faults, *said.faults]):
+        print(said.summary)
         return
     lines = (" ".join(fault.split()) for fault in faults)
     raise InputError("\nrloop: ".join(lines))  # the door begins the first line so

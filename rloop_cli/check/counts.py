@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from stages.check.calls import Call, maker
+from rloop_cli.check.calls import Call, maker
 
 
 class Asked(NamedTuple):

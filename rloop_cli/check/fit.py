@@ -1,18 +1,13 @@
 """Does it fit: the plan of memory.py for every call that trains or draws, and rules on the number of processes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.check import memory
-from stages.check.calls import Call, Launch, base_of, launched, policies_of
-from stages.check.memory import Shape
+from rloop_cli.check.calls import Call, Launch, base_of, launched, policies_of
 from stages.core.errors import InputError
-from stages.core.outputs import read_json
-from stages.core.policy import adapters, checkpoints
-
-TOLERANCE = 0.01  # of the number of weights: biases, or norms of queries, that the plan doesn't know
+from stages.core.policy import adapters, checkpoints, memory
+from stages.core.policy.memory import Shape
 
 
 class Plan(NamedTuple):
@@ -66,26 +61,6 @@ def _refuse_adapters(base: Path, options: Any) -> None:
         adapters.check(base, options)
 
 
-def shape_of(base: Path) -> Shape:
-    """The shape of a policy; InputError if the checkpoint is broken, or the plan is not for its kind."""
-    shape = memory.shape_of(read_json(checkpoints.resolve(str(base)) / "config.json"))
-    if shape is None or abs(shape.parameters / _num_weights(base, shape.tied) - 1) > TOLERANCE:
-        raise InputError(f"the plan is for decoders of Qwen2's and Llama's kind, and {base} is none")
-    return shape
-
-
-def _num_weights(base: Path, is_tied: bool) -> int:
-    """Numbers in the checkpoint's files, by their headers; a tied head that was written all the same counts once."""
-    from safetensors import safe_open
-
-    number = 0
-    for file in checkpoints.weight_files(base):
-        with safe_open(file, framework="pt") as tensors:
-            names = (name for name in tensors.keys() if not (is_tied and name == "lm_head.weight"))  # noqa: SIM118
-            number += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
-    return number
-
-
 def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]:
     """The plans of all calls that train or draw, alike ones once, and why there is none for others."""
     found: dict[str, Plan] = {}
@@ -98,7 +73,7 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
             continue
         launch = launched(call)
         try:
-            shape = shape_of(base)
+            shape = memory.read_shape(base)
         except InputError as error:
             unknown[str(error)] = None
             continue

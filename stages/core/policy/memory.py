@@ -8,7 +8,13 @@ GPU.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any, Protocol
+
+from stages.core.errors import InputError
+from stages.core.outputs import read_json
+from stages.core.policy import checkpoints
 
 GIB = 2**30
 CONTEXT = 1.5  # GiB, estimate: CUDA context, allocator's fragments, what a sleeping engine keeps
@@ -16,6 +22,7 @@ CONTEXT_OF_MANY = 2.0  # GiB, estimate: the same and NCCL, while the engine is a
 ASLEEP_OF_MANY = 4.0  # GiB, estimate: the same while it sleeps
 ENGINE_WORK = 2.0  # GiB, estimate: the engine's activations, logits of its sampler, CUDA graphs
 ENGINE_WORK_OF_MANY = 3.0  # GiB, estimate: the same for policies that need several GPUs
+TOLERANCE = 0.01  # of the number of weights: biases, or norms of queries, that the plan doesn't know
 HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
 
 
@@ -96,6 +103,26 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
     head_dim = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
     return Shape(hidden, mlp, layers, heads, kv_heads, head_dim, vocab, bool(config.get("tie_word_embeddings")))
+
+
+def read_shape(policy: Path) -> Shape:
+    """The shape of a checkpoint; InputError if it is broken, or the plan is not for its kind."""
+    shape = shape_of(read_json(checkpoints.resolve(str(policy)) / "config.json"))
+    if shape is None or abs(shape.parameters / _num_weights(policy, shape.tied) - 1) > TOLERANCE:
+        raise InputError(f"the plan is for decoders of Qwen2's and Llama's kind, and {policy} is none")
+    return shape
+
+
+def _num_weights(policy: Path, is_tied: bool) -> int:
+    """Numbers in the checkpoint's files, by their headers; a tied head that was written all the same counts once."""
+    from safetensors import safe_open
+
+    number = 0
+    for file in checkpoints.weight_files(policy):
+        with safe_open(file, framework="pt") as tensors:
+            names = (name for name in tensors.keys() if not (is_tied and name == "lm_head.weight"))  # noqa: SIM118
+            number += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
+    return number
 
 
 def layer_activations(shape: Shape, rank: int = 0) -> int:

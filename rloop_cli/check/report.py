@@ -1,19 +1,15 @@
-"""What can be known of a params file before anything runs: its commands, files, prompts, memory, numbers and time.
-
-No stage of the pipeline: `rloop check` (rloop_cli/check.py) reads the graph, and this room says what it comes to.
-Nothing is run, written or fetched.
-"""
+"""What is known of a params file before anything runs: its commands, files, prompts, memory, numbers and time."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.check import counts, files, fit, prompts, times
-from stages.check.calls import Call
-from stages.check.counts import Range
-from stages.check.notes import notes
-from stages.check.prompts import Seen
+from rloop_cli.check import counts, files, fit, prompts, times
+from rloop_cli.check.calls import Call
+from rloop_cli.check.counts import Range
+from rloop_cli.check.notes import notes
+from rloop_cli.check.prompts import Seen
 
 WIDTH, LABEL = 100, 12
 

@@ -1,0 +1,145 @@
+"""One Typer app: each stage's `run` as a command, and a user's mistake as one line.
+
+A stage's `Options` declare what it takes (stages/core/options.py); no stage imports Typer.
+"""
+
+import dataclasses
+import errno
+import inspect
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from stages import STAGES, load
+from stages.core import options
+from stages.core.errors import CollapseError, InputError
+from stages.core.options import Option
+
+RUN_ERROR = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+REFUSED = (  # by the machine, so no bug of ours
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ENOMEM),
+)
+EXAMPLE_WIDTH = 72  # with its indent fits a terminal of 80 columns, so that nothing wraps it
+
+
+class OneLineGroup(TyperGroup):
+    """The commands. An unknown command or option is an error of one line, without Typer's usage text."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Run the command line, and leave with its exit code."""
+        try:
+            code = super().main(*args, **options | {"standalone_mode": False})
+        except typer.TyperException as error:
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else self.name
+            message = " ".join(error.format_message().split()).rstrip(".")
+            typer.echo(f"rloop: {message}; see {path} --help", err=True)
+            code = error.exit_code
+        sys.exit(code)
+
+
+app = typer.Typer(
+    name="rloop",
+    cls=OneLineGroup,
+    help="RLoop: short RL runs in a loop, each from a policy fine-tuned on what the last one found.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+    },
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import importlib.metadata
+
+        typer.echo(f"rloop {importlib.metadata.version('rloop')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """RLoop: short RL runs in a loop, each from a policy fine-tuned on what the last one found."""
+
+
+def command(run: Callable[..., Any]) -> Callable[..., None]:
+    """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
+
+    Raises typer.Exit: 2 for an InputError, a missing permission or a full disk; 1 for a CollapseError; 130 for Ctrl-C.
+    Any other exception is a bug of ours and passes on as a traceback.
+    """
+    groups = options.groups(run)
+
+    def call(debug: bool, **given: Any) -> None:
+        try:
+            for name, group in groups.items():
+                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            run(**given)
+        except InputError as error:
+            _fail(error, USER_ERROR, debug)
+        except CollapseError as error:
+            _fail(error, RUN_ERROR, debug)
+        except KeyboardInterrupt as interruption:
+            if os.environ.get("RANK", "0") != "0":  # of the processes of a launch the first says it
+                raise typer.Exit(INTERRUPTED) from None
+            _fail(f"interrupted; {str(interruption) or 'nothing is written before the end'}", INTERRUPTED, debug)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            _fail(f"{error.filename or 'writing'}: {error.strerror}", USER_ERROR, debug)
+
+    call.__doc__ = _with_copyable_example(run.__doc__ or "")
+    call.__signature__ = inspect.Signature(_parameters(run))  # type: ignore[attr-defined]
+    return call
+
+
+def _with_copyable_example(text: str) -> str:
+    """The help `text` whose last paragraph, "Example: rloop ...", is not wrapped but broken as a shell reads it."""
+    before, _, example = inspect.cleandoc(text).partition("Example: ")
+    lines = textwrap.wrap(example, EXAMPLE_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return f"{before}\b\nExample:\n  " + " \\\n    ".join(lines)
+
+
+def _parameters(run: Callable[..., Any]) -> list[inspect.Parameter]:
+    debug = typer.Option("--debug", help="show the whole traceback of an error")
+    return [*map(_parameter, options.declared(run).values()), _keyword("debug", Annotated[bool, debug], False)]
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """The option as a keyword parameter that Typer reads; - and _ are the same in its flag."""
+    flags = [f"{option.flag}/--no-{option.flag[2:]}"] if option.type is bool else [option.flag]
+    choices = [choice for rule in option.rules for choice in rule.choices]
+    complete = (lambda: choices) if choices else None
+    declared = typer.Option(*flags, help=option.help_with_rules, autocompletion=complete)
+    return _keyword(option.name, Annotated[option.type, declared], option.default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _fail(error: Exception | str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"rloop: {error}", err=True)
+    raise typer.Exit(code)
+
+
+for _stage in STAGES:
+    app.command(_stage)(command(load(_stage).run))
