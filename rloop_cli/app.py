@@ -1,12 +1,18 @@
 """The whole command line: the stages' commands, and `check`, which reads them as a params file would call them."""
 
+import inspect
 import os
 import sys
 
 from rloop_cli import check
-from rloop_cli.commands import app, command
+from rloop_cli.commands import app, command, ending_in_one_line
+from rloop_cli.launch import launch
 
 app.command("check")(command(check.run))
+_words = [*inspect.signature(launch).parameters.values()]
+app.command("launch", context_settings={"allow_interspersed_args": False})(
+    ending_in_one_line(launch, _words, launch.__doc__ or "")
+)
 
 
 def main() -> None:

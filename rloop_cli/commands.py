@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from stages import STAGES, load
 from stages.core import options
 from stages.core.errors import CollapseError, InputError
-from stages.core.options import Option
+from stages.core.options import Following, Option, OptionGroup
 
 RUN_ERROR = 1
 USER_ERROR = 2
@@ -79,18 +79,37 @@ def root(
 
 
 def command(run: Callable[..., Any]) -> Callable[..., None]:
-    """Wrap a stage's `run` for Typer: dataclass parameters spread into options, errors in one line.
+    """A stage's `run` for Typer: its `Options` as options of the command line."""
+    groups = options.groups(run)
+
+    def call(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = made(group, {field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        run(**given)
+
+    debug = typer.Option("--debug", help="show the whole traceback of an error")
+    parameters = [*map(_parameter, options.declared(run).values()), _keyword("debug", Annotated[bool, debug], False)]
+    return ending_in_one_line(call, parameters, run.__doc__ or "")
+
+
+def made(group: type[OptionGroup], given: Mapping[str, Any]) -> OptionGroup:
+    """The group of options of what Typer read; it reads None where a default follows other options."""
+    follow = {name for name, option in options.declared(group).items() if isinstance(option.default, Following)}
+    return group(**{name: value for name, value in given.items() if name not in follow or value not in (None, [])})
+
+
+def ending_in_one_line(
+    work: Callable[..., None], parameters: list[inspect.Parameter], text: str
+) -> Callable[..., None]:
+    """`work` for Typer, with these parameters and the help `text`, and an error of the user's as one line.
 
     Raises typer.Exit: 2 for an InputError, a missing permission or a full disk; 1 for a CollapseError; 130 for Ctrl-C.
     Any other exception is a bug of ours and passes on as a traceback.
     """
-    groups = options.groups(run)
 
-    def call(debug: bool, **given: Any) -> None:
+    def call(debug: bool = False, **given: Any) -> None:
         try:
-            for name, group in groups.items():
-                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-            run(**given)
+            work(**given)
         except InputError as error:
             _fail(error, USER_ERROR, debug)
         except CollapseError as error:
@@ -104,8 +123,8 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
                 raise
             _fail(f"{error.filename or 'writing'}: {error.strerror}", USER_ERROR, debug)
 
-    call.__doc__ = _with_copyable_example(run.__doc__ or "")
-    call.__signature__ = inspect.Signature(_parameters(run))  # type: ignore[attr-defined]
+    call.__doc__ = _with_copyable_example(text)
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
 
 
@@ -116,18 +135,15 @@ def _with_copyable_example(text: str) -> str:
     return f"{before}\b\nExample:\n  " + " \\\n    ".join(lines)
 
 
-def _parameters(run: Callable[..., Any]) -> list[inspect.Parameter]:
-    debug = typer.Option("--debug", help="show the whole traceback of an error")
-    return [*map(_parameter, options.declared(run).values()), _keyword("debug", Annotated[bool, debug], False)]
-
-
 def _parameter(option: Option) -> inspect.Parameter:
     """The option as a keyword parameter that Typer reads; - and _ are the same in its flag."""
     flags = [f"{option.flag}/--no-{option.flag[2:]}"] if option.type is bool else [option.flag]
     choices = [choice for rule in option.rules for choice in rule.choices]
     complete = (lambda: choices) if choices else None
-    declared = typer.Option(*flags, help=option.help_with_rules, autocompletion=complete)
-    return _keyword(option.name, Annotated[option.type, declared], option.default)
+    follows = option.default if isinstance(option.default, Following) else None
+    shown = follows.text if follows else True
+    declared = typer.Option(*flags, help=option.help_with_rules, autocompletion=complete, show_default=shown)
+    return _keyword(option.name, Annotated[option.type, declared], None if follows else option.default)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

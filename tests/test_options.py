@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from rloop_cli.commands import command
 from stages import STAGES, load
 from stages.core.errors import InputError
 from stages.core.options import (
     PATH,
     WITHOUT_EFFECT,
+    Following,
     OptionGroup,
     above,
     at_least,
@@ -19,6 +23,7 @@ from stages.core.options import (
     below,
     checked,
     declared,
+    following,
     one_of,
     values,
 )
@@ -73,8 +78,39 @@ def test_values_are_all_options_as_they_were_given():
     assert run(Some(threads=3), "o", k=[2]) == {"share": 0.5, "kind": "big", "threads": 3, "out": "o", "k": [2]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Follows(OptionGroup):
+    buffer: Annotated[int, "a buffer", at_least(0)] = following("512, at most most", lambda o: min(512, o.most))
+    ks: Annotated[list[int], "ks", at_least(1)] = following("half of most", lambda o: [o.most // 2])
+    most: Annotated[int, "most"] = 2048
+
+
+def test_a_default_follows_its_option_and_what_was_typed_stays_and_is_checked():
+    assert (Follows().buffer, Follows(most=48).buffer, Follows(most=48).ks) == (512, 48, [24])
+    assert (Follows(most=48, buffer=512).buffer, Follows(ks=[3]).ks) == (512, [3])
+    with pytest.raises(InputError, match="--buffer -1: must be at least 0"):
+        Follows(buffer=-1)
+    with pytest.raises(InputError, match="--ks 0: must be at least 1"):
+        Follows(most=1)
+
+
+def test_the_command_line_shows_how_a_default_follows_and_leaves_it_to_the_group():
+    taken = []
+
+    def stage(options: Follows) -> None:
+        """Take options. Example: rloop stage"""
+        taken.append(options)
+
+    app = typer.Typer()
+    app.command()(command(stage))
+    for words in ([], ["--most", "48"], ["--buffer", "7", "--ks", "2", "--ks", "3"]):
+        assert CliRunner().invoke(app, words).exit_code == 0
+    assert taken == [Follows(), Follows(most=48), Follows(buffer=7, ks=[2, 3])]
+    assert "[default: (512, at most most)]" in CliRunner().invoke(app, ["--help"], terminal_width=120).output
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_default_of_every_stage_keeps_its_own_rules(stage):
     for option in declared(load(stage).run).values():
-        if option.default is not inspect.Parameter.empty:
+        if option.default is not inspect.Parameter.empty and not isinstance(option.default, Following):
             option.check(option.default)

@@ -11,7 +11,7 @@ import pytest
 
 from stages import STAGES, load
 from stages.core import outputs, provenance
-from stages.core.options import ROUNDING, WITHOUT_EFFECT, OptionGroup, declared
+from stages.core.options import ROUNDING, WITHOUT_EFFECT, Following, OptionGroup, declared
 from stages.core.provenance import Identity, Inputs, identify
 
 
@@ -21,11 +21,16 @@ def options_with(kind, **changed):
     for name, option in declared(kind).items():
         default = "" if option.default is inspect.Parameter.empty else option.default
         object.__setattr__(made, name, changed.get(name, default))
+    for name, value in vars(made).items():
+        if isinstance(value, Following):
+            object.__setattr__(made, name, value.of(made))
     return made
 
 
 def another(option):
     """A value that keeps the option's rules and is not its default."""
+    if isinstance(option.default, Following):
+        return [1] if option.type == list[int] else 1
     choices = [choice for rule in option.rules for choice in rule.choices]
     if choices:
         return next(choice for choice in choices if choice != option.default)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import typer
 
 from rloop_cli.check.calls import Call
-from rloop_cli.commands import app
+from rloop_cli.commands import app, made
 from stages import STAGES, load
 from stages.core import options
 from stages.core.errors import InputError
@@ -240,6 +240,8 @@ def _refused(stage: str, values: Mapping[str, Any]) -> Faults:
     run = load(stage).run
     faults = []
     for name, option in options.declared(run).items():
+        if isinstance(option.default, options.Following) and values[name] in (None, []):
+            continue
         try:
             option.check(values[name])
         except InputError as error:
@@ -249,7 +251,7 @@ def _refused(stage: str, values: Mapping[str, Any]) -> Faults:
     given = dict(values)
     try:
         for name, group in options.groups(run).items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            given[name] = made(group, {field.name: given.pop(field.name) for field in dataclasses.fields(group)})
         getattr(load(stage), "check_options", lambda given: None)(given)
     except InputError as error:
         return [(str(error).split()[0].rstrip(":"), str(error))]

@@ -41,6 +41,22 @@ class Effect(Enum):
 ROUNDING, WITHOUT_EFFECT, PATH = Effect
 
 
+@dataclass(frozen=True)
+class Following:
+    """A default that follows other options: `of` gives it from the group, `text` says in the help how."""
+
+    text: str
+    of: Callable[[Any], Any]
+
+
+def following(text: str, of: Callable[[Any], Any]) -> Any:
+    """The default of an option that follows others, so that only what was typed is ever refused.
+
+    `overlong_buffer: Annotated[int, "..."] = following("512, at most max_tokens", lambda o: min(512, o.max_tokens))`
+    """
+    return Following(text, of)
+
+
 def at_least(low: float) -> Rule:
     """`low` or more."""
     return Rule(f"at least {low}", lambda value: value >= low)
@@ -68,7 +84,7 @@ def one_of(*choices: str) -> Rule:
 
 @dataclass(frozen=True)
 class Option:
-    """One option as it was declared; `default` is inspect.Parameter.empty if there is none."""
+    """One option as it was declared; `default` is inspect.Parameter.empty if there is none, or a `Following`."""
 
     name: str
     type: Any
@@ -156,8 +172,11 @@ class OptionGroup:
     """Base class of a stage's group of options: making one with a value that breaks a rule is an InputError."""
 
     def __post_init__(self) -> None:
-        """Check each option. A derived class calls this, then checks its rules between options."""
-        for name, option in declared(type(self)).items():
+        """Fill in defaults that follow others, check each option. A derived class then checks rules between them."""
+        options = declared(type(self))
+        for name, option in sorted(options.items(), key=lambda item: isinstance(item[1].default, Following)):
+            if isinstance(value := getattr(self, name), Following):
+                object.__setattr__(self, name, value.of(self))
             option.check(getattr(self, name))
 
     @property
