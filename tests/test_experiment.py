@@ -1,141 +1,200 @@
-"""The experiment on the toy: its plan names nothing that an earlier part has not made, and its means are means."""
+"""The experiments: a project for each seed and arm, what they share, and the tables of what is there."""
 
+import importlib
 import json
+import shutil
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from stages.core import jsonl, records
-from stages.toy import make_sets, problems
+from rloop_cli.app import app
+from stages.core import jsonl
+from stages.core.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "experiments").glob("*/*.yaml"))
+SMALL = """
+params: params.yaml
+common: {rl: {seed: $seed}}
+seeds: [3, 4]
+arms:
+  loop: {}
+  all: {filter: {rate: 1.0}}
+  twice: {rl: {steps: 8}}
+"""
+GRAPH = """
+stages:
+  rl:
+    cmd: mkdir -p runs/1/rl && echo rl ${rl} >> ../made && echo ${rl} > runs/1/rl/log
+    params: [rl]
+    outs: [runs/1/rl: {cache: false}]
+  filter:
+    cmd: echo filter ${filter} >> ../made && cat runs/1/rl/log > runs/1/examples
+    deps: [runs/1/rl]
+    params: [filter]
+    outs: [runs/1/examples]
+"""
+
+
+def module(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
 
 
 @pytest.fixture
-def experiment(monkeypatch):
-    """The two modules of experiments/toy."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments/toy")
-    import results
-    import run
-
-    yield run, results
-    for name in ("run", "results"):
-        del sys.modules[name]
+def experiments(monkeypatch):
+    return module("run", monkeypatch)
 
 
-def arguments(part, name):
-    flag = f"--{name}"
-    words = part.make if isinstance(part.make, list) else []
-    return [after for word, after in pairwise(words) if word == flag]
+@pytest.fixture
+def results(monkeypatch):
+    return module("results", monkeypatch)
 
 
-def test_every_part_reads_only_what_was_made_before_it(experiment):
-    run, _ = experiment
-    for name in run.ARMS:
-        made = []
-        before = [] if name == "loop" else list(run.parts("loop", 3))
-        for part in [*run.parts("vanilla", 3), *before, *run.parts(name, 3)]:
-            assert part.out not in made, f"{part.out} is made twice"
-            for flag in ("policy", "problems", "rollouts", "examples", "evals"):
-                for path in arguments(part, flag):
-                    assert any(f"{path}/".startswith(f"{out}/") for out in [*made, "eval"]), f"{part.out} needs {path}"
-            made.append(part.out)
+@pytest.fixture
+def small(tmp_path):
+    """An experiment of two seeds and three arms in a directory of its own."""
+    (tmp_path / "params.yaml").write_text("rl: {steps: 4}\nfilter: {rate: 0.3}\n")
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return tmp_path / "small.yaml"
 
 
-def test_every_method_of_the_tables_is_evaluated(experiment):
-    run, results = experiment
-    asked = {
-        (part.out.removeprefix("eval/"), policy)
-        for name in run.ARMS
-        for part in run.parts(name, 1)
-        if part.out.startswith("eval/")
-        for policy in arguments(part, "policy")
-    }
-    wanted = {(place, policy) for place, policy, _ in results.METHODS.values() if policy}
-    assert wanted <= asked
+def test_a_merge_patch_changes_adds_and_removes(experiments):
+    before = {"a": {"b": 1, "c": 2}, "d": [1], "e": {"f": 1}}
+    after = experiments.patched(before, {"a": {"b": 3, "c": None, "g": {"h": None, "i": 4}}, "d": [2], "e": 5})
+    assert after == {"a": {"b": 3, "g": {"i": 4}}, "d": [2], "e": 5}
+    assert before == {"a": {"b": 1, "c": 2}, "d": [1], "e": {"f": 1}}
 
 
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_the_training_problems_are_split_as_they_are_meant_to_be(experiment, tmp_path, seed):
-    run, _ = experiment
-    (tmp_path / "0").mkdir()
-    jsonl.write(tmp_path / "0/train.jsonl", problems("train", make_sets(seed, 756, 10, 0.2)["train"]))
-    run.split_sets(tmp_path)
-    names = ("train", "select", "mixed")
-    found = {name: list(records.read_problems(tmp_path / f"sets/{name}.jsonl")) for name in names}
-    assert [len(found[name]) for name in found] == [320, 100, 320]
-    ids = {name: {problem["id"] for problem in found[name]} for name in found}
-    assert not ids["train"] & ids["select"]
-    assert len(ids["mixed"]) == 320
-    assert sum(map(run.is_hard, found["mixed"])) == 128
+def test_a_seed_and_an_arm_are_the_params_with_their_patches(experiments, small):
+    loop, everything, twice = experiments.projects(small, "4", [])
+    assert [project.path.name for project in (loop, everything, twice)] == ["4-loop", "4-all", "4-twice"]
+    assert loop.params == {"rl": {"steps": 4, "seed": 4}, "filter": {"rate": 0.3}}
+    assert everything.params == loop.params | {"filter": {"rate": 1.0}}
+    assert twice.params == loop.params | {"rl": {"steps": 8, "seed": 4}}
+    assert {project.first for project in (loop, everything, twice)} == {loop.path}
+    (alone,) = experiments.projects(small, "4", ["all"])
+    assert alone.first == alone.path, "there is nothing yet to share with"
+    loop.path.mkdir(parents=True)
+    assert experiments.projects(small, "4", ["all"])[0].first == loop.path
 
 
-def test_a_problem_is_hard_where_a_running_total_misses_the_answer(experiment):
-    run, _ = experiment
-    assert not run.is_hard({"problem": "2*3+4=?", "answer": "10"})
-    assert run.is_hard({"problem": "2+3*4=?", "answer": "14"})
+@pytest.mark.parametrize(("text", "message"), [
+    (SMALL.replace("all:", "some:"), "has no arm all: it has loop, some, twice"),
+    (SMALL.replace("$seed", "$sed"), "is no experiment"),
+    ("a list", "is no experiment"),
+    ("params: [", "is no experiment"),
+])  # fmt: skip
+def test_what_is_wrong_with_an_experiment_is_said_in_one_line(experiments, small, text, message):
+    small.write_text(text)
+    with pytest.raises(InputError, match=message) as raised:
+        experiments.projects(small, "3", ["all"])
+    assert "\n" not in str(raised.value)
 
 
-def test_a_mean_over_seeds_has_the_student_interval(experiment):
-    _, results = experiment
-    found = results.mean([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found.value == 3.0
-    assert found.half == pytest.approx(2.776445 * 2.5**0.5 / 5**0.5, rel=1e-6)  # t of 4 degrees of freedom
-    assert results.cell(results.mean([2.0, 2.0])) == "2.0"
-    assert results.cell(results.mean([3.0, 3.1, 3.2]), signed=True).startswith("**+3.1")
-    assert results.cell(results.mean([-1.0, 0.0, 1.0]), signed=True) == "+0.0 ± 2.5"
+@pytest.mark.slow
+def test_an_arm_takes_over_what_its_params_do_not_change(experiments, small, monkeypatch):
+    root = small.parent / "root"
+    shutil.copytree(ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
+    (root / "dvc.yaml").write_text(GRAPH)
+    monkeypatch.setattr(experiments, "ROOT", root)
+    assert experiments.run(small, [], [], [], 2) == 0
+    runs = small.parent / "runs/small"
+    assert sorted(path.name for path in runs.iterdir()) == sorted(
+        ["made", *(f"{seed}-{arm}" for seed in (3, 4) for arm in ("loop", "all", "twice"))]
+    )
+    made = (runs / "made").read_text().splitlines()
+    assert sorted(line for line in made if line.endswith(" 3")) == ["rl --steps 4 --seed 3", "rl --steps 8 --seed 3"]
+    assert (
+        sorted(line for line in made if line.startswith("filter"))
+        == ["filter --rate 0.3"] * 4 + ["filter --rate 1.0"] * 2
+    )
+    assert (runs / "4-twice/runs/1/examples").read_text() == "--steps 8 --seed 4\n"
+    assert experiments.run(small, [], ["all"], [], 1) == 0
+    assert (runs / "made").read_text().splitlines() == made, "started again it makes nothing anew"
 
 
-def test_differences_are_taken_within_a_seed(experiment, monkeypatch, tmp_path):
-    run, results = experiment
-    for seed, correct in (("1", {"0/policy": 8, results.METHODS["RL"][1]: 16}), ("2", {"0/policy": 16})):
-        for name in run.SETS:
-            rows = [
-                {"problem_id": "a", "policy": policy, "num_samples": 32, "num_correct": count, "num_truncated": 0}
-                for policy, count in correct.items()
-            ]
-            path = tmp_path / seed / "eval/loop" / name / "results.jsonl"
-            path.parent.mkdir(parents=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(results, "RUNS", tmp_path)
-    values = results.measured()
-    assert values["Base", "all", "avg@32"] == {"1": 25.0, "2": 50.0}
-    assert results.differences(values, "RL", "Base", "outside", "avg@32") == [25.0]
-    assert results.differences(values, "RL", "Base", "all", "avg@32", relative=True) == [100.0]
+def test_a_start_script_makes_runs_0_whole_or_not_at_all(experiments, small):
+    small.write_text("start: start.sh $seed 7\n" + SMALL)
+    script = small.with_name("start.sh")
+    script.write_text("echo $1 $2 >$3/numbers\nfalse\n")
+    with pytest.raises(InputError, match="failed, see above"):
+        experiments.make_start(small, "3")
+    assert not list((small.parent / "runs").rglob("numbers"))
+    script.write_text("echo $1 $2 >$3/numbers\n")
+    experiments.make_start(small, "3")
+    (project, *_) = experiments.projects(small, "3", [])
+    project.make()
+    assert (project.path / "runs/0/numbers").read_text() == "3 7\n"
 
 
-def test_a_cost_counts_every_run_and_fine_tuning_behind_a_policy_once(experiment, tmp_path):
-    _, results = experiment
-
-    def write(place, **record):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / place).write_text(json.dumps(record))
-
-    for run, start in (("1/rl", None), ("2/rl", "1/policy")):
-        write(f"{run}/manifest.json", stage="rl", **({"policy": start} if start else {}))
-        lines = [f"{step}\t{100 * step}\t{10 * step}\n" for step in range(1, results.STEPS + 2)]
-        (tmp_path / run / "log.tsv").write_text("step\tnum_rollouts\tupdate_tokens\n" + "".join(lines))
-    write("1/policy/manifest.json", stage="rft", policy="0/policy", examples="1/examples.jsonl")
-    write("1/policy/metrics.json", num_tokens=7)
-    write("1/examples.manifest.json", rollouts=["1/rl"])
-    end = f"2/rl/checkpoints/{results.step_name(2)}"
-    write("2/policy/manifest.json", stage="merge", paths={"policy 0": "1/policy", "policy 1": end})
-
-    first = sum(range(1, results.STEPS + 1))
-    assert results.cost(tmp_path, "0/policy") == (0, 0, 0)
-    assert results.cost(tmp_path, "1/policy") == (100 * first, 10 * first, 7)
-    assert results.cost(tmp_path, end) == (100 * (first + 1 + 2), 10 * (first + 1 + 2), 7)
-    assert results.cost(tmp_path, "2/policy") == results.cost(tmp_path, end)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_arm_passes_the_check_but_for_what_its_start_makes(experiments, tmp_path, monkeypatch, file):
+    (tmp_path / "experiments").mkdir()
+    for name in ("experiments", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("runs"), dirs_exist_ok=True)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    projects = experiments.projects(tmp_path / file.relative_to(ROOT), "1", [])
+    assert projects
+    for project in projects:
+        project.make()
+        monkeypatch.chdir(project.path)
+        faults = CliRunner().invoke(app, ["check"]).stderr.splitlines()
+        assert not [fault for fault in faults if "runs/0/" not in fault]
 
 
-def test_temporal_sampling_takes_turns_from_the_latest_checkpoint(experiment):
-    _, results = experiment
+def evaluated(out, problem_set, counts, num_samples=4):
+    out.mkdir(parents=True)
+    jsonl.write(out / "results.jsonl", [
+        {"problem_id": f"p{i}", "policy": policy, "num_samples": num_samples, "num_correct": count, "num_truncated": 0}
+        for policy, correct in counts.items() for i, count in enumerate(correct)
+    ])  # fmt: skip
+    (out / "manifest.json").write_text(json.dumps({"set": problem_set}))
 
-    def counts(correct):
-        return [{"num_samples": 32, "num_correct": correct}]
 
-    names = [f"vanilla/rl/checkpoints/{results.step_name(step)}" for step in results.SPREAD]
-    found = results.spread(dict(zip(names, map(counts, (0, 0, 32)), strict=True)))
-    assert found["avg@32"][0] == pytest.approx(11 / 32)
-    assert found["pass@8"][0] == 1.0
-    assert results.spread({}) == {}
+def test_the_tables_hold_the_ends_of_each_way_and_their_differences(results, tmp_path):
+    end, on_way = (f"runs/vanilla/rl/checkpoints/step_00000{step}" for step in (2, 1))
+    for seed in "01":
+        project = tmp_path / f"{seed}-hard"
+        (project / "runs/1/rl").mkdir(parents=True)
+        (project / "runs/1/rl/manifest.json").write_text('{"parameters": {"steps": 2}}')
+        (project / "runs/1/rl/log.tsv").write_text(
+            "step\tentropy\tgrad_norm\tpass_rate\n1\t0.5\t1\t0.25\n2\t0.4\t2\t0.5\n"
+        )
+        (project / "params.yaml").write_text("vanilla: {steps: 2}\neval: {k: [2]}\n")
+        evaluated(project / "runs/eval/0", "valid", {"runs/0/policy": [0, 2]})
+        evaluated(project / "runs/eval/vanilla/valid", "valid", {on_way: [4, 4], end: [1, 3]})
+        explored = {"runs/1/rl/checkpoints/step_000002": [3, 4], "runs/1/rl/checkpoints/step_000001": [4, 4]}
+        evaluated(project / "runs/eval/1/valid", "valid", {**explored, "runs/1/policy": [2, 4]})
+        evaluated(project / "runs/eval/1/test", "far", {"runs/1/policy": [0, 0]})
+    policies = results.policies(tmp_path)
+    assert [(policy.seed, policy.method) for policy in policies] == [
+        (seed, method) for seed in "01" for method in ("Base", "RL", "RLoop hard", "RLoop hard, last RL endpoint")
+    ]
+    rows = results.measurements(policies, [2])
+    values = {(row["seed"], row["method"], row["metric"]): row["value"] for row in rows if row["set"] == "valid"}
+    assert values["0", "RL", "avg@4"] == 50.0, "the end counts, not the checkpoint on the way"
+    assert values["1", "RLoop hard", "avg@4"] == 75.0
+    assert values["1", "RLoop hard, last RL endpoint", "avg@4"] == 87.5, (
+        "its last step, not an earlier one or what it led to"
+    )
+    averages = {(row["method"], row["metric"]): row["value"] for row in rows if row["set"] == "average"}
+    assert averages["RLoop hard", "avg@4"] == 37.5, "of the set that it solves and of the one that it does not"
+    assert ("RL", "avg@4") not in averages, "one set of two is no average"
+    assert values["0", "Base", "pass@2"] == pytest.approx(100 * (0 + 5 / 6) / 2)
+    apart = {(row["pair"], row["metric"]): row["value"] for row in results.differences(policies, [2])}
+    assert apart["RLoop hard − RL", "avg@4"] == 25.0
+    assert apart["RL − Base", "avg@4"] == 25.0
+    text = results.write(tmp_path, tmp_path / "out")
+    assert "| RLoop hard over RL here" in text
+    assert "+50.0" in text, "sets on which RL was not evaluated do not count"
+    assert (tmp_path / "out/over_steps.tsv").read_text().splitlines()[1] == "0-hard\t1\t1\t0.5\t1\t0.25"
+
+
+def test_without_an_evaluation_there_is_no_table(results, tmp_path):
+    with pytest.raises(InputError, match="holds no evaluation yet"):
+        results.write(tmp_path, tmp_path / "out")

@@ -1,16 +1,22 @@
-"""The experiment's data: public sets in one shape, split into sets of which none holds a problem of another.
+"""The data of the experiment: public sets in one shape, and the examples of the warm start.
 
-Sources are files in a directory, `{"id", "problem", "answer"}` a line and in gsm8k_train_rationales.jsonl `rationale`
-too, or the same sets on the hub. The splits are commands of `rloop prepare`; the examples of the warm start are
-prompts by the template that RL and evaluation use, and completions that end in \\boxed{}.
+    python data.py sources --out DIR [--data DIR]
+    python data.py examples --warm DIR --template FILE --out FILE
+
+Sources are files in --data, `{"id", "problem", "answer"}` a line and in gsm8k_train_rationales.jsonl `rationale` too,
+or the same sets on the hub. Examples are prompts in the template that RL and evaluation use, and completions that end
+in \\boxed{}.
 """
 
+import argparse
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import told
+from base import in_one_line
 
 from stages.core import jsonl, outputs
 from stages.core.drawing import templates
@@ -18,8 +24,8 @@ from stages.core.errors import InputError
 from stages.prepare import sources
 
 RATIONALES = "gsm8k_train_rationales"
-TESTS = ("asdiv", "mawps_single", "gsm8k_test")
-SETS = ("valid", *TESTS)
+POOL = ("asdiv", "mawps_single")  # train and valid are drawn from these together
+NUM_TOLD = NUM_RATIONALES = 2000  # solutions that the warm start learns from; of the rationales the shortest
 RL_TOLD_SEED, WARM_TOLD_SEED = 1, 0  # so that no problem told to the warm start is asked again
 MARK = re.compile(r"<<[^>]*>>")  # GSM8K's calculator
 
@@ -51,14 +57,17 @@ def refuse_missing(directory: Path) -> None:
         )
 
 
-def gather(directory: Path | None, out: Path, num_told: Mapping[str, int]) -> None:
+def gather(directory: Path | None, out: Path) -> None:
     """Write every source to `out`, whole or not at all: those of the directory or the hub, and those that are told."""
+    if directory:
+        refuse_missing(directory)
     with outputs.whole_dir(out) as beside:
         for name in ORIGINS:
             rows = _of_file(directory / f"{name}.jsonl") if directory else _of_hub(name)
             jsonl.write(beside / f"{name}.jsonl", rows)
-        jsonl.write(beside / "told.jsonl", told.problems(num_told["warm_start"], WARM_TOLD_SEED))
-        jsonl.write(beside / "told_pool.jsonl", told.problems(num_told["pool"], RL_TOLD_SEED))
+        jsonl.write(beside / "pool.jsonl", (row for name in POOL for row in _of_file(beside / f"{name}.jsonl")))
+        jsonl.write(beside / "told.jsonl", told.problems(NUM_TOLD, WARM_TOLD_SEED))
+        jsonl.write(beside / "told_pool.jsonl", told.problems(NUM_TOLD, RL_TOLD_SEED))
 
 
 def _of_file(path: Path) -> Iterator[dict[str, Any]]:
@@ -87,38 +96,11 @@ def of_hub_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
     return {"problem": row["question"], "answer": answer.strip().replace(",", ""), "rationale": solution.strip()}
 
 
-def join(files: Iterable[Path], out: Path) -> None:
-    """Write the lines of several files into one."""
-    jsonl.write(out, (row for file in files for row in _of_file(file)))
-
-
-def preparations(settings: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """(file to make, arguments of rloop), in order: each set is decontaminated of those before it.
-
-    `sources/pool.jsonl` is read by the first and the last of the sets.
-    """
-    before: list[str] = []
-    limits = {"valid": settings["valid"], **dict.fromkeys(TESTS, settings["test"]), "train": settings["train"]}
-    for name, limit in limits.items():
-        source = f"sources/{name if name in TESTS else 'pool'}.jsonl"
-        place = "train.jsonl" if name == "train" else f"sets/{name}.jsonl"
-        yield place, _prepare(source, place, before, ["--limit", str(limit), "--seed", str(settings["seed"])])
-        before.append(place)
-    for name in (RATIONALES, "told"):
-        place = f"warm/{name}.jsonl"
-        yield place, _prepare(f"sources/{name}.jsonl", place, before, ["--keep-column", "rationale"])
-
-
-def _prepare(source: str, out: str, others: list[str], more: list[str]) -> list[str]:
-    apart = [word for other in others for word in ("--decontaminate", other)]
-    return ["prepare", "--source", source, "--out", out, "--drop-unparseable", *more, *apart]
-
-
-def write_examples(directory: Path, settings: Mapping[str, Any], template: Path, out: Path) -> None:
+def write_examples(directory: Path, template: Path, out: Path) -> None:
     """The examples of the warm start: the shortest rationales, and what is told."""
     render = templates.load(str(template)).render
     solved = sorted(_of_file(directory / f"{RATIONALES}.jsonl"), key=lambda row: (len(row["rationale"]), row["id"]))
-    chosen = [*solved[: settings["rationales"]], *_of_file(directory / "told.jsonl")]
+    chosen = [*solved[:NUM_RATIONALES], *_of_file(directory / "told.jsonl")]
     jsonl.write(out, (example(problem, render(problem["problem"])) for problem in chosen))
 
 
@@ -126,3 +108,24 @@ def example(problem: Mapping[str, str], prompt: str) -> dict[str, Any]:
     """The record that rft learns from."""
     completion = f" {problem['rationale']}\n\\boxed{{{problem['answer']}}}"
     return {"problem_id": problem["id"], "prompt": prompt, "completion": completion, "pass_rate": 0.0}
+
+
+@in_one_line
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sources", "examples"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="of sources: directory of the sets; default: the hub")
+    parser.add_argument("--warm", type=Path, help="of examples: directory of the problems with rationales")
+    parser.add_argument("--template", type=Path, help="of examples: the prompt")
+    options = parser.parse_args()
+    if options.what == "sources":
+        gather(options.data, options.out)
+    else:
+        write_examples(options.warm, options.template, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Tables of what experiments/words/run.py has made so far.
+"""Tables of what experiments/run.py has made so far.
 
-    python experiments/words/results.py
+    python experiments/results.py experiments/words/runs/cpu --out experiments/words/results
 
-Writes experiments/words/results/: measurements.tsv (one number a line: seed, method, set, metric, with its interval),
+Writes into --out: measurements.tsv (one number a line: seed, method, set, metric, with its interval),
 over_steps.tsv (entropy, gradient norm and pass rate at each RL step) and results.md. Figures are percent; an interval
 is the 95 % bootstrap interval over problems of one seed's policy. A difference is taken problem by problem within a
 seed; its mean over seeds has no interval, since a few seeds give none worth the name.
@@ -16,7 +16,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
-from base import in_one_line
 from tabulate import tabulate
 
 from stages.core import outputs, tabular
@@ -25,14 +24,13 @@ from stages.core.records import Result
 from stages.core.study import metrics, runs
 from stages.report import summaries
 
-HERE = Path(__file__).resolve().parent
 COLUMNS = ("entropy", "grad_norm", "pass_rate")
 AVERAGE = "average"  # the set in the place of all sets
 PAPER = ("RLoop over RL in the paper (Qwen2.5-Math-7B)", "+9", "+15")
 
 
 class Policy(NamedTuple):
-    """A policy at the end of its way: "RLoop 10 %" of seed 0, and its results by set."""
+    """A policy at the end of its way: "RLoop balanced4" of seed 0, and its results by set."""
 
     seed: str
     method: str
@@ -43,15 +41,15 @@ def policies(directory: Path) -> list[Policy]:
     """Base, RL, RLoop and its last RL endpoint of every project in `directory`; base and RL once a seed."""
     found: dict[tuple[str, str], Policy] = {}
     for project in projects(directory):
-        seed, _, percent = project.name.partition("-")
+        seed, _, arm = project.name.partition("-")
         for method, results in ends(project / "runs").items():
-            name = method.replace(runs.RLOOP, f"{runs.RLOOP} {percent} %")
+            name = method.replace(runs.RLOOP, f"{runs.RLOOP} {arm}")
             found.setdefault((seed, name), Policy(seed, name, results))
     return [found[key] for key in sorted(found)]
 
 
 def projects(directory: Path) -> list[Path]:
-    """The projects with an evaluation in them, by seed and threshold."""
+    """The projects with an evaluation in them, by seed and arm."""
     return sorted(path for path in directory.glob("[0-9]*-*") if runs.evals_below(path / "runs/eval"))
 
 
@@ -224,9 +222,7 @@ def sections(directory: Path) -> Iterator[str]:
     found, wanted = policies(directory), ks(directory)
     rows, apart = measurements(found, wanted), differences(found, wanted)
     steps = over_steps(directory)
-    trees = outputs.read_json(directory / "experiment.json").get("trees", [])
-    commits = ", ".join(f"{tree['commit'][:7]}{' with changes' if tree['is_changed'] else ''}" for tree in trees)
-    yield f"# A real language model through the loop\n\nMade at commit {commits or '-'}. Percent."
+    yield f"# {directory.parent.parent.name}: the loop over seeds and arms\n\nPercent."
     yield f"## Means over seeds\n\n{over_seeds(rows, ('set', 'method'))}"
     yield "## Each seed\n\nWith the 95 % interval over problems; for the average each set is resampled on its own."
     yield pivot(rows, ("set", "seed", "method"))
@@ -245,7 +241,7 @@ def sections(directory: Path) -> Iterator[str]:
 def write(directory: Path, out: Path) -> str:
     """Write all tables; the text of results.md. InputError if there is no evaluation yet."""
     if not projects(directory):
-        raise InputError(f"{directory} holds no evaluation yet: python experiments/words/run.py")
+        raise InputError(f"{directory} holds no evaluation yet: python experiments/run.py")
     out.mkdir(parents=True, exist_ok=True)
     tabular.write_tsv(out / "measurements.tsv", measurements(policies(directory), ks(directory)))
     tabular.write_tsv(out / "over_steps.tsv", over_steps(directory))
@@ -254,14 +250,17 @@ def write(directory: Path, out: Path) -> str:
     return text
 
 
-@in_one_line
 def main() -> int:
     """Write the tables and show them; 2 with one line if there is nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("runs", type=Path, help="directory of projects, <seed>-<arm> each")
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    print(write(options.runs, options.out))
+    try:
+        print(write(options.runs, options.out))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
