@@ -36,7 +36,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from stages.core.drawing.engine import Sampling, VllmEngine
+from stages.core.drawing.engine import EngineOptions, Sampling, VllmEngine
 from stages.core.drawing.rollouts import Prompt, make_prompts
 from stages.core.drawing.templates import load
 from stages.core.grading.scores import Score
@@ -352,9 +352,8 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
     prompts = ready_prompts(path, options)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if options.dtype == "bfloat16" else "no")
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    engine = VllmEngine(
-        path, max_model_len=longest + options.max_tokens, dtype=options.dtype, is_compiled=options.compile
-    )
+    how = EngineOptions(dtype=options.dtype, compile=options.compile)
+    engine = VllmEngine(path, how, max_model_len=longest + options.max_tokens)
     trainer = CountingTrainer(path, accelerator, settings)
     sampling = Sampling(options.group_size, options.max_tokens)
     found: dict[str, Totals] = {name: Counter() for name in ("rloop", "bare", "TRL generate", "TRL continuous")}

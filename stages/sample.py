@@ -9,32 +9,41 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from stages.core import jsonl, outputs, provenance
 from stages.core.drawing import sampling
-from stages.core.drawing.rollouts import no_room
+from stages.core.drawing.request import Request, read_request
+from stages.core.drawing.sampling import SamplingOptions, StartEngine
 from stages.core.errors import InputError
 from stages.core.grading import verifier
 from stages.core.lifetime import end_with_parent
-from stages.core.options import PATH, at_least, checked
+from stages.core.options import PATH, at_least
 from stages.core.progress import warn
 from stages.core.ranks import Ranks
 from stages.core.records import Rollout
 
 
-@checked
-def run(
-    *,
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions):
+    """What `rloop sample` takes."""
+
     policy: Annotated[
-        list[str], "policy to ask: a checkpoint, a directory of checkpoints, or a hub id; repeatable", PATH
-    ],
-    problems: Annotated[Path, "problems to ask (JSONL); - is stdin", PATH],
-    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PATH],
-    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16,
-    options: sampling.Options,
-) -> None:
+        list[str], "policy to sample: a checkpoint, a directory of checkpoints, or a hub id; repeatable", PATH
+    ]
+    problems: Annotated[Path, "problems (JSONL); - is stdin", PATH]
+    out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PATH]
+    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16
+
+    def __post_init__(self) -> None:
+        """Raise InputError for samples that would all be the same."""
+        super().__post_init__()
+        sampling.refuse_alike(self.temperature, self.num_samples)
+
+
+def run(options: Options) -> None:
     """Draw groups of rollouts from one policy or several, and score them.
 
     Several policies share one engine, so they need one architecture and one tokenizer. A problem whose prompt leaves
@@ -44,28 +53,32 @@ def run(
     Example: rloop sample --policy loop/0/policy --problems loop/0/prec.jsonl --out loop/prec.jsonl --template none
     --max-tokens 72 --num-samples 4
     """
-    given, start = locals(), time.monotonic()
+    draw(options, Request.start_engine)
+
+
+def draw(options: Options, start_engine: StartEngine) -> None:
+    """`run` with the engines that `start_engine` starts."""
+    start, out = time.monotonic(), options.out
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
-    plan = ranks.together(lambda: _plan(policy, problems, out, num_samples, options, ranks))
+    request = ranks.together(lambda: _read(options, ranks))
     is_piped = str(out) == "-"  # without a manifest; so one process need not read the weights for their digests
-    sources = [path for path in (problems, *plan.policies.values()) if str(path) != "-"]
-    read = ranks.together(lambda: provenance.recorded([] if is_piped and ranks.is_alone else sources))
-    ranks.refuse_differences(read.digests | {"reward": plan.rewards.digest})
+    sources = [path for path in (options.problems, *request.policies.values()) if str(path) != "-"]
+    inputs = ranks.together(lambda: provenance.recorded([] if is_piped and ranks.is_alone else sources))
+    ranks.refuse_differences(inputs.digests | {"reward": request.rewards.digest})
     manifest_file, counts = out.with_suffix(".manifest.json"), Counter[str]()
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out, manifest_file)))
-        rollouts = sampling.rollouts(plan, plan.start_engine, stack.enter_context(plan.grader()))
+        rollouts = sampling.rollouts(request, start_engine, stack.enter_context(request.grader(options.bare)))
         if not ranks.is_first:
             deque(rollouts, maxlen=0)  # draws what it has to
             return
         jsonl.write(out, _counted(rollouts, counts))
         if not is_piped:
             decides = provenance.versions() | verifier.VERSION
-            identity = provenance.identify_run(run, given, read.digests, decides, **plan.resolved)
+            identity = provenance.identify("sample", options, inputs, decides, **request.resolved)
             seconds = time.monotonic() - start
-            record = provenance.manifest(identity, counts, seconds, **plan.about, stamps=read.stamps)
-            outputs.write_json(manifest_file, record)
+            outputs.write_json(manifest_file, provenance.manifest(identity, counts, seconds, **request.about))
 
 
 def _counted(rollouts: Iterator[Rollout], counts: Counter[str]) -> Iterator[Rollout]:
@@ -74,18 +87,24 @@ def _counted(rollouts: Iterator[Rollout], counts: Counter[str]) -> Iterator[Roll
         yield rollout
 
 
-def _plan(
-    policy: list[str], problems: Path, out: Path, num_samples: int, options: sampling.Options, ranks: Ranks
-) -> sampling.Plan:
+def _read(options: Options, ranks: Ranks) -> Request:
     """Check everything; the first rank says what the user should know."""
-    if str(out) != "-":
-        outputs.refuse_no_file(out)
-        outputs.refuse_occupied(out)
-    if str(problems) == "-" and not ranks.is_alone:
+    if str(options.out) != "-":
+        outputs.refuse_no_file(options.out)
+        outputs.refuse_occupied(options.out)
+    if str(options.problems) == "-" and not ranks.is_alone:
         raise InputError("--problems -: several processes cannot share stdin: name a file")
-    plan = sampling.plan(policy, [problems], num_samples, options, ranks)
+    request = read_request(
+        options.policy,
+        {options.problems.stem: options.problems},
+        options,
+        ranks,
+        num_samples=options.num_samples,
+        temperature=options.temperature,
+        limit=options.limit,
+    )
     if ranks.is_first:
-        sampling.warn_of_templates(plan)
-        if plan.left_out:
-            warn(f"{no_room(plan.left_out, options.max_tokens, plan.context)}: they are left out")
-    return plan
+        request.warn_of_templates()
+        if fault := request.too_long():
+            warn(f"{fault}: they are left out")
+    return request

@@ -18,6 +18,7 @@ from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.toy import arithmetic
 
+GREEDY = {"template": "none", "max_tokens": 12, "temperature": 0.0, "limit": 8, "num_samples": 1}
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 SHARED = {
     "hidden_size": 64,
@@ -125,25 +126,21 @@ class Trial:
     def sample(self) -> str:
         """Greedy completions are those of transformers, of the first policy and of the one after it."""
         from stages import sample
-        from stages.core.drawing.sampling import Options
 
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
-        how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)
         out = self.place / "sampled.jsonl"
-        sample.run(policy=list(map(str, self.policies)), problems=self.problems, out=out, num_samples=1, options=how)
+        asked = {"policy": list(map(str, self.policies)), "problems": self.problems, "out": out}
+        sample.run(sample.Options(**asked, **GREEDY))
         return self._compare(list(records.read(out, records.Rollout)))
 
     def eval(self) -> str:
         """As `sample`."""
         from stages import eval as stage
-        from stages.core.drawing.sampling import Options
 
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
-        how = Options(template="none", max_tokens=12, temperature=0.0, limit=8)
         out = self.place / "eval"
-        stage.run(
-            policy=list(map(str, self.policies)), problems=[self.problems], out=out, num_samples=1, k=[1], options=how
-        )
+        asked = {"policy": list(map(str, self.policies)), "problems": [self.problems], "out": out}
+        stage.run(stage.Options(**asked, **GREEDY, k=[1]))
         return self._compare(list(records.read(out / "rollouts.jsonl", records.Rollout)))
 
     def rl(self) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 from stages import eval as evaluation
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
-from stages.core.drawing.sampling import Options
 from stages.core.provenance import Identity, Inputs
+from tests.scripted import Engines
 
 STEPS = 2
-OPTIONS = Options(template="none", max_tokens=32)
+HOW = {"template": "none", "max_tokens": 32}
 _versions = itertools.count()
 
 
@@ -93,9 +93,7 @@ class Runs:
         outputs.write_json(Path(out, "manifest.json"), manifest)
 
     def evaluate(self, name: str, *policies: str, problems: str = "runs/0/valid.jsonl") -> None:
-        """An evaluation; Plan.start_engine has to start an engine that answers by rule."""
+        """An evaluation, by an engine that answers by rule."""
         shutil.rmtree(f"runs/eval/{name}", ignore_errors=True)
-        evaluation.run(
-            policy=list(policies), problems=[Path(problems)], out=Path(f"runs/eval/{name}"), num_samples=4, k=[2],
-            options=OPTIONS,
-        )  # fmt: skip
+        asked = {"policy": list(policies), "problems": [Path(problems)], "out": Path(f"runs/eval/{name}")}
+        evaluation.draw(evaluation.Options(**asked, num_samples=4, k=[2], **HOW), Engines())

@@ -15,6 +15,7 @@ class ScriptedEngine:
     """
 
     def __init__(self, policy, dies_after=None, fault=None):
+        self.policy = policy
         self.tokenizer = checkpoints.load_tokenizer(policy)
         self.dies_after = dies_after
         self.fault = fault
@@ -53,3 +54,16 @@ class ScriptedEngine:
         text = luck.choice([f"\\boxed{{{value}}}", f"{total}=\\boxed{{{value}}}", f"{value}"])
         token_ids = self.tokenizer(text)["input_ids"]
         return Completion(text, token_ids, [], luck.choice(["stop", "stop", "length"]))
+
+
+class Engines(list):
+    """Starts scripted engines where a stage would start vLLM's, and keeps them.
+
+    The next one dies after `dies_after` groups, and says `fault` of swapping weights.
+    """
+
+    dies_after = fault = None
+
+    def __call__(self, request, policy):
+        self.append(ScriptedEngine(policy, self.dies_after, self.fault))
+        return self[-1]

@@ -1,7 +1,6 @@
 """eval --kl-to: the divergence against enumeration and plain torch, and how it is kept, resumed and refused."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,15 @@ import torch
 
 from stages import eval as evaluation
 from stages.core import jsonl, records
-from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.records import Divergence, Result, Rollout
 from stages.core.study.lineage import Line
+from stages.eval import Options
 from stages.eval.divergence import Completion, divergences, token_kl
-from tests.scripted import ScriptedEngine
+from tests.scripted import Engines
 
-OPTIONS = Options(template="none", max_tokens=32)
+HOW = {"template": "none", "max_tokens": 32, "num_samples": 4, "k": [4]}
 
 
 @pytest.fixture
@@ -29,24 +28,20 @@ def problems(tmp_path):
 
 
 @pytest.fixture
-def engines(monkeypatch):
-    """The scripted engines that eval starts; the first dies after as many groups as `deaths` says."""
-    started, deaths = [], []
-
-    def start(_, path):
-        started.append(ScriptedEngine(path, deaths.pop() if deaths else None))
-        return started[-1]
-
-    started_and_deaths = started, deaths
-    monkeypatch.setattr(Plan, "start_engine", start)
-    return started_and_deaths
+def engines():
+    """The scripted engines that eval starts."""
+    return Engines()
 
 
-def run(asked, problems, out, kl_to="", options=OPTIONS, **more):
-    evaluation.run(
-        policy=[str(policy) for policy in asked], problems=[problems], out=out, num_samples=4, k=[4], kl_to=str(kl_to),
-        options=options, **more,
-    )  # fmt: skip
+@pytest.fixture
+def run(engines):
+    """A function that evaluates policies with `engines`."""
+
+    def evaluate(policies, problems, out, kl_to="", **options):
+        names = [str(policy) for policy in policies]
+        evaluation.draw(Options(policy=names, problems=[problems], out=out, kl_to=str(kl_to), **HOW | options), engines)
+
+    return evaluate
 
 
 def of(out):
@@ -98,10 +93,10 @@ def test_logits_in_parts_and_at_a_temperature_give_the_same(monkeypatch):
 
 
 def test_every_policy_is_compared_with_the_base_along_its_own_completions(
-    engines, tiny_policy, other_policy, problems, tmp_path, capsys
+    run, engines, tiny_policy, other_policy, problems, tmp_path, capsys
 ):
     run([tiny_policy, other_policy], problems, tmp_path / "out", tiny_policy, kl_samples=2)
-    [engine] = engines[0]
+    [engine] = engines
     assert engine.is_closed, "its memory is needed"
     rollouts = {
         (r["policy"], r["problem_id"], r["sample"]): r for r in records.read(tmp_path / "out/rollouts.jsonl", Rollout)
@@ -134,10 +129,10 @@ def test_every_policy_is_compared_with_the_base_along_its_own_completions(
 
 @pytest.mark.slow
 def test_an_interrupted_call_scores_what_is_missing_and_grading_again_keeps_it(
-    engines, tiny_policy, other_policy, problems, tmp_path, monkeypatch
+    run, engines, tiny_policy, other_policy, problems, tmp_path, monkeypatch
 ):
     run([other_policy], problems, tmp_path / "whole", tiny_policy)
-    engines[1].append(2)
+    engines.dies_after = 2
     with pytest.raises(KeyboardInterrupt):
         run([other_policy], problems, tmp_path / "out", tiny_policy)
     monkeypatch.setattr("stages.eval.divergence.AT_ONCE", 2)
@@ -152,26 +147,26 @@ def test_an_interrupted_call_scores_what_is_missing_and_grading_again_keeps_it(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("stages.eval.divergence.divergences", once)
         run([other_policy], problems, tmp_path / "out", tiny_policy)
-    num_engines = len(engines[0])
+    num_engines = len(engines)
     run([other_policy], problems, tmp_path / "out", tiny_policy)
-    assert len(engines[0]) == num_engines, "all was drawn: only scores were missing"
+    assert len(engines) == num_engines, "all was drawn: only scores were missing"
     assert len(of(tmp_path / "out")) == 5
     for one, whole in zip(of(tmp_path / "out"), of(tmp_path / "whole"), strict=True):
         assert one == whole | {"kl_nats": pytest.approx(whole["kl_nats"], rel=1e-4)}
-    evaluation.run(regrade=tmp_path / "out", out=tmp_path / "again", k=[4], options=OPTIONS)
+    evaluation.run(Options(regrade=tmp_path / "out", out=tmp_path / "again", k=[4]))
     for name in ("kl.jsonl", "results.jsonl", "metrics.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_call_that_was_begun_without_it_is_done_again_where_tokens_are_missing(
-    engines, tiny_policy, other_policy, problems, tmp_path
+    run, engines, tiny_policy, other_policy, problems, tmp_path
 ):
-    engines[1].append(3)
+    engines.dies_after = 3
     with pytest.raises(KeyboardInterrupt):
         run([other_policy], problems, tmp_path / "out")
     run([other_policy], problems, tmp_path / "out", tiny_policy)
-    assert len(engines[0][-1].asked) == 5
+    assert len(engines[-1].asked) == 5
     assert len(of(tmp_path / "out")) == 5 and len(list(records.read(tmp_path / "out/rollouts.jsonl", Rollout))) == 20
     run([other_policy], problems, tmp_path / "out", tiny_policy)  # already done
     with pytest.raises(InputError, match="already holds something"):
@@ -195,7 +190,7 @@ def test_a_call_that_was_begun_without_it_is_done_again_where_tokens_are_missing
     ],
 )
 def test_a_base_that_cannot_be_compared_with_is_refused(
-    engines, tiny_policy, make_policy, problems, tmp_path, more, message
+    run, engines, tiny_policy, make_policy, problems, tmp_path, more, message
 ):
     from stages.toy import arithmetic
 
@@ -208,12 +203,9 @@ def test_a_base_that_cannot_be_compared_with_is_refused(
     base = make_policy(**made[base]) if base in made else base
     with pytest.raises(InputError, match=message) as error:
         run([tiny_policy], problems, tmp_path / "out", **more | {"kl_to": base})
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists() and not engines[0]
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists() and not engines
 
 
-def test_at_temperature_0_there_is_no_distribution_to_compare(engines, tiny_policy, problems, tmp_path):
+def test_at_temperature_0_there_is_no_distribution_to_compare(run, engines, tiny_policy, problems, tmp_path):
     with pytest.raises(InputError, match="--kl-to: at --temperature 0"):
-        evaluation.run(
-            policy=[str(tiny_policy)], problems=[problems], out=tmp_path / "out", num_samples=1, k=[1],
-            kl_to=str(tiny_policy), options=replace(OPTIONS, temperature=0.0),
-        )  # fmt: skip
+        run([tiny_policy], problems, tmp_path / "out", tiny_policy, num_samples=1, k=[1], temperature=0.0)

@@ -13,6 +13,7 @@ from stages.core.drawing.engine import (
     BLOCK_TOKENS,
     MAX_BATCHED_TOKENS,
     MAX_SEQUENCES,
+    EngineOptions,
     Sampling,
     VllmEngine,
     fitting,
@@ -115,7 +116,7 @@ def test_a_policy_that_vllm_does_not_know_or_cannot_hold_is_refused_in_one_line(
         (tiny_policy, 96, 10**9, "max_num_seqs"),
     ):
         with pytest.raises(InputError, match=f"vLLM .* does not start with it .*{reason}") as refused:
-            VllmEngine(policy, max_model_len=length, max_sequences=sequences)
+            VllmEngine(policy, EngineOptions(max_sequences=sequences), max_model_len=length)
         assert "\n" not in str(refused.value)
 
 
@@ -259,7 +260,7 @@ def start_small(tiny_policy, monkeypatch):
     started = []
 
     def small(**options):
-        started.append(VllmEngine(tiny_policy, max_model_len=96, **options))
+        started.append(VllmEngine(tiny_policy, EngineOptions(**options), max_model_len=96))
         return started[-1]
 
     yield small

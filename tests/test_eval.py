@@ -4,26 +4,24 @@ import json
 import random
 import shutil
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import orjson
 import pytest
 
-from stages import eval as evaluation_stage
+from stages import eval as evaluation
 from stages.core import jsonl, records
-from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
 from stages.core.grading import verifier
 from stages.core.grading.verifier import Verifier
 from stages.core.records import Result, Rollout
 from stages.core.study import metrics
-from stages.eval import scoring, votes
+from stages.eval import Options, scoring, votes
 from stages.eval.partial import Groups, Writer
-from tests.scripted import ScriptedEngine
+from tests.scripted import Engines
 
-OPTIONS = Options(template="none", max_tokens=32)
+HOW = {"template": "none", "max_tokens": 32, "num_samples": 4, "k": [1, 4]}
 NUM_PROBLEMS = 12
 
 
@@ -41,27 +39,21 @@ def problems(tmp_path):
 
 
 @pytest.fixture
-def engines(monkeypatch):
-    """The scripted engines that eval starts; the next one dies after `dies_after` groups."""
-    started = Started()
-    monkeypatch.setattr(Plan, "start_engine", lambda plan, path: started.start(path))
-    return started
+def engines():
+    """The scripted engines that eval starts."""
+    return Engines()
 
 
-class Started(list):
-    dies_after = None
+@pytest.fixture
+def run(engines):
+    """A function that evaluates policies with `engines`."""
 
-    def start(self, path):
-        self.append(ScriptedEngine(path, self.dies_after))
-        return self[-1]
+    def evaluate(policies, problems, out, **options):
+        files = problems if isinstance(problems, list) else [problems]
+        names = [str(policy) for policy in policies]
+        evaluation.draw(Options(policy=names, problems=files, out=out, **HOW | options), engines)
 
-
-def run(policies, problems, out, num_samples=4, k=(1, 4), select="", options=OPTIONS, regrade=None, **more):
-    files = problems if isinstance(problems, list) else [problems]
-    evaluation_stage.run(
-        policy=[str(policy) for policy in policies], problems=files, out=out, regrade=regrade, num_samples=num_samples,
-        k=list(k), select=select, options=options, **more,
-    )  # fmt: skip
+    return evaluate
 
 
 def read(out, kind=Rollout):
@@ -77,7 +69,7 @@ def samples(rollouts):
     return {(r["policy"], r["problem_id"], r["sample"]): r["completion"] for r in rollouts}
 
 
-def test_results_and_metrics_follow_from_the_rollouts(engines, tiny_policy, other_policy, problems, tmp_path):
+def test_results_and_metrics_follow_from_the_rollouts(run, engines, tiny_policy, other_policy, problems, tmp_path):
     run([tiny_policy, other_policy], problems, tmp_path / "out")
     rollouts, results = read(tmp_path / "out"), read(tmp_path / "out", Result)
     assert len(rollouts) == 2 * NUM_PROBLEMS * 4 and len(results) == 2 * NUM_PROBLEMS
@@ -103,7 +95,7 @@ def test_results_and_metrics_follow_from_the_rollouts(engines, tiny_policy, othe
 
 
 def test_the_samples_of_a_problem_do_not_depend_on_its_place_or_company(
-    engines, tiny_policy, other_policy, problems, tmp_path
+    run, engines, tiny_policy, other_policy, problems, tmp_path
 ):
     run([tiny_policy, other_policy], problems, tmp_path / "all")
     few = tmp_path / "few.jsonl"
@@ -114,13 +106,13 @@ def test_the_samples_of_a_problem_do_not_depend_on_its_place_or_company(
     assert some == {key: everything[key] for key in some}
 
 
-def test_another_seed_draws_other_samples(engines, tiny_policy, problems, tmp_path):
+def test_another_seed_draws_other_samples(run, engines, tiny_policy, problems, tmp_path):
     run([tiny_policy], problems, tmp_path / "zero")
-    run([tiny_policy], problems, tmp_path / "one", options=Options(template="none", max_tokens=32, seed=1))
+    run([tiny_policy], problems, tmp_path / "one", seed=1)
     assert samples(read(tmp_path / "zero")) != samples(read(tmp_path / "one"))
 
 
-def test_an_interrupted_call_goes_on_where_it_stopped(engines, tiny_policy, other_policy, problems, tmp_path):
+def test_an_interrupted_call_goes_on_where_it_stopped(run, engines, tiny_policy, other_policy, problems, tmp_path):
     both = [tiny_policy, other_policy]
     run(both, problems, tmp_path / "whole")
     engines.dies_after = NUM_PROBLEMS + 5
@@ -175,7 +167,7 @@ def test_the_groups_of_all_engines_count_whatever_their_number_was(tmp_path):
 
 
 @pytest.fixture
-def interrupted(engines, tiny_policy, problems, tmp_path):
+def interrupted(run, engines, tiny_policy, problems, tmp_path):
     engines.dies_after = 5
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "out")
@@ -183,39 +175,41 @@ def interrupted(engines, tiny_policy, problems, tmp_path):
     return engines
 
 
-def test_an_interrupted_call_is_not_mixed_with_another(interrupted, tiny_policy, problems, tmp_path):
+def test_an_interrupted_call_is_not_mixed_with_another(run, interrupted, tiny_policy, problems, tmp_path):
     with pytest.raises(
         InputError, match=r"max_tokens was 32, is now 16. Repeat it as it was begun, or remove .*\.partial"
     ):
-        run([tiny_policy], problems, tmp_path / "out", options=Options(template="none", max_tokens=16))
+        run([tiny_policy], problems, tmp_path / "out", max_tokens=16)
     with pytest.raises(InputError, match="num_samples was 4, is now 5"):
         run([tiny_policy], problems, tmp_path / "out", num_samples=5)
 
 
-def test_more_policies_can_be_named_when_a_call_is_repeated(interrupted, tiny_policy, other_policy, problems, tmp_path):
+def test_more_policies_can_be_named_when_a_call_is_repeated(
+    run, interrupted, tiny_policy, other_policy, problems, tmp_path
+):
     run([other_policy, tiny_policy], problems, tmp_path / "out")
     assert len(interrupted[-1].asked) == 2 * NUM_PROBLEMS - 5
 
 
-def test_problems_that_changed_are_drawn_anew(interrupted, tiny_policy, problems, tmp_path):
+def test_problems_that_changed_are_drawn_anew(run, interrupted, tiny_policy, problems, tmp_path):
     jsonl.write(problems, (problem(number) | {"answer": "0"} for number in range(NUM_PROBLEMS)))
     run([tiny_policy], problems, tmp_path / "out")
     assert len(interrupted[-1].asked) == NUM_PROBLEMS
     assert {rollout["reward"] for rollout in read(tmp_path / "out")} == {0.0}
 
 
-def test_a_finished_call_is_not_repeated_and_another_is_refused(engines, tiny_policy, problems, tmp_path, capsys):
+def test_a_finished_call_is_not_repeated_and_another_is_refused(run, engines, tiny_policy, problems, tmp_path, capsys):
     run([tiny_policy], problems, tmp_path / "out")
     before = (tmp_path / "out/manifest.json").read_bytes()
-    run([tiny_policy], problems, tmp_path / "out", options=Options(template="none", max_tokens=32, memory_fraction=0.5))
+    run([tiny_policy], problems, tmp_path / "out", memory_fraction=0.5)
     assert "already done" in capsys.readouterr().out
     assert len(engines) == 1 and (tmp_path / "out/manifest.json").read_bytes() == before
     with pytest.raises(InputError, match="already holds something"):
-        run([tiny_policy], problems, tmp_path / "out", k=(1, 2))
+        run([tiny_policy], problems, tmp_path / "out", k=[1, 2])
     assert len(engines) == 1
 
 
-def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy, problems, tmp_path, monkeypatch):
+def test_what_another_verifier_graded_is_not_taken_for_done(run, engines, tiny_policy, problems, tmp_path, monkeypatch):
     run([tiny_policy], problems, tmp_path / "out")
     monkeypatch.setitem(verifier.VERSION, "grader", "0.5")
     with pytest.raises(InputError, match=r"graded by another verifier \(grader was .*, is now 0\.5\): .*--regrade"):
@@ -224,40 +218,42 @@ def test_what_another_verifier_graded_is_not_taken_for_done(engines, tiny_policy
 
 
 @pytest.mark.slow
-def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(engines, tiny_policy, problems, tmp_path):
+def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(
+    run, engines, tiny_policy, problems, tmp_path
+):
     file = tmp_path / "mine.py"
     file.write_text(
         "def boxed(completions, id, **_):\n    return [text.startswith('\\\\boxed') for text in completions]\n"
     )
-    own = Options(template="none", max_tokens=32, reward=[f"{file}:boxed"])
-    run([tiny_policy], problems, tmp_path / "out", options=own)
+    own = {"reward": [f"{file}:boxed"]}
+    run([tiny_policy], problems, tmp_path / "out", **own)
     rollouts = read(tmp_path / "out")
     assert {r["reward"] for r in rollouts} == {0.0, 1.0}
     assert all(r["reward"] == r["completion"].startswith("\\boxed") == r["rewards"]["mine.py:boxed"] for r in rollouts)
     average = load(tmp_path / "out/metrics.json")["policies"][str(tiny_policy)]["avg@4"]["value"]
     assert average == sum(r["verdict"] == "correct" for r in rollouts) / len(rollouts)
-    run([tiny_policy], problems, tmp_path / "out", options=own)
+    run([tiny_policy], problems, tmp_path / "out", **own)
     assert len(engines) == 1
     assert load(tmp_path / "out/manifest.json")["parameters"]["reward"] == ["mine.py:boxed"]
     with pytest.raises(InputError, match="its rewards are not math-verify's"):
         run([], [], tmp_path / "again", regrade=tmp_path / "out")
     with pytest.raises(InputError, match="--regrade grades by math-verify: leave out --reward"):
-        run([], [], tmp_path / "again", regrade=tmp_path / "out", options=replace(own, template="boxed"))
+        run([], [], tmp_path / "again", regrade=tmp_path / "out", **own)
     with pytest.raises(InputError, match="--maj asks math-verify"):
-        run([tiny_policy], problems, tmp_path / "again", options=own, maj=True)
+        run([tiny_policy], problems, tmp_path / "again", **own, maj=True)
     file.write_text("def boxed(completions, **_):\n    return [1 / len(text) for text in completions if text != '7']\n")
     with pytest.raises(InputError, match="already holds something"):
-        run([tiny_policy], problems, tmp_path / "out", options=own)
+        run([tiny_policy], problems, tmp_path / "out", **own)
     file.write_text(
         "def boxed(completions, **_):\n    return [1.0] * len(completions) if len(completions) == 2 else 7\n"
     )
     for _ in range(2):  # what failed is not kept for a second call to find
         with pytest.raises(InputError, match=r"failed on all 12 groups: .* it returned int 7, not a list of 4 numbers"):
-            run([tiny_policy], problems, tmp_path / "again", options=own)
+            run([tiny_policy], problems, tmp_path / "again", **own)
     assert not (tmp_path / "again").exists()
 
 
-def test_two_names_of_one_checkpoint_are_asked_once(engines, tiny_policy, problems, tmp_path):
+def test_two_names_of_one_checkpoint_are_asked_once(run, engines, tiny_policy, problems, tmp_path):
     shutil.copytree(tiny_policy, tmp_path / "again")
     run([tiny_policy, tmp_path / "again"], problems, tmp_path / "out")
     assert len(engines[-1].asked) == NUM_PROBLEMS
@@ -267,7 +263,9 @@ def test_two_names_of_one_checkpoint_are_asked_once(engines, tiny_policy, proble
     ]  # fmt: skip
 
 
-def test_several_sets_share_one_engine_and_lie_side_by_side(engines, tiny_policy, other_policy, problems, tmp_path):
+def test_several_sets_share_one_engine_and_lie_side_by_side(
+    run, engines, tiny_policy, other_policy, problems, tmp_path
+):
     jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
     run([tiny_policy, other_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="avg@4")
     assert [engine.num_loads for engine in engines] == [2]
@@ -280,7 +278,7 @@ def test_several_sets_share_one_engine_and_lie_side_by_side(engines, tiny_policy
     assert overview["selected"] == load(tmp_path / "out/sums/metrics.json")["selected"]
 
 
-def test_the_best_policy_by_a_metric_is_named(engines, tiny_policy, other_policy, problems, tmp_path, capsys):
+def test_the_best_policy_by_a_metric_is_named(run, engines, tiny_policy, other_policy, problems, tmp_path, capsys):
     run([tiny_policy, other_policy], problems, tmp_path / "out", select="avg@4")
     found = load(tmp_path / "out/metrics.json")
     averages = {name: summary["avg@4"]["value"] for name, summary in found["policies"].items()}
@@ -292,7 +290,7 @@ def test_the_best_policy_by_a_metric_is_named(engines, tiny_policy, other_policy
 
 
 @pytest.fixture
-def validated(engines, tiny_policy, other_policy, problems, tmp_path, monkeypatch):
+def validated(run, engines, tiny_policy, other_policy, problems, tmp_path, monkeypatch):
     """An eval of a run's three checkpoints, the second of which is the best, and of a policy fine-tuned after it."""
     monkeypatch.chdir(tmp_path)
     for place, policy in {
@@ -313,14 +311,14 @@ def asked(out):
     return list(metrics.by_policy(read(Path(out), Result)))
 
 
-def test_what_an_evaluation_selected_is_asked_with_the_ends_of_runs_and_what_is_no_checkpoint(validated, problems):
+def test_what_an_evaluation_selected_is_asked_with_the_ends_of_runs_and_what_is_no_checkpoint(run, validated, problems):
     run([], problems, Path("test"), selected=[validated])
     assert asked("test") == [TUNED, *CHECKPOINTS[1:]]
     run([], problems, Path("all"), selected=[validated], all_checkpoints=True)
     assert asked("all") == [TUNED, *CHECKPOINTS]
 
 
-def test_a_policy_that_is_named_and_selected_or_selected_twice_is_asked_once(validated, problems):
+def test_a_policy_that_is_named_and_selected_or_selected_twice_is_asked_once(run, validated, problems):
     shutil.copytree(validated, "again")
     run([CHECKPOINTS[0], CHECKPOINTS[2]], problems, Path("test"), selected=[validated, Path("again")])
     assert asked("test") == [CHECKPOINTS[0], CHECKPOINTS[2], TUNED, CHECKPOINTS[1]]
@@ -328,7 +326,7 @@ def test_a_policy_that_is_named_and_selected_or_selected_twice_is_asked_once(val
     assert asked("named") == [*CHECKPOINTS, TUNED]
 
 
-def test_policies_are_taken_from_no_eval_that_selected_nothing(validated, problems):
+def test_policies_are_taken_from_no_eval_that_selected_nothing(run, validated, problems):
     run([TUNED], problems, Path("unselected"))
     with pytest.raises(InputError, match="--selected unselected: it selected no policy; evaluate with --select"):
         run([], problems, Path("test"), selected=[Path("unselected")])
@@ -339,7 +337,7 @@ def test_policies_are_taken_from_no_eval_that_selected_nothing(validated, proble
         run([], problems, Path("test"), selected=[validated])
 
 
-def test_policies_that_were_made_anew_since_they_were_selected_are_refused(validated, problems, other_policy):
+def test_policies_that_were_made_anew_since_they_were_selected_are_refused(run, validated, problems, other_policy):
     shutil.rmtree(CHECKPOINTS[2])
     shutil.copytree(other_policy, CHECKPOINTS[2])
     with pytest.raises(InputError, match="--selected valid: 1/rl/checkpoints/step_000012 has changed since"):
@@ -404,9 +402,9 @@ def test_answers_are_of_one_class_whichever_of_them_the_verifier_takes_for_the_a
             assert votes.class_sizes([Counter(order)], verifier) == [[2, 1]]
 
 
-def test_majorities_follow_from_the_rollouts(engines, tiny_policy, other_policy, problems, tmp_path, capsys):
+def test_majorities_follow_from_the_rollouts(run, engines, tiny_policy, other_policy, problems, tmp_path, capsys):
     both = [tiny_policy, other_policy]
-    run(both, problems, tmp_path / "out", num_samples=6, k=(1, 4), maj=True, select="maj@4")
+    run(both, problems, tmp_path / "out", num_samples=6, k=[1, 4], maj=True, select="maj@4")
     rollouts, found = read(tmp_path / "out"), load(tmp_path / "out/metrics.json")
     for policy in map(str, both):
         own = [r for r in rollouts if r["policy"] == policy]
@@ -427,7 +425,7 @@ def test_majorities_follow_from_the_rollouts(engines, tiny_policy, other_policy,
 
 
 def test_majorities_are_the_same_at_once_after_an_interruption_and_by_grading_again(
-    engines, tiny_policy, problems, tmp_path
+    run, engines, tiny_policy, problems, tmp_path
 ):
     run([tiny_policy], problems, tmp_path / "out", maj=True)
     engines.dies_after = 5
@@ -445,7 +443,7 @@ def test_majorities_are_the_same_at_once_after_an_interruption_and_by_grading_ag
 
 
 def test_greedy_completions_are_measured_beside_the_samples_and_change_none_of_their_figures(
-    engines, tiny_policy, other_policy, problems, tmp_path, capsys
+    run, engines, tiny_policy, other_policy, problems, tmp_path, capsys
 ):
     both = [tiny_policy, other_policy]
     run(both, problems, tmp_path / "without")
@@ -464,16 +462,16 @@ def test_greedy_completions_are_measured_beside_the_samples_and_change_none_of_t
     assert with_it.pop("selected")["metric"] == "greedy" and with_it == without
 
 
-def test_greedy_completions_do_not_depend_on_the_seed(engines, tiny_policy, problems, tmp_path):
+def test_greedy_completions_do_not_depend_on_the_seed(run, engines, tiny_policy, problems, tmp_path):
     run([tiny_policy], problems, tmp_path / "zero", greedy=True)
-    run([tiny_policy], problems, tmp_path / "one", greedy=True, options=replace(OPTIONS, seed=1))
+    run([tiny_policy], problems, tmp_path / "one", greedy=True, seed=1)
     assert read(tmp_path / "zero") != read(tmp_path / "one")
     assert (tmp_path / "zero/greedy.jsonl").read_bytes() == (tmp_path / "one/greedy.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("groups_before", [5, NUM_PROBLEMS + 5])
 def test_greedy_completions_go_on_where_they_stopped_and_are_graded_again(
-    engines, tiny_policy, problems, tmp_path, capsys, groups_before
+    run, engines, tiny_policy, problems, tmp_path, capsys, groups_before
 ):
     run([tiny_policy], problems, tmp_path / "out", greedy=True)
     engines.dies_after = groups_before
@@ -495,7 +493,7 @@ def test_greedy_completions_go_on_where_they_stopped_and_are_graded_again(
     assert float(moved[2]) == 0
 
 
-def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_policy, problems, tmp_path, capsys):
+def test_the_tables_show_a_difference_that_is_real(run, engines, tiny_policy, make_policy, problems, tmp_path, capsys):
     run([tiny_policy, make_policy(std=0.6)], problems, tmp_path / "out", num_samples=16)
     [row] = [line for line in capsys.readouterr().out.splitlines() if " - " in line]
     assert " *" in row
@@ -505,8 +503,8 @@ def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_po
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": (1, 8)}, r"--k 8 needs 1 to 4 \(--num-samples\)"),
-        ({"k": (0,)}, "--k 0"),
+        ({"k": [1, 8]}, r"--k 8 needs 1 to 4 \(--num-samples\)"),
+        ({"k": [0]}, "--k 0"),
         ({"num_samples": 0}, "--num-samples 0: must be at least 1"),
         ({"select": "pass@2"}, "none of the metrics: avg@4, pass@1, pass@4$"),
         ({"select": "maj@2", "maj": True}, "none of the metrics: avg@4, pass@1, pass@4, maj@1, maj@4"),
@@ -514,17 +512,17 @@ def test_the_tables_show_a_difference_that_is_real(engines, tiny_policy, make_po
         ({"problems": [Path("-")]}, "--problems -: name a file"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_read(tmp_path, options, message):
+def test_what_cannot_be_measured_is_refused_before_anything_is_read(run, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         run([tmp_path / "nowhere"], **{"problems": [tmp_path / "none.jsonl"], "out": tmp_path / "out", **options})
 
 
-def test_an_evaluation_without_a_policy_is_refused(problems, tmp_path):
+def test_an_evaluation_without_a_policy_is_refused(run, problems, tmp_path):
     with pytest.raises(InputError, match="--policy is missing"):
         run([], problems, tmp_path / "out")
 
 
-def test_an_average_over_fewer_problems_is_refused(engines, tiny_policy, problems, tmp_path):
+def test_an_average_over_fewer_problems_is_refused(run, engines, tiny_policy, problems, tmp_path):
     with problems.open("a") as file:
         file.write(json.dumps(problem(1) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
     with pytest.raises(InputError, match=r"1 problems \(long\) leave no room"):
@@ -532,7 +530,7 @@ def test_an_average_over_fewer_problems_is_refused(engines, tiny_policy, problem
     assert not engines
 
 
-def test_grading_again_takes_neither_policies_nor_problems(problems, tmp_path):
+def test_grading_again_takes_neither_policies_nor_problems(run, problems, tmp_path):
     for policies, files in (([tmp_path], []), ([], problems)):
         with pytest.raises(
             InputError, match="--regrade draws nothing: leave out --policy, --selected, --problems, --limit"
@@ -540,14 +538,14 @@ def test_grading_again_takes_neither_policies_nor_problems(problems, tmp_path):
             run(policies, files, tmp_path / "again", regrade=tmp_path / "out")
 
 
-def test_a_selection_by_no_metric_is_refused_when_grading_again(engines, tiny_policy, problems, tmp_path):
+def test_a_selection_by_no_metric_is_refused_when_grading_again(run, engines, tiny_policy, problems, tmp_path):
     run([tiny_policy], problems, tmp_path / "out")
     with pytest.raises(InputError, match="--select pass@2 is none of the metrics: avg@4, pass@1, pass@4"):
         run([], [], tmp_path / "again", regrade=tmp_path / "out", select="pass@2")
     assert not (tmp_path / "again").exists()
 
 
-def test_grading_again_without_a_change_gives_the_same_files(engines, tiny_policy, problems, tmp_path, capsys):
+def test_grading_again_without_a_change_gives_the_same_files(run, engines, tiny_policy, problems, tmp_path, capsys):
     run([tiny_policy], problems, tmp_path / "out")
     run([], [], tmp_path / "again", regrade=tmp_path / "out")
     assert "no verdict changed" in capsys.readouterr().out
@@ -556,7 +554,7 @@ def test_grading_again_without_a_change_gives_the_same_files(engines, tiny_polic
     assert len(engines) == 1
 
 
-def test_grading_again_shows_which_verdicts_and_metrics_changed(engines, tiny_policy, problems, tmp_path, capsys):
+def test_grading_again_shows_which_verdicts_and_metrics_changed(run, engines, tiny_policy, problems, tmp_path, capsys):
     run([tiny_policy], problems, tmp_path / "out")
     honest = read(tmp_path / "out")
     wrong = [r for r in honest if r["verdict"] == "wrong"][:3]
@@ -572,16 +570,16 @@ def test_grading_again_shows_which_verdicts_and_metrics_changed(engines, tiny_po
     assert [float(moved[2]), float(moved[5])] == pytest.approx(averages, abs=0.06)
 
 
-def test_bare_answers_count_only_where_they_are_asked_for(engines, tiny_policy, problems, tmp_path):
+def test_bare_answers_count_only_where_they_are_asked_for(run, engines, tiny_policy, problems, tmp_path):
     run([tiny_policy], problems, tmp_path / "out")
-    run([], [], tmp_path / "bare", regrade=tmp_path / "out", options=Options(bare=True))
+    run([], [], tmp_path / "bare", regrade=tmp_path / "out", bare=True)
     strict, bare = (load(tmp_path / name / "metrics.json")["policies"][str(tiny_policy)] for name in ("out", "bare"))
     assert strict["no_answer"]["value"] > 0.1 > bare["no_answer"]["value"]
     assert bare["avg@4"]["value"] > strict["avg@4"]["value"]
     assert [load(tmp_path / name / "manifest.json")["parameters"]["bare"] for name in ("out", "bare")] == [False, True]
 
 
-def test_sets_are_graded_again_side_by_side_and_a_file_alone(engines, tiny_policy, problems, tmp_path):
+def test_sets_are_graded_again_side_by_side_and_a_file_alone(run, engines, tiny_policy, problems, tmp_path):
     jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
     run([tiny_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="pass@4")
     run([], [], tmp_path / "again", regrade=tmp_path / "out", select="pass@4")

@@ -38,11 +38,11 @@ def policy(make_policy, request):
 @pytest.fixture(scope="module")
 def pair(policy):
     """An engine that sleeps and a trainer on the same GPU, both in bfloat16, as rl puts them together."""
-    from stages.core.drawing.engine import VllmEngine
+    from stages.core.drawing.engine import EngineOptions, VllmEngine
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = rl._accelerator(rl.Options(dtype="bfloat16"), Path())
-    engine = VllmEngine(policy, max_model_len=96, dtype="bfloat16", memory_fraction=SHARE, sleeps=True)
+    engine = VllmEngine(policy, EngineOptions(dtype="bfloat16", memory_fraction=SHARE), max_model_len=96, sleeps=True)
     trainer = Trainer(policy, accelerator, replace(OPTIONS, gradient_checkpointing=True))
     engine.load(trainer.weights())
     yield engine, trainer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.core.drawing import kernels
-from stages.core.drawing.engine import Sampling, VllmEngine
+from stages.core.drawing.engine import EngineOptions, Sampling, VllmEngine
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 
@@ -54,7 +54,7 @@ def test_a_compiled_engine_takes_new_weights_and_draws_what_an_eager_one_draws(
     monkeypatch.setattr(torch._dynamo.config, "disable", True)  # so that it is taken back
     prompts = [[5, 6, 7], [8, 9]]
     how = Sampling(4, 16, seeds=[1, 2])
-    compiled = VllmEngine(tiny_policy, max_model_len=96, is_compiled=True)
+    compiled = VllmEngine(tiny_policy, EngineOptions(compile=True), max_model_len=96)
     assert compiled.swap_fault(lambda: checkpoints.disk_weights(tiny_policy)) is None
     for policy in (other_policy, tiny_policy):
         drawn = []

@@ -10,11 +10,10 @@ import pytest
 from stages import analyze, report, sample
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
-from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
 from stages.core.study import lineage, runs
-from tests.made_up import OPTIONS, Runs
-from tests.scripted import ScriptedEngine
+from tests.made_up import HOW, Runs
+from tests.scripted import Engines
 
 pytestmark = pytest.mark.slow  # each writes reports, with their figures
 
@@ -25,7 +24,6 @@ def whole(tiny_policy, tmp_path_factory):
     place = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
         Runs(tiny_policy).all()
     return place
 
@@ -35,7 +33,6 @@ def graph(whole, tiny_policy, tmp_path, monkeypatch):
     """A copy of them to change, in the working directory."""
     shutil.copytree(whole / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
     return Runs(tiny_policy)
 
 
@@ -154,7 +151,7 @@ def test_a_policy_from_examples_or_rollouts_of_before_is_left_out(graph, capsys)
 def test_examples_from_rollouts_that_sample_drew_from_a_policy_of_before_are_left_out(graph, capsys):
     drawn, examples = Path("runs/2/drawn.jsonl"), Path("runs/2/examples.jsonl")
     train = Path("runs/0/train.jsonl")
-    sample.run(policy=[WHOLE["RL"]], problems=train, out=drawn, num_samples=64, options=OPTIONS)
+    sample.draw(sample.Options(policy=[WHOLE["RL"]], problems=train, out=drawn, num_samples=64, **HOW), Engines())
     examples.unlink()
     filtering.run(rollouts=[str(drawn)], out=str(examples), max_pass_rate=1.0)
     graph.rft("2", "runs/1/policy")
@@ -268,7 +265,7 @@ def test_evaluations_with_unlike_settings_are_named(graph, capsys):
 def test_grading_again_keeps_what_the_evaluation_was_of(graph):
     from stages import eval as evaluation
 
-    evaluation.run(regrade=Path("runs/eval/1"), out=Path("runs/eval/1b"), k=[2], options=Options())
+    evaluation.run(evaluation.Options(regrade=Path("runs/eval/1"), out=Path("runs/eval/1b"), k=[2]))
     shutil.rmtree("runs/eval/1")
     graph.rft("1", "runs/0/policy")
     line = lineage.Line(Path("runs"), runs.find_evals(["runs/eval"]))

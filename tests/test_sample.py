@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,17 +13,30 @@ from rloop_cli import warm
 from stages import sample
 from stages.core import jsonl, provenance, records
 from stages.core.drawing import sampling, templates
+from stages.core.drawing.request import RequestOptions, by_stem, read_request
 from stages.core.drawing.rollouts import OWN_PROMPTS
-from stages.core.drawing.sampling import Options, Plan
 from stages.core.errors import InputError
 from stages.core.grading.verifier import Verifier
 from stages.core.policy import checkpoints
-from stages.core.ranks import ALONE
 from stages.core.records import Rollout
 from stages.rft.examples import tokenize
-from tests.scripted import ScriptedEngine
+from stages.sample import Options
+from tests.scripted import Engines
 
-OPTIONS = Options(template="none", max_tokens=32)
+HOW = {"template": "none", "max_tokens": 32}
+
+
+def read_all(policies, files, num_samples=2, **options):
+    """The request for these policies and files of problems."""
+    how = RequestOptions(**HOW | options)
+    return read_request(list(map(str, policies)), by_stem(files), how, num_samples=num_samples)
+
+
+def draw(policy, problems, out, engines=None, num_samples=2, **options):
+    options = Options(policy=[str(policy)], problems=problems, out=out, num_samples=num_samples, **HOW | options)
+    sample.draw(options, engines or Engines())
+
+
 CHAT = "{% for message in messages %}({{ message.content }}){% endfor %}{% if add_generation_prompt %}=?{% endif %}"
 
 
@@ -112,7 +124,7 @@ def drop_tokenizer(policy):
 def test_a_broken_policy_is_refused_in_one_line(copied, problems, damage, message):
     damage(copied)
     with pytest.raises(InputError, match=message) as error:
-        sampling.plan([str(copied)], [problems], 2, OPTIONS)
+        read_all([copied], [problems])
     assert "\n" not in str(error.value)
 
 
@@ -132,13 +144,7 @@ def test_a_broken_policy_is_refused_in_one_line(copied, problems, damage, messag
 )
 def test_a_option_that_cannot_be_is_refused(tiny_policy, problems, tmp_path, options, num_samples, message):
     with pytest.raises(InputError, match=message):
-        sample.run(
-            policy=[str(tiny_policy)],
-            problems=problems,
-            out=tmp_path / "out.jsonl",
-            num_samples=num_samples,
-            options=replace(OPTIONS, **options),
-        )
+        draw(tiny_policy, problems, tmp_path / "out.jsonl", num_samples=num_samples, **options)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +159,12 @@ def test_a_broken_file_of_problems_is_refused(tiny_policy, tmp_path, lines, mess
     path = tmp_path / "broken.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match=message):
-        sampling.plan([str(tiny_policy)], [path], 2, OPTIONS)
+        read_all([tiny_policy], [path])
 
 
 def test_two_sets_of_one_name_are_refused(tiny_policy, problems):
     with pytest.raises(InputError, match="already a set called sums"):
-        sampling.plan([str(tiny_policy)], [problems, problems], 2, OPTIONS)
+        read_all([tiny_policy], [problems, problems])
 
 
 @pytest.mark.parametrize(
@@ -170,50 +176,50 @@ def test_two_sets_of_one_name_are_refused(tiny_policy, problems):
 )
 def test_policies_that_cannot_take_each_others_place_are_refused(tiny_policy, make_policy, problems, other, message):
     with pytest.raises(InputError, match=f"cannot share one engine: {message}"):
-        sampling.plan([str(tiny_policy), str(make_policy(**other))], [problems], 2, OPTIONS)
+        read_all([tiny_policy, make_policy(**other)], [problems])
 
 
 def test_notes_of_who_wrote_a_configuration_and_settings_of_training_do_not_matter(tiny_policy, copied, problems):
     notes = {"_model_name_or_path": "elsewhere", "unsloth_version": "2026.1", "initializer_range": 0.1}
     edit_json(copied / "config.json", **notes)
-    assert len(sampling.plan([str(tiny_policy), str(copied)], [problems], 2, OPTIONS).policies) == 2
+    assert len(read_all([tiny_policy, copied], [problems]).policies) == 2
 
 
 def test_policies_with_other_end_tokens_are_refused(tiny_policy, copied, problems):
     edit_json(copied / "generation_config.json", eos_token_id=[65, 3])
     with pytest.raises(InputError, match="end tokens are"):
-        sampling.plan([str(tiny_policy), str(copied)], [problems], 2, OPTIONS)
+        read_all([tiny_policy, copied], [problems])
 
 
 def test_a_policy_named_twice_is_refused(tiny_policy, problems):
     with pytest.raises(InputError, match="named twice"):
-        sampling.plan([str(tiny_policy), f"{tiny_policy}/"], [problems], 2, OPTIONS)
+        read_all([tiny_policy, f"{tiny_policy}/"], [problems])
 
 
 def test_a_directory_of_checkpoints_stands_for_all_of_them(tiny_policy, tied_policy, tmp_path, problems):
     for step, policy in (("step_000020", tied_policy), ("step_000003", tiny_policy)):
         shutil.copytree(policy, tmp_path / "checkpoints" / step)
-    plan = sampling.plan([f"{tmp_path}/checkpoints/"], [problems], 2, OPTIONS)
-    assert list(plan.policies) == [f"{tmp_path}/checkpoints/step_000003", f"{tmp_path}/checkpoints/step_000020"]
+    request = read_all([f"{tmp_path}/checkpoints/"], [problems])
+    assert list(request.policies) == [f"{tmp_path}/checkpoints/step_000003", f"{tmp_path}/checkpoints/step_000020"]
 
 
 @pytest.mark.parametrize("place", ["", "..", "../.."])
 def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, problems, capsys, place):
     policy = tmp_path / "rl/checkpoints/step_000001"
     shutil.copytree(copied, policy)
-    plan = sampling.plan([str(policy)], [problems], 2, OPTIONS)
+    request = read_all([policy], [problems])
     manifest = policy / place / "manifest.json"
-    manifest.write_text(json.dumps({"template_digest": plan.template.digest}))
-    sampling.warn_of_templates(plan)
+    manifest.write_text(json.dumps({"template_digest": request.template.digest}))
+    request.warn_of_templates()
     assert capsys.readouterr().err == ""
     manifest.write_text(json.dumps({"template_digest": "other", "parameters": {"template": "boxed"}}))
-    sampling.warn_of_templates(plan)
+    request.warn_of_templates()
     assert "was trained with template boxed, and is asked with none" in capsys.readouterr().err
     manifest.write_text(json.dumps({"template_digest": OWN_PROMPTS, "parameters": {"template": "none"}}))
-    sampling.warn_of_templates(plan)
+    request.warn_of_templates()
     assert "was trained with prompts of its problems' own, and is asked with none" in capsys.readouterr().err
     jsonl.write(problems, [problem(0) | {"prompt": "1+1=?"}])
-    sampling.warn_of_templates(sampling.plan([str(policy)], [problems], 2, OPTIONS))
+    read_all([policy], [problems]).warn_of_templates()
     assert capsys.readouterr().err == ""
 
 
@@ -223,40 +229,39 @@ def test_messages_are_asked_of_policies_with_one_chat_template_and_no_others(tin
         (policy / "chat_template.jinja").write_text(text)
     chat = [{"role": "user", "content": "1+2"}]
     jsonl.write(problems, [problem(0), problem(1) | {"prompt": chat}, problem(2) | {"prompt": "7*7=?"}])
-    plan = sampling.plan([str(copied), str(same)], [problems], 2, OPTIONS)
-    assert [prompt.text for prompt in plan.sets["sums"]] == [problem(0)["problem"], "(1+2)=?", "7*7=?"]
+    request = read_all([copied, same], [problems])
+    assert [prompt.text for prompt in request.sets["sums"]] == [problem(0)["problem"], "(1+2)=?", "7*7=?"]
     with pytest.raises(InputError, match="their chat templates differ, and problems have messages; use two calls"):
-        sampling.plan([str(copied), str(other)], [problems], 2, OPTIONS)
+        read_all([copied, other], [problems])
     with pytest.raises(InputError, match=r"sums.jsonl: messages of problem p1: the policy's tokenizer has no chat te"):
-        sampling.plan([str(tiny_policy)], [problems], 2, OPTIONS)
+        read_all([tiny_policy], [problems])
 
 
 def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy, problems):
-    plan = sampling.plan([str(tiny_policy), str(other_policy)], [problems], 3, OPTIONS)
-    starts = []
+    request = read_all([tiny_policy, other_policy], [problems], 3)
+    engines = Engines()
     with Verifier() as verifier:
-        rollouts = list(sampling.rollouts(plan, lambda path: starts.append(path) or ScriptedEngine(path), verifier))
+        rollouts = list(sampling.rollouts(request, engines, verifier))
     expected = [(str(p), f"p{n}", s) for p in (tiny_policy, other_policy) for n in range(6) for s in range(3)]
     assert [(r["policy"], r["problem_id"], r["sample"]) for r in rollouts] == expected
-    assert starts == [tiny_policy]
+    assert [engine.policy for engine in engines] == [tiny_policy]
     halves = rollouts[:18], rollouts[18:]
     assert [r["completion"] for r in halves[0]] != [r["completion"] for r in halves[1]]
 
 
 def test_many_problems_are_drawn_in_parts_without_changing_a_sample(tiny_policy, problems, monkeypatch):
-    plan = sampling.plan([str(tiny_policy)], [problems], 3, OPTIONS)
+    request = read_all([tiny_policy], [problems], 3)
     with Verifier() as verifier:
-        whole = list(sampling.rollouts(plan, ScriptedEngine, verifier))
+        whole = list(sampling.rollouts(request, Engines(), verifier))
         monkeypatch.setattr(sampling, "MAX_COMPLETIONS", 7)
-        assert [len(part) for part in plan.parts(plan.sets["sums"])] == [2, 2, 2]
-        assert list(sampling.rollouts(plan, ScriptedEngine, verifier)) == whole
+        assert [len(part) for part in sampling.parts(request, request.sets["sums"])] == [2, 2, 2]
+        assert list(sampling.rollouts(request, Engines(), verifier)) == whole
 
 
-def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, tmp_path, monkeypatch, capsys):
+def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, tmp_path, capsys):
     with problems.open("a") as file:
         file.write(json.dumps(problem(6) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
-    monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
-    sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", num_samples=2, options=OPTIONS)
+    draw(tiny_policy, problems, tmp_path / "out.jsonl")
     fault = "1 problems (long) leave no room for --max-tokens 32 in the policy's context of 128 tokens: they are left"
     assert fault in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
@@ -266,14 +271,13 @@ def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, 
     correct = sum(rollout["verdict"] == "correct" for rollout in drawn)
     assert manifest["counts"] == {"rollouts": 12, "tokens": sum(r["num_tokens"] for r in drawn), "correct": correct}
     with pytest.raises(InputError, match="already holds something"):
-        sample.run(policy=[str(tiny_policy)], problems=problems, out=tmp_path / "out.jsonl", options=OPTIONS)
+        draw(tiny_policy, problems, tmp_path / "out.jsonl")
 
 
 def test_rollouts_on_stdout_leave_no_manifest(tiny_policy, problems, tmp_path, monkeypatch):
-    monkeypatch.setattr(Plan, "start_engine", lambda plan, path: ScriptedEngine(path))
     monkeypatch.setattr("sys.stdout", SimpleNamespace(buffer=io.BytesIO()))
     monkeypatch.chdir(tmp_path)
-    sample.run(policy=[str(tiny_policy)], problems=problems, out=Path("-"), num_samples=2, options=OPTIONS)
+    draw(tiny_policy, problems, Path("-"))
     assert [path.name for path in tmp_path.iterdir()] == [problems.name]
 
 
@@ -282,19 +286,15 @@ def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_star
     tiny_policy, make_policy, problems, capsys, fault, num_starts
 ):
     policies = [tiny_policy, make_policy(seed=3), make_policy(seed=4)]
-    plan = sampling.plan(list(map(str, policies)), [problems], 2, OPTIONS)
-    engines = []
-
-    def start(path):
-        engines.append(ScriptedEngine(path, fault=fault))
-        return engines[-1]
-
+    request = read_all(policies, [problems])
+    engines = Engines()
+    engines.fault = fault
     with Verifier() as verifier:
-        drawn = list(sampling.rollouts(plan, start, verifier))
+        drawn = list(sampling.rollouts(request, engines, verifier))
         expected = []
         for policy in policies:
-            alone = sampling.plan([str(policy)], [problems], 2, OPTIONS)
-            expected += sampling.rollouts(alone, ScriptedEngine, verifier)
+            alone = read_all([policy], [problems])
+            expected += sampling.rollouts(alone, Engines(), verifier)
     assert drawn == expected
     assert len(engines) == num_starts
     assert sum(engine.num_checks for engine in engines) == 1
@@ -302,26 +302,26 @@ def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_star
     assert capsys.readouterr().err.count("cannot swap weights of this kind: that is too much") == num_starts // 3
 
 
-def test_tied_and_untied_policies_have_an_engine_each(tiny_policy, tied_policy):
-    started = []
-    engines = sampling.Engines(lambda path: started.append(path) or ScriptedEngine(path), ALONE)
+def test_tied_and_untied_policies_have_an_engine_each(tiny_policy, tied_policy, problems):
+    started = Engines()
+    engines = sampling.Engines(read_all([tiny_policy], [problems]), started)
     first = engines.holding(tiny_policy)
     assert engines.holding(tied_policy) is not first
     assert first.is_closed
-    assert started == [tiny_policy, tied_policy]
+    assert [engine.policy for engine in started] == [tiny_policy, tied_policy]
 
 
 @pytest.mark.slow
 def test_the_real_engine_gives_a_policy_the_same_samples_alone_and_after_another(
     engine, tiny_policy, other_policy, problems
 ):
-    def start(path):
+    def start(_, path):
         engine.load(sampling.checkpoints.disk_weights(path))
         return engine
 
     other = str(other_policy)
-    both = sampling.plan([str(tiny_policy), other], [problems], 8, OPTIONS)
-    alone = sampling.plan([other], [problems], 8, OPTIONS)
+    both = read_all([tiny_policy, other], [problems], 8)
+    alone = read_all([other], [problems], 8)
     with Verifier() as verifier:
         second = [r for r in sampling.rollouts(both, start, verifier) if r["policy"] == other]
         assert list(sampling.rollouts(alone, start, verifier)) == second

@@ -10,6 +10,7 @@ import pytest
 from rloop_cli import warm
 from stages.core import jsonl, records
 from stages.core.drawing import sampling
+from stages.core.drawing.request import RequestOptions, read_request
 from stages.core.errors import InputError
 from stages.core.grading.verifier import Verifier
 from stages.core.policy import checkpoints
@@ -73,10 +74,10 @@ def check_alike(found, expected):
 def expected(place, engine, tiny_policy, monkeypatch):
     """What an engine of one process draws from both policies."""
     monkeypatch.chdir(place)
-    options = sampling.Options(template="none", max_tokens=48)
-    plan = sampling.plan(["policy", "other"], [Path("sums.jsonl")], 8, options)
+    options = RequestOptions(template="none", max_tokens=48)
+    request = read_request(["policy", "other"], {"sums": Path("sums.jsonl")}, options, num_samples=8)
     with Verifier() as verifier:
-        jsonl.write(place / "one.jsonl", sampling.rollouts(plan, lambda _: engine, verifier))
+        jsonl.write(place / "one.jsonl", sampling.rollouts(request, lambda *_: engine, verifier))
     engine.load(checkpoints.disk_weights(tiny_policy))
     return texts(place / "one.jsonl")
 
@@ -147,9 +148,9 @@ def test_a_run_whose_ranks_see_different_problems_ends_on_all(place):
 
 
 def test_one_process_cannot_share_an_engine(place):
-    options = sampling.Options(template="none", max_tokens=48, tensor_parallel=2)
+    options = RequestOptions(template="none", max_tokens=48, tensor_parallel=2)
     with pytest.raises(InputError, match=r"--tensor-parallel 2: must divide .* launched as one process"):
-        sampling.plan([str(place / "policy")], [place / "sums.jsonl"], 4, options, Ranks(2, 0, 1))
+        read_request([str(place / "policy")], {"sums": place / "sums.jsonl"}, options, Ranks(2, 0, 1), num_samples=4)
 
 
 @pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 4), (8, 4), (4, 2), (4, 1)])

@@ -17,21 +17,22 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from stages.core import jsonl, outputs, provenance, records
 from stages.core.drawing import sampling
 from stages.core.drawing.engine import Engine
-from stages.core.drawing.rollouts import Group, Prompt, no_room
-from stages.core.drawing.sampling import Engines, Meter, Plan, StartEngine
+from stages.core.drawing.request import Request, by_stem, read_request
+from stages.core.drawing.rollouts import Group, Prompt
+from stages.core.drawing.sampling import Engines, Meter, SamplingOptions, StartEngine
 from stages.core.errors import InputError
 from stages.core.grading import verifier
 from stages.core.grading.scores import Grader
 from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import end_with_parent, going_on
-from stages.core.options import PATH, at_least, checked
+from stages.core.options import PATH, at_least
 from stages.core.outputs import read_json
 from stages.core.provenance import Identity, Inputs
 from stages.core.ranks import Ranks
@@ -50,35 +51,60 @@ class Drawing(NamedTuple):
     Of the first `num_scored` samples of each group the token ids are kept besides.
     """
 
-    plan: Plan
+    request: Request
     stems: Stems
     marks: dict[str, Any]
     num_scored: int = 0
 
 
-@checked
-def run(
-    *,
-    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PATH] = [],  # noqa: B006
-    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PATH] = [],  # noqa: B006
-    out: Annotated[Path, "directory to write", PATH],
+@dataclass(frozen=True, kw_only=True)
+class Options(SamplingOptions):
+    """What `rloop eval` takes."""
+
+    policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PATH] = field(
+        default_factory=list
+    )
+    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PATH] = field(
+        default_factory=list
+    )
+    out: Annotated[Path, "directory to write", PATH]
     selected: Annotated[
         list[Path],
-        "ask what counts of this eval output: the policy that it selected, the last checkpoint of each run, and what "
-        "is no checkpoint of a run; repeatable",
+        "evaluate what counts of this eval output: the policy that it selected, the last checkpoint of each run, and "
+        "what is no checkpoint of a run; repeatable",
         PATH,
-    ] = [],  # noqa: B006
-    all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PATH] = False,
-    regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PATH] = None,
-    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32,
-    k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = list(KS),  # noqa: B006
-    maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False,
-    greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False,
-    kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PATH] = "",
-    kl_samples: Annotated[int, "with --kl-to: completions of each problem that it is measured on", at_least(1)] = 1,
-    select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = "",
-    options: sampling.Options,
-) -> None:
+    ] = field(default_factory=list)
+    all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PATH] = False
+    regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PATH] = None
+    num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32
+    k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = field(default_factory=lambda: list(KS))
+    maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False
+    greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False
+    kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PATH] = ""
+    kl_samples: Annotated[int, "with --kl-to: completions of each problem that it is measured on", at_least(1)] = 1
+    select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = ""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for options that cannot work together."""
+        super().__post_init__()
+        if self.regrade is not None:
+            if self.policy or self.selected or self.kl_to or self.problems or self.limit or self.greedy:
+                drawing = "--policy, --selected, --problems, --limit, --greedy and --kl-to"
+                raise InputError(f"--regrade draws nothing: leave out {drawing}")
+            if self.has_own_rewards:
+                raise InputError("--regrade grades by math-verify: leave out --reward, or draw anew")
+            return
+        if not self.problems:
+            raise InputError("--problems is missing: name at least one file of problems")
+        if Path("-") in self.problems:
+            raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
+        sampling.refuse_alike(self.temperature, self.num_samples)
+        scoring.check_metrics(self.num_samples, self.k, self.select, self.maj, self.greedy)
+        if self.maj and self.has_own_rewards:
+            raise InputError("--maj asks math-verify which answers are equivalent: leave it out, or --reward")
+
+
+def run(options: Options) -> None:
     """Evaluate policies: avg@k and pass@k with their intervals, and which differences between policies are real.
 
     Several policies share one engine, so they need one architecture and one tokenizer. A call that was interrupted
@@ -100,97 +126,71 @@ def run(
     Example: rloop eval --policy loop/0/policy --policy loop/1/rl/checkpoints --policy loop/1/policy
     --problems loop/0/valid.jsonl --out loop/eval/valid --template none --max-tokens 72 --num-samples 8 --k 8
     """
-    given = locals()
+    draw(options, Request.start_engine)
+
+
+def draw(options: Options, start_engine: StartEngine) -> None:
+    """`run` with the engines that `start_engine` starts, if something is left to draw."""
+    start = time.monotonic()
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
-    if regrade is not None:
-        ranks.together(lambda: _refuse_drawing(out, [*policy, *map(str, selected), kl_to], problems, options, greedy))
-        regrade_rollouts(regrade, out, {"k": k, "maj": maj, "select": select, "bare": options.bare}, ranks)
+    if options.regrade is not None:
+        ranks.together(lambda: outputs.refuse_unwritable(options.out))
+        parameters = {name: getattr(options, name) for name in ("k", "maj", "select", "bare")}
+        regrade_rollouts(options.regrade, options.out, parameters, ranks)
         return
-    ranks.together(lambda: check_options(given))
-    plan = ranks.together(
-        lambda: _plan(out, selection.added(policy, selected, all_checkpoints), problems, num_samples, options, ranks)
+    request = ranks.together(lambda: _read(options, ranks))
+    num_scored = options.kl_samples if options.kl_to else 0
+    base = ranks.together(lambda: divergence.checked(options.kl_to, num_scored, request))
+    inputs = ranks.together(
+        lambda: provenance.recorded([*options.problems, *request.policies.values(), *([base] if base else [])])
     )
-    evaluate(plan, problems, out, given, plan.start_engine)
-
-
-def check_options(given: Mapping[str, Any]) -> None:
-    """Raise InputError for options of `run` that cannot work together; `rloop check` asks it, too."""
-    if given["regrade"] is None:
-        scoring.check_metrics(*(given[name] for name in ("num_samples", "k", "select", "maj", "greedy")))
-        if given["maj"] and given["options"].has_own_rewards:
-            raise InputError("--maj asks math-verify which answers are equivalent: leave it out, or --reward")
-
-
-def _refuse_drawing(
-    out: Path, policies: list[str], problem_files: list[Path], options: sampling.Options, greedy: bool
-) -> None:
-    outputs.refuse_unwritable(out)
-    if any(policies) or problem_files or options.limit or greedy:
-        drawing = "--policy, --selected, --problems, --limit, --greedy and --kl-to"
-        raise InputError(f"--regrade draws nothing: leave out {drawing}")
-    if options.has_own_rewards:
-        raise InputError("--regrade grades by math-verify: leave out --reward, or draw anew")
-
-
-def _plan(
-    out: Path,
-    policies: list[str],
-    problem_files: list[Path],
-    num_samples: int,
-    options: sampling.Options,
-    ranks: Ranks,
-) -> Plan:
-    """Check everything; the first rank says what the user should know."""
-    outputs.refuse_unwritable(out)
-    if not problem_files:
-        raise InputError("--problems is missing: name at least one file of problems")
-    if Path("-") in problem_files:
-        raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
-    plan = sampling.plan(policies, problem_files, num_samples, options, ranks)
-    _refuse_left_out(plan)
-    if ranks.is_first:
-        sampling.warn_of_templates(plan)
-    return plan
-
-
-def evaluate(
-    plan: Plan, problem_files: list[Path], out: Path, given: Mapping[str, Any], start_engine: StartEngine
-) -> None:
-    """Draw what is not there yet and write `out`; an engine is started only if something is left to draw."""
-    start, ranks = time.monotonic(), plan.ranks
-    num_scored = given["kl_samples"] if given["kl_to"] else 0
-    base = ranks.together(lambda: divergence.checked(given["kl_to"], num_scored, plan))
-    sources = [*problem_files, *plan.policies.values(), *([base] if base else [])]
-    read = ranks.together(lambda: provenance.recorded(sources))
-    ranks.together(lambda: selection.refuse_changed(given["selected"], read.digests))
+    ranks.together(lambda: selection.refuse_changed(options.selected, inputs.digests))
     decides = provenance.versions() | verifier.VERSION
-    resolved = plan.resolved | ({"kl_to": read.digests[str(base)]} if base else {})
-    identity = provenance.identify_run(run, given, read.digests, decides, **resolved)
-    seen = {f"template {plan.template.name}": plan.template.digest, "reward": plan.rewards.digest}
-    ranks.refuse_differences(read.digests | decides | seen)
+    resolved = request.resolved | ({"kl_to": inputs.digests[str(base)]} if base else {})
+    identity = provenance.identify("eval", options, inputs, decides, **resolved)
+    ranks.refuse_differences(inputs.digests | decides | request.seen)
     with ExitStack() as stack:
-        place = ranks.on_first(lambda: _begin(out, identity, list(plan.policies), stack))
+        place = ranks.on_first(lambda: _begin(options.out, identity, list(request.policies), stack))
         if place is None:
             return
         ranks.refuse_unseen(place / partial.SETTINGS)
-        stems = _stems(plan, problem_files, identity.inputs.digests)
-        drawings = _drawings(plan, stems, given["greedy"], num_scored)
+        stems = _stems(request, options.problems, inputs.digests)
+        drawings = _drawings(request, stems, options.greedy, num_scored)
         with going_on(lambda: "what was drawn is kept: the same command draws the rest"):
-            _draw_missing(drawings, place, start_engine)
+            _draw_missing(drawings, place, start_engine, options.bare)
             ranks.wait()
             if base:
                 scored = divergence.stems_of(stems, num_scored, resolved["kl_to"])
-                divergence.score_missing(plan, stems, num_scored, base, scored, place)
-                drawings[KL] = Drawing(plan, scored, {})
+                divergence.score_missing(request, stems, num_scored, base, scored, place)
+                drawings[KL] = Drawing(request, scored, {})
         if not ranks.is_first:
             return
         stored = {
-            name: {file: _stored(drawing, name, place) for file, drawing in drawings.items()} for name in plan.sets
+            name: {file: _stored(drawing, name, place) for file, drawing in drawings.items()} for name in request.sets
         }
-        summaries = _write(out, stored, _manifest(identity, plan, read.stamps), start)
+        summaries = _write(options.out, stored, _manifest(identity, request), start)
         shutil.rmtree(place)
     _print(summaries)
+
+
+def _read(options: Options, ranks: Ranks) -> Request:
+    """Check everything; the first rank says what the user should know."""
+    outputs.refuse_unwritable(options.out)
+    request = read_request(
+        selection.added(options.policy, options.selected, options.all_checkpoints),
+        by_stem(options.problems),
+        options,
+        ranks,
+        num_samples=options.num_samples,
+        temperature=options.temperature,
+        limit=options.limit,
+    )
+    if fault := request.too_long():  # an average over fewer problems would be another figure
+        raise InputError(f"{fault}: lower it, or remove them")
+    if ranks.is_first:
+        request.warn_of_templates()
+    return request
 
 
 def _begin(out: Path, identity: Identity, policies: list[str], stack: ExitStack) -> Path | None:
@@ -203,17 +203,9 @@ def _begin(out: Path, identity: Identity, policies: list[str], stack: ExitStack)
     return partial.directory(out, identity)
 
 
-def _manifest(identity: Identity, plan: Plan, stamps: Mapping[str, str]) -> dict[str, Any]:
+def _manifest(identity: Identity, request: Request) -> dict[str, Any]:
     """What the manifests of all sets have in common."""
-    about = {"stamps": stamps, **plan.about, "template_digest": plan.template.digest}
-    return provenance.manifest(identity, {}, 0, **about)
-
-
-def _refuse_left_out(plan: Plan) -> None:
-    """Raise InputError if prompts do not fit: an average over fewer problems would be another figure."""
-    if plan.left_out:
-        fault = no_room(plan.left_out, plan.sampling.max_tokens, plan.context)
-        raise InputError(f"{fault}: lower it, or remove them")
+    return provenance.manifest(identity, {}, 0, **request.about, template_digest=request.template.digest)
 
 
 def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
@@ -234,40 +226,40 @@ def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
     return True
 
 
-def _stems(plan: Plan, problem_files: list[Path], digests: Mapping[str, str]) -> Stems:
+def _stems(request: Request, problem_files: list[Path], digests: Mapping[str, str]) -> Stems:
     """The stems of the partial files; two names of one checkpoint share theirs."""
     return {
         (file.stem, name): f"{digests[str(file)][:16]}-{digests[str(policy)][:16]}"
         for file in problem_files
-        for name, policy in plan.policies.items()
+        for name, policy in request.policies.items()
     }
 
 
-def _drawings(plan: Plan, stems: Stems, greedy: bool, num_scored: int) -> dict[str, Drawing]:
+def _drawings(request: Request, stems: Stems, greedy: bool, num_scored: int) -> dict[str, Drawing]:
     """What is drawn, by the file that it is written to; stems begin with hexadecimal digits unless greedy."""
-    drawings = {ROLLOUTS: Drawing(plan, stems, {}, num_scored)}
+    drawings = {ROLLOUTS: Drawing(request, stems, {}, num_scored)}
     if greedy:
-        at_zero = replace(plan, sampling=replace(plan.sampling, num_samples=1, temperature=0.0))
+        at_zero = replace(request, sampling=replace(request.sampling, num_samples=1, temperature=0.0))
         drawings[GREEDY] = Drawing(at_zero, {key: f"greedy-{stem}" for key, stem in stems.items()}, {"greedy": True})
     return drawings
 
 
-def _draw_missing(drawings: Mapping[str, Drawing], place: Path, start_engine: StartEngine) -> None:
+def _draw_missing(drawings: Mapping[str, Drawing], place: Path, start_engine: StartEngine, bare: bool) -> None:
     """Draw what is not in `place`, policy by policy; a policy that lacks nothing is not loaded."""
-    plan = drawings[ROLLOUTS].plan
+    request = drawings[ROLLOUTS].request
     wanted = {stem: drawing.num_scored for drawing in drawings.values() for stem in drawing.stems.values()}
-    kept = plan.ranks.on_first(lambda: {stem: partial.kept(place, stem, num) for stem, num in wanted.items()})
-    engines = Engines(start_engine, plan.ranks)
-    num_groups = plan.num_groups * len(drawings)
-    with plan.grader(has_scored=any(kept.values())) as grader, Meter(num_groups, plan.ranks) as meter:
-        for name, path in plan.policies.items():
-            missing = [partial.missing(plan, name, drawing.stems, kept) for drawing in drawings.values()]
+    kept = request.ranks.on_first(lambda: {stem: partial.kept(place, stem, num) for stem, num in wanted.items()})
+    engines = Engines(request, start_engine)
+    num_groups = len(request.prompts) * len(request.policies) * len(drawings)
+    with request.grader(bare, has_scored=any(kept.values())) as grader, Meter(num_groups, request.ranks) as meter:
+        for name, path in request.policies.items():
+            missing = [partial.missing(request, name, drawing.stems, kept) for drawing in drawings.values()]
             if any(missing):
                 engine = engines.holding(path)  # on every rank, whose share of a few may be nothing
             for drawing, own in zip(drawings.values(), missing, strict=True):
-                meter.start(name, len(own), plan.num_groups // len(plan.policies) - len(own))
+                meter.start(name, len(own), len(request.prompts) - len(own))
                 if own:
-                    _draw(drawing, name, place, plan.ranks.share(own), engine, grader, meter)
+                    _draw(drawing, name, place, request.ranks.share(own), engine, grader, meter)
     if any(wanted.values()):
         engines.close()  # two policies need its memory now
 
@@ -282,18 +274,18 @@ def _draw(
     meter: Meter,
 ) -> None:
     """Draw groups of one policy; each is kept as soon as it is scored."""
-    plan = drawing.plan
+    request = drawing.request
     with ExitStack() as stack:
         keepers = {
-            stem: stack.enter_context(Keeper(place, stem, plan.ranks.engine, drawing.num_scored))
-            for stem in (dict(share) if plan.ranks.keeps else ())
+            stem: stack.enter_context(Keeper(place, stem, request.ranks.engine, drawing.num_scored))
+            for stem in (dict(share) if request.ranks.keeps else ())
         }
-        for part in plan.parts(share):
-            _draw_part(plan, name, part, keepers, engine, grader, meter)
+        for part in sampling.parts(request, share):
+            _draw_part(request, name, part, keepers, engine, grader, meter)
 
 
 def _draw_part(
-    plan: Plan,
+    request: Request,
     name: str,
     part: Sequence[tuple[str, Prompt]],
     keepers: Mapping[str, Keeper],
@@ -306,15 +298,15 @@ def _draw_part(
             keepers[part[number][0]].add(group, name)
 
     prompts = [prompt for _, prompt in part]
-    with plan.ranks.raise_once():
-        sampling.draw_scored(engine, grader, prompts, plan.seeded(prompts), meter, keep)
+    with request.ranks.raise_once():
+        sampling.draw_scored(engine, grader, prompts, request.seeded(prompts), meter, keep)
 
 
 def _stored(drawing: Drawing, set_name: str, place: Path) -> Iterator[Any]:
-    """A set's rollouts, or Divergences, by policy, problem and sample, in the order of the plan."""
-    for name in drawing.plan.policies:
+    """A set's rollouts, or Divergences, by policy, problem and sample, in the order of the request."""
+    for name in drawing.request.policies:
         with Groups(place, drawing.stems[set_name, name]) as groups:
-            for prompt in drawing.plan.sets[set_name]:
+            for prompt in drawing.request.sets[set_name]:
                 for rollout in groups.get(prompt.problem["id"]):
                     own: Any = {**rollout, "policy": name}  # it may have been drawn under another name
                     yield own | drawing.marks

@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stages.core.drawing.request import Request
 from stages.core.drawing.rollouts import Prompt
-from stages.core.drawing.sampling import Plan
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.policy.batching import microbatches
@@ -37,19 +37,19 @@ CHUNK = 2**22  # logits that are held in float32 at a time
 Share = Sequence[tuple[str, Prompt]]  # groups to score, each with the stem of the file for it
 
 
-def checked(name: str, num_scored: int, plan: Plan) -> Path | None:
+def checked(name: str, num_scored: int, request: Request) -> Path | None:
     """The directory of the base that --kl-to names, None if it names none; InputError if it can't be compared."""
     if not name:
         return None
-    if plan.sampling.temperature == 0:
+    if request.sampling.temperature == 0:
         raise InputError("--kl-to: at --temperature 0 a policy is no distribution: leave one of them out")
-    if num_scored > plan.sampling.num_samples:
-        raise InputError(f"--kl-samples {num_scored}: there are {plan.sampling.num_samples} samples (--num-samples)")
-    if plan.ranks.tensor_parallel > 1:
+    if num_scored > request.sampling.num_samples:
+        raise InputError(f"--kl-samples {num_scored}: there are {request.sampling.num_samples} samples (--num-samples)")
+    if request.ranks.tensor_parallel > 1:
         raise InputError("--kl-to: each process holds two whole policies for it: leave out --tensor-parallel")
-    base, asked = checkpoints.resolve(name), next(iter(plan.policies.values()))
-    prompts = [prompt for prompts in plan.sets.values() for prompt in prompts]
-    longest = max(len(prompt.token_ids) for prompt in prompts) + plan.sampling.max_tokens
+    base, asked = checkpoints.resolve(name), next(iter(request.policies.values()))
+    prompts = [prompt for prompts in request.sets.values() for prompt in prompts]
+    longest = max(len(prompt.token_ids) for prompt in prompts) + request.sampling.max_tokens
     if (size := _vocabulary(base)) != (expected := _vocabulary(asked)):
         raise InputError(f"--kl-to {name}: its vocabulary has {size} tokens, that of the policies {expected}")
     if checkpoints.encode(checkpoints.load_tokenizer(base), [p.text for p in prompts]) != [
@@ -80,25 +80,27 @@ def stems_of(stems: Stems, num_scored: int, base_digest: str) -> Stems:
     return {key: f"kl{num_scored}-{base_digest[:16]}-{stem}" for key, stem in stems.items()}
 
 
-def score_missing(plan: Plan, stems: Stems, num_scored: int, base: Path, scored_stems: Stems, place: Path) -> None:
+def score_missing(
+    request: Request, stems: Stems, num_scored: int, base: Path, scored_stems: Stems, place: Path
+) -> None:
     """Score what is drawn in `place` and not scored there yet; each rank takes a share, and all meet at the end."""
-    ranks = plan.ranks
+    ranks = request.ranks
     known = ranks.on_first(lambda: {stem: partial.kept(place, stem) for stem in scored_stems.values()})
-    shares = {name: ranks.share(partial.missing(plan, name, scored_stems, known)) for name in plan.policies}
+    shares = {name: ranks.share(partial.missing(request, name, scored_stems, known)) for name in request.policies}
     tokens = {scored: partial.tokens_stem(stems[key], num_scored) for key, scored in scored_stems.items()}
-    ranks.together(lambda: _score(plan, shares, tokens, base, place))
+    ranks.together(lambda: _score(request, shares, tokens, base, place))
 
 
-def _score(plan: Plan, shares: Mapping[str, Share], tokens: Mapping[str, str], base: Path, place: Path) -> None:
+def _score(request: Request, shares: Mapping[str, Share], tokens: Mapping[str, str], base: Path, place: Path) -> None:
     """Score the share of each policy; `tokens` has the stems of the completions' tokens by those to write."""
-    models, num_done = _Models(base, plan), 0
+    models, num_done = _Models(base, request), 0
     parts = [(name, own[i : i + AT_ONCE]) for name, own in shares.items() for i in range(0, len(own), AT_ONCE)]
-    with StepProgress("KL", sum(map(len, shares.values())), quiet=not plan.ranks.is_first) as progress:
+    with StepProgress("KL", sum(map(len, shares.values())), quiet=not request.ranks.is_first) as progress:
         for name, part in parts:
             for stem, own in groupby(part, key=lambda pair: pair[0]):
                 prompts = {prompt.problem["id"]: prompt.token_ids for _, prompt in own}
                 scored = models.score(name, _drawn(place, tokens[stem], prompts))
-                with Writer(place, stem, plan.ranks.rank) as writer:
+                with Writer(place, stem, request.ranks.rank) as writer:
                     for of_problem in scored:
                         writer.add(of_problem)
             num_done += len(part)
@@ -118,17 +120,17 @@ def _drawn(place: Path, stem: str, prompts: dict[str, list[int]]) -> list[Comple
 class _Models:
     """The base and one policy after another, each loaded when it is needed."""
 
-    def __init__(self, base: Path, plan: Plan) -> None:
-        self._base, self._plan = base, plan
+    def __init__(self, base: Path, request: Request) -> None:
+        self._base, self._request = base, request
         self._loaded: dict[Path, Any] = {}
         self._budget = min(TOKEN_BUDGET, MAX_LOGITS // _vocabulary(base))
 
     def score(self, policy: str, completions: Sequence[Completion]) -> Iterator[list[Divergence]]:
         """The Divergences of a policy's completions, problem by problem."""
-        own, base = (self._model(path) for path in (self._plan.policies[policy], self._base))
+        own, base = (self._model(path) for path in (self._request.policies[policy], self._base))
         nats = [0.0] * len(completions)
         for batch in microbatches([len(c.prompt_ids) + len(c.token_ids) for c in completions], self._budget):
-            scored = divergences(own, base, [completions[i] for i in batch], self._plan.sampling.temperature)
+            scored = divergences(own, base, [completions[i] for i in batch], self._request.sampling.temperature)
             for index, value in zip(batch, scored, strict=True):
                 nats[index] = value
         records: list[Divergence] = [
@@ -156,7 +158,7 @@ class _Models:
         from stages.core.policy import acceleration
         from stages.core.ranks import process_state
 
-        dtype = self._plan.options.dtype
+        dtype = self._request.options.dtype
         if dtype == "auto":
             dtype = "bfloat16" if acceleration.uses_bfloat16(dtype) else "float32"
         return checkpoints.load_model(path, getattr(torch, dtype)).to(process_state().device)

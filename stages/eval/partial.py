@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import orjson
 
 from stages.core import outputs
+from stages.core.drawing.request import Request
 from stages.core.drawing.rollouts import Group, Prompt
-from stages.core.drawing.sampling import Plan
 from stages.core.errors import InputError
 from stages.core.provenance import Identity, Inputs, read_manifest
 
@@ -138,10 +138,10 @@ def tokens_stem(stem: str, num_scored: int) -> str:
     return f"tokens{num_scored}-{stem}"
 
 
-def missing(plan: Plan, policy: str, stems: Stems, known: dict[str, set[str]]) -> list[tuple[str, Prompt]]:
+def missing(request: Request, policy: str, stems: Stems, known: dict[str, set[str]]) -> list[tuple[str, Prompt]]:
     """What a policy lacks of all sets, each prompt with its stem; it counts as `known` from now on."""
     lacking = []
-    for set_name, prompts in plan.sets.items():
+    for set_name, prompts in request.sets.items():
         stem = stems[set_name, policy]
         lacking += [(stem, prompt) for prompt in prompts if prompt.problem["id"] not in known[stem]]
         known[stem].update(prompt.problem["id"] for prompt in prompts)

@@ -325,14 +325,10 @@ def _start_engine(accelerator: "Accelerator", path: Path, asked: Asked, options:
     with Ranks(options.tensor_parallel).raise_once():
         engine = VllmEngine(
             path,
+            options,
             max_model_len=max(longest, valid_longest),
-            dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-            memory_fraction=options.memory_fraction,
-            max_sequences=options.max_sequences,
             sleeps=True,
             distributed=accelerator.num_processes > 1,
-            tensor_parallel=options.tensor_parallel,
-            is_compiled=options.compile,
         )
     if not options.max_sequences:  # long prompts of --valid must not change the batches, whose rounding rollouts have
         engine.max_sequences = fitting(engine.cache_tokens, longest)

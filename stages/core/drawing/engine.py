@@ -157,30 +157,25 @@ class VllmEngine:
     def __init__(
         self,
         policy: Path,
+        options: EngineOptions = EngineOptions(),
         *,
         max_model_len: int,
-        dtype: str = "auto",
-        memory_fraction: float = 0.9,
-        max_sequences: int = 0,
         sleeps: bool = False,
         distributed: bool = False,
-        tensor_parallel: int = 1,
-        is_compiled: bool = False,
     ):
         """Start with the checkpoint `policy`, read by vLLM's own loader; InputError if vLLM cannot.
 
-        With `max_sequences` 0 the cache bounds how many are under way at once. `distributed` engines start on all ranks
-        at the same time, `tensor_parallel` ranks in a row sharing one. `is_compiled` counts on the CPU only: on a GPU
-        all are.
+        `distributed` engines start on all ranks at the same time, `tensor_parallel` ranks in a row sharing one.
         """
         configure()
         import torch
 
         self.on_gpu = torch.cuda.is_available()
+        dtype, max_sequences = options.dtype, options.max_sequences
         if dtype == "auto":  # vLLM's own choice would depend on the checkpoint's type
             dtype = "bfloat16" if self.on_gpu else "float32"
         self.sleeps = sleeps and self.on_gpu
-        self.tensor_parallel = tensor_parallel
+        self.tensor_parallel = options.tensor_parallel
         self._asleep = False
         self._probe_bound = PROBE_BOUNDS.get(dtype, PROBE_BOUND_HALF)
         self._num_probe_tokens = min(PROBE_TOKENS, max_model_len - 1)
@@ -191,12 +186,12 @@ class VllmEngine:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_sequences or MAX_SEQUENCES,
-            gpu_memory_utilization=memory_fraction,
+            gpu_memory_utilization=options.memory_fraction,
             enable_sleep_mode=self.sleeps,
             logprobs_mode="processed_logprobs",
             use_tqdm_on_load=False,
             **self._distributed(distributed),
-            **({} if self.on_gpu else _on_cpu(max_model_len, is_compiled)),
+            **({} if self.on_gpu else _on_cpu(max_model_len, options.compile)),
         )
         self._max_model_len = max_model_len
         self.cache_tokens = _cache_tokens(self._llm.llm_engine.vllm_config.cache_config)
