@@ -101,7 +101,7 @@ def rloop_filter(file: Path, scratch: Path) -> None:
 
     out = scratch / "rloop.jsonl"
     out.unlink(missing_ok=True)
-    stage.run(rollouts=[str(file)], out=str(out), max_pass_rate=MAX_PASS_RATE)
+    stage.run(stage.Options(rollouts=[str(file)], out=str(out), max_pass_rate=MAX_PASS_RATE))
 
 
 def with_datasets(file: Path, scratch: Path) -> None:

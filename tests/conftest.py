@@ -72,7 +72,7 @@ def toy(tmp_path_factory):
     from stages import toy
 
     path = tmp_path_factory.mktemp("toy") / "toy"
-    toy.run(out=str(path), num_train=60, num_test=20, pretrain_steps=60)
+    toy.run(toy.Options(out=path, num_train=60, num_test=20, pretrain_steps=60))
     return path
 
 

@@ -80,7 +80,7 @@ class Runs:
         """What filter chooses."""
         out = Path(f"runs/{key}/examples.jsonl")
         out.unlink(missing_ok=True)
-        filtering.run(rollouts=[f"runs/{key}/rl"], out=str(out), max_pass_rate=0.5)
+        filtering.run(filtering.Options(rollouts=[f"runs/{key}/rl"], out=str(out), max_pass_rate=0.5))
 
     def rft(self, key: str, start: str) -> None:
         """A policy with the manifest of one that was fine-tuned."""

@@ -199,7 +199,7 @@ def test_an_output_that_another_process_writes_is_refused(ready, stage):
     assert not Path("out").exists() and not list(Path().glob(".out*"))
 
 
-@pytest.mark.parametrize("stage", [name for name in WITHOUT_ENGINE if name != "report"])
+@pytest.mark.parametrize("stage", [name for name in WITHOUT_ENGINE if name not in ("report", "prepare")])
 def test_what_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch, stage):
     monkeypatch.chdir(tmp_path)  # nothing of what the options name is there
     run = CliRunner().invoke(app, [stage, *WITHOUT_ENGINE[stage].split(), "--out", "/proc/out"])

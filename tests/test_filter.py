@@ -12,6 +12,7 @@ from stages import filter as stage
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.records import Example, read, read_problems
+from stages.filter import passes
 from stages.filter.selection import Choice, Positions, Tally, yield_table
 
 
@@ -65,13 +66,13 @@ def run(tmp_path, rollouts, **options):
     out = tmp_path / "examples.jsonl"
     out.unlink(missing_ok=True)
     jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
-    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), **options)
+    stage.run(stage.Options(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), **options))
     return list(read(out, Example))
 
 
 @pytest.mark.parametrize("max_pass_rate", [0.07, 0.3, 0.5, 1])
 def test_examples_are_those_of_the_definition_in_the_same_order(tmp_path, max_pass_rate, monkeypatch):
-    monkeypatch.setattr(stage, "FLUSH_LINES", 7)
+    monkeypatch.setattr(passes, "FLUSH_LINES", 7)
     rollouts = list(random_rollouts(seed=1))
     assert run(tmp_path, rollouts, max_pass_rate=max_pass_rate) == expected(rollouts, max_pass_rate)
 
@@ -139,7 +140,9 @@ def test_an_rl_output_is_its_steps_in_order_and_several_inputs_count_together(tm
         jsonl.write(tmp_path / "rl" / "rollouts" / f"step_{step:06d}.jsonl", rollouts[step * 100 : step * 100 + 100])
     jsonl.write(tmp_path / "more.jsonl", rollouts[1200:])
     out = tmp_path / "out.jsonl"
-    stage.run(rollouts=[str(tmp_path / "rl"), str(tmp_path / "more.jsonl")], out=str(out), max_pass_rate=0.5)
+    stage.run(
+        stage.Options(rollouts=[str(tmp_path / "rl"), str(tmp_path / "more.jsonl")], out=str(out), max_pass_rate=0.5)
+    )
     assert list(read(out, Example)) == expected(rollouts, 0.5)
 
 
@@ -149,7 +152,7 @@ def test_in_a_pipe_only_examples_go_to_stdout(tmp_path, monkeypatch, capsys):
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
-    stage.run(rollouts=["-"], out="-", max_pass_rate=0.5)
+    stage.run(stage.Options(rollouts=["-"], out="-", max_pass_rate=0.5))
     assert [orjson.loads(line) for line in out.getvalue().splitlines()] == expected(rollouts, 0.5)
     assert "1,500 rollouts of 40 problems" in capsys.readouterr().err
 
@@ -157,7 +160,10 @@ def test_in_a_pipe_only_examples_go_to_stdout(tmp_path, monkeypatch, capsys):
 def test_a_named_pipe_can_be_read_once_and_that_suffices(tmp_path):
     rollouts = list(random_rollouts(seed=4))
     jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
-    program = "import sys; from stages import filter; filter.run(rollouts=[sys.argv[1]], out='-', max_pass_rate=0.5)"
+    program = (
+        "import sys; from stages import filter as stage; "
+        "stage.run(stage.Options(rollouts=[sys.argv[1]], out='-', max_pass_rate=0.5))"
+    )
     shell = 'exec "$0" -c "$1" <(cat "$2")'
     command = ["bash", "-c", shell, sys.executable, program, str(tmp_path / "rollouts.jsonl")]
     lines = subprocess.run(command, capture_output=True, check=True).stdout.splitlines()
@@ -167,7 +173,7 @@ def test_a_named_pipe_can_be_read_once_and_that_suffices(tmp_path):
 def test_dry_run_prints_the_yield_by_threshold_and_writes_nothing(tmp_path, capsys):
     rollouts = list(random_rollouts(seed=5))
     jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
-    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], dry_run=True, max_pass_rate=0.25)
+    stage.run(stage.Options(rollouts=[str(tmp_path / "rollouts.jsonl")], dry_run=True, max_pass_rate=0.25))
     rows = {line[:12].strip(): line[12:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["pass rate"] == ["problems", "successes", "examples"]
     for name, threshold in (("below 0.1", 0.1), ("below 0.25", 0.25), ("any", 1)):
@@ -263,7 +269,7 @@ def test_an_rl_run_is_one_policy_however_it_was_named_when_it_went_on(tmp_path, 
         part = [one | {"policy": name} for one in rollouts[step * 500 : step * 500 + 500]]
         jsonl.write(tmp_path / "rl" / "rollouts" / f"step_{step:06d}.jsonl", part)
     out = tmp_path / "out.jsonl"
-    stage.run(rollouts=[str(tmp_path / "rl")], out=str(out), max_pass_rate=0.5)
+    stage.run(stage.Options(rollouts=[str(tmp_path / "rl")], out=str(out), max_pass_rate=0.5))
     assert list(read(out, Example)) == expected(rollouts, 0.5)
     assert "rl is no finished rl run (no manifest.json)" in capsys.readouterr().err
 
@@ -273,9 +279,9 @@ def test_an_rl_run_that_goes_on_is_warned_of_and_a_finished_one_is_not(tmp_path,
     jsonl.write(run_dir / "rollouts" / "step_000001.jsonl", random_rollouts(seed=9))
     (run_dir / "manifest.json").write_text("{}")
     with outputs.locked(run_dir):
-        stage.run(rollouts=[str(run_dir)], dry_run=True)
+        stage.run(stage.Options(rollouts=[str(run_dir)], dry_run=True))
     assert "rl is still being written" in capsys.readouterr().err
-    stage.run(rollouts=[str(run_dir)], dry_run=True)
+    stage.run(stage.Options(rollouts=[str(run_dir)], dry_run=True))
     assert capsys.readouterr().err == ""
 
 
@@ -283,7 +289,7 @@ def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
     lines = [orjson.dumps(one) for one in random_rollouts(seed=6)]
     (tmp_path / "rollouts.jsonl").write_bytes(b"\n".join([*lines, lines[-1][:-5]]))
     with pytest.raises(InputError, match=r"rollouts.jsonl:1501: not valid JSON"):
-        stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(tmp_path / "out.jsonl"))
+        stage.run(stage.Options(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(tmp_path / "out.jsonl")))
     assert [file.name for file in tmp_path.iterdir()] == ["rollouts.jsonl"]
 
 
@@ -305,15 +311,15 @@ def test_bad_options_are_told_before_anything_is_read(tmp_path, monkeypatch, opt
     monkeypatch.chdir(tmp_path)
     jsonl.write("rollouts.jsonl", [rollout("a", 1.0)])
     with pytest.raises(InputError, match=fault):
-        stage.run(**{"rollouts": ["rollouts.jsonl"], "out": "out.jsonl", **options})
+        stage.run(stage.Options(**{"rollouts": ["rollouts.jsonl"], "out": "out.jsonl", **options}))
 
 
 def test_positions_come_back_in_order_whatever_was_flushed():
     positions = Positions()
     triples = [(number % 3, number * 10**12, number) for number in range(50_000)]
-    for place, triple in enumerate(triples):
+    for number, triple in enumerate(triples):
         positions.buffer.extend(triple)
-        if place % 777 == 0:
+        if number % 777 == 0:
             positions.flush()
     assert list(positions) == triples
     assert list(positions) == triples
@@ -342,11 +348,11 @@ def test_the_yield_table_holds_the_users_own_threshold():
 
 def test_the_manifest_says_what_was_chosen_and_how(tmp_path):
     jsonl.write(tmp_path / "in.jsonl", random_rollouts(3))
-    stage.run(rollouts=[str(tmp_path / "in.jsonl")], out=str(tmp_path / "out.jsonl"), max_pass_rate=0.3)
-    found = orjson.loads((tmp_path / "out.manifest.json").read_bytes())
-    assert found["stage"] == "filter" and found["parameters"]["max_pass_rate"] == 0.3
-    assert found["counts"]["examples"] == len(list(read(tmp_path / "out.jsonl", Example)))
-    assert found["counts"]["rollouts"] == 1500
+    stage.run(stage.Options(rollouts=[str(tmp_path / "in.jsonl")], out=str(tmp_path / "out.jsonl"), max_pass_rate=0.3))
+    record = orjson.loads((tmp_path / "out.manifest.json").read_bytes())
+    assert record["stage"] == "filter" and record["parameters"]["max_pass_rate"] == 0.3
+    assert record["counts"]["examples"] == len(list(read(tmp_path / "out.jsonl", Example)))
+    assert record["counts"]["rollouts"] == 1500
 
 
 def problems_of(path, *names):
@@ -359,7 +365,9 @@ def test_with_problems_the_hard_ones_are_written_as_they_were_for_rl_to_take(tmp
     file = problems_of(tmp_path / "problems.jsonl", *(f"p/{number}" for number in reversed(range(42))))
     jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
     out = tmp_path / "hard.jsonl"
-    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file, max_pass_rate=0.3)
+    stage.run(
+        stage.Options(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file, max_pass_rate=0.3)
+    )
     rewards = defaultdict(list)
     for one in rollouts:
         rewards[one["problem_id"]].append(one["reward"])
@@ -382,7 +390,7 @@ def test_a_problem_that_was_solved_beyond_the_token_limit_only_is_hard_too(tmp_p
     rollouts = [rollout("a", 1.0, finish_reason="length"), *[rollout("a", 0.0)] * 10, *[rollout("b", 0.0)] * 11]
     jsonl.write(tmp_path / "rollouts.jsonl", rollouts)
     file, out = problems_of(tmp_path / "problems.jsonl", "a", "b"), tmp_path / "hard.jsonl"
-    stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file)
+    stage.run(stage.Options(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file))
     assert [problem["id"] for problem in read_problems(out)] == ["a"]
 
 
@@ -398,16 +406,18 @@ def test_problems_that_are_not_those_of_the_rollouts_or_none_of_them_hard_are_an
     jsonl.write(tmp_path / "rollouts.jsonl", [rollout("a", reward)] * 3)
     file, out = problems_of(tmp_path / "problems.jsonl", *names), tmp_path / "hard.jsonl"
     with pytest.raises(InputError, match=fault):
-        stage.run(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file, max_pass_rate=0.5)
+        stage.run(
+            stage.Options(rollouts=[str(tmp_path / "rollouts.jsonl")], out=str(out), problems=file, max_pass_rate=0.5)
+        )
     assert not out.exists()
 
 
-def test_the_choice_among_copies_depends_on_the_texts_and_not_on_their_places(tmp_path):
+def test_the_choice_among_copies_depends_on_the_texts_and_not_on_their_positions(tmp_path):
     rollouts = list(random_rollouts(5))
     for name, policy in (("a", "p"), ("b", "a/much/longer/name")):
         jsonl.write(tmp_path / f"{name}.jsonl", [one | {"policy": policy} for one in rollouts])
-        stage.run(rollouts=[str(tmp_path / f"{name}.jsonl")], out=str(tmp_path / f"{name}.out.jsonl"),
-                  max_pass_rate=1, max_per_problem=3, keep_duplicates=True)  # fmt: skip
+        files = {"rollouts": [str(tmp_path / f"{name}.jsonl")], "out": str(tmp_path / f"{name}.out.jsonl")}
+        stage.run(stage.Options(**files, max_pass_rate=1, max_per_problem=3, keep_duplicates=True))
     assert (tmp_path / "a.out.jsonl").read_bytes() == (tmp_path / "b.out.jsonl").read_bytes()
     counts = Counter(example["problem_id"] for example in read(tmp_path / "a.out.jsonl", Example))
     assert max(counts.values()) == 3

@@ -153,7 +153,7 @@ def test_examples_from_rollouts_that_sample_drew_from_a_policy_of_before_are_lef
     train = Path("runs/0/train.jsonl")
     sample.draw(sample.Options(policy=[WHOLE["RL"]], problems=train, out=drawn, num_samples=64, **HOW), Engines())
     examples.unlink()
-    filtering.run(rollouts=[str(drawn)], out=str(examples), max_pass_rate=1.0)
+    filtering.run(filtering.Options(rollouts=[str(drawn)], out=str(examples), max_pass_rate=1.0))
     graph.rft("2", "runs/1/policy")
     graph.evaluate("2", "runs/2/rl/checkpoints", "runs/2/policy")
     assert table(capsys) == (WHOLE, [])

@@ -93,7 +93,7 @@ def flatten(rows):
 
 
 def run(tmp_path, source, out="out.jsonl", **options):
-    prepare.run(source=source, out=str(tmp_path / out), **options)
+    prepare.run(prepare.Options(source=source, out=str(tmp_path / out), **options))
     return read_problems(tmp_path / out)
 
 
@@ -466,13 +466,13 @@ def test_bad_options_are_told_before_anything_is_read(tmp_path, monkeypatch, opt
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "mine.jsonl", *rows_of("1"))
     with pytest.raises(InputError, match=fault):
-        prepare.run(**{"source": "mine.jsonl", "out": "out.jsonl", **options})
+        prepare.run(prepare.Options(**{"source": "mine.jsonl", "out": "out.jsonl", **options}))
 
 
 def test_a_dash_writes_problems_to_stdout_and_the_table_elsewhere(tmp_path, monkeypatch, capfdbinary):
     path = write_jsonl(tmp_path / "mine.jsonl", *rows_of("1"))
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=sys.stdout.buffer))
-    prepare.run(source=path, out="-")
+    prepare.run(prepare.Options(source=path, out="-"))
     captured = capfdbinary.readouterr()
     assert json.loads(captured.out)["answer"] == "1"
     assert b"rows read" in captured.err

@@ -246,7 +246,7 @@ def test_the_example_of_countdown_counts_without_running_what_was_written(text, 
 def test_the_example_of_a_csv_file_matches_its_answers_and_the_others(tmp_path):
     out = tmp_path / "capitals.jsonl"
     columns = {"problem_column": "question", "answer_column": "capital", "keep_column": ["also"]}
-    prepare.run(source=str(EXAMPLES / "capitals.csv"), out=str(out), **columns)
+    prepare.run(prepare.Options(source=str(EXAMPLES / "capitals.csv"), out=str(out), **columns))
     problems = {problem["problem"].split()[-1]: problem for problem in records.read_problems(out)}
     assert len(problems) == 5
     for country, text, expected in (

@@ -101,18 +101,18 @@ def failing_share(expressions):
 
 
 def test_the_sets_are_what_they_are_called(sets):
-    assert {name: len(found) for name, found in sets.items()} == {"train": 320} | dict.fromkeys(
+    assert {name: len(expressions) for name, expressions in sets.items()} == {"train": 320} | dict.fromkeys(
         ("valid", "prec", "paren", "long"), 100
     )
-    shares = {name: failing_share(found) for name, found in sets.items()}
+    shares = {name: failing_share(expressions) for name, expressions in sets.items()}
     assert shares == {"train": 0.2, "valid": 0.2, "prec": 1.0, "paren": 1.0, "long": 0.5}
-    for name, found in sets.items():
-        assert {len(expression.numbers) for expression in found} == ({5} if name == "long" else {3, 4})
-        assert {"(" in str(expression) for expression in found} == {name == "paren"}
+    for name, expressions in sets.items():
+        assert {len(expression.numbers) for expression in expressions} == ({5} if name == "long" else {3, 4})
+        assert {"(" in str(expression) for expression in expressions} == {name == "paren"}
 
 
 def test_no_problem_is_in_two_sets(sets):
-    texts = [str(expression) for found in sets.values() for expression in found]
+    texts = [str(expression) for expressions in sets.values() for expression in expressions]
     assert len(set(texts)) == len(texts) == 720
 
 
@@ -136,19 +136,19 @@ def test_easy_and_hard_problems_are_mixed_in_order(sets):
 )
 def test_a_wrong_option_is_named_and_leaves_nothing(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        toy.run(out=str(tmp_path / "toy"), **options)
+        toy.run(toy.Options(out=tmp_path / "toy", **options))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_more_problems_than_there_are_is_an_error_that_names_the_set(monkeypatch, tmp_path):
     monkeypatch.setattr(arithmetic, "MAX_MISSES", 5)
     with pytest.raises(InputError, match="fewer than 320 distinct problems for train"):
-        toy.run(out=str(tmp_path / "toy"))
+        toy.run(toy.Options(out=tmp_path / "toy"))
     assert list(tmp_path.iterdir()) == []
 
 
 def make(path, seed=0):
-    toy.run(out=str(path), seed=seed, num_train=40, num_test=20, pretrain_steps=4, pretrain_batch=8)
+    toy.run(toy.Options(out=path, seed=seed, num_train=40, num_test=20, pretrain_steps=4, pretrain_batch=8))
     return path
 
 
@@ -218,7 +218,7 @@ def test_pretraining_counts_completions_and_their_ends_only():
     rows = sorted(zip(ids.tolist(), targets.tolist(), strict=True), key=lambda row: tokenizer.decode(row[0]))
     seen = [tokenizer.decode([target for target in row if target != pretrain.IGNORED]) for _, row in rows]
     assert seen == ["[G]<eos>", "[G]\\boxed{7}<eos>"]
-    for row_ids, row_targets in rows:  # the target at each place is the token that follows
+    for row_ids, row_targets in rows:  # the target of each position is the token that follows
         following = [*row_ids[1:], tokenizer.eos_token_id]
         assert all(
             target in (pretrain.IGNORED, after, tokenizer.eos_token_id)
@@ -256,7 +256,7 @@ def test_the_learning_rate_warms_up_peaks_once_and_falls_to_its_last_share():
 def test_a_little_pretraining_teaches_the_form(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    toy.run(out=str(tmp_path / "toy"), num_train=40, num_test=20, pretrain_steps=80, pretrain_batch=32)
+    toy.run(toy.Options(out=tmp_path / "toy", num_train=40, num_test=20, pretrain_steps=80, pretrain_batch=32))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "toy/policy")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "toy/policy")
     ids = tokenizer(["3+4*2=?"] * 128, return_tensors="pt")

@@ -5,18 +5,19 @@ To choose by difficulty or language, filter the rows first and give the file as 
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.grading import verifier
 from stages.core.grading.verifier import Verifier
-from stages.core.options import PATH, at_least, checked, values
+from stages.core.options import PATH, OptionGroup, at_least
 from stages.core.progress import StepProgress
-from stages.core.provenance import identify_run, manifest
+from stages.core.provenance import Inputs, identify, manifest, recorded
 from stages.prepare import curation, sources
 from stages.prepare.sources import Source
 
@@ -25,38 +26,50 @@ ANSWER_DEFAULT = f"if not given, the first of {', '.join(sources.ANSWER_COLUMNS)
 CHECKED_AT_ONCE = 128  # answers between two moves of the bar
 
 
-@checked
-def run(
-    *,
+@dataclass(frozen=True, kw_only=True)
+class Options(OptionGroup):
+    """What `rloop prepare` takes."""
+
     source: Annotated[
         str,
         "a preset (dapo-17k, aime-2024, minerva-math, omni-math, math-500, gsm8k-train, gsm8k-test), a hub id, or a "
         "local .jsonl, .json, .csv (comma, semicolon or tab), .tsv or .parquet, or one of these with .gz",
-    ],
+    ]
     out: Annotated[
         str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PATH
-    ],
-    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PATH] = "",
-    problem_column: Annotated[str, f"column of the problem, such as prompt[0].content; {PROBLEM_DEFAULT}"] = "",
+    ]
+    from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PATH] = ""
+    problem_column: Annotated[str, f"column of the problem, such as prompt[0].content; {PROBLEM_DEFAULT}"] = ""
     answer_column: Annotated[
         str, f"column of the answer, or of a solution with the answer in its last \\boxed{{}}; {ANSWER_DEFAULT}"
-    ] = "",
+    ] = ""
     keep_column: Annotated[
         list[str],
-        "keep this column in the records, under its name; one called prompt (a text, or messages) is then asked as it "
-        "is, in the place of --template; repeatable",
-    ] = [],  # noqa: B006
-    config: Annotated[str, "configuration of a hub id"] = "",
-    split: Annotated[str, "split of a hub id, train[:100] included"] = "",
-    limit: Annotated[int, "keep at most so many problems, drawn at random; 0 keeps all", at_least(0)] = 0,
-    seed: Annotated[int, "decides the draw of --limit"] = 0,
-    decontaminate: Annotated[
-        list[str], "drop the problems that this file of problems holds too; repeatable", PATH
-    ] = [],  # noqa: B006
-    drop_unparseable: Annotated[bool, "drop the problems whose answer the verifier cannot read; they never reward"] = (
-        False
-    ),
-) -> None:
+        "keep this column in the records under its own name; one called prompt (a text, or messages) is then shown to "
+        "the policy as it is, instead of --template; repeatable",
+    ] = field(default_factory=list)
+    config: Annotated[str, "configuration of a hub id"] = ""
+    split: Annotated[str, "split of a hub id, for example test or train[:100]"] = ""
+    limit: Annotated[int, "keep at most N problems, drawn at random; 0 keeps all", at_least(0)] = 0
+    seed: Annotated[int, "seed of the draw of --limit"] = 0
+    decontaminate: Annotated[list[str], "drop the problems that this file of problems also holds; repeatable", PATH] = (
+        field(default_factory=list)
+    )
+    drop_unparseable: Annotated[
+        bool, "drop the problems whose answer the verifier cannot read; no rollout of theirs is ever rewarded"
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a source that is not there."""
+        super().__post_init__()
+        self.find_source()
+
+    def find_source(self) -> Source:
+        """The source that the options name."""
+        return sources.find(self.source, self.from_, self.config, self.split)
+
+
+def run(options: Options) -> None:
     """Make a file of problems from a data set: each problem once, answers exact.
 
     Problems with an empty answer or with contradictory answers are dropped, DAPO's wrapper is stripped, and ids stay
@@ -64,33 +77,35 @@ def run(
 
     Example: rloop prepare --source loop/0/train.jsonl --limit 64 --out loop/problems.jsonl
     """
-    given, start = locals(), time.monotonic()
-    if out != "-":
-        outputs.refuse_no_file(out)
-        outputs.refuse_occupied(out)
-    origin = check_options(given)
-    others = [sources.find(file, option="--decontaminate") for file in decontaminate]
-    manifest_file = Path(out).with_suffix(".manifest.json")
-    with outputs.claimed(out, manifest_file):
-        curated = _curate(origin, others, values(run, given))
-        jsonl.write(out, curated.problems)
+    start = time.monotonic()
+    if options.out != "-":
+        outputs.refuse_no_file(options.out)
+        outputs.refuse_occupied(options.out)
+    origin = options.find_source()
+    others = [sources.find(file, option="--decontaminate") for file in options.decontaminate]
+    manifest_file = Path(options.out).with_suffix(".manifest.json")
+    with outputs.claimed(options.out, manifest_file):
+        curated = _curate(origin, others, options)
+        jsonl.write(options.out, curated.problems)
         print(curated.table(), file=sys.stderr)
-        if out != "-":
-            inputs = {str(each.path or each.hub_id): sources.digest(each) for each in (origin, *others)}
-            identity = identify_run(run, given, inputs, verifier.VERSION, config=origin.config, split=origin.split)
+        if options.out != "-":
+            inputs = _inputs([origin, *others])
+            identity = identify("prepare", options, inputs, verifier.VERSION, config=origin.config, split=origin.split)
             record = manifest(identity, curated.counts, time.monotonic() - start, ids=curated.ids)
             outputs.write_json(manifest_file, record)
 
 
-def check_options(given: Mapping[str, Any]) -> Source:
-    """The source that the options of `run` name; InputError if there is none. `rloop check` asks it, too."""
-    return sources.find(*(given[name] for name in ("source", "from_", "config", "split")))
+def _inputs(read: Sequence[Source]) -> Inputs:
+    """Files by their digests, data sets of the hub by their revisions."""
+    files = recorded(each.path for each in read if each.path)
+    revisions = {each.hub_id: sources.revision(each) for each in read if not each.path}
+    return files._replace(digests=files.digests | revisions)
 
 
-def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) -> curation.Curated:
+def _curate(origin: Source, others: list[Source], options: Options) -> curation.Curated:
     """The problems to write; InputError if none is left."""
-    limit, seed, drop_unparseable = (parameters[name] for name in ("limit", "seed", "drop_unparseable"))
-    rows = _rows(origin, parameters["problem_column"], parameters["answer_column"], parameters["keep_column"])
+    limit, seed, drop_unparseable = options.limit, options.seed, options.drop_unparseable
+    rows = _rows(origin, options.problem_column, options.answer_column, options.keep_column)
     with Verifier() as grader:
         curated = curation.collect(rows, origin.name, partial(_same_answer, grader))
         curation.decontaminate(curated, _problem_texts(others))
@@ -101,7 +116,7 @@ def _curate(origin: Source, others: list[Source], parameters: dict[str, Any]) ->
         if drop_unparseable:  # before the choice, so that the limit is reached
             curation.choose(curated, limit, seed)
     if not curated.problems:
-        raise InputError(f"{parameters['source']}: no problem is left of its rows\n{curated.table()}")
+        raise InputError(f"{options.source}: no problem is left of its rows\n{curated.table()}")
     return curated
 
 

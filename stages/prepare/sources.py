@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 from stages.core import jsonl
 from stages.core.errors import InputError
-from stages.core.provenance import digest as digest_of
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -131,10 +130,8 @@ def rows(source: Source) -> Iterator[tuple[str, Row]]:
         raise InputError(f"{source.path or source.hub_id}: holds no rows")
 
 
-def digest(source: Source) -> str:
-    """What says which version was read: SHA-256 of a local file, the revision of a hub id ("" if unknown)."""
-    if source.path is not None:
-        return digest_of(source.path)
+def revision(source: Source) -> str:
+    """The revision of a data set of the hub; "" if it is unknown."""
     files = " ".join(_load(source).info.download_checksums or {})
     return match[1] if (match := re.search(r"@([0-9a-f]{40})/", files)) else ""
 

@@ -17,35 +17,39 @@ import itertools
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
-from stages.core.options import PATH, above, at_least, at_most, checked
-from stages.core.provenance import identify_run, manifest
+from stages.core.options import PATH, OptionGroup, above, at_least, at_most
+from stages.core.provenance import identify, manifest, recorded
 from stages.core.records import Problem
 from stages.toy import arithmetic
 
 
-@checked
-def run(
-    *,
+@dataclass(frozen=True, kw_only=True)
+class Options(OptionGroup):
+    """What `rloop toy` takes."""
+
     out: Annotated[
-        str, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl", PATH
-    ],
-    seed: Annotated[int, "seed of the policy: its first weights and what it is pre-trained on", at_least(0)] = 0,
-    problems_seed: Annotated[int, "seed of the problem sets", at_least(0)] = 0,
-    num_train: Annotated[int, "problems to train on", at_least(1)] = 320,
-    num_test: Annotated[int, "problems in each of valid, prec, paren and long", at_least(1)] = 100,
+        Path, "directory to make: policy/, train.jsonl, valid.jsonl, prec.jsonl, paren.jsonl, long.jsonl", PATH
+    ]
+    seed: Annotated[int, "seed of the policy: its first weights and what it is pre-trained on", at_least(0)] = 0
+    problems_seed: Annotated[int, "seed of the problem sets", at_least(0)] = 0
+    num_train: Annotated[int, "problems to train on", at_least(1)] = 320
+    num_test: Annotated[int, "problems in each of valid, prec, paren and long", at_least(1)] = 100
     hard_frac: Annotated[
         float, "share of train and valid that the short-cut gets wrong, 0 to 1", at_least(0), at_most(1)
-    ] = 0.2,
-    pretrain_steps: Annotated[int, "steps of pre-training; 60 give a rough policy in seconds", at_least(1)] = 1300,
-    pretrain_batch: Annotated[int, "solutions in a step of pre-training", at_least(1)] = 64,
-    pretrain_lr: Annotated[float, "peak learning rate of pre-training", above(0), at_most(1)] = 3e-3,
-) -> None:
+    ] = 0.2
+    pretrain_steps: Annotated[int, "steps of pre-training; 60 give a rough policy in seconds", at_least(1)] = 1300
+    pretrain_batch: Annotated[int, "solutions in a step of pre-training", at_least(1)] = 64
+    pretrain_lr: Annotated[float, "peak learning rate of pre-training", above(0), at_most(1)] = 3e-3
+
+
+def run(options: Options) -> None:
     """Make the toy: five sets of arithmetic problems and a small base policy.
 
     Takes about two minutes on two cores; with the few steps of the example, some seconds.
@@ -54,14 +58,15 @@ def run(
 
     Example: rloop toy --out loop/0 --pretrain-steps 150 --pretrain-batch 32 --num-test 20
     """
-    identity, start = identify_run(run, locals(), {}), time.monotonic()
-    with outputs.claimed(out), outputs.whole_dir(out) as beside:
-        sets = make_sets(problems_seed, num_train, num_test, hard_frac)
+    start = time.monotonic()
+    with outputs.claimed(options.out), outputs.whole_dir(options.out) as beside:
+        sets = make_sets(options.problems_seed, options.num_train, options.num_test, options.hard_frac)
         for name, expressions in sets.items():
             jsonl.write(beside / f"{name}.jsonl", problems(name, expressions))
         exclude = frozenset(str(expression) for expressions in sets.values() for expression in expressions)
-        counts = _make_policy(beside / "policy", exclude, seed, pretrain_steps, pretrain_batch, pretrain_lr)
+        counts = _make_policy(beside / "policy", exclude, options)
         counts |= {name: len(expressions) for name, expressions in sets.items()}
+        identity = identify("toy", options, recorded([]))
         outputs.write_json(beside / "manifest.json", manifest(identity, counts, time.monotonic() - start))
 
 
@@ -102,9 +107,7 @@ def problems(name: str, expressions: list[arithmetic.Expression]) -> Iterator[Pr
         }
 
 
-def _make_policy(
-    path: Path, exclude: frozenset[str], seed: int, num_steps: int, batch_size: int, learning_rate: float
-) -> dict[str, float]:
+def _make_policy(path: Path, exclude: frozenset[str], options: Options) -> dict[str, float]:
     from rich.console import Console
     from rich.progress import track
 
@@ -112,9 +115,10 @@ def _make_policy(
     from stages.toy import pretrain  # torch and transformers: only once the input is known to be good
 
     tokenizer = pretrain.build_tokenizer(arithmetic.WORDS)
-    model = pretrain.build_model(tokenizer, seed)
-    pairs = arithmetic.draw_lessons(random.Random(seed), exclude)
-    steps = pretrain.train(model, tokenizer, pairs, num_steps, batch_size, learning_rate)
+    model = pretrain.build_model(tokenizer, options.seed)
+    pairs = arithmetic.draw_lessons(random.Random(options.seed), exclude)
+    num_steps, size = options.pretrain_steps, options.pretrain_batch
+    steps = pretrain.train(model, tokenizer, pairs, num_steps, size, options.pretrain_lr)
     losses = list(track(steps, "pre-training", total=num_steps, console=Console(stderr=True)))
     checkpoints.save(model, tokenizer, path)
     return {"policy_parameters": model.num_parameters(), "loss": fmean(losses[-pretrain.NUM_CHUNK_BATCHES :])}

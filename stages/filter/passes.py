@@ -1,0 +1,238 @@
+"""The two passes over the rollouts: the first checks and counts every line, the second goes back to those that count.
+
+Between them only the positions of the successes are kept, on disk, and the counts of each problem.
+"""
+
+import sys
+import tempfile
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from os.path import normpath, realpath
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from stages.core import jsonl, records
+from stages.core.errors import InputError
+from stages.core.records import Example, Rollout
+from stages.filter.selection import Positions, Tally
+
+FLUSH_LINES = 4096  # lines between two moves of the bar
+
+
+@dataclass
+class Source:
+    """One file of rollouts, read twice; what can be read only once is copied to `spool` on the way."""
+
+    path: str
+    run: str = ""  # the rl output that it is a step of
+    spool: Any = None
+
+    @property
+    def name(self) -> str:
+        return jsonl.name_of(self.path)
+
+    @contextmanager
+    def first_pass(self) -> Iterator[jsonl.LineSource]:
+        with jsonl.opened(self.path) as file:
+            if self.path != "-" and file.seekable():
+                yield file
+            else:
+                self.spool = tempfile.TemporaryFile()  # noqa: SIM115 (read again later)
+                yield _Tee(file, self.spool)
+
+    @contextmanager
+    def second_pass(self) -> Iterator[BinaryIO]:
+        if self.spool is not None:
+            yield self.spool
+        else:
+            with jsonl.opened(self.path) as file:
+                yield file
+
+
+@dataclass
+class _Tee:
+    file: BinaryIO
+    copy: BinaryIO
+
+    def readline(self, limit: int, /) -> bytes:
+        line = self.file.readline(limit)
+        self.copy.write(line)
+        return line
+
+
+def sources(paths: list[str]) -> list[Source]:
+    """The rollouts files of `paths`: of an rl output, its steps in order. InputError if one is named twice."""
+    files: list[Source] = []
+    for path in paths:
+        files += _steps(Path(path)) if Path(path).is_dir() else [Source(path)]
+    seen = set()
+    for source in files:
+        identity = source.path if source.path == "-" else realpath(source.path)
+        if identity in seen:
+            raise InputError(f"--rollouts {source.path}: was given twice; its rollouts would count twice")
+        seen.add(identity)
+    return files
+
+
+def _steps(directory: Path) -> list[Source]:
+    files = sorted(str(file) for file in directory.glob("rollouts/step_*.jsonl"))
+    if not files:
+        raise InputError(f"{directory} holds no rollouts/step_*.jsonl: expected an rl output or a JSONL file")
+    return [Source(file, str(directory)) for file in files]
+
+
+def count(
+    sources: list[Source], policy: str, min_reward: float, keep_truncated: bool
+) -> tuple[dict[str, Tally], Positions]:
+    """First pass: check every line; return the counts by problem id, and the positions of the usable successes.
+
+    Only rollouts of `policy` count; if it is "", all must be of one policy.
+    """
+    tallies: dict[str, Tally] = {}
+    successes = Positions()
+    policies = _Policies(policy)
+    with _progress(sources) as advance:
+        for index, source in enumerate(sources):
+            counting = _Counting(index, tallies, successes, policies, min_reward, keep_truncated)
+            with source.first_pass() as file:
+                for offset in counting.read(file, source):
+                    advance(index, offset)
+    if not tallies:
+        raise InputError(f"--policy {policy}: the rollouts are of {', '.join(policies.names)}")
+    return tallies, successes
+
+
+class _Policies:
+    """Whose rollouts count: those of the policy that --policy names, or of the only one there is.
+
+    An rl output counts as one policy, its start policy, even if a resumed run named it by another path.
+    """
+
+    def __init__(self, wanted: str):
+        self.wanted = normpath(wanted) if wanted else ""
+        self.names: dict[str, None] = {}
+        self._of_run: dict[str, str] = {}
+
+    def counts(self, name: str, run: str, where: str) -> bool:
+        """Whether rollouts of the policy `name` count; InputError if they are a second one's and none was named."""
+        name = normpath(name)
+        if run:
+            name = self._of_run.setdefault(run, name)
+        self.names[name] = None
+        if self.wanted or len(self.names) == 1:
+            return name == (self.wanted or name)
+        first = next(iter(self.names))
+        raise InputError(
+            f"{where}: a rollout of policy {name}, after those of {first}: a pass rate is of one policy; name it with "
+            "--policy"
+        )
+
+
+@dataclass
+class _Counting:
+    """The first pass over one source, the one with this `index`: what it counts into, and what counts."""
+
+    index: int
+    tallies: dict[str, Tally]
+    successes: Positions
+    policies: _Policies
+    min_reward: float
+    keep_truncated: bool
+
+    def read(self, file: jsonl.LineSource, source: Source) -> Iterator[int]:
+        """Count the rollouts of the file; yield the offset reached every so many lines."""
+        index, tallies, min_reward, keep_truncated = self.index, self.tallies, self.min_reward, self.keep_truncated
+        add_success = self.successes.buffer.extend
+        policy, is_wanted = None, False
+        for line, offset, rollout in records.scan(file, source.name, Rollout):
+            if rollout["policy"] != policy:  # looked up only when it changes, since every line passes here
+                policy = rollout["policy"]
+                is_wanted = self.policies.counts(policy, source.run, f"{source.name}:{line}")
+            reward = rollout["reward"]
+            if (reward >= 1) != (rollout["verdict"] == "correct"):
+                raise InputError(f"{source.name}:{line}: {_contradiction(rollout)}")
+            if is_wanted:
+                is_success = reward >= min_reward
+                question = hash((rollout["prompt"], rollout["answer"]))
+                tally = tallies.get(rollout["problem_id"])
+                if tally is None or tally.question != question:
+                    tally = _first_tally(tallies, rollout, question, f"{source.name}:{line}")
+                tally.num_rollouts += 1
+                tally.num_correct += is_success
+                if is_success and (keep_truncated or rollout["finish_reason"] != "length"):
+                    tally.num_usable += 1
+                    add_success((index, offset, tally.number))
+            if not line % FLUSH_LINES:
+                self.successes.flush()
+                yield offset
+
+
+def _contradiction(rollout: Rollout) -> str:
+    reward, verdict = rollout["reward"], rollout["verdict"]
+    return f"reward {reward:g} and verdict {verdict} contradict each other: grade these rollouts anew (eval --regrade)"
+
+
+def _first_tally(tallies: dict[str, Tally], rollout: Rollout, question: int, where: str) -> Tally:
+    """A new problem's tally; InputError if the problem is known with another prompt or answer."""
+    problem_id = rollout["problem_id"]
+    if problem_id in tallies:
+        raise InputError(
+            f"{where}: problem {problem_id} has another prompt or answer than before: filter rollouts of one set of "
+            "problems and one template at a time"
+        )
+    if not rollout["prompt"]:
+        raise InputError(f"{where}: the prompt of problem {problem_id} is empty: draw its rollouts again")
+    tally = tallies[problem_id] = Tally(len(tallies), question=question)
+    return tally
+
+
+def candidates(
+    sources: list[Source], successes: Positions, numbers: Container[int]
+) -> Iterator[tuple[int, int, int, str, str]]:
+    """Second pass: (source, offset, problem number, prompt, completion) of the successes on these problem numbers."""
+    wanted = (position for position in successes if position[2] in numbers)
+    for (index, offset, number), rollout in _revisit(sources, wanted):
+        yield index, offset, number, rollout["prompt"], rollout["completion"]
+
+
+def examples(
+    sources: list[Source], chosen: Iterable[tuple[int, int]], tallies: Mapping[str, Tally]
+) -> Iterator[Example]:
+    """The rollouts at the chosen positions (source, offset), as examples."""
+    for _, rollout in _revisit(sources, chosen):
+        problem_id = rollout["problem_id"]
+        yield Example(
+            problem_id=problem_id,
+            prompt=rollout["prompt"],
+            completion=rollout["completion"],
+            pass_rate=tallies[problem_id].pass_rate,
+        )
+
+
+def _revisit(sources: list[Source], positions: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Rollout]]:
+    """The rollouts at `positions`, which begin with source and offset, the sources in order."""
+    for index, group in groupby(positions, key=lambda position: position[0]):
+        with sources[index].second_pass() as file:
+            for position in group:
+                file.seek(position[1])
+                yield position, orjson.loads(file.readline())
+
+
+@contextmanager
+def _progress(sources: list[Source]) -> Iterator[Any]:
+    """A bar over the bytes of all sources on a terminal's stderr; yields what moves it to (source, offset)."""
+    if not sys.stderr.isatty():
+        yield lambda index, offset: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    sizes = [Path(source.path).stat().st_size if Path(source.path).is_file() else 0 for source in sources]
+    before = [sum(sizes[:index]) for index in range(len(sizes))]
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading rollouts", total=sum(sizes) if all(sizes) else None)
+        yield lambda index, offset: bar.update(task, completed=before[index] + offset)
