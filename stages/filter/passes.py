@@ -37,6 +37,7 @@ class Source:
 
     @contextmanager
     def first_pass(self) -> Iterator[jsonl.LineSource]:
+        """The file from its start, copied on the way if it can be read only once."""
         with jsonl.opened(self.path) as file:
             if self.path != "-" and file.seekable():
                 yield file
@@ -46,6 +47,7 @@ class Source:
 
     @contextmanager
     def second_pass(self) -> Iterator[BinaryIO]:
+        """The same bytes again, to be read from any offset."""
         if self.spool is not None:
             yield self.spool
         else:
