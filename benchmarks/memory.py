@@ -37,7 +37,8 @@ def plan(path: Path) -> tuple[Shape, int, Options]:
 
 def rft_options(path: Path) -> rft.Options:
     """rft's options of a params file."""
-    return rft.Options(**yaml.safe_load(path.read_text())["rft"])
+    paths = {"policy": "policy", "examples": Path("examples.jsonl"), "out": Path("out")}
+    return rft.Options(**paths, **yaml.safe_load(path.read_text())["rft"])
 
 
 def largest_microbatch(shape: Shape, options: Options, gpu_gib: float) -> int:

@@ -114,8 +114,8 @@ class Trial:
         from stages import rft
 
         for start, policy, answers in zip(self.starts, self.policies, ("78", "87"), strict=True):
-            how = rft.Options(lr=3e-3, epochs=6, batch_size=16)
-            rft.run(str(start), self.place / f"{answers}.jsonl", policy, how)
+            paths = {"policy": str(start), "examples": self.place / f"{answers}.jsonl", "out": policy}
+            rft.run(rft.Options(**paths, lr=3e-3, epochs=6, batch_size=16))
             rows = [line.split("\t") for line in (policy / "log.tsv").read_text().splitlines()]
             losses = [float(row[rows[0].index("loss")]) for row in rows[1:]]
             assert losses[-1] < losses[0] / 2, f"the loss went from {losses[0]} to {losses[-1]}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from stages import eval as evaluation
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
-from stages.core.provenance import Identity, Inputs
+from stages.core.provenance import Identity, Inputs, recorded
 from tests.scripted import Engines
 
 STEPS = 2
@@ -86,10 +86,7 @@ class Runs:
         """A policy with the manifest of one that was fine-tuned."""
         out, examples = f"runs/{key}/policy", f"runs/{key}/examples.jsonl"
         self.checkpoint(out)
-        inputs = {"policy": provenance.digest(start), "examples": provenance.digest(examples)}
-        manifest = provenance.manifest(
-            Identity("rft", {}, Inputs(inputs, {}), {}), {}, 1.0, policy=start, examples=examples
-        )
+        manifest = provenance.manifest(Identity("rft", {}, recorded([start, examples]), {}), {}, 1.0)
         outputs.write_json(Path(out, "manifest.json"), manifest)
 
     def evaluate(self, name: str, *policies: str, problems: str = "runs/0/valid.jsonl") -> None:

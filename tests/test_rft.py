@@ -130,9 +130,9 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_in_a_line_to_the_last_sha
         ({"dtype": "float16"}, "--dtype float16: must be one of auto, float32, bfloat16"),
     ],
 )
-def test_a_option_out_of_its_bounds_is_refused_by_its_flag(options, fault):
+def test_an_option_out_of_its_bounds_is_refused_by_its_flag(options, fault):
     with pytest.raises(InputError, match=fault):
-        rft.Options(**options)
+        rft.Options(policy="policy", examples=Path("examples.jsonl"), out=Path("out"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,8 @@ def files(tmp_path_factory):
 
 
 def tune(files, out, **options):
-    rft.run(files.policy, files.examples, out, rft.Options(**({"batch_size": 8, "lr": 3e-3} | options)))
+    paths = {"policy": files.policy, "examples": files.examples, "out": out}
+    rft.run(rft.Options(**({"batch_size": 8, "lr": 3e-3} | paths | options)))
     return out
 
 
@@ -208,8 +209,8 @@ def loss_by_hand(files, examples):
         prompt, completion = (tokenizer.encode(record[part]) for part in ("prompt", "completion"))
         completion = [*completion, tokenizer.eos_token_id]
         log_probs = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-        for place, token in enumerate(completion, len(prompt)):
-            total, count = total - log_probs[place - 1, token], count + 1
+        for position, token in enumerate(completion, len(prompt)):
+            total, count = total - log_probs[position - 1, token], count + 1
     return total / count, count, model
 
 
@@ -249,10 +250,7 @@ def test_the_output_is_a_checkpoint_and_its_account_and_nothing_else(files, tune
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     manifest = json.loads((tuned / "manifest.json").read_text())
     assert manifest["parameters"]["lr"] == 3e-3
-    assert manifest["inputs"] == {
-        "policy": provenance.digest(files.policy),
-        "examples": provenance.digest(files.examples),
-    }
+    assert manifest["inputs"] == {path: provenance.digest(path) for path in (files.policy, str(files.examples))}
     assert not list(tuned.parent.glob(".*"))
 
 
@@ -288,10 +286,10 @@ def test_a_card_names_the_hub_id_that_the_policy_goes_back_to_and_how_its_exampl
     how = {"max_pass_rate": 0.1, "min_reward": 0.5}
     filtered = {"stage": "filter", "parameters": how, "counts": {"rollouts": 9000}}
     (tmp_path / "e.manifest.json").write_text(json.dumps(filtered))
-    manifest = {"policy": "runs/1/policy", "examples": str(tmp_path / "e.jsonl"), "base_model": "org/model"}
-    manifest["parameters"] = dict.fromkeys(cards.SETTINGS, 1)
+    options = rft.Options(policy="runs/1/policy", examples=tmp_path / "e.jsonl", out=tmp_path / "out")
+    manifest = {"base_model": "org/model", "parameters": dict.fromkeys(cards.SETTINGS, 1)}
     prompt = "---\n```\n{problem}: é\n\n# 1+1=\n"
-    written = ModelCard(cards.card(manifest, {"loss": 0.5}, [example(prompt, "2")]))
+    written = ModelCard(cards.card(options, manifest, {"loss": 0.5}, [example(prompt, "2")]))
     assert written.data.base_model == "org/model"
     assert "`runs/1/policy`, from `org/model`" in written.text
     assert "successes (a reward of\n  0.5 or more) among 9,000 rollouts" in written.text
@@ -384,7 +382,7 @@ def test_sharded_over_two_processes_in_bfloat16_the_weights_are_those_of_one_wit
 @pytest.mark.slow
 def test_with_adapters_the_loss_falls_and_what_is_written_is_the_policy_with_other_matrices(files, tuned):
     out = tune(files, files.root / "lora", epochs=3, lora_rank=32, lr=1e-2)
-    first, last = (log_of(out)[place]["loss"] for place in (0, -1))
+    first, last = (log_of(out)[step]["loss"] for step in (0, -1))
     assert first == pytest.approx(log_of(tuned)[0]["loss"], rel=1e-5)
     assert last < first - 0.15
     before, after = weights(files.policy), weights(out)
@@ -397,7 +395,7 @@ def test_with_adapters_the_loss_falls_and_what_is_written_is_the_policy_with_oth
 def test_adapters_sharded_over_two_processes_in_bfloat16_come_to_what_one_makes_of_them(files, half):
     options = {"dtype": "bfloat16", "lora_rank": 4, "gradient_checkpointing": True}
     alone, out = files.root / "lora-alone", files.root / "lora-sharded"
-    rft.run(str(half), files.examples, alone, rft.Options(batch_size=8, lr=3e-3, **options))
+    tune(SimpleNamespace(policy=str(half), examples=files.examples), alone, **options)
     stage = f"rft --policy {half} --examples {files.examples} --out {out} --batch-size 8 --lr 3e-3"
     command = [*ranks.LAUNCH, *stage.split(), "--dtype", "bfloat16", "--lora-rank", "4", "--gradient-checkpointing"]
     subprocess.run(command, check=True, cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT)
@@ -431,7 +429,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         (good, tmp_path / "out", "no such directory"),
     ]:
         with pytest.raises(InputError, match=fault):
-            rft.run(str(tmp_path / "nowhere"), examples, out, rft.Options())
+            rft.run(rft.Options(policy=str(tmp_path / "nowhere"), examples=examples, out=out))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -450,4 +448,4 @@ def test_a_pad_token_outside_the_vocabulary_does_not_matter(files, tuned):
 @pytest.mark.slow
 def test_more_tokens_than_the_context_are_refused(files):
     with pytest.raises(InputError, match="--max-tokens 65 is beyond the policy's context of 64"):
-        rft.run(files.policy, files.examples, files.root / "long", rft.Options(max_tokens=65))
+        tune(files, files.root / "long", max_tokens=65)

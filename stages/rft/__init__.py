@@ -17,7 +17,7 @@ from stages.core.lifetime import end_with_parent
 from stages.core.options import PATH, at_least, at_most, below, one_of
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
-from stages.core.provenance import digest, identify_run, manifest
+from stages.core.provenance import identify, manifest, recorded
 from stages.core.ranks import Ranks
 from stages.core.records import Example
 
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LoraOptions):
-    """The options with their defaults: the paper's one epoch, the rest usual for small sets of examples."""
+    """What `rloop rft` takes; by default the paper's one epoch, the rest as usual for small sets of examples."""
 
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PATH]
+    examples: Annotated[Path, "examples to learn from (JSONL)", PATH]
+    out: Annotated[Path, "directory to write", PATH]
     epochs: Annotated[int, "times that every example is seen", at_least(1)] = 1
     lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
     batch_size: Annotated[int, "examples in an optimizer step, all processes together", at_least(1)] = 32
@@ -57,45 +60,40 @@ class Options(LoraOptions):
     seed: Annotated[int, "seed of the order of the examples", at_least(0), below(2**32)] = 0
 
 
-def run(
-    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PATH],
-    examples: Annotated[Path, "examples to learn from (JSONL)", PATH],
-    out: Annotated[Path, "directory to write", PATH],
-    options: Options,
-) -> None:
+def run(options: Options) -> None:
     """Fine-tune the start policy on examples: the next start policy.
 
     Example: rloop rft --policy loop/0/policy --examples loop/1/examples.jsonl --out loop/1/policy --lr 7e-4
     --batch-size 8
     """
-    given, started = locals(), time.perf_counter()
+    started = time.perf_counter()
     end_with_parent()
     ranks = Ranks()
-    read = ranks.together(lambda: _read(policy, examples, out, options, ranks))
+    read = ranks.together(lambda: _read(options, ranks))
 
     from stages.rft.card import card
     from stages.rft.finetuning import fine_tune  # torch and TRL: only once the input is known to be good
 
-    inputs = {"policy": digest(read.path), "examples": digest(examples)}
-    ranks.refuse_differences(inputs)
+    inputs = recorded([read.path, *([options.examples] if str(options.examples) != "-" else [])])
+    ranks.refuse_differences(inputs.digests)
     with ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(outputs.claimed(out)))
+        ranks.on_first(lambda: stack.enter_context(outputs.claimed(options.out)))
         if not ranks.is_first:
             with ranks.raise_on_first():
                 fine_tune(read.path, read.tokenizer, read.rows, options, out=None)
             return
         _say_left_out(read.left_out, read.max_tokens)
-        beside = stack.enter_context(outputs.whole_dir(out))
+        beside = stack.enter_context(outputs.whole_dir(options.out))
         tuned = fine_tune(read.path, read.tokenizer, read.rows, options, beside)
         seconds = time.perf_counter() - started
         figures = {"num_examples": len(read.rows), "num_left_out": len(read.left_out), **tuned.figures}
         tabular.write_tsv(beside / "log.tsv", tuned.log)
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(read.rows), "examples_left_out": read.left_out, "steps": len(tuned.log)}
-        identity = identify_run(run, given, inputs, **tuned.settings)
-        record = manifest(identity, counts, seconds, policy=policy, examples=str(examples), base_model=read.base)
+        identity = identify("rft", options, inputs, **tuned.settings)
+        record = manifest(identity, counts, seconds, base_model=read.base)
         outputs.write_json(beside / "manifest.json", record)
-        (beside / "README.md").write_text(card(record, figures, read.examples), encoding="utf-8")
+        (beside / "README.md").write_text(card(options, record, figures, read.examples), encoding="utf-8")
 
 
 class _Read(NamedTuple):
@@ -110,22 +108,22 @@ class _Read(NamedTuple):
     max_tokens: int
 
 
-def _read(policy: str, file: Path, out: Path, options: Options, ranks: Ranks) -> _Read:
+def _read(options: Options, ranks: Ranks) -> _Read:
     """Read and check policy and examples, without the weights."""
-    outputs.refuse_occupied(out)
-    if str(file) == "-" and not ranks.is_alone:
+    outputs.refuse_occupied(options.out)
+    if str(options.examples) == "-" and not ranks.is_alone:
         raise InputError("--examples -: several processes cannot share stdin: name a file")
     if options.batch_size % ranks.num_ranks:
         raise InputError(
             f"--batch-size {options.batch_size} does not divide among {ranks.num_ranks} processes: change it"
         )
-    examples = list(records.read(file, Example))
+    examples = list(records.read(options.examples, Example))
 
     from stages.core.policy import adapters, checkpoints
     from stages.rft.card import base_of
     from stages.rft.examples import tokenize_fitting
 
-    path, base = checkpoints.resolve(policy), base_of(policy)
+    path, base = checkpoints.resolve(options.policy), base_of(options.policy)
     checkpoints.check_shapes(path)
     adapters.check(path, options)
     tokenizer = checkpoints.load_tokenizer(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 from stages.core.provenance import read_manifest
 from stages.core.records import Example
+from stages.rft import Options
 
 MAX_SHOWN = 2000  # characters of the prompt that is shown
 SETTINGS = ("epochs", "lr", "batch_size", "weight_decay", "max_tokens", "dtype", "seed")
@@ -20,7 +21,9 @@ def base_of(policy: str) -> str:
     return str(read_manifest(Path(policy) / "manifest.json").get("base_model", "")) if Path(policy).exists() else policy
 
 
-def card(manifest: Mapping[str, Any], figures: Mapping[str, float], examples: Sequence[Example]) -> str:
+def card(
+    options: Options, manifest: Mapping[str, Any], figures: Mapping[str, float], examples: Sequence[Example]
+) -> str:
     """The text of README.md."""
     settings = {name: manifest["parameters"][name] for name in SETTINGS}
     prompt = textwrap.indent(examples[0]["prompt"][:MAX_SHOWN], "    ", lambda line: True)
@@ -31,10 +34,10 @@ def card(manifest: Mapping[str, Any], figures: Mapping[str, float], examples: Se
 
 # A policy fine-tuned by RLoop
 
-- **Base**: `{manifest["policy"]}`{f", from `{base}`" if base else ""}.
+- **Base**: `{options.policy}`{f", from `{base}`" if base else ""}.
 - **Method**: rejection fine-tuning: the base learns from completions that earned their reward, with the loss on the
   completion alone.
-- **Data**: {_data(Path(manifest["examples"]), examples)}
+- **Data**: {_data(options.examples, examples)}
 
 ## Figures
 

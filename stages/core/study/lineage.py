@@ -175,7 +175,7 @@ class Line:
         if not iteration_of(str(place)):
             return []
         if manifest.get("stage") == "rft":
-            return self._sources_of_rft(place, str(manifest.get("policy", "")), _inputs(manifest))
+            return self._sources_of_rft(place, _inputs(manifest))
         if manifest.get("stage") == "merge":
             return [(at, digest) for path, digest in _inputs(manifest).items() if (at := self._find(path)) is not None]
         before = [self._start(place)] if place.name == "rl" else [self._start(place), place.with_name("rl")]
@@ -191,12 +191,13 @@ class Line:
         problems = self._find(str(manifest.get("problems", "")))
         return [(start, inputs.get("policy", ""))] + ([(problems, inputs.get("problems", ""))] if problems else [])
 
-    def _sources_of_rft(self, policy: Path, started_from: str, inputs: Mapping[str, str]) -> list[tuple[Path, str]]:
-        start, examples = self._start(policy), policy.with_name("examples.jsonl")
-        own = place_below(started_from)
-        if own is not None and own.parent.name == "checkpoints":  # fine-tuned from where its exploration ended
-            start = self._at(*own.parts)
-        return [(start, inputs.get("policy", "")), (examples, inputs.get("examples", ""))]
+    def _sources_of_rft(self, policy: Path, inputs: Mapping[str, str]) -> list[tuple[Path, str]]:
+        examples = next((path for path in inputs if path.endswith(".jsonl")), "")
+        start = next((path for path in inputs if path != examples), "")
+        own = place_below(start)
+        from_checkpoint = own is not None and own.parent.name == "checkpoints"  # where its exploration ended
+        before = self._at(*own.parts) if own is not None and from_checkpoint else self._start(policy)
+        return [(before, inputs.get(start, "")), (policy.with_name("examples.jsonl"), inputs.get(examples, ""))]
 
     def _start(self, place: Path) -> Path:
         """The policy that an iteration, or a run beside them, starts from."""
