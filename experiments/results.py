@@ -56,9 +56,9 @@ def projects(directory: Path) -> list[Path]:
 def ends(directory: Path) -> dict[str, dict[str, Sequence[Result]]]:
     """Method to its last policy's results by set, as the report chooses it; none that is still on its way."""
     evaluations = runs.read_evals(runs.find_evals([directory / "eval"]))
-    placed = runs.places({policy for each in evaluations.values() for policy in each.results}, directory)
+    placed = runs.positions({policy for each in evaluations.values() for policy in each.results}, directory)
     steps = yaml.safe_load((directory.parent / "params.yaml").read_text())["vanilla"]["steps"]
-    last = summaries.methods([place for place in placed if place.method == runs.BASE or place.step == steps])
+    last = summaries.methods([each for each in placed if each.method == runs.BASE or each.step == steps])
     return {
         method: {name: each.results[policy] for name, each in evaluations.items() if policy in each.results}
         for method, policy in last.items()

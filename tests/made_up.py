@@ -7,7 +7,7 @@ from pathlib import Path
 from stages import eval as evaluation
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
-from stages.core.provenance import Identity, Inputs, recorded
+from stages.core.provenance import Identity
 from tests.scripted import Engines
 
 STEPS = 2
@@ -59,9 +59,8 @@ class Runs:
             self.rollouts(key, step)
         rows = "".join(f"{step}\t0.5\n" for step in range(1, steps + 1))
         (out / "log.tsv").write_text(f"step\tpass_rate\n{rows}")
-        inputs = {"policy": provenance.digest(start), "problems": provenance.digest(problems)}
-        identity = Identity("rl", {"steps": steps}, Inputs(inputs, {}), {})
-        manifest = provenance.manifest(identity, {"steps": steps}, 1.0, policy=start, problems=problems)
+        identity = Identity("rl", {"steps": steps}, provenance.recorded([start, problems]), {})
+        manifest = provenance.manifest(identity, {"steps": steps}, 1.0)
         outputs.write_json(out / "manifest.json", manifest)
 
     def rollouts(self, key: str, step: int) -> None:
@@ -86,7 +85,7 @@ class Runs:
         """A policy with the manifest of one that was fine-tuned."""
         out, examples = f"runs/{key}/policy", f"runs/{key}/examples.jsonl"
         self.checkpoint(out)
-        manifest = provenance.manifest(Identity("rft", {}, recorded([start, examples]), {}), {}, 1.0)
+        manifest = provenance.manifest(Identity("rft", {}, provenance.recorded([start, examples]), {}), {}, 1.0)
         outputs.write_json(Path(out, "manifest.json"), manifest)
 
     def evaluate(self, name: str, *policies: str, problems: str = "runs/0/valid.jsonl") -> None:

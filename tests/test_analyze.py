@@ -68,7 +68,7 @@ def values(path: Path) -> list:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("analysis")
-    analyze.run(evals=[str(by_hand(directory))], out=str(directory / "out"))
+    analyze.run(analyze.Options(evals=[by_hand(directory)], out=directory / "out"))
     return directory / "out"
 
 
@@ -154,7 +154,7 @@ def test_temporal_sampling_is_right_on_average_whatever_an_evaluation_draws():
 
 @pytest.mark.slow
 def test_the_latest_policies_take_turns_as_far_as_their_samples_go(tmp_path):
-    analyze.run(evals=[str(by_hand(tmp_path))], out=str(tmp_path / "out"), ks=[2, 3, 8])
+    analyze.run(analyze.Options(evals=[by_hand(tmp_path)], out=tmp_path / "out", ks=[2, 3, 8]))
     # correct of 2 for (p, q): step 10 (1, 1), step 5 (0, 2), base (1, 0)
     two = json.loads((tmp_path / "out/temporal_pass_2.json").read_text())["rows"]
     assert [(row["x"], row["y"]) for row in two] == [(1, 1), (2, (1 / 2 + 1) / 2)]
@@ -186,12 +186,12 @@ def test_differential_forgetting_aligns_rloop_and_rl_by_global_step(tmp_path):
         for policy, of_policy in solved.items()
     }
     evaluate(tmp_path / "valid", samples)
-    analyze.run(evals=[str(tmp_path / "valid")], out=str(tmp_path / "out"))
+    analyze.run(analyze.Options(evals=[tmp_path / "valid"], out=tmp_path / "out"))
     found = json.loads((tmp_path / "out/differential_forgetting.json").read_text())
     assert found["labels"] == ["0", "2", "4"]
     assert found["values"] == [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
     labels = json.loads((tmp_path / "out/learning_RLoop.json").read_text())["labels"]
-    assert labels == ["0", "2", "2+RFT", "4"]
+    assert labels == ["0", "2", "2+start", "4"]
 
 
 def test_sparse_similarity_agrees_with_the_plain_loop_over_sets():
@@ -221,15 +221,15 @@ def test_evals_of_several_sets_or_of_one_checkpoint_are_refused(tmp_path):
     by_hand(tmp_path)
     evaluate(tmp_path / "runs/eval/other", {BASE: {"r": [("a", 1)]}})
     with pytest.raises(InputError, match="several problem sets"):
-        analyze.run(evals=[str(tmp_path / "runs/eval")], out=str(tmp_path / "out"))
+        analyze.run(analyze.Options(evals=[tmp_path / "runs/eval"], out=tmp_path / "out"))
     with pytest.raises(InputError, match="no two checkpoints"):
-        analyze.run(evals=[str(tmp_path / "runs/eval/other")], out=str(tmp_path / "out"))
+        analyze.run(analyze.Options(evals=[tmp_path / "runs/eval/other"], out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_without_results_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no results\.jsonl"):
-        analyze.run(evals=[str(tmp_path)], out=str(tmp_path / "out"))
+        analyze.run(analyze.Options(evals=[tmp_path], out=tmp_path / "out"))
 
 
 def test_similarity_within_leaves_each_completion_itself_out_problem_by_problem():
@@ -243,7 +243,7 @@ def test_the_set_of_an_eval_of_one_set_is_known_by_its_manifest(tmp_path):
     for name, policy in (("0", BASE), ("vanilla", "runs/vanilla/rl/checkpoints/step_000002")):
         evaluate(tmp_path / "eval" / name, {policy: {"p": [("a b", 1)]}})
         (tmp_path / "eval" / name / "manifest.json").write_text('{"set": "valid"}')
-    analyze.run(evals=[str(tmp_path / "eval")], set_="valid", out=str(tmp_path / "out"))
+    analyze.run(analyze.Options(evals=[tmp_path / "eval"], set_="valid", out=tmp_path / "out"))
     assert json.loads((tmp_path / "out/learning_RL.json").read_text())["set"] == "valid"
 
 
@@ -257,14 +257,14 @@ def two(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_any_two_runs_can_be_compared(two):
-    analyze.run(evals=[str(two / "valid")], out=str(two / "out"), compare=["other", "RL"])
+    analyze.run(analyze.Options(evals=[two / "valid"], out=two / "out", compare=["other", "RL"]))
     found = json.loads((two / "out/differential_forgetting.json").read_text())
     assert found["values"] == [[0, 0], [-1, 0]]  # read backwards, RL forgets what it has learnt
     assert found["definition"].startswith("forgetting of other minus forgetting of RL;")
     assert "other - RL" in json.loads((two / "out/metrics.json").read_text())
     for wrong in (["RL"], ["RL", "RL"], ["RL", "RLoop"]):
         with pytest.raises(InputError, match="name two different runs of RL, other"):
-            analyze.run(evals=[str(two / "valid")], out=str(two / "again"), compare=wrong)
+            analyze.run(analyze.Options(evals=[two / "valid"], out=two / "again", compare=wrong))
 
 
 def test_rollouts_that_are_not_those_of_the_results_are_refused(two):
@@ -273,7 +273,7 @@ def test_rollouts_that_are_not_those_of_the_results_are_refused(two):
     for wrong, fault in ((lines[1:], "has 1 rollouts of p and 2 samples"), ([*lines, lines[0]], "stands there twice")):
         file.write_text("".join(wrong))
         with pytest.raises(InputError, match=fault):
-            analyze.run(evals=[str(two / "valid")], out=str(two / "out"))
+            analyze.run(analyze.Options(evals=[two / "valid"], out=two / "out"))
 
 
 def test_results_that_cannot_be_are_refused_with_their_file(two):
@@ -282,13 +282,13 @@ def test_results_that_cannot_be_are_refused_with_their_file(two):
     for wrong in (good.replace('"num_correct":1', '"num_correct":7'), good + good.splitlines(keepends=True)[0]):
         file.write_text(wrong)
         with pytest.raises(InputError, match=r"valid/results\.jsonl: policy runs/"):
-            analyze.run(evals=[str(two / "valid")], out=str(two / "out"))
+            analyze.run(analyze.Options(evals=[two / "valid"], out=two / "out"))
 
 
 def test_of_a_policy_evaluated_twice_the_first_counts_with_its_own_rollouts(two, capsys):
     evaluate(two / "more/valid", {BASE: {"p": [("a b", 1), ("x y", 1)]}})
     (two / "more/valid/rollouts.jsonl").unlink()
-    analyze.run(evals=[str(two / "more"), str(two / "valid")], out=str(two / "out"))
+    analyze.run(analyze.Options(evals=[two / "more", two / "valid"], out=two / "out"))
     said = capsys.readouterr().err
     assert f"{BASE} was evaluated on valid twice: {two}/more/valid counts" in said
     assert f"no similarity of RL: {two}/more/valid holds no rollouts.jsonl" in said
@@ -298,7 +298,7 @@ def test_of_a_policy_evaluated_twice_the_first_counts_with_its_own_rollouts(two,
 def test_an_eval_that_is_not_finished_is_none(tmp_path):
     evaluate(tmp_path / "eval/.valid.partial", {BASE: {"p": [("a b", 1)]}})
     with pytest.raises(InputError, match=r"no results\.jsonl"):
-        analyze.run(evals=[str(tmp_path / "eval")], out=str(tmp_path / "out"))
+        analyze.run(analyze.Options(evals=[tmp_path / "eval"], out=tmp_path / "out"))
 
 
 def test_evals_below_the_root_are_found_past_what_is_the_kernels(tmp_path, monkeypatch):
@@ -312,4 +312,4 @@ def test_evals_below_the_root_are_found_past_what_is_the_kernels(tmp_path, monke
 def test_a_directory_too_large_to_hold_evals_only_is_refused(two, monkeypatch):
     monkeypatch.setattr(runs, "MAX_DIRECTORIES", 1)
     with pytest.raises(InputError, match="more than 1 directories below it: name the --out of an eval"):
-        analyze.run(evals=[str(two)], out=str(two / "out"))
+        analyze.run(analyze.Options(evals=[two], out=two / "out"))

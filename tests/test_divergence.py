@@ -11,7 +11,7 @@ from stages.core import jsonl, records
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.records import Divergence, Result, Rollout
-from stages.core.study.lineage import Line
+from stages.core.study.lineage import Lineage
 from stages.eval import Options
 from stages.eval.divergence import Completion, divergences, token_kl
 from tests.scripted import Engines
@@ -174,7 +174,7 @@ def test_a_call_that_was_begun_without_it_is_done_again_where_tokens_are_missing
     run([tiny_policy], problems, tmp_path / "to-another", other_policy)
     run([tiny_policy], problems, tmp_path / "to-none")
     evals = [tmp_path / name for name in ("out", "to-another", "to-none")]
-    [line] = Line(None, evals).unequal(evals)
+    [line] = Lineage(None, evals).unequal(evals)
     assert "differ in kl_to: " in line and "to-another" in line and "to-none" not in line
 
 

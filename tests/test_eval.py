@@ -17,6 +17,7 @@ from stages.core.grading import verifier
 from stages.core.grading.verifier import Verifier
 from stages.core.records import Result, Rollout
 from stages.core.study import metrics
+from stages.core.study.votes import maj_at_k
 from stages.eval import Options, scoring, votes
 from stages.eval.partial import Groups, Writer
 from tests.scripted import Engines
@@ -375,12 +376,12 @@ def test_maj_at_k_is_the_share_of_all_choices_of_k_samples_in_which_most_are_cor
     wrong = tuple(counts[vote] for vote in "abcd" if counts[vote])
     for k in range(1, len(voters) + 1):
         expected = majority_is_right(voters, k)
-        assert votes.maj_at_k(len(voters), counts["correct"], wrong, k) == pytest.approx(expected, abs=1e-12)
+        assert maj_at_k(len(voters), counts["correct"], wrong, k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_more_votes_than_samples_are_refused():
     with pytest.raises(InputError, match="more votes than samples"):
-        votes.maj_at_k(4, 2, (2, 1), 2)
+        maj_at_k(4, 2, (2, 1), 2)
 
 
 @pytest.mark.slow

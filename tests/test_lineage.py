@@ -1,4 +1,4 @@
-"""The line from the base: what an earlier setting has left behind is in no table, and what is asked of it is named."""
+"""The lineage of the base: what an earlier setting has left behind is in no table, and what is asked of it is named."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def graph(whole, tiny_policy, tmp_path, monkeypatch):
 def table(capsys, **options):
     """Method -> the policy that stands for it in the table, and the lines on what was left out."""
     capsys.readouterr()
-    report.run(**{"choices": report.Choices(ks=[2]), "tsv": True} | options)
+    report.run(report.Options(**{"ks": [2], "tsv": True} | options))
     told = capsys.readouterr()
     rows = [line.split("\t")[1:3] for line in told.out.splitlines()[1:]]
     lines = [line.removeprefix("rloop: left out: ") for line in told.err.splitlines() if "left out: " in line]
@@ -62,11 +62,11 @@ def test_of_a_graph_that_is_up_to_date_nothing_is_left_out(graph, capsys):
 
 def test_an_iteration_that_was_taken_out_is_in_no_table_figure_or_sum(graph, capsys):
     gone = "iteration 2: not among the iterations that count (1)"
-    choices = report.Choices(ks=[2], iterations="--1.start runs/0/policy")
-    assert table(capsys, choices=choices) == (FIRST, [gone])
-    analyze.run(evals=["runs/eval"], runs="runs", out="runs/analysis", iterations="1")
-    assert json.loads(Path("runs/analysis/learning_RLoop.json").read_text())["labels"] == ["0", "2", "2+RFT"]
-    report.run(choices=choices)
+    only = {"ks": [2], "iterations": "--1.start runs/0/policy"}
+    assert table(capsys, **only) == (FIRST, [gone])
+    analyze.run(analyze.Options(evals=[Path("runs/eval")], out=Path("runs/analysis"), iterations="1"))
+    assert json.loads(Path("runs/analysis/learning_RLoop.json").read_text())["labels"] == ["0", "2", "2+rft"]
+    report.run(report.Options(**only))
     assert f"Left out: {gone}." in Path("runs/results.md").read_text()
     for name in ("curves.tsv", "results.tsv", "figures/training_pass_rate.tsv"):
         assert "runs/2" not in Path("runs", name).read_text()
@@ -117,7 +117,7 @@ def test_the_evaluation_of_a_checkpoint_that_was_trained_anew_is_left_out(graph,
     graph.rl("vanilla", "runs/0/policy", 4)
     chosen, lines = table(capsys)
     assert "RL" not in chosen
-    assert lines == [f"runs/eval/vanilla: asked another {WHOLE['RL']} {OTHER}"]
+    assert lines == [f"runs/eval/vanilla: evaluated another {WHOLE['RL']} {OTHER}"]
     graph.evaluate("again", "runs/vanilla/rl/checkpoints")
     assert table(capsys) == (WHOLE, lines), "the stale one does not hide the new one"
 
@@ -133,7 +133,7 @@ def test_evaluations_on_another_version_of_the_problems_are_left_out(graph, caps
     graph.evaluate("vanilla", "runs/vanilla/rl/checkpoints", problems="mine/valid.jsonl")
     chosen, lines = table(capsys)
     assert "RL" not in chosen
-    assert lines == ["runs/eval/vanilla: asked other problems of valid than those of now"]
+    assert lines == ["runs/eval/vanilla: has other problems of valid than those of now"]
     Path("runs/0/valid.jsonl").unlink()
     assert table(capsys) == (chosen, lines), "where the problems are gone, those that the base was asked count"
 
@@ -169,7 +169,7 @@ def test_examples_from_rollouts_that_sample_drew_from_a_policy_of_before_are_lef
 
 
 def test_a_run_that_is_still_going_on_is_known_by_what_it_began_with(graph, capsys):
-    inputs = {"policy": provenance.digest("runs/1/rl/checkpoints/step_000002"), "problems": ""}
+    inputs = {"runs/1/policy": provenance.digest("runs/1/rl/checkpoints/step_000002"), "runs/0/train.jsonl": ""}
     outputs.write_json(Path("runs/2/rl/state/run.json"), {"parameters": {}, "inputs": inputs})
     Path("runs/2/rl/manifest.json").unlink()
     assert f"runs/2/rl: made from another runs/1/policy {OTHER}" in table(capsys)[1]
@@ -208,18 +208,18 @@ def test_by_hand_the_base_is_what_the_first_iteration_started_from_whatever_its_
     shutil.rmtree("runs/eval/0")
     graph.evaluate("0", "toy/policy")
     assert table(capsys) == (WHOLE | {"Base": "toy/policy"}, [])
-    analyze.run(evals=["runs/eval"], out="analysis")
+    analyze.run(analyze.Options(evals=[Path("runs/eval")], out=Path("analysis")))
     assert json.loads(Path("analysis/learning_RL.json").read_text())["policies"][0] == "toy/policy"
 
 
 def test_an_analysis_of_evaluations_of_before_is_not_shown(graph, capsys):
-    analyze.run(evals=["runs/eval"], out="runs/analysis")
-    report.run(choices=report.Choices(ks=[2]))
+    analyze.run(analyze.Options(evals=[Path("runs/eval")], out=Path("runs/analysis")))
+    report.run(report.Options(ks=[2]))
     assert Path("runs/figures/learning_RL.svg").exists()
     results = Path("runs/eval/vanilla/results.jsonl")
     results.write_text("".join(reversed(results.read_text().splitlines(keepends=True))))
     capsys.readouterr()
-    report.run(choices=report.Choices(ks=[2]))
+    report.run(report.Options(ks=[2]))
     stale = f"runs/analysis: analyzed another runs/eval/vanilla/results.jsonl {OTHER}: analyze again"
     assert stale in capsys.readouterr().err and not Path("runs/figures/learning_RL.svg").exists()
 
@@ -228,9 +228,9 @@ def test_evaluations_without_their_runs_are_taken_as_they_are(graph, tmp_path, m
     (tmp_path / "away").mkdir()
     Path("runs/eval").rename("away/eval")
     monkeypatch.chdir(tmp_path / "away")
-    for options in ({}, {"runs": "nowhere"}):
-        assert table(capsys, evals=["eval"], **options)[0] == WHOLE
-    report.run(choices=report.Choices(ks=[2]), evals=["eval"])
+    for options in ({}, {"runs": Path("nowhere")}):
+        assert table(capsys, evals=[Path("eval")], **options)[0] == WHOLE
+    report.run(report.Options(ks=[2], evals=[Path("eval")]))
     assert Path("report.html").exists()
 
 
@@ -239,12 +239,12 @@ def test_where_nothing_is_left_it_is_said(graph):
         shutil.rmtree(f"runs/eval/{key}")
     graph.checkpoint("runs/0/policy")
     with pytest.raises(InputError, match="nothing of the evals descends from what is there now: evaluate again"):
-        analyze.run(evals=["runs/eval"], out="analysis")
+        analyze.run(analyze.Options(evals=[Path("runs/eval")], out=Path("analysis")))
 
 
 def test_unequal_numbers_of_steps_are_named(graph, capsys):
     graph.rl("vanilla", "runs/0/policy", 3)
-    report.run(choices=report.Choices(ks=[2]))
+    report.run(report.Options(ks=[2]))
     unequal = "RL has 3 steps and RLoop 4: to compare them give RL --steps 4"
     assert unequal in capsys.readouterr().err and unequal in Path("runs/results.md").read_text()
 
@@ -253,12 +253,12 @@ def test_evaluations_with_unlike_settings_are_named(graph, capsys):
     file = Path("runs/eval/vanilla/manifest.json")
     file.write_text(file.read_text().replace('"max_tokens": 32', '"max_tokens": 40'))
     table(capsys)
-    report.run(choices=report.Choices(ks=[2]))
+    report.run(report.Options(ks=[2]))
     unlike = (
         "evaluations of valid differ in max_tokens: 32 (runs/eval/0, runs/eval/1, runs/eval/2), 40 (runs/eval/vanilla)"
     )
     assert unlike in capsys.readouterr().err and unlike in Path("runs/results.md").read_text()
-    analyze.run(evals=["runs/eval"], out="analysis")
+    analyze.run(analyze.Options(evals=[Path("runs/eval")], out=Path("analysis")))
     assert unlike in capsys.readouterr().err
 
 
@@ -268,9 +268,9 @@ def test_grading_again_keeps_what_the_evaluation_was_of(graph):
     evaluation.run(evaluation.Options(regrade=Path("runs/eval/1"), out=Path("runs/eval/1b"), k=[2]))
     shutil.rmtree("runs/eval/1")
     graph.rft("1", "runs/0/policy")
-    line = lineage.Line(Path("runs"), runs.find_evals(["runs/eval"]))
-    assert not line.keeps(Path("runs/eval/1b"), "runs/1/policy")
-    assert line.keeps(Path("runs/eval/1b"), FIRST["RLoop, last RL endpoint"])
+    descent = lineage.Lineage(Path("runs"), runs.find_evals(["runs/eval"]))
+    assert not descent.keeps(Path("runs/eval/1b"), "runs/1/policy")
+    assert descent.keeps(Path("runs/eval/1b"), FIRST["RLoop, last RL endpoint"])
 
 
 @pytest.mark.parametrize(
@@ -306,11 +306,11 @@ def test_what_lies_in_the_working_directory_changes_no_byte(graph, tmp_path, mon
     for here in ("empty", "misleading"):
         monkeypatch.chdir(tmp_path / here)
         for name in ("runs/eval", "elsewhere/eval"):
-            out, evals = tmp_path / f"of_{here}" / name.split("/")[0], [str(tmp_path / name)]
-            analyze.run(evals=evals, out=str(out / "analysis"))
-            named = {"runs": str(tmp_path / "runs")} if name == "runs/eval" else {"evals": evals}
-            report.run(report.Choices(ks=[2]), out=str(out / "page.html"), **named)
+            out, evals = tmp_path / f"of_{here}" / name.split("/")[0], [tmp_path / name]
+            analyze.run(analyze.Options(evals=evals, out=out / "analysis"))
+            named = {"runs": tmp_path / "runs"} if name == "runs/eval" else {"evals": evals}
+            report.run(report.Options(ks=[2], out=out / "page.html", **named))
         found.append(outcome(tmp_path / f"of_{here}"))
         shutil.rmtree(tmp_path / f"of_{here}")
     assert found[0] == found[1] and len(found[0]) > 40
-    assert b"4+RFT" in found[0]["elsewhere/analysis/learning_RLoop.json"]
+    assert b"4+start" in found[0]["elsewhere/analysis/learning_RLoop.json"]

@@ -81,6 +81,7 @@ def made(tmp_path_factory) -> Path:
         (root / iteration / "policy" / "log.tsv").write_text("step\tseconds\n1\t0.2\n2\t0.3\n")
     write_rl(root / "vanilla" / "rl", 4)
     matrix = {"name": "forgetting", "run": "RL", "number": "2b", "definition": "forgotten", "labels": ["0", "2"]}
+    matrix |= {"set": "valid", "policies": ["runs/0/policy", f"runs/{VANILLA[0]}"]}
     steps = [{"run": "RL", "step": step, "within": 0.5, "after_rft": 0} for step in (0, 2)]
     (root / "analysis").mkdir()
     (root / "analysis/forgetting_RL.json").write_text(json.dumps(matrix | {"values": [[0, 0.5], [0, 0]]}))
@@ -96,12 +97,11 @@ def made(tmp_path_factory) -> Path:
 
 
 def make(root: Path, **options) -> None:
-    choices = report.Choices(ks=[2, 4, 8])
-    report.run(**{"choices": choices, "runs": str(root)} | options)
+    report.run(report.Options(**{"ks": [2, 4, 8], "runs": root} | options))
 
 
 def studied(root: Path) -> study.Study:
-    return study.read(str(root), [], "valid", "all", needed=True)
+    return study.read(root, [], "valid", "all", needed=True)
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
@@ -145,13 +145,13 @@ def test_results_markdown_is_the_papers_table_and_says_what_is_left_out(made):
 
 
 def test_table_is_printed_and_nothing_written(made, tmp_path, capsys):
-    make(made, table=True, out=str(tmp_path / "page.html"))
+    make(made, table=True, out=tmp_path / "page.html")
     assert (made / "results.md").read_text().startswith(capsys.readouterr().out)
     make(
         made,
         tsv=True,
-        evals=[str(made / f"eval/{group}/far") for group in ("base", "loop", "vanilla")],
-        out=str(tmp_path / "page.html"),
+        evals=[made / f"eval/{group}/far" for group in ("base", "loop", "vanilla")],
+        out=tmp_path / "page.html",
     )
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))
     assert {row["set"] for row in rows} == {"far"} and len(rows) == 4
@@ -163,7 +163,7 @@ def test_policies_on_no_known_way_stand_for_themselves_in_the_table(tmp_path, ca
         {"problem_id": "a", "policy": name, "num_samples": 4, "num_correct": 1, "num_truncated": 0} for name in "xy"
     ]
     jsonl.write(tmp_path / "math/results.jsonl", results)
-    make(tmp_path, evals=[str(tmp_path / "math")], table=True)
+    make(tmp_path, evals=[tmp_path / "math"], table=True)
     assert re.findall(r"\| (\w*) \| ([xy]) \|", capsys.readouterr().out) == [("math", "x"), ("", "y")]
 
 
@@ -184,7 +184,7 @@ def test_the_divergence_from_the_base_is_a_curve_in_nats():
         for name, nats in zip(names, (0.0, 3.0, 1.0, 0.5), strict=True)
         for metric, value in (("kl", nats), ("avg@4", 0.25))
     ]
-    tidy = curves.tidy(pd.DataFrame(rows), runs.places(names))
+    tidy = curves.tidy(pd.DataFrame(rows), runs.positions(names))
     assert tidy.groupby("metric")["value"].max().to_dict() == {"avg@4": 25, "kl": 3}, "the others are in percent"
     [figure] = curves.of_divergence(tidy, [])
     assert (figure.name, figure.title) == ("kl_valid", "KL to the base on valid")
@@ -196,8 +196,8 @@ def test_global_steps_count_the_whole_iterations_even_if_their_ends_were_not_eva
     write_rl(tmp_path / "runs/1/rl", 30)
     write_rl(tmp_path / "runs/2/rl", 20)
     policies = [f"runs/{name}" for name in ("1/rl/checkpoints/step_000010", "2/rl/checkpoints/step_000010", "3/policy")]
-    found = runs.places(policies, tmp_path / "runs")
-    assert [(place.step, place.label) for place in found] == [(10, "10"), (40, "40"), (80, "80+RFT")]
+    found = runs.positions(policies, tmp_path / "runs")
+    assert [(place.step, place.label) for place in found] == [(10, "10"), (40, "40"), (80, "80+start")]
 
 
 def test_a_merged_policy_is_labelled_as_merged_and_ends_its_iteration_as_a_fine_tuned_one_does(tmp_path):
@@ -205,8 +205,8 @@ def test_a_merged_policy_is_labelled_as_merged_and_ends_its_iteration_as_a_fine_
         write_rl(tmp_path / f"runs/{iteration}/rl", 30)
         outputs.write_json(tmp_path / f"runs/{iteration}/policy/manifest.json", {"stage": stage})
     policies = ["runs/1/rl/checkpoints/step_000030", "runs/1/policy", "runs/2/policy"]
-    found = runs.places(policies, tmp_path / "runs")
-    assert [place.label for place in found] == ["30", "30+merge", "60+RFT"]
+    found = runs.positions(policies, tmp_path / "runs")
+    assert [place.label for place in found] == ["30", "30+merge", "60+rft"]
     assert [place.ends_iteration for place in found] == [False, True, True]
 
 
@@ -214,13 +214,13 @@ def test_steps_are_those_of_the_runs_that_were_named_whatever_lies_in_the_workin
     write_rl(tmp_path / "here/1/rl", 5)
     write_rl(tmp_path / "elsewhere/runs/1/rl", 30)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = runs.places(["runs/1/policy", "runs/2/policy"], tmp_path / "here")
+    found = runs.positions(["runs/1/policy", "runs/2/policy"], tmp_path / "here")
     assert [place.step for place in found] == [5, 10]
     assert runs.root_of([tmp_path / "here/eval/1/valid"]) == tmp_path / "here"
 
 
 def test_iterations_count_by_number_where_no_steps_are_known():
-    found = runs.places([f"else/{iteration}/policy" for iteration in (10, 2, 1)])
+    found = runs.positions([f"else/{iteration}/policy" for iteration in (10, 2, 1)])
     assert [place.policy for place in found] == ["else/1/policy", "else/2/policy", "else/10/policy"]
 
 
@@ -265,7 +265,7 @@ def test_page_loads_nothing_and_holds_hostile_completions_as_data(made):
 
 def test_the_first_screen_says_who_leads_with_the_averages_and_their_way_over_steps(made):
     found = studied(made)
-    scores, chosen = found.scores([2, 4]), summaries.methods(found.places)
+    scores, chosen = found.scores([2, 4]), summaries.methods(found.positions)
     table = summaries.results(summaries.summarise(scores), chosen)
     compared = summaries.differences(scores, chosen)
     coverage, accuracy = summaries.headline(table, compared, ["pass@4", "avg@4"])
@@ -293,7 +293,7 @@ def test_a_second_report_replaces_the_first_with_the_same_bytes(made):
 
 
 def test_of_an_empty_directory_all_outputs_are_written_and_say_what_is_missing(tmp_path, capsys):
-    make(tmp_path, out=str(tmp_path / "out/page.html"))
+    make(tmp_path, out=Path(tmp_path / "out/page.html"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "page.html", "results.md", "results.tsv", "results.json", "curves.tsv", "figures", "metrics",
     }  # fmt: skip
@@ -306,26 +306,26 @@ def test_what_no_report_wrote_is_never_removed(made, tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures/thesis.docx").write_text("years of work")
     with pytest.raises(InputError, match=r"thesis\.docx"):
-        make(made, out=str(tmp_path / "page.html"))
+        make(made, out=tmp_path / "page.html")
     assert (tmp_path / "figures/thesis.docx").exists()
     shutil.move(tmp_path / "figures", tmp_path / "metrics")
     with pytest.raises(InputError, match=r"metrics holds thesis\.docx"):
-        make(made, out=str(tmp_path / "page.html"))
+        make(made, out=tmp_path / "page.html")
 
 
 @pytest.mark.slow
 def test_a_picture_or_a_table_of_someone_else_is_never_replaced(made, tmp_path):
     target = tmp_path / "page.html"
     for out in (target, tmp_path / "second.html", target):  # its own and the other's
-        make(made, out=str(out))
+        make(made, out=out)
     (tmp_path / "figures/mine.png").write_text("drawn by hand")
     with pytest.raises(InputError, match=r"mine\.png"):
-        make(made, out=str(target))
+        make(made, out=Path(target))
     other = tmp_path / "other"
     other.mkdir()
     (other / "results.md").write_text("my notes")
     with pytest.raises(InputError, match=r"results\.md is there, and no report wrote it"):
-        make(made, out=str(other / "page.html"))
+        make(made, out=Path(other / "page.html"))
     assert [path.name for path in other.iterdir()] == ["results.md"]
 
 
@@ -378,7 +378,7 @@ def test_a_method_that_lacks_a_set_has_no_average_and_is_named(made, tmp_path, c
     for method in ("RL", "RLoop, last RL endpoint"):
         assert f"left out: {method} on far: not evaluated, so no difference and no average over the sets" in said
     found = studied(copy)
-    scores, chosen = found.scores([2]), summaries.methods(found.places)
+    scores, chosen = found.scores([2]), summaries.methods(found.positions)
     apart = summaries.differences(scores, chosen)
     pairs = apart[apart["metric"] == "avg@4"].groupby("policy")["set"].agg(list).to_dict()
     assert pairs["RLoop − Base"] == ["valid", "far", "Average"] and pairs["RLoop − RL"] == ["valid"]
@@ -388,8 +388,7 @@ def test_a_method_that_lacks_a_set_has_no_average_and_is_named(made, tmp_path, c
 
 @pytest.mark.slow
 def test_a_validation_set_that_there_is_not_is_named_and_no_rollouts_are_no_fault(made, tmp_path, capsys):
-    choices = report.Choices(ks=[2], valid="nope", max_problems=0)
-    make(made, choices=choices, out=str(tmp_path / "page.html"))
+    make(made, ks=[2], valid="nope", max_problems=0, out=tmp_path / "page.html")
     said = capsys.readouterr().err
     assert "no evaluation of nope (--valid), only of far, valid" in said and "rollouts" not in said
 
@@ -433,7 +432,7 @@ def test_a_broken_line_of_a_log_is_named(tmp_path, line):
 def test_a_directory_in_the_place_of_the_page_is_refused_before_anything_is_written(made, tmp_path):
     (tmp_path / "page").mkdir()
     with pytest.raises(InputError, match="page is a directory: name a file"):
-        make(made, out=str(tmp_path / "page"))
+        make(made, out=tmp_path / "page")
     assert [path.name for path in tmp_path.rglob("*")] == ["page"]
 
 
@@ -475,13 +474,13 @@ def test_checkpoints_are_chosen_by_the_first_metric_then_the_second_then_the_ear
 
 def test_browser_keeps_the_problems_that_differ_most_and_a_mix_of_samples(made):
     evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
-    found = runs.places(evaluations["valid"].results, made)
+    found = runs.positions(evaluations["valid"].results, made)
     built = {of_set["name"]: of_set for of_set in browser.build(evaluations, found, max_problems=2, max_samples=2)}
     assert [problem["id"] for problem in built["valid"]["problems"]] == ["valid/0", "valid/1"]
     assert built["valid"]["problems"][0]["rates"][0] == 0.25
     verdicts = [[r["correct"] for r in of_policy] for of_policy in built["valid"]["problems"][0]["rollouts"]]
     labels = [policy["label"] for policy in built["valid"]["policies"]]
-    assert labels == ["Base", "RL 2", "RL 4", "RLoop 2", "RLoop 2+RFT", "RLoop 4", "RLoop 4+RFT"]
+    assert labels == ["Base", "RL 2", "RL 4", "RLoop 2", "RLoop 2+rft", "RLoop 4", "RLoop 4+rft"]
     assert dict(zip(labels, verdicts, strict=True))["RL 4"] == [True, True]
     assert dict(zip(labels, verdicts, strict=True))["Base"] == [True, False]
 
@@ -489,7 +488,7 @@ def test_browser_keeps_the_problems_that_differ_most_and_a_mix_of_samples(made):
 def test_browser_stays_within_its_size(made, monkeypatch):
     monkeypatch.setattr(browser, "MAX_BYTES", 12_000)
     evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
-    found = runs.places(evaluations["valid"].results, made)
+    found = runs.positions(evaluations["valid"].results, made)
     built = browser.build(evaluations, found, max_problems=3, max_samples=4)
     assert built and len(page.embedded(built)) < 14_000
 
@@ -547,13 +546,13 @@ def chromium(tmp_path):
 def test_page_can_be_clicked_through_in_a_browser(made, chromium):
     chromium.call("/url", {"url": (made / "report.html").as_uri()})
     assert chromium.texts("#left-rollouts h3") == ["RL 4: 100 % correct"]
-    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+RFT: 75 % correct"]
+    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+rft: 75 % correct"]
     assert HOSTILE in chromium.texts("#left-rollouts pre")
     chromium.click("#set option:nth-child(2)")
     assert chromium.texts("#problem option") == ["far/0", "far/1", "far/2"]
     chromium.click("#problem option:nth-child(3)")
     assert chromium.texts("#answer") == ["3"]
-    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+RFT: 50 % correct"]
+    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+rft: 50 % correct"]
     chromium.click("#verdicts option[value=wrong]")
     assert chromium.texts("#right-rollouts pre") == [f"sample {sample} of {RLOOP[3]}" for sample in (2, 3)]
     chromium.click('#rates circle[data-policy="5"]')
@@ -597,7 +596,7 @@ def test_steps_that_no_run_reaches_are_named(tmp_path, step):
 
 def test_a_checkpoint_whose_number_no_run_reaches_stands_for_itself():
     policy = f"runs/vanilla/rl/checkpoints/step_1{'0' * 5000}"
-    assert runs.places([policy]) == [runs.Place(policy, policy, 0, policy)]
+    assert runs.positions([policy]) == [runs.Position(policy, policy, 0, policy)]
 
 
 @pytest.mark.parametrize("log_scale", [False, True])

@@ -9,16 +9,17 @@ an engine.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stages.analyze import curves, dynamics, similarity
 from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.options import PATH, at_least, checked
+from stages.core.options import PATH, OptionGroup, at_least
 from stages.core.progress import warn
-from stages.core.provenance import digest, identify_run, manifest
-from stages.core.records import Result
+from stages.core.provenance import identify, manifest, recorded
+from stages.core.records import Curve, Matrix, Result, Similarity
 from stages.core.study import lineage
 from stages.core.study.metrics import KS
 from stages.core.study.runs import (
@@ -26,13 +27,13 @@ from stages.core.study.runs import (
     RL,
     RLOOP,
     Evaluation,
-    Place,
+    Position,
     find_evals,
-    places,
+    path_of,
+    positions,
     read_evals,
     read_rollouts,
     root_of,
-    way,
 )
 
 if TYPE_CHECKING:
@@ -47,50 +48,53 @@ DEFINITIONS = {
 NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}
 
 
-@checked
-def run(
-    evals: Annotated[list[str], "an eval's output, or a directory of them (repeatable)", PATH],
-    out: Annotated[str, "directory to write", PATH],
-    runs: Annotated[str, "directory of runs; default: the one that the evals lie in", PATH] = "",
-    iterations: Annotated[str, "the iterations that count, as in '1 2 3'; the rest is left out"] = lineage.ALL,
-    set_: Annotated[str, "problem set to analyze, where the evals hold several"] = "",
-    min_correct: Annotated[
-        int, "a problem is solved where at least so many of its samples are correct", at_least(1)
-    ] = 1,
-    ks: Annotated[list[int], "the k of pass@k with samples of several checkpoints (repeatable)", at_least(1)] = [*KS],  # noqa: B006
+@dataclass(frozen=True, kw_only=True)
+class Options(OptionGroup):
+    """What `rloop analyze` takes."""
+
+    evals: Annotated[list[Path], "an eval's output, or a directory of them; repeatable", PATH]
+    out: Annotated[Path, "directory to write", PATH]
+    runs: Annotated[Path | None, "directory of runs; default: the one that the evals lie in", PATH] = None
+    iterations: Annotated[str, "use only these iterations, as in '1 2 3'"] = lineage.ALL
+    set_: Annotated[str, "problem set to analyze, where the evals hold several"] = ""
+    min_correct: Annotated[int, "a problem is solved if at least this many samples are correct", at_least(1)] = 1
+    ks: Annotated[list[int], "the k of pass@k with samples of several checkpoints; repeatable", at_least(1)] = field(
+        default_factory=lambda: [*KS]
+    )
     compare: Annotated[
-        list[str], "run to compare with another; twice, for differential forgetting; default: RL and RLoop"
-    ] = [],  # noqa: B006
-) -> None:
+        list[str], "run to compare with another; given twice, for differential forgetting; default: RL and RLoop"
+    ] = field(default_factory=list)
+
+
+def run(options: Options) -> None:
     """Compute learning, forgetting and similarity, retention and temporal sampling of checkpoints from eval outputs.
 
     What does not descend from the base and the runs as they are now is left out, and named.
 
     Example: rloop analyze --evals loop/eval --set valid --out loop/analysis
     """
-    given, start = locals(), time.monotonic()
-    outputs.refuse_occupied(out)
-    directories = find_evals(evals)
-    root = root_of(directories, runs)
-    line = lineage.Line(root, directories, lineage.chosen(iterations))
-    evaluations = read_evals(directories, line.keeps)
-    for left_out in line.left_out:
+    start = time.monotonic()
+    outputs.refuse_occupied(options.out)
+    directories = find_evals(options.evals)
+    root = root_of(directories, options.runs)
+    descent = lineage.Lineage(root, directories, lineage.chosen(options.iterations))
+    evaluations = read_evals(directories, descent.keeps)
+    for left_out in descent.left_out:
         warn(f"left out: {left_out}")
-    evaluation = _one_set(evaluations, set_)
-    for unequal in line.unequal(dict.fromkeys(evaluation.homes.values())):
+    evaluation = _one_set(evaluations, options.set_)
+    for unequal in descent.unequal(dict.fromkeys(evaluation.homes.values())):
         warn(unequal)
-    ways = _ways(places(evaluation.results, root, line.bases))
-    pair = _pair(ways, compare)
-    matrices, steps = _matrices(evaluation, ways, min_correct, pair)
-    of_steps = curves.measure(evaluation, ways, min_correct, ks)
-    with outputs.claimed(out), outputs.whole_dir(out) as directory:
-        _write(directory, matrices, of_steps, steps)
-        metrics = _metrics(matrices, steps)
-        outputs.write_json(directory / "metrics.json", metrics)
-        inputs = {str(path / "results.jsonl"): digest(path / "results.jsonl") for path in directories}
-        identity = identify_run(run, given, inputs, set=evaluation.problem_set, compare=list(pair or ()))
+    paths = _paths(positions(evaluation.results, root, descent.bases))
+    pair = _pair(paths, options.compare)
+    matrices, steps = _matrices(evaluation, paths, options.min_correct, pair)
+    over_steps = curves.measure(evaluation, paths, options.min_correct, options.ks)
+    with outputs.claimed(options.out), outputs.whole_dir(options.out) as directory:
+        _write(directory, matrices, over_steps, steps)
+        outputs.write_json(directory / "metrics.json", _means(matrices, steps))
+        read = recorded(path / "results.jsonl" for path in directories)
+        identity = identify("analyze", options, read, set=evaluation.problem_set, compare=list(pair or ()))
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
-        record = manifest(identity, counts, time.monotonic() - start, evals=evals, left_out=line.left_out)
+        record = manifest(identity, counts, time.monotonic() - start, left_out=descent.left_out)
         outputs.write_json(directory / "manifest.json", record)
 
 
@@ -105,58 +109,55 @@ def _one_set(evaluations: Mapping[str, Evaluation], wanted: str) -> Evaluation:
     return evaluations[wanted or next(iter(evaluations))]
 
 
-def _ways(places: Sequence[Place]) -> dict[str, list[Place]]:
-    """Each method's places from the base on, if it has a checkpoint to compare; two at one place are an InputError."""
-    methods = [method for method in dict.fromkeys(place.method for place in places) if method != BASE]
-    ways = {method: way(places, method) for method in methods}
-    for method, on_way in ways.items():
-        labels = [place.label for place in on_way]
+def _paths(placed: Sequence[Position]) -> dict[str, list[Position]]:
+    """Each method's path from the base on, if there are checkpoints to compare; two at one step are an InputError."""
+    methods = [method for method in dict.fromkeys(position.method for position in placed) if method != BASE]
+    paths = {method: path_of(placed, method) for method in methods}
+    for method, path in paths.items():
+        labels = [position.label for position in path]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
-            both = " and ".join(place.policy for place in on_way if place.label == twice)
-            raise InputError(f"two policies stand at step {twice} of {method}: {both}; name the evals of one run")
-    ways = {method: on_way for method, on_way in ways.items() if len(on_way) > 1}
-    if not ways:
+            both = " and ".join(position.policy for position in path if position.label == twice)
+            raise InputError(f"two policies are at step {twice} of {method}: {both}; name the evals of one run")
+    paths = {method: path for method, path in paths.items() if len(path) > 1}
+    if not paths:
         raise InputError("the evals hold no two checkpoints of one run: evaluate more --policy .../checkpoints/step_N")
-    return ways
+    return paths
 
 
-def _pair(ways: Mapping[str, list[Place]], wanted: Sequence[str]) -> tuple[str, str] | None:
+def _pair(paths: Mapping[str, list[Position]], wanted: Sequence[str]) -> tuple[str, str] | None:
     """The two runs whose forgetting is compared; None if --compare names none and RL and RLoop are not both there."""
     first, second = wanted if len(wanted) == 2 else (RL, RLOOP)
-    if {first, second} <= ways.keys() and first != second and len(wanted) in (0, 2):
+    if {first, second} <= paths.keys() and first != second and len(wanted) in (0, 2):
         return first, second
     if wanted:
-        runs = ", ".join(ways)
+        runs = ", ".join(paths)
         raise InputError(f"--compare {' '.join(wanted)}: name two different runs of {runs}, each by its own --compare")
     return None
 
 
-# {"name", "set", "run", "number", "definition", "labels", "policies", "values" [labels, labels]}
-Matrix = dict[str, Any]
-
-
 def _matrices(
-    evaluation: Evaluation, ways: Mapping[str, list[Place]], min_correct: int, pair: tuple[str, str] | None
-) -> tuple[list[Matrix], list[dict[str, Any]]]:
-    texts = _completions(evaluation)
-    matrices, steps = [], []
+    evaluation: Evaluation, paths: Mapping[str, list[Position]], min_correct: int, pair: tuple[str, str] | None
+) -> tuple[list[Matrix], list[Similarity]]:
+    name, texts = evaluation.problem_set, _completions(evaluation)
+    matrices: list[Matrix] = []
+    steps: list[Similarity] = []
     forgotten: dict[str, Any] = {}
-    for method, on_way in ways.items():
-        results: list[list[Result]] = [evaluation.results[place.policy] for place in on_way]
+    for method, path in paths.items():
+        results: list[list[Result]] = [evaluation.results[position.policy] for position in path]
         is_solved = dynamics.solved(results, min_correct)
         forgotten[method] = dynamics.forgetting(is_solved)
-        matrices.append(_matrix("learning", method, on_way, dynamics.learning(is_solved)))
-        matrices.append(_matrix("forgetting", method, on_way, forgotten[method]))
-        if silent := [place.policy for place in on_way if place.policy not in texts]:
+        matrices.append(_matrix("learning", name, method, path, dynamics.learning(is_solved)))
+        matrices.append(_matrix("forgetting", name, method, path, forgotten[method]))
+        if silent := [position.policy for position in path if position.policy not in texts]:
             home = evaluation.homes[silent[0]]
             warn(f"no similarity of {method}: {home} holds no rollouts.jsonl with completions of {silent[0]}")
             continue
-        alike, within_distinct = similarity.similarity_matrix([texts[place.policy] for place in on_way])
-        matrices.append(_matrix("similarity", method, on_way, alike))
-        steps += _similarity_by_step(method, on_way, alike, within_distinct)
+        alike, within_distinct = similarity.similarity_matrix([texts[position.policy] for position in path])
+        matrices.append(_matrix("similarity", name, method, path, alike))
+        steps += _similarity_by_step(method, path, alike, within_distinct)
     if pair:
-        matrices += _differential(pair, ways, forgotten)
-    return [matrix | {"set": evaluation.problem_set} for matrix in matrices], steps
+        matrices += _differential(pair, name, paths, forgotten)
+    return matrices, steps
 
 
 def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
@@ -181,91 +182,95 @@ def _completions(evaluation: Evaluation) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def _matrix(name: str, run: str, on_way: Sequence[Place], values: "NDArray[Any]") -> Matrix:
+def _matrix(name: str, problem_set: str, run: str, path: Sequence[Position], values: "NDArray[Any]") -> Matrix:
     return {
         "name": name,
+        "set": problem_set,
         "run": run,
         "number": NUMBERS[name],
         "definition": DEFINITIONS[name],
-        "labels": [place.label for place in on_way],
-        "policies": [place.policy for place in on_way],
+        "labels": [position.label for position in path],
+        "policies": [position.policy for position in path],
         "values": values.tolist(),
     }
 
 
 def _differential(
-    pair: tuple[str, str], ways: Mapping[str, list[Place]], forgotten: Mapping[str, "NDArray[Any]"]
+    pair: tuple[str, str],
+    problem_set: str,
+    paths: Mapping[str, list[Position]],
+    forgotten: Mapping[str, "NDArray[Any]"],
 ) -> list[Matrix]:
     """Forgetting of the first run minus that of the second, over the steps that both were evaluated at."""
     first, second = pair
-    of_first, of_second = _by_step(ways[first]), _by_step(ways[second])
+    of_first, of_second = _by_step(paths[first]), _by_step(paths[second])
     common = sorted(of_first.keys() & of_second.keys())
     if len(common) < 2:
         return []
     rows, others = [of_first[step] for step in common], [of_second[step] for step in common]
     values = forgotten[first][rows][:, rows] - forgotten[second][others][:, others]
-    on_way = [
-        Place(f"{ways[first][i].policy} | {ways[second][j].policy}", "", step, str(step))
+    path = [
+        Position(f"{paths[first][i].policy} | {paths[second][j].policy}", "", step, str(step))
         for i, j, step in zip(rows, others, common, strict=True)
     ]
-    record = _matrix("differential_forgetting", "", on_way, values)
-    return [record | {"definition": record["definition"].format(first, second), "compared": f"{first} - {second}"}]
+    record = _matrix("differential_forgetting", problem_set, "", path, values)
+    return [{**record, "definition": record["definition"].format(first, second), "compared": f"{first} - {second}"}]
 
 
-def _by_step(on_way: Sequence[Place]) -> dict[int, int]:
-    """Step -> index in `on_way` of the checkpoint at that step.
+def _by_step(path: Sequence[Position]) -> dict[int, int]:
+    """Step -> index in `path` of the checkpoint at that step.
 
     If RLoop has two policies at a step, the end of an iteration's RL and the fine-tuned start of the next, the
     former counts, since it is a checkpoint of RL as those of vanilla RL are.
     """
-    turns: dict[int, int] = {}
-    for turn, place in enumerate(on_way):  # RL's endpoint comes before the fine-tuned policy of its step
-        turns.setdefault(place.step, turn)
-    return turns
+    indices: dict[int, int] = {}
+    for index, position in enumerate(path):  # RL's endpoint comes before the fine-tuned policy of its step
+        indices.setdefault(position.step, index)
+    return indices
 
 
 def _similarity_by_step(
-    method: str, on_way: Sequence[Place], alike: "NDArray[Any]", within_distinct: "NDArray[Any]"
-) -> list[dict[str, Any]]:
+    method: str, path: Sequence[Position], alike: "NDArray[Any]", within_distinct: "NDArray[Any]"
+) -> list[Similarity]:
     """For each checkpoint: similarity within it (by the paper's formula, and of distinct samples) and to the others."""
-    rows = []
-    for index, place in enumerate(on_way):
+    rows: list[Similarity] = []
+    for index, position in enumerate(path):
         within = alike[index, index]
         rows.append(
             {
                 "run": method,
-                "step": place.step,
-                "after_rft": int(place.ends_iteration),
+                "step": position.step,
+                "after_rft": int(position.ends_iteration),
                 "within": float(within),
                 "within_distinct": float(within_distinct[index]),
-                "to_others": float((alike[index].sum() - within) / (len(on_way) - 1)),
-                "policy": place.policy,
+                "to_others": float((alike[index].sum() - within) / (len(path) - 1)),
+                "policy": position.policy,
             }
         )
     return rows
 
 
-def _metrics(matrices: Sequence[Matrix], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _means(matrices: Sequence[Matrix], steps: Sequence[Similarity]) -> dict[str, Any]:
     """In numbers: each matrix's mean above the diagonal, and the mean of similarity within over steps."""
     import numpy as np
 
-    metrics: dict[str, Any] = {}
+    means: dict[str, dict[str, float]] = {}
     for matrix in matrices:
         above = np.asarray(matrix["values"])[np.triu_indices(len(matrix["labels"]), 1)]
-        metrics.setdefault(matrix["run"] or matrix["compared"], {})[f"mean_{matrix['name']}"] = float(above.mean())
+        means.setdefault(matrix["run"] or matrix["compared"], {})[f"mean_{matrix['name']}"] = float(above.mean())
     for method in dict.fromkeys(row["run"] for row in steps):
         within = [row["within"] for row in steps if row["run"] == method]
-        metrics[method]["mean_similarity_within"] = sum(within) / len(within)
-    return metrics
+        means[method]["mean_similarity_within"] = sum(within) / len(within)
+    return means
 
 
 def _write(
-    directory: Path, matrices: Sequence[Matrix], of_steps: Sequence[curves.Curve], steps: Sequence[Mapping[str, Any]]
+    directory: Path, matrices: Sequence[Matrix], over_steps: Sequence[Curve], steps: Sequence[Similarity]
 ) -> None:
     from stages.core.study import figures
 
-    plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, of_steps)]
-    for record, figure in zip([*matrices, *of_steps], plotted, strict=True):
+    plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, over_steps)]
+    for record, figure in zip([*matrices, *over_steps], plotted, strict=True):
         outputs.write_json(directory / f"{figure.name}.json", record)
         figures.save(figure, directory)
     if steps:

@@ -121,6 +121,70 @@ class Divergence(TypedDict):
     kl_nats: float
 
 
+class Matrix(TypedDict):
+    """A quantity of checkpoints i (rows) and j (columns) of a run on one set; made by analyze, read by report.
+
+    {"name": "forgetting", "set": "valid", "run": "RL", "number": "2b", "definition": "share of ...", "labels": ["0",
+     "30"], "policies": ["runs/0/policy", "runs/vanilla/rl/checkpoints/step_000030"], "values": [[0, 0.1], [0.2, 0]]}
+
+    `number` is the figure of the paper, "" for none; `run` is "" and `compared` "RL - RLoop" if it is a difference of
+    two runs.
+    """
+
+    name: str
+    set: str
+    run: str
+    number: str
+    definition: str
+    labels: list[str]
+    policies: list[str]
+    values: list[list[float]]
+    compared: NotRequired[str]
+
+
+class Point(TypedDict):
+    """A point of a Curve: its line, x, and y with a 95 % interval; the policy, or policies joined by " | "."""
+
+    series: str
+    x: float
+    y: float
+    low: float
+    high: float
+    policy: str
+    after_rft: NotRequired[int]
+
+
+class Curve(TypedDict):
+    """Shares over steps or numbers of policies, a line a run; made by analyze, read by report.
+
+    {"name": "retention", "set": "valid", "definition": "of the problems ...", "x_label": "RL steps", "rows": [
+     {"series": "RL", "x": 30, "y": 0.8, "low": 0.7, "high": 0.9, "after_rft": 0, "policy": "runs/vanilla/..."}]}
+    """
+
+    name: str
+    set: str
+    definition: str
+    x_label: str
+    rows: list[Point]
+
+
+class Similarity(TypedDict):
+    """How alike a checkpoint's completions are within it and to the run's others; made by analyze, read by report.
+
+    {"run": "RL", "step": 30, "after_rft": 0, "within": 0.5, "within_distinct": 0.4, "to_others": 0.3, "policy": "..."}
+
+    `within_distinct` is without the pairs of a completion and itself, NaN (null) if there are no others.
+    """
+
+    run: str
+    step: int
+    after_rft: int
+    within: float
+    within_distinct: float
+    to_others: float
+    policy: str
+
+
 Record = TypeVar("Record", Problem, Rollout, Example, Result, Divergence)
 
 

@@ -25,7 +25,6 @@ from stages.core.ranks import Ranks
 from stages.core.records import Divergence, Result, Rollout, Verdict
 from stages.core.study import metrics
 from stages.core.tabular import aligned
-from stages.eval import votes
 
 BATCH = 4096  # rollouts given to the verifier at once when they are graded again
 
@@ -80,7 +79,7 @@ def measure(results: Sequence[Result], ks: Sequence[int], select: str = "") -> d
     policies = metrics.by_policy(results)
     measured: dict[str, Any] = {"policies": {name: _summary(own, ks) for name, own in policies.items()}}
     measured["differences"] = {
-        f"{second} - {first}": _differences(policies[first], policies[second], ks)
+        f"{second} - {first}": metrics.compare(policies[first], policies[second], ks)
         for first, second in combinations(policies, 2)
     }
     if select:
@@ -89,38 +88,10 @@ def measure(results: Sequence[Result], ks: Sequence[int], select: str = "") -> d
 
 
 def _summary(results: Sequence[Any], ks: Sequence[int]) -> dict[str, Any]:
-    import numpy as np
-
     verdicts: Counter[str] = Counter()
     for result in results:
         verdicts.update(result["verdicts"])
-    more = {name: metrics.interval(values) for name, values in _more_metrics(results, ks).items()}
-    if all("kl_nats" in result for result in results):
-        nats, tokens = (np.array([result[name] for result in results]) for name in ("kl_nats", "num_kl_tokens"))
-        more["kl_per_token"] = metrics.share_interval(nats, tokens)
-    return metrics.summarise(results, ks) | more | {"verdicts": dict(verdicts.most_common())}
-
-
-def _differences(first: Sequence[Any], second: Sequence[Any], ks: Sequence[int]) -> dict[str, metrics.Difference]:
-    differences = metrics.compare(first, second, ks)
-    before, after = _more_metrics(first, ks), _more_metrics(second, ks)
-    return differences | {name: metrics.difference(before[name], after[name]) for name in before if name in after}
-
-
-def _more_metrics(results: Sequence[Any], ks: Sequence[int]) -> dict[str, list[float]]:
-    """maj@k and greedy on each problem, in the order of their ids, if the Results count for them."""
-    ordered = sorted(results, key=lambda result: result["problem_id"])
-    values: dict[str, list[float]] = {}
-    if all("wrong_votes" in result for result in results):
-        values |= {f"maj@{k}": votes.of_problems(ordered, k) for k in ks}
-    if all("num_greedy_correct" in result for result in results):
-        values["greedy"] = [result["num_greedy_correct"] for result in ordered]
-    return values
-
-
-def _accuracies(summary: dict[str, Any]) -> list[str]:
-    """The names of those metrics that say how often a policy is right."""
-    return [name for name in summary if "@" in name or name == "greedy"]
+    return metrics.summarise(results, ks) | {"verdicts": dict(verdicts.most_common())}
 
 
 def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -128,7 +99,7 @@ def selected(summaries: dict[str, Any], metric: str) -> dict[str, Any]:
 
     Raises InputError for an unknown metric.
     """
-    if metric not in (choices := _accuracies(next(iter(summaries.values())))):
+    if metric not in (choices := metrics.accuracies(next(iter(summaries.values())))):
         raise InputError(f"--select {metric} is none of the metrics: {', '.join(choices)}")
     order = [metric, *(name for name in choices if name.startswith("avg@"))]
     best = max(summaries, key=lambda name: [summaries[name][of_order]["value"] for of_order in order])
@@ -140,8 +111,8 @@ def check_metrics(num_samples: int, ks: Sequence[int], select: str, maj: bool, g
     for k in ks:
         if not 1 <= k <= num_samples:
             raise InputError(f"--k {k} needs 1 to {num_samples} (--num-samples): name other --k, or draw more samples")
-    choices = [f"avg@{num_samples}", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks if maj)]
-    choices += ["greedy"] if greedy else []
+    counted = {*metrics.ALWAYS, *(["wrong_votes"] if maj else []), *(["num_greedy_correct"] if greedy else [])}
+    choices = metrics.accuracies(name for name, *_ in metrics.available(counted, ks, num_samples))
     if select and select not in choices:
         raise InputError(f"--select {select} is none of the metrics: {', '.join(choices)}")
 
@@ -208,7 +179,7 @@ def _shared_out(file: Path, num_ranks: int) -> Iterator[tuple[int, Rollout]]:
 def summary_table(measured: dict[str, Any]) -> str:
     """A line a policy: each metric in per cent with its interval; the divergence, if it was measured, in nats."""
     first = next(iter(measured["policies"].values()))
-    names, divergence = _accuracies(first), ["kl_per_token"] if "kl_per_token" in first else []
+    names, divergence = metrics.accuracies(first), ["kl_per_token"] if "kl_per_token" in first else []
     rows = [["policy", *names, "truncated", "no answer", "tokens", *("nats a token" for _ in divergence)]]
     for policy, summary in measured["policies"].items():
         figures = [_percent(summary[name]) for name in names]
@@ -221,7 +192,7 @@ def summary_table(measured: dict[str, Any]) -> str:
 def difference_table(measured: dict[str, Any]) -> str:
     """A line a pair of policies: the paired difference of each metric; a star marks those that are real."""
     pairs = measured["differences"]
-    names = _accuracies(next(iter(pairs.values())))
+    names = metrics.accuracies(next(iter(pairs.values())))
     rows = [["difference", *names]]
     for pair, differences in pairs.items():
         cells = (differences[name] for name in names)

@@ -21,7 +21,6 @@ from stages.core.options import PATH, WITHOUT_EFFECT, OptionGroup, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
 from stages.core.study import lineage
-from stages.core.study.metrics import KS
 
 if TYPE_CHECKING:
     from stages.core.study.figures import Figure
@@ -33,29 +32,31 @@ INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices(OptionGroup):
-    """What is shown."""
+class Options(OptionGroup):
+    """What `rloop report` takes."""
 
+    runs: Annotated[Path | None, "directory of runs; default: the one that --evals lie in, or else runs", PATH] = None
+    out: Annotated[
+        Path | None,
+        "page to write, with results.*, curves.tsv, metrics and figures beside it; default: report.html in --runs",
+        PATH,
+    ] = None
+    evals: Annotated[list[Path], "evaluations to use instead of those in RUNS/eval; repeatable", PATH] = field(
+        default_factory=list
+    )
+    table: Annotated[bool, "print the results table as Markdown and write nothing", WITHOUT_EFFECT] = False
+    tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing", WITHOUT_EFFECT] = False
     valid: Annotated[str, "problem set that stands first and by which checkpoints are chosen"] = "valid"
-    ks: Annotated[list[int], "the k of pass@k (repeatable)", at_least(1)] = field(default_factory=lambda: list(KS))
+    ks: Annotated[list[int], "the k of pass@k; repeatable; default: those of the evaluations", at_least(1)] = field(
+        default_factory=list
+    )
     max_problems: Annotated[int, "problems of each set in the browser of rollouts", at_least(0)] = 12
     max_samples: Annotated[int, "samples of each problem and policy in the browser of rollouts", at_least(0)] = 4
     seed: Annotated[int, "seed of the bootstrap"] = 0
-    iterations: Annotated[str, "the iterations that count, as in '1 2 3'; the rest is left out"] = lineage.ALL
+    iterations: Annotated[str, "use only these iterations, as in '1 2 3'"] = lineage.ALL
 
 
-def run(
-    choices: Choices,
-    runs: Annotated[str, "directory of runs; default: the one that --evals lie in, or else runs", PATH] = "",
-    out: Annotated[
-        str,
-        "page to write, with results.*, curves.tsv, metrics and figures beside it; default: report.html in --runs",
-        PATH,
-    ] = "",
-    evals: Annotated[list[str], "evaluations to use instead of those in RUNS/eval (repeatable)", PATH] = [],  # noqa: B006
-    table: Annotated[bool, "print the results table as Markdown and write nothing", WITHOUT_EFFECT] = False,
-    tsv: Annotated[bool, "print the results table with its intervals as TSV and write nothing", WITHOUT_EFFECT] = False,
-) -> None:
+def run(options: Options) -> None:
     """Write the results table, the figures and a page that shows them, from a directory of runs.
 
     What does not descend from the base and the runs as they are now is left out, and named.
@@ -65,32 +66,34 @@ def run(
     from stages.report import summaries  # imports pandas
     from stages.report.study import read
 
-    study = read(runs, evals, choices.valid, choices.iterations, needed=table or tsv)
-    if beyond := [f"pass@{k}" for k in choices.ks if k > study.num_samples > 0]:
+    is_printed = options.table or options.tsv
+    study = read(options.runs, options.evals, options.valid, options.iterations, needed=is_printed)
+    wanted = options.ks or study.ks
+    if beyond := [f"pass@{k}" for k in wanted if k > study.num_samples > 0]:
         study.left_out.append(f"{', '.join(beyond)}: some problems have {study.num_samples} samples only")
-    choices = replace(choices, ks=[k for k in choices.ks if k <= study.num_samples])
-    if table or tsv:
-        scores, chosen = study.scores(choices.ks), summaries.methods(study.places)
-        rows = summaries.results(summaries.summarise(scores, choices.seed), chosen)
+    options = replace(options, ks=[k for k in wanted if k <= study.num_samples])
+    if is_printed:
+        scores, chosen = study.scores(options.ks), summaries.methods(study.positions)
+        rows = summaries.results(summaries.summarise(scores, options.seed), chosen)
         study.left_out += summaries.unlike(scores, chosen)
-        sys.stdout.write(summaries.tsv(rows) if tsv else summaries.markdown(rows))
+        sys.stdout.write(summaries.tsv(rows) if options.tsv else summaries.markdown(rows))
     else:
-        page = Path(out or study.runs / "report.html")
+        page = options.out or study.runs / "report.html"
         with outputs.locked(page, page.parent / FIGURES, page.parent / METRICS):
-            _write(page, choices, study)
+            _write(page, options, study)
     for line in [*(f"left out: {line}" for line in study.left_out), *study.unequal()]:
         warn(line)
-    if not (table or tsv):
+    if not is_printed:
         print(f"rloop: wrote {page}", file=sys.stderr)
 
 
-def _write(page: Path, choices: Choices, study: "Study") -> None:
+def _write(page: Path, options: Options, study: "Study") -> None:
     from stages.core.study import figures
     from stages.report.page import render
 
     pictures = page.parent / FIGURES
     before = _refuse_strangers(pictures, [page, *(page.parent / name for name in BESIDE)])
-    content, texts, small, plotted = _content(study, choices)
+    content, texts, small, plotted = _content(study, options)
     texts[page.name] = render(content)
     by_file = {f"{figures.file_name(method)}.json": metrics for method, metrics in small.items()}
     with outputs.whole_dir(pictures, replacing=True) as beside:
@@ -123,37 +126,37 @@ def _refuse_strangers(pictures: Path, files: Collection[Path]) -> list[str]:
     return list(written.get("files", []))
 
 
-def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], list["Figure"]]:
+def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], list["Figure"]]:
     """What the page shows, the texts of the files beside it, each method's metrics for DVC, and all figures."""
     from stages.report import browser, curves, summaries
     from stages.report.study import AVERAGE
 
-    scores, logs = study.scores(choices.ks), study.logs()
-    chosen, table = summaries.methods(study.places), summaries.summarise(scores, choices.seed)
-    rows, apart = summaries.results(table, chosen), summaries.differences(scores, chosen, seed=choices.seed)
-    tidy = curves.tidy(table, study.places)
+    scores, logs = study.scores(options.ks), study.logs()
+    chosen, table = summaries.methods(study.positions), summaries.summarise(scores, options.seed)
+    rows, apart = summaries.results(table, chosen), summaries.differences(scores, chosen, seed=options.seed)
+    tidy = curves.tidy(table, study.positions)
     on_sets = tidy[tidy["set"] != AVERAGE]
-    order = [*(f"pass@{k}" for k in choices.ks[-1:]), f"avg@{study.num_samples}"]
-    labels = {place.policy: place.label for place in study.places}
-    best = {f"{m}, step {labels[p]}": p for m, p in curves.best_on(on_sets, choices.valid, order).items()}
-    resets = sorted({place.step for place in study.places if place.ends_iteration})
+    order = [*(f"pass@{k}" for k in options.ks[-1:]), f"avg@{study.num_samples}"]
+    labels = {position.policy: position.label for position in study.positions}
+    best = {f"{m}, step {labels[p]}": p for m, p in curves.best_on(on_sets, options.valid, order).items()}
+    resets = sorted({position.step for position in study.positions if position.ends_iteration})
     first = [*curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)]
     figures = {
         "RLoop against RL over steps": [*curves.of_evaluations(on_sets, resets, order[::-1])],
         "Over iterations": [*curves.of_iterations(on_sets)],
         "Learning, forgetting and similarity": [*_analysis(study), *curves.of_divergence(on_sets, resets)],
-        "Training": [*curves.overfitting(on_sets, logs, choices.valid, order), *curves.of_logs(logs, resets)],
+        "Training": [*curves.overfitting(on_sets, logs, options.valid, order), *curves.of_logs(logs, resets)],
     }
     sections = {
         "Results": summaries.nested(rows),
         "Which differences are real": summaries.nested(apart.rename(columns={"policy": "method"})),
         **figures,
         "Compute": summaries.costs(logs).to_dict("records"),
-        "Rollouts": browser.build(study.evaluations, study.places, choices.max_problems, choices.max_samples),
+        "Rollouts": browser.build(study.evaluations, study.positions, options.max_problems, options.max_samples),
         "Parameters": summaries.settings(study.settings()),
         "Not like for like": study.unequal(),
     }
-    study.left_out += [*_missing(study, choices, sections), *summaries.unlike(scores, chosen)]
+    study.left_out += [*_missing(study, options, sections), *summaries.unlike(scores, chosen)]
     notes = [*(f"Left out: {line}." for line in study.left_out), *study.unequal()]
     content = {
         "name": str(study.runs),
@@ -161,7 +164,7 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
         "whole": summaries.nested(summaries.overall(rows)),
         "first": first,
         "selected": summaries.nested(summaries.results(table, best)),
-        "chosen_by": f"{choices.valid} by {', then '.join(order)}",
+        "chosen_by": f"{options.valid} by {', then '.join(order)}",
         "sections": sections | {"Left out": study.left_out},
     }
     texts = {
@@ -176,14 +179,14 @@ def _content(study: "Study", choices: Choices) -> tuple[dict[str, Any], dict[str
     return content, texts, small, [*first, *chain(*figures.values())]
 
 
-def _missing(study: "Study", choices: Choices, sections: Mapping[str, Any]) -> list[str]:
+def _missing(study: "Study", options: Options, sections: Mapping[str, Any]) -> list[str]:
     """A line for each section that is empty, with the reason."""
     no_log = f"no log.tsv under {study.runs}"
     reasons = {"Learning, forgetting and similarity": f"nothing of analyze under {study.runs / 'analysis'}"}
     reasons |= {"Training": no_log, "Compute": no_log}
     if study.evaluations:
         reasons |= {"RLoop against RL over steps": "no run has two evaluated checkpoints"}
-    if study.evaluations and choices.max_problems and choices.max_samples:
+    if study.evaluations and options.max_problems and options.max_samples:
         reasons |= {"Rollouts": "the evaluations hold no rollouts.jsonl"}
     return [f"{title}: {reason}" for title, reason in reasons.items() if not sections[title]]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from stages.core.records import Rollout
-from stages.core.study.runs import BASE, Evaluation, Place, read_rollouts
+from stages.core.study.runs import BASE, Evaluation, Position, read_rollouts
 from stages.report.page import embedded
 
 MAX_BYTES = 6 * 2**20
@@ -22,24 +22,24 @@ Browser = list[dict[str, Any]]
 
 
 def build(
-    evaluations: Mapping[str, Evaluation], places: Sequence[Place], max_problems: int, max_samples: int
+    evaluations: Mapping[str, Evaluation], placed: Sequence[Position], max_problems: int, max_samples: int
 ) -> Browser:
     """One entry a set: {"name", "policies": [{"label", "method", "step"}], "problems": [{"id", "rates", ...}]}.
 
     Of every set the same number of problems is kept, at least one and as many as fit into MAX_BYTES.
     """
-    sets = [_of_set(each, places, max_problems, max_samples) for each in evaluations.values() if each.rollouts]
+    sets = [_of_set(each, placed, max_problems, max_samples) for each in evaluations.values() if each.rollouts]
     ranks = zip_longest(*(of_set["problems"] for of_set in sets))
     sizes = [sum(len(embedded(problem)) for problem in rank if problem) for rank in ranks]
     num_problems = max(1, sum(total <= MAX_BYTES for total in accumulate(sizes)))
     return [of_set | {"problems": of_set["problems"][:num_problems]} for of_set in sets if of_set["problems"]]
 
 
-def _of_set(evaluation: Evaluation, places: Sequence[Place], max_problems: int, max_samples: int) -> dict[str, Any]:
+def _of_set(evaluation: Evaluation, placed: Sequence[Position], max_problems: int, max_samples: int) -> dict[str, Any]:
     results = evaluation.results
-    places = sorted((p for p in places if p.policy in results), key=lambda place: place.method != BASE)
+    placed = sorted((p for p in placed if p.policy in results), key=lambda position: position.method != BASE)
     correct = {
-        p.policy: {r["problem_id"]: r["num_correct"] / r["num_samples"] for r in results[p.policy]} for p in places
+        p.policy: {r["problem_id"]: r["num_correct"] / r["num_samples"] for r in results[p.policy]} for p in placed
     }
     rates = pd.DataFrame(correct).round(4).sort_index()
     spread = rates.max(axis="columns") - rates.min(axis="columns")
@@ -47,21 +47,18 @@ def _of_set(evaluation: Evaluation, places: Sequence[Place], max_problems: int, 
     samples = _samples(evaluation, set(chosen))
     problems = []
     for problem in chosen:
-        drawn = [samples.get((problem, place.policy), []) for place in places]
+        drawn = [samples.get((problem, position.policy), []) for position in placed]
         for one in list(chain(*drawn))[:1]:
             shown = [_mix(rollouts, max_samples) for rollouts in drawn]
             about = {"id": problem, "prompt": _short(one["prompt"]), "answer": one["answer"]}
             problems.append(about | {"rates": rates.loc[problem].tolist(), "rollouts": shown})
-    policies = [
-        {"label": _label(place), "method": place.method, "step": place.step, "after_rft": place.ends_iteration}
-        for place in places
-    ]
+    policies = [{"label": _label(p), "method": p.method, "step": p.step, "after_rft": p.ends_iteration} for p in placed]
     return {"name": evaluation.problem_set, "policies": policies, "problems": problems}
 
 
-def _label(place: Place) -> str:
-    is_alone = place.method == BASE or place.label == place.policy
-    return place.method if is_alone else f"{place.method} {place.label}"
+def _label(position: Position) -> str:
+    is_alone = position.method == BASE or position.label == position.policy
+    return position.method if is_alone else f"{position.method} {position.label}"
 
 
 def _samples(evaluation: Evaluation, chosen: set[str]) -> dict[tuple[str, str], list[Rollout]]:

@@ -1,7 +1,7 @@
 """Metrics over steps: evaluations and logs along each method's training, as tidy rows and as figures.
 
 `step` counts RL steps from the base. RLoop has two policies at the end of an iteration, RL's endpoint and the
-one made by rft or merge that the next iteration starts from (`after_rft`); the line between them is the reset.
+one that the next iteration starts from (`after_rft`); the line between them is the reset.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,12 @@ from itertools import product
 
 import pandas as pd
 
+from stages.core.study import metrics
 from stages.core.study.figures import Figure, Panel, file_name, lines
-from stages.core.study.runs import BASE, RL, RLOOP, Place, iteration_of, way
+from stages.core.study.runs import BASE, RL, RLOOP, Position, iteration_of, path_of
 from stages.report.study import AVERAGE
 
 COLUMNS = ["set", "method", "step", "after_rft", "metric", "value", "low", "high", "policy"]
-NO_SHARES = ("mean_tokens", "kl")  # metrics that are no fractions
 TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
     "pass_rate": ("Training pass rate", "share correct", "1"),
     "reward": ("Training reward (shaped)", "mean reward", "1"),
@@ -27,19 +27,19 @@ TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
 }
 
 
-def tidy(table: pd.DataFrame, places: Sequence[Place]) -> pd.DataFrame:
-    """Every metric of every policy on the way of every method, set by set; the base is on each way.
+def tidy(table: pd.DataFrame, placed: Sequence[Position]) -> pd.DataFrame:
+    """Every metric of every policy on the path of every method, set by set; the base is on each path.
 
     In percent, but for tokens and nats.
     """
-    methods = dict.fromkeys(place.method for place in places if place.method != BASE)
-    ways = [
-        (method, place.step, int(place.ends_iteration), place.policy)
+    methods = dict.fromkeys(position.method for position in placed if position.method != BASE)
+    steps = [
+        (method, position.step, int(position.ends_iteration), position.policy)
         for method in methods
-        for place in way(places, method)
+        for position in path_of(placed, method)
     ]
-    rows = pd.DataFrame(ways, columns=["method", "step", "after_rft", "policy"]).merge(table, on="policy")
-    scale = ~rows["metric"].isin(NO_SHARES) * 99 + 1
+    rows = pd.DataFrame(steps, columns=["method", "step", "after_rft", "policy"]).merge(table, on="policy")
+    scale = rows["metric"].map(lambda name: 100 if metrics.named(name).unit == metrics.SHARE else 1)
     rows[["value", "low", "high"]] = rows[["value", "low", "high"]].mul(scale, axis="index")
     return rows.sort_values("set", kind="stable", ignore_index=True)[COLUMNS]
 
@@ -69,7 +69,7 @@ def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[s
 
 def of_iterations(rows: pd.DataFrame) -> Iterator[Figure]:
     """Metrics of RLoop's start policies over iterations (the paper's figure 3), a panel for each set, on one scale."""
-    starts = rows[(rows["method"] == RLOOP) & rows["metric"].str.contains("@")]
+    starts = rows[(rows["method"] == RLOOP) & rows["metric"].isin(metrics.accuracies(rows["metric"].unique()))]
     starts = starts[(starts["after_rft"] == 1) | (starts["step"] == 0)]
     starts = starts.assign(iteration=starts["policy"].map(iteration_of))
     style = Panel("%", x_label="iteration", number="3", top=starts["high"].max())

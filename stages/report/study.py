@@ -4,7 +4,7 @@
     logs      a row a training step: phase ("RLoop 2: RL"), method, step (from the base), then the columns of log.tsv
     settings  a row a manifest and parameter: stage, parameter, value, run
 
-What is missing, or not on the line from the base (core/lineage.py), is named in `left_out`.
+What is missing, or does not descend from the base (core/study/lineage.py), is named in `left_out`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,16 +18,16 @@ from stages.core.errors import InputError
 from stages.core.outputs import read_json
 from stages.core.provenance import read_manifest
 from stages.core.study import metrics
-from stages.core.study.lineage import Line, chosen
+from stages.core.study.lineage import Lineage, chosen
 from stages.core.study.runs import (
     RL,
     RLOOP,
     Evaluation,
-    Place,
+    Position,
     evals_below,
     find_evals,
     num_steps,
-    places,
+    positions,
     read_evals,
     root_of,
 )
@@ -42,11 +42,18 @@ class Study:
     """A directory of runs, finished or not; `left_out` has a line for everything that is not shown."""
 
     runs: Path
-    line: Line
+    lineage: Lineage
     evaluations: dict[str, Evaluation]
-    places: list[Place]
+    positions: list[Position]
     num_samples: int
     left_out: list[str]
+
+    @property
+    def ks(self) -> list[int]:
+        """The k that the evaluations measured pass@k of, or else KS."""
+        manifests = (read_manifest(home / "manifest.json") for home in self._homes)
+        ks = {k for manifest in manifests for k in (manifest.get("parameters") or {}).get("k", ())}
+        return sorted(ks) or list(metrics.KS)
 
     def scores(self, ks: Sequence[int]) -> pd.DataFrame:
         """Every metric of every policy on every problem."""
@@ -58,35 +65,33 @@ class Study:
             for policy, results in evaluation.results.items()
         ]
         table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=KEYS)
+        table = table[KEYS + metrics.in_order(table.columns.difference(KEYS))]
         sets = dict.fromkeys([*self.evaluations, AVERAGE])
         return table.astype({"set": pd.CategoricalDtype(list(sets), ordered=True)})
 
     def logs(self) -> pd.DataFrame:
         """The logs of RLoop's iterations end to end, and of RL alone; fine-tuning has no RL steps, and so no method."""
         rows, offset = [], 0
-        for iteration in self.line.iterations():
+        for iteration in self.lineage.iterations():
             run, tuned = (self.runs / str(iteration) / part for part in ("rl", "policy"))
             rows += self._log(run, f"{RLOOP} {iteration}: RL", RLOOP, offset)
-            offset += num_steps(run) if self.line.includes(run) else 0
-            if read_json(tuned / "manifest.json").get("stage") == "rft":
-                rows += self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)
+            offset += num_steps(run) if self.lineage.includes(run) else 0
+            rows += self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)
         rows += self._log(self.runs / "vanilla" / "rl", f"{RL}, all steps", RL, 0)
         return pd.DataFrame(rows, columns=None if rows else ["phase", "method", "step"])
 
     def _log(self, run: Path, phase: str, method: str, offset: int) -> list[dict[str, Any]]:
-        read = read_tsv(run / "log.tsv") if self.line.includes(run) else []
+        read = read_tsv(run / "log.tsv") if self.lineage.includes(run) else []
         head = {"phase": phase, "method": method}
         rows = [head | row | {"step": row["step"] + offset} for row in read if "step" in row]
         if method:
             return [row | {"steps": 1} for row in rows]
-        tokens = read_json(run / "metrics.json").get(
-            "num_tokens"
-        )  # the log of rft has none; its seconds are all update
+        tokens = read_json(run / "metrics.json").get("num_tokens")  # not in rft's log; its seconds are all update
         share = {"update_tokens": tokens / len(rows)} if rows and tokens is not None else {}
         return [row | share | {"update_s": row.get("seconds")} for row in rows]
 
     def settings(self) -> pd.DataFrame:
-        """The parameters and versions of every manifest that is on the line."""
+        """The parameters and versions of every manifest that descends from the base."""
         rows = []
         for path in self._manifests():
             manifest = read_manifest(path)
@@ -99,7 +104,7 @@ class Study:
     def _manifests(self) -> Iterator[Path]:
         for part, name in (("rl", "rl/"), ("examples.jsonl", "examples."), ("policy", "policy/")):
             for run in sorted(self.runs.glob("*")):
-                if (path := run / f"{name}manifest.json").exists() and self.line.includes(run / part):
+                if (path := run / f"{name}manifest.json").exists() and self.lineage.includes(run / part):
                     yield path
         yield from sorted((self.runs / "analysis").rglob("manifest.json"))
         for path in sorted((self.runs / "eval").rglob("manifest.json")):
@@ -113,29 +118,29 @@ class Study:
     def unequal(self) -> list[str]:
         """A line for each difference that makes figures incomparable: settings of evaluations, numbers of steps."""
         alone = self.runs / "vanilla" / "rl"
-        of_rloop = sum(num_steps(self.runs / str(iteration) / "rl") for iteration in self.line.iterations())
-        of_rl = num_steps(alone) if self.line.includes(alone) else 0
+        of_rloop = sum(num_steps(self.runs / str(iteration) / "rl") for iteration in self.lineage.iterations())
+        of_rl = num_steps(alone) if self.lineage.includes(alone) else 0
         differ = of_rl and of_rloop and of_rl != of_rloop
         steps = f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"
-        return self.line.unequal(self._homes) + [steps] * bool(differ)
+        return self.lineage.unequal(self._homes) + [steps] * bool(differ)
 
     def stale(self, directory: Path, content: dict[str, Any]) -> str:
-        """Why a file of an analysis is not shown: made from other evaluations, or of policies not on the line."""
+        """Why a file of an analysis is not shown: its evaluations or policies are not those that count now."""
         for path, digest in (read_manifest(directory / "manifest.json").get("inputs") or {}).items():
-            if self.line.changed(path, digest):
+            if self.lineage.changed(path, digest):
                 return f"{directory}: analyzed another {path} than the one that is there now: analyze again"
         rows = [row for name in ("steps", "rows") for row in content.get(name, ()) if isinstance(row, dict)]
         policies = [*content.get("policies", ()), *(row.get("policy", "") for row in rows)]
         named = (policy for several in policies for policy in several.split(" | "))
-        return next((fault for policy in named if (fault := self.line.fault_of_policy(policy))), "")
+        return next((fault for policy in named if (fault := self.lineage.fault_of_policy(policy))), "")
 
 
-def read(named: str, evals: Sequence[str], valid: str, iterations: str, needed: bool) -> Study:
+def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str, needed: bool) -> Study:
     """Read everything. If there is no evaluation: InputError if `needed`, else a line in `left_out`.
 
     The directory of runs is the one `named`, else the one that the evaluations lie in, else the one beside them.
     """
-    runs = Path(named or "runs") if named or not evals else root_of(find_evals(evals)) or Path(evals[0]).parent
+    runs = (root_of(find_evals(evals)) or evals[0].parent) if evals and not named else named or Path("runs")
     if not evals and not runs.is_dir():
         raise InputError(f"{runs}: no such directory; name a directory of runs")
     left_out, directories = [], []
@@ -143,8 +148,8 @@ def read(named: str, evals: Sequence[str], valid: str, iterations: str, needed: 
         directories = find_evals(evals or [runs / "eval"])
     else:
         left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
-    line = Line(runs if runs.is_dir() else None, directories, chosen(iterations))
-    by_set = read_evals(directories, line.keeps)
+    lineage = Lineage(runs if runs.is_dir() else None, directories, chosen(iterations))
+    by_set = read_evals(directories, lineage.keeps)
     evaluations = {name: by_set[name] for name in sorted(by_set, key=lambda name: (name != valid, name))}
     if evaluations and valid not in evaluations:
         others = ", ".join(evaluations)
@@ -152,4 +157,5 @@ def read(named: str, evals: Sequence[str], valid: str, iterations: str, needed: 
     results = [results for each in evaluations.values() for results in each.results.values()]
     policies = dict.fromkeys(policy for each in evaluations.values() for policy in each.results)
     num_samples = min((result["num_samples"] for each in results for result in each), default=0)
-    return Study(runs, line, evaluations, places(policies, runs, line.bases), num_samples, [*line.left_out, *left_out])
+    placed = positions(policies, runs, lineage.bases)
+    return Study(runs, lineage, evaluations, placed, num_samples, [*lineage.left_out, *left_out])

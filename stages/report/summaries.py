@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from stages.core.study import metrics
-from stages.core.study.runs import BASE, RL, RLOOP, Place
+from stages.core.study.runs import BASE, RL, RLOOP, Position
 from stages.report.study import AVERAGE, KEYS
 
 RLOOP_ENDPOINT = "RLoop, last RL endpoint"
@@ -24,16 +24,16 @@ COSTS = ["steps", "num_rollouts", "rollout_tokens", "update_tokens", *SECONDS]
 MIN_SECONDS = 1.0  # a ratio of shorter times would be noise
 
 
-def methods(places: Sequence[Place]) -> dict[str, str]:
+def methods(placed: Sequence[Position]) -> dict[str, str]:
     """The policy that represents each method: the base, the last checkpoint of RL and other runs, RLoop's last policy.
 
     RLoop's output is the policy fine-tuned after the last iteration (Algorithm 1); if its last RL phase has a
     checkpoint, that one is a row of its own. Any other policy is a method of its own.
     """
     chosen: dict[str, str] = {}
-    for place in places:  # ordered by step within a method, so the last one stays
-        endpoint = place.method == RLOOP and not place.ends_iteration
-        chosen[RLOOP_ENDPOINT if endpoint else place.method] = place.policy
+    for position in placed:  # ordered by step within a method, so the last one stays
+        is_endpoint = position.method == RLOOP and not position.ends_iteration
+        chosen[RLOOP_ENDPOINT if is_endpoint else position.method] = position.policy
     order = [name for name in (BASE, RL, RLOOP, RLOOP_ENDPOINT) if name in chosen]
     return {name: chosen[name] for name in order + sorted(chosen.keys() - order)}
 
@@ -62,7 +62,7 @@ def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def results(table: pd.DataFrame, chosen: Mapping[str, str]) -> pd.DataFrame:
     """The accuracy and coverage of each method on each set, set by set, and whether it is the best there."""
-    rated = table[table["metric"].str.contains("@")]
+    rated = table[table["metric"].isin(metrics.accuracies(table["metric"].unique()))]
     of_methods = [rated[rated["policy"] == policy].assign(method=method) for method, policy in chosen.items()]
     rows = pd.concat([rated[:0], *of_methods]).sort_values("set", kind="stable", ignore_index=True)
     rows["percent"] = (100 * rows["value"]).round(2)
@@ -70,26 +70,33 @@ def results(table: pd.DataFrame, chosen: Mapping[str, str]) -> pd.DataFrame:
     return rows.assign(best=rows["percent"] == best)
 
 
-def nested(rows: pd.DataFrame, keys: Sequence[str] = ("set", "method")) -> dict[str, Any]:
-    """{set: {method: {metric: row}}} for the keys "set" and "method", all in the order of the rows."""
+def nested(rows: pd.DataFrame) -> dict[str, Any]:
+    """{set: {method: {metric: row}}}, all in the order of the rows.
+
+    Every method has all metrics, None for one that it was not measured by.
+    """
     cells: dict[str, Any] = {}
+    names = metrics.in_order(rows["metric"].unique())
     for record in rows.to_dict("records"):
-        level = cells
-        for key in keys:
-            level = level.setdefault(record[key], {})
-        level[record["metric"]] = record
+        of_set = cells.setdefault(record["set"], {})
+        of_set.setdefault(record["method"], dict.fromkeys(names))[record["metric"]] = record
     return cells
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """The results as a Markdown table in percent, the best method of a set in bold."""
-    names = list(rows["metric"].unique())
+    """The results as a Markdown table in percent, the best method of a set in bold; - where a method has no figure."""
+    names = metrics.in_order(rows["metric"].unique())
     lines = ["| Set | Method | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
     for name, of_set in nested(rows).items():
         for index, (method, cells) in enumerate(of_set.items()):
-            texts = [f"{'**' * cell['best']}{cell['percent']:.2f}{'**' * cell['best']}" for cell in cells.values()]
-            lines.append(f"| {'' if index else name} | {method} | {' | '.join(texts)} |")
+            texts = " | ".join(map(_percent, cells.values()))
+            lines.append(f"| {'' if index else name} | {method} | {texts} |")
     return "\n".join(lines) + "\n"
+
+
+def _percent(cell: Mapping[str, Any] | None) -> str:
+    text = f"{cell['percent']:.2f}" if cell else "-"
+    return f"**{text}**" if cell and cell["best"] else text
 
 
 def tsv(rows: pd.DataFrame) -> str:
@@ -104,10 +111,10 @@ def tsv(rows: pd.DataFrame) -> str:
 
 def for_dvc(rows: pd.DataFrame) -> dict[str, Any]:
     """The results without intervals, in percent, for `dvc metrics`: {"RLoop": {"valid": {"avg@32": 48.0, ...}}}."""
-    return {
-        method: {name: {metric: cell["percent"] for metric, cell in cells.items()} for name, cells in sets.items()}
-        for method, sets in nested(rows, ("method", "set")).items()
-    }
+    percents: dict[str, Any] = {}
+    for row in rows.to_dict("records"):
+        percents.setdefault(row["method"], {}).setdefault(row["set"], {})[row["metric"]] = row["percent"]
+    return percents
 
 
 def differences(
@@ -117,13 +124,12 @@ def differences(
 
     `real` says that the interval excludes zero.
     """
-    rated = scores[[*KEYS, *(name for name in scores if "@" in name)]].set_index(["set", "problem_id"]).sort_index()
+    rated = scores[[*KEYS, *metrics.accuracies(scores)]].set_index(["set", "problem_id"]).sort_index()
     apart = [scores[:0]]
     for first, second in pairs:
         one, other = (rated[rated["policy"] == chosen.get(method)].drop(columns="policy") for method in (first, second))
-        difference = other - one  # not a number where only one was asked
-        shared = difference.notna().all(axis="columns").groupby("set", observed=True).transform("all")
-        apart.append(difference[shared].reset_index().assign(policy=f"{second} − {first}"))
+        difference = other - one  # not a number where only one was asked, and then the set has none
+        apart.append(difference.reset_index().assign(policy=f"{second} − {first}"))
     table = summarise(pd.concat(apart), seed)
     return table.assign(real=(table["low"] > 0) | (table["high"] < 0))
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from stages.core import tabular
+from stages.core.records import Curve, Matrix, Similarity
 
 INK = "#20242a"  # text and axes; inside a page it becomes the colour of the page's text, so that dark pages work
 COLOURS = {"Base": "#7d838c", "RL": "#d9483b", "RLoop": "#2f74d8", "training pass rate": "#7d838c"}
@@ -42,8 +43,6 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-MATRIX_KEYS = {"name", "run", "number", "definition", "labels", "values"}
-CURVE_KEYS = {"name", "set", "definition", "x_label", "rows"}
 MAX_DRAWN = 1e100
 MAX_MARKED = 40  # a line with more points than this has no marks
 MAX_WRITTEN = 12  # a matrix with more rows than this shows colours only, and every second or third label
@@ -125,22 +124,22 @@ def _drawable(values: "pd.Series[Any]") -> NDArray[Any]:
 def of_analysis(records: Iterable[Mapping[str, Any]]) -> list[Figure]:
     """The figures of what analyze writes: matrices, curves and similarity by step; other records have none."""
     records = list(records)
-    matrices = of_matrices([record for record in records if record.keys() >= MATRIX_KEYS])
-    curves = [of_curve(record) for record in records if record.keys() >= CURVE_KEYS]
+    matrices: Any = [record for record in records if record.keys() >= Matrix.__required_keys__]
+    curves: Any = [record for record in records if record.keys() >= Curve.__required_keys__]
     steps = [record["steps"] for record in records if isinstance(record.get("steps"), list)]  # no run of this name
-    return matrices + curves + list(map(of_similarity, steps))
+    return of_matrices(matrices) + list(map(of_curve, curves)) + list(map(of_similarity, steps))
 
 
-def of_curve(record: Mapping[str, Any]) -> Figure:
-    """Shares as analyze writes them: {"name", "set", "definition", "x_label", "rows"}, rows as for `lines`."""
+def of_curve(record: Curve) -> Figure:
+    """Lines of shares."""
     title = f"{record['name'].replace('_', ' ').capitalize()} on {record['set']}"
     panel = Panel("share", x_label=record["x_label"], top=1)
     caption = f"{title}: {record['definition']}."
     return lines(file_name(record["name"]), title, caption, pd.DataFrame(record["rows"]), panel)
 
 
-def of_matrices(records: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Matrices as analyze writes them: {"name", "set", "run", "number", "definition", "labels", "values"}.
+def of_matrices(records: Sequence[Matrix]) -> list[Figure]:
+    """Matrices as colours.
 
     All of one name share their colours, so that a darker cell is a smaller value in every run. A learning or
     forgetting matrix is shown above the diagonal only: the rest repeats the other one.
@@ -151,18 +150,18 @@ def of_matrices(records: Sequence[Mapping[str, Any]]) -> list[Figure]:
     return list(map(_matrix, records, shown, bounds))
 
 
-def _shown(record: Mapping[str, Any]) -> Any:
+def _shown(record: Matrix) -> Any:
     values = np.asarray(record["values"], dtype=float)
     return np.ma.masked_array(values, record["name"] != "similarity" and np.tril(np.ones_like(values, dtype=bool)))
 
 
-def _matrix(record: Mapping[str, Any], shown: Any, bound: float) -> Figure:
+def _matrix(record: Matrix, shown: Any, bound: float) -> Figure:
     """A matrix of checkpoints by checkpoints (row i, column j) as colours up to `bound`, around zero if signed."""
     kind, labels, is_signed = record["name"], record["labels"], record["name"] == "differential_forgetting"
     limits: dict[str, Any] = {"cmap": "RdBu" if is_signed else "viridis", "vmin": -bound if is_signed else 0}
     unit = "Jaccard similarity" if kind == "similarity" else "share of problems"
     title = f"{kind.replace('_', ' ').capitalize()}{', ' + record['run'] if record['run'] else ''}"
-    title += f" on {record['set']}" if record.get("set") else ""
+    title += f" on {record['set']}"
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6, 3.9))
         axes = canvas.add_axes((0.15, 0.21, 0.64, 0.72))
@@ -184,7 +183,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
-def of_similarity(steps: Sequence[Mapping[str, Any]]) -> Figure:
+def of_similarity(steps: Sequence[Similarity]) -> Figure:
     """Similarity within each checkpoint over steps, a line a run, from analyze's similarity_by_step."""
     table = pd.DataFrame(steps).rename(columns={"run": "series", "step": "x", "within": "y"})
     caption = (

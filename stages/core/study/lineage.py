@@ -1,16 +1,16 @@
-"""Which runs and evaluations belong together: the line from the base, followed by the digests that manifests record.
+"""Which runs and evaluations belong together: all that descends from the base, by the digests that manifests record.
 
     base -> rl -> its rollouts -> examples -> policy -> rl of the next iteration -> ...       each -> its evaluation
 
-Every manifest names the digests of what its output was made from. An output is on the line if those are the digests of
-what is there now, and if all of that is on the line itself; an evaluation, if its policies and problems are still the
-same. The rest is left out, with a line that gives the reason: an iteration that was taken out, outputs of an earlier
-base or an earlier setting, an evaluation of a checkpoint that was trained again since.
+Every manifest has the digests of its output's inputs, by their paths. An output belongs if these are the digests of
+what is there now, and if all of that belongs itself; an evaluation, if its policies and problems are still the same.
+The rest is left out, with a line that gives the reason: an iteration that was taken out, outputs of an earlier base or
+an earlier setting, an evaluation of a checkpoint that was trained again since.
 
 What is trusted: a manifest, about the output that it lies in; a digest that was recorded with a stamp (names, sizes and
 times of all files), as long as the stamp is the same, so that large checkpoints are not read again; and what can't be
-held against anything, because it has no manifest or what it was made from is gone. Paths in manifests are looked up
-below the directory of runs and nowhere else, so the working directory decides nothing.
+held against anything, because it has no manifest or its inputs are gone. Paths in manifests are looked up below the
+directory of runs and nowhere else, so the working directory decides nothing.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,10 +21,10 @@ from typing import Any
 from stages.core import provenance
 from stages.core.errors import InputError
 from stages.core.provenance import read_manifest, stamp
-from stages.core.study.runs import iteration_of, num_steps, place_below
+from stages.core.study.runs import iteration_of, num_steps, position_below
 
 ALL = "all"
-# of an eval; comparable figures share them
+# parameters of an eval that comparable figures share
 SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "reward_digest", "kl_to")
 
 
@@ -43,27 +43,27 @@ def chosen(text: str) -> frozenset[int] | None:
     return frozenset(map(int, words))
 
 
-class Line:
-    """What is on the line; `left_out` has a line for everything that is not.
+class Lineage:
+    """What descends from the base; `left_out` has a line for everything that does not.
 
     `root` is the directory of runs, None if there is none; `evals` are eval outputs; `iterations` are those that count.
     """
 
     def __init__(self, root: Path | None, evals: Sequence[Path], iterations: Collection[int] | None = None):
         self.root, self.wanted = root, iterations
-        self._told: dict[str, None] = {}
+        self._noted: dict[str, None] = {}
         self._faults: dict[Path, str] = {}
         self._manifests = {directory: read_manifest(directory / "manifest.json") for directory in evals}
         self._known = self._recorded_digests()
         self.base = ""
         self.base = self._base_digest()
-        for run in self._runs():
-            self.fault(run)
+        for output in self._outputs():
+            self.fault(output)
 
     @property
     def left_out(self) -> list[str]:
-        """A line for each thing that is not on the line: what, and why."""
-        return list(self._told)
+        """A line for each thing that does not belong: what, and why."""
+        return list(self._noted)
 
     @cached_property
     def bases(self) -> set[str]:
@@ -72,25 +72,25 @@ class Line:
         return {name for directory, name in evaluated if self.base and self._evaluated(directory, name) == self.base}
 
     def iterations(self) -> list[int]:
-        """The iterations with an rl run or a policy that is on the line, in order."""
+        """The iterations with an rl run or a policy that belongs, in order."""
         below = sorted(int(path.name) for path in self._below("[0-9]*") if path.name.isdecimal() and int(path.name))
         return [i for i in below if any(not self.fault(self._at(str(i), part)) for part in ("rl", "policy"))]
 
-    def includes(self, place: Path) -> bool:
-        """Whether the output at `place`, below the directory of runs, is on the line."""
-        return not self.fault(place)
+    def includes(self, output: Path) -> bool:
+        """Whether `output`, a path below the directory of runs, belongs."""
+        return not self.fault(output)
 
     def changed(self, path: str, digest: str) -> bool:
         """Whether what a manifest names by `path` is there, with another digest than the manifest's."""
-        place = self._find(path)
-        return place is not None and self._now(place) != digest
+        output = self._find(path)
+        return output is not None and output.exists() and self._now(output) != digest
 
     def keeps(self, directory: Path, policy: str) -> bool:
-        """Whether the results of `policy` in the eval output `directory` are on the line."""
+        """Whether the results of `policy` in the eval output `directory` belong."""
         fault = self.fault_of_policy(policy)
         if not fault:
             fault = self._fault_of_evaluation(directory, policy)
-            self._tell(fault)
+            self._note(fault)
         return not fault
 
     def unequal(self, evals: Iterable[Path]) -> list[str]:
@@ -105,51 +105,51 @@ class Line:
                     of_set.setdefault(str(settings[name])[:12], []).append(self._name(directory))
         return [
             f"evaluations of {problem_set} differ in {name}: "
-            + ", ".join(f"{value} ({', '.join(places)})" for value, places in by_value.items())
+            + ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
             for (problem_set, name), by_value in values.items()
             if len(by_value) > 1
         ]
 
     def fault_of_policy(self, policy: str) -> str:
-        """Why the policy of this name is not on the line, whatever its evaluations; "" if it is."""
-        place = place_below(policy)
-        if place is None or self.root is None:
-            return self._tell(self._fault_of_iteration(policy))
-        return self.fault(self.root / place)
+        """Why the policy of this name does not belong, whatever its evaluations; "" if it does."""
+        below = position_below(policy)
+        if below is None or self.root is None:
+            return self._note(self._fault_of_iteration(policy))
+        return self.fault(self.root / below)
 
-    def fault(self, place: Path) -> str:
-        """Why the output at `place`, below the directory of runs, is not on the line; "" if it is."""
-        if place not in self._faults:
-            self._faults[place] = ""  # a cycle that leads back here finds no fault
-            self._faults[place] = self._tell(self._fault(place))
-        return self._faults[place]
+    def fault(self, output: Path) -> str:
+        """Why `output`, a path below the directory of runs, does not belong; "" if it does."""
+        if output not in self._faults:
+            self._faults[output] = ""  # a cycle that leads back here finds no fault
+            self._faults[output] = self._note(self._fault(output))
+        return self._faults[output]
 
-    def _fault(self, place: Path) -> str:
-        if fault := self._fault_of_iteration(str(place)) or self._fault_of_absence(place):
+    def _fault(self, output: Path) -> str:
+        if fault := self._fault_of_iteration(str(output)) or self._fault_of_absence(output):
             return fault
-        if place.parent.name in ("checkpoints", "rl"):  # checkpoints and rollouts are those of their run
-            run = place.parent.parent if place.parent.name == "checkpoints" else place.parent
-            return self.fault(run) or self._fault_of_step(run, place)
-        for source, digest in self._sources(place):
+        if output.parent.name in ("checkpoints", "rl"):  # checkpoints and rollouts are those of their run
+            run = output.parent.parent if output.parent.name == "checkpoints" else output.parent
+            return self.fault(run) or self._fault_of_step(run, output)
+        for source, digest in self._sources(output).items():
             name, now = self._name(source), self._now(source)
             if digest and now and digest != now:
-                return f"{self._name(place)}: made from another {name} than the one that is there now"
+                return f"{self._name(output)}: made from another {name} than the one that is there now"
             if self.fault(source):
-                return f"{self._name(place)}: made from {name}, which is left out"
+                return f"{self._name(output)}: made from {name}, which is left out"
         return ""
 
-    def _fault_of_iteration(self, place: str) -> str:
-        iteration = iteration_of(place)
+    def _fault_of_iteration(self, path: str) -> str:
+        iteration = iteration_of(path)
         if not iteration or self.wanted is None or iteration in self.wanted:
             return ""
         return f"iteration {iteration}: not among the iterations that count ({_list(self.wanted)})"
 
-    def _fault_of_absence(self, place: Path) -> str:
+    def _fault_of_absence(self, output: Path) -> str:
         """An iteration or the baseline that is gone as a whole, if there are others."""
-        whole = next((parent for parent in (place, *place.parents) if parent.parent == self.root), None)
-        if whole is None or whole.exists() or not self._runs():
+        whole = next((parent for parent in (output, *output.parents) if parent.parent == self.root), None)
+        if whole is None or whole.exists() or not self._outputs():
             return ""
-        if not iteration_of(str(place)) and whole.name != "vanilla":
+        if not iteration_of(str(output)) and whole.name != "vanilla":
             return ""
         return f"{self._name(whole)}: not there any more"
 
@@ -161,56 +161,38 @@ class Line:
             return ""
         return f"{self._name(checkpoint)}: its run has {last} steps now"
 
-    def _sources(self, place: Path) -> list[tuple[Path, str]]:
-        """What `place` was made from, as far as that lies below the directory of runs, with the digests of then."""
-        beside = read_manifest(place.with_suffix(".manifest.json"))
-        if place.name == "examples.jsonl" or beside.get("stage") == "sample":
-            inputs = _inputs(beside)
-            return [(source, digest) for path, digest in inputs.items() if (source := self._find(path)) is not None]
-        manifest = read_manifest(place / "manifest.json")
-        if begun := read_manifest(place / "state" / "run.json"):  # a run that is still going on has no manifest yet
-            return self._sources_of_rl(place, manifest, _inputs(begun))
-        if manifest.get("stage") == "rl":
-            return self._sources_of_rl(place, manifest, _inputs(manifest))
-        if not iteration_of(str(place)):
-            return []
-        if manifest.get("stage") == "rft":
-            return self._sources_of_rft(place, _inputs(manifest))
-        if manifest.get("stage") == "merge":
-            return [(at, digest) for path, digest in _inputs(manifest).items() if (at := self._find(path)) is not None]
-        before = [self._start(place)] if place.name == "rl" else [self._start(place), place.with_name("rl")]
-        return [(source, "") for source in before]  # no manifest, or gone: it is on the line if what is before it is
+    def _sources(self, output: Path) -> dict[Path, str]:
+        """The inputs of `output` that belong below the directory of runs, with the digests of then.
 
-    def _sources_of_rl(
-        self, run: Path, manifest: Mapping[str, Any], inputs: Mapping[str, str]
-    ) -> list[tuple[Path, str]]:
-        start = self._start(run)
-        if not iteration_of(str(run)) and run.parent.name != "vanilla":  # another run may go on from any policy here
-            own = self._find(str(manifest.get("policy", "")))
-            start = own if own is not None and place_below(str(own)) is not None else start
-        problems = self._find(str(manifest.get("problems", "")))
-        return [(start, inputs.get("policy", ""))] + ([(problems, inputs.get("problems", ""))] if problems else [])
+        A policy from anywhere else stands for the one that the output would start from by its path.
+        """
+        inputs = _inputs(self._manifest_of(output))
+        placed = {source: digest for path, digest in inputs.items() if (source := self._find(path)) is not None}
+        if output.name not in ("rl", "policy") or any(position_below(str(source)) for source in placed):
+            return placed
+        start = self._start(output)
+        if not inputs and iteration_of(str(output)):  # no manifest, or gone: it falls with what is before it
+            return dict.fromkeys([start, output.with_name("rl")] if output.name == "policy" else [start], "")
+        others = [digest for path, digest in inputs.items() if self._find(path) is None and ".jsonl" not in path]
+        return {start: others[0], **placed} if others and output != start else placed
 
-    def _sources_of_rft(self, policy: Path, inputs: Mapping[str, str]) -> list[tuple[Path, str]]:
-        examples = next((path for path in inputs if path.endswith(".jsonl")), "")
-        start = next((path for path in inputs if path != examples), "")
-        own = place_below(start)
-        from_checkpoint = own is not None and own.parent.name == "checkpoints"  # where its exploration ended
-        before = self._at(*own.parts) if own is not None and from_checkpoint else self._start(policy)
-        return [(before, inputs.get(start, "")), (policy.with_name("examples.jsonl"), inputs.get(examples, ""))]
+    def _manifest_of(self, output: Path) -> dict[str, Any]:
+        """The manifest within a directory or beside a file; of a run that goes on, what it began with."""
+        files = (output / "state/run.json", output / "manifest.json", output.with_suffix(".manifest.json"))
+        return next((manifest for file in files if (manifest := read_manifest(file))), {})
 
-    def _start(self, place: Path) -> Path:
+    def _start(self, output: Path) -> Path:
         """The policy that an iteration, or a run beside them, starts from."""
-        return self._at(str(max(iteration_of(str(place)) - 1, 0)), "policy")
+        return self._at(str(max(iteration_of(str(output)) - 1, 0)), "policy")
 
     def _fault_of_evaluation(self, directory: Path, policy: str) -> str:
-        digest, place = self._evaluated(directory, policy), place_below(policy)
-        now = self._now(self.root / place) if self.root is not None and place is not None else ""
+        digest, below = self._evaluated(directory, policy), position_below(policy)
+        now = self._now(self.root / below) if self.root is not None and below is not None else ""
         if digest and now and digest != now:
-            return f"{self._name(directory)}: asked another {policy} than the one that is there now"
+            return f"{self._name(directory)}: evaluated another {policy} than the one that is there now"
         problem_set, first = self._set(directory), self._first_asked(directory)
         if problem_set and first and problem_set != first:
-            return f"{self._name(directory)}: asked other problems of {self._set_name(directory)} than those of now"
+            return f"{self._name(directory)}: has other problems of {self._set_name(directory)} than those of now"
         return ""
 
     def _evaluated(self, directory: Path, policy: str) -> str:
@@ -249,50 +231,54 @@ class Line:
         base = self._at("0", "policy")
         if not base.exists():
             runs = (self._at("1", "rl"), self._at("1", "policy"), self._at("vanilla", "rl"))
-            began = (dict(self._sources(run)).get(base, "") for run in runs)
+            began = (self._sources(run).get(base, "") for run in runs)
             if digest := next((digest for digest in began if digest), ""):
                 return digest
         return self._now(base)
 
-    def _now(self, place: Path) -> str:
-        """The digest of the output at `place` now; if it is gone, when it was evaluated."""
-        if not place.exists():
-            return (self.base if place == self._at("0", "policy") else "") or self._when_evaluated(place)
-        mark = stamp(place)
+    def _now(self, output: Path) -> str:
+        """The digest of `output` now; if it is gone, when it was evaluated."""
+        if not output.exists():
+            return (self.base if output == self._at("0", "policy") else "") or self._when_evaluated(output)
+        mark = stamp(output)
         if mark not in self._known:
-            self._known[mark] = provenance.digest(place)
+            self._known[mark] = provenance.digest(output)
         return self._known[mark]
 
-    def _when_evaluated(self, place: Path) -> str:
+    def _when_evaluated(self, output: Path) -> str:
         candidates = (
             self._evaluated(directory, name)
             for directory, manifest in self._manifests.items()
             for name in _names(manifest)
-            if (below := place_below(name)) is not None and self._at(*below.parts) == place
+            if (below := position_below(name)) is not None and self._at(*below.parts) == output
         )
         return next((digest for digest in candidates if digest), "")
 
     def _recorded_digests(self) -> dict[str, str]:
-        """Stamp -> digest, from the evaluations and what else recorded stamps: examples, samples."""
-        manifests = [*self._manifests.values(), *map(read_manifest, self._below("*/*.manifest.json"))]
+        """Stamp -> digest, from every manifest that recorded stamps."""
+        files = [file for pattern in ("*/*.manifest.json", "*/*/manifest.json") for file in self._below(pattern)]
         return {
             mark: inputs[path]
-            for manifest in manifests
+            for manifest in [*self._manifests.values(), *map(read_manifest, files)]
             if (inputs := _inputs(manifest))
             for path, mark in (manifest.get("stamps") or {}).items()
             if path in inputs
         }
 
-    def _runs(self) -> list[Path]:
-        """The outputs below the directory of runs that could be on the line, iterations first."""
-        places = [*self._below("*/rl"), *self._below("*/policy")]
-        return sorted(places, key=lambda path: (iteration_of(str(path)) or 10**9, path.parent.name, path.name != "rl"))
+    def _outputs(self) -> list[Path]:
+        """The outputs below the directory of runs that could belong, iterations first."""
+        outputs = [*self._below("*/rl"), *self._below("*/policy")]
+        return sorted(outputs, key=lambda path: (iteration_of(str(path)) or 10**9, path.parent.name, path.name != "rl"))
 
     def _find(self, path: str) -> Path | None:
-        """What a manifest names by `path`, if it lies below the directory of runs: the longest end of the path does."""
+        """What a manifest names by `path`, if it belongs below the directory of runs: the longest end of the path that
+        is there; else where a policy of this name would lie."""
+        if self.root is None:
+            return None
         parts = Path(path).parts
         ends = (self._at(*parts[start:]) for start in range(len(parts) - 1) if parts[start] not in ("/", ".."))
-        return next((end for end in ends if self.root is not None and end.exists()), None)
+        below = position_below(path)
+        return next((end for end in ends if end.exists()), self.root / below if below else None)
 
     def _at(self, *parts: str) -> Path:
         return (self.root or Path()).joinpath(*parts)
@@ -300,21 +286,23 @@ class Line:
     def _below(self, pattern: str) -> list[Path]:
         return sorted(self.root.glob(pattern)) if self.root is not None else []
 
-    def _name(self, place: Path) -> str:
+    def _name(self, path: Path) -> str:
         """A path as it is shown: from the directory of runs on."""
-        if self.root is None or not place.absolute().is_relative_to(self.root.absolute()):
-            return str(place)
-        return f"{self.root.absolute().name}/{place.absolute().relative_to(self.root.absolute()).as_posix()}"
+        if self.root is None or not path.absolute().is_relative_to(self.root.absolute()):
+            return str(path)
+        return f"{self.root.absolute().name}/{path.absolute().relative_to(self.root.absolute()).as_posix()}"
 
-    def _tell(self, fault: str) -> str:
+    def _note(self, fault: str) -> str:
         if fault:
-            self._told.setdefault(fault)
+            self._noted.setdefault(fault)
         return fault
 
 
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The inputs that a manifest names, as path -> digest."""
     inputs = manifest.get("inputs")
-    return inputs if isinstance(inputs, dict) else {}
+    named = inputs if isinstance(inputs, dict) else {}
+    return {str(manifest.get(path, path)): digest for path, digest in named.items()}  # until rl and rft name paths
 
 
 def _names(manifest: Mapping[str, Any]) -> list[str]:

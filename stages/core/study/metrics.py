@@ -1,17 +1,19 @@
-"""avg@k and pass@k from counts, each with a bootstrap interval, and the paired difference of two policies.
+"""The metrics of a policy, from the counts in its Results: one table, each figure with an interval, paired differences.
 
-Everything starts from Results (how many samples, how many correct, for each problem), so that every figure can be
-recomputed from results.jsonl. All figures are fractions 0..1. Intervals are 95 % percentile bootstraps over problems:
-they say how far a figure would move with other problems of the same kind, not with other samples or other seeds of
-training. A difference is called real if its interval excludes zero.
+METRICS says of each metric which fields of a Result it needs, how it is computed and what it is measured in; eval,
+`--select`, analyze and report ask it, so a new metric is one entry. Shares are fractions 0..1. Intervals are 95 %
+percentile bootstraps over problems: they say how far a figure would move with other problems of the same kind, not with
+other samples or other seeds of training. A difference is real if its interval excludes zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from stages.core.errors import InputError
 from stages.core.records import Result
+from stages.core.study.votes import maj_at_k
 
 if TYPE_CHECKING:  # numpy is imported where it is used: the command line reads this module before it knows the stage
     from numpy.typing import ArrayLike, NDArray
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # numpy is imported where it is used: the command line reads 
 KS = (8, 16, 32)
 NUM_RESAMPLES = 2000
 COVERAGE = 0.95
+SHARE = "share"
 
 
 class Interval(TypedDict):
@@ -49,10 +52,8 @@ def pass_at_k(num_samples: "ArrayLike", num_correct: "ArrayLike", k: int) -> "Ar
     n, c = np.asarray(num_samples, dtype=np.float64), np.asarray(num_correct, dtype=np.float64)
     _check_counts(n, c, k)
     all_wrong = np.ones(np.broadcast_shapes(n.shape, c.shape))
-    for i in range(k):
-        all_wrong *= np.maximum(n - c - i, 0) / (
-            n - i
-        )  # 0 once fewer than k are wrong: k samples must hold a right one
+    for i in range(k):  # 0 once fewer than k are wrong: k samples must hold a right one
+        all_wrong *= np.maximum(n - c - i, 0) / (n - i)
     return 1 - all_wrong
 
 
@@ -65,34 +66,111 @@ def _check_counts(n: "Array", c: "Array", k: int) -> None:
         raise InputError("a result counts more correct samples than samples (or fewer than none): was it edited?")
 
 
-def avg_at_k(num_samples: "ArrayLike", num_correct: "ArrayLike") -> "Array":
-    """Share of correct samples for each problem; its expectation is the same for every k, so all samples are used."""
-    import numpy as np
+Values = Callable[[Mapping[str, Any], int], "ArrayLike"]
 
-    return np.asarray(num_correct, dtype=np.float64) / np.asarray(num_samples, dtype=np.float64)
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure for each problem, from the fields of its Result that it `needs`.
+
+    `values` takes these as columns [problems] and k; a metric without a k is computed once. `weight` names the column
+    by which problems count in the mean, if they don't count alike.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    values: Values
+    has_k: bool = False
+    unit: str = SHARE
+    is_accuracy: bool = False
+    weight: str = ""
+
+
+def _per_sample(field: str, samples: str = "num_samples") -> Values:
+    return lambda of, k: of[field] / of[samples]
+
+
+def _pass(of: Mapping[str, Any], k: int) -> "Array":
+    return pass_at_k(of["num_samples"], of["num_correct"], k)
+
+
+def _maj(of: Mapping[str, Any], k: int) -> list[float]:
+    counts = zip(of["num_samples"], of["num_correct"], of["wrong_votes"], strict=True)
+    return [maj_at_k(int(n), int(c), tuple(votes), k) for n, c, votes in counts]
+
+
+SAMPLES = ("num_samples", "num_correct")
+METRICS = (
+    Metric("avg", SAMPLES, _per_sample("num_correct"), is_accuracy=True),
+    Metric("pass", SAMPLES, _pass, has_k=True, is_accuracy=True),
+    Metric("maj", (*SAMPLES, "wrong_votes"), _maj, has_k=True, is_accuracy=True),
+    Metric("greedy", ("num_greedy_correct",), lambda of, k: of["num_greedy_correct"], is_accuracy=True),
+    Metric("truncated", ("num_truncated", "num_samples"), _per_sample("num_truncated")),
+    Metric("no_answer", ("num_no_answer", "num_samples"), _per_sample("num_no_answer")),
+    Metric("mean_tokens", ("num_tokens", "num_samples"), _per_sample("num_tokens"), unit="tokens"),
+    Metric("kl", ("kl_nats", "num_kl_samples"), _per_sample("kl_nats", "num_kl_samples"), unit="nats a completion"),
+    Metric(
+        "kl_per_token",
+        ("kl_nats", "num_kl_tokens"),
+        _per_sample("kl_nats", "num_kl_tokens"),
+        unit="nats a token",
+        weight="num_kl_tokens",
+    ),
+)
+ALWAYS = frozenset(("num_samples", "num_correct", "num_truncated"))  # what every Result has
+
+
+def named(name: str) -> Metric:
+    """The metric behind a figure's name: pass of pass@8."""
+    return next(metric for metric in METRICS if metric.name == name.partition("@")[0])
+
+
+def accuracies(names: Iterable[str]) -> list[str]:
+    """Those of `names` that say how often a policy is right; others may be no metrics at all."""
+    right = {metric.name for metric in METRICS if metric.is_accuracy}
+    return [name for name in names if name.partition("@")[0] in right]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of figures in the order of METRICS, those of one metric by k."""
+    order = [metric.name for metric in METRICS]
+    return sorted(names, key=lambda name: (order.index(name.partition("@")[0]), int(name.partition("@")[2] or 0)))
+
+
+def available(fields: Iterable[str], ks: Sequence[int], num_samples: int) -> Iterator[tuple[str, Metric, int]]:
+    """(name, metric, k) of every figure that Results with these fields have: avg@n for n `num_samples`, pass@k, ..."""
+    known = frozenset(fields)
+    for metric in METRICS:
+        if known.issuperset(metric.needs):
+            for k in ks if metric.has_k else [num_samples]:
+                yield f"{metric.name}@{k}" if metric.has_k or metric.name == "avg" else metric.name, metric, k
 
 
 def per_problem(
     results: Sequence[Result], ks: Sequence[int] = KS, num_samples: int | None = None
 ) -> dict[str, "Array"]:
-    """Each metric's value on each problem, in the order of `results`: avg@n, pass@k, truncated.
+    """The value of each figure on each problem, in the order of `results`, for those in which all problems count alike.
 
-    n is `num_samples`, or else the smallest number of samples of any problem. If every result also counts
-    `num_no_answer` or `num_tokens` (a sum over samples), `no_answer` (share) and `mean_tokens` (tokens a completion)
-    are there too; if each counts `kl_nats`, `kl`: KL to a base in nats a completion.
+    n of avg@n is `num_samples`, or else the smallest number of samples of any problem.
     """
+    return {name: values for name, values, weights in _measured(results, ks, num_samples) if weights is None}
+
+
+def _measured(
+    results: Sequence[Result], ks: Sequence[int], num_samples: int | None
+) -> Iterator[tuple[str, "Array", "Array | None"]]:
+    """(name, values [problems], weights) of every figure that all of the results count for."""
     import numpy as np
 
     check_results(results)
-    n = np.array([result["num_samples"] for result in results])
-    c = np.array([result["num_correct"] for result in results])
-    values = {f"avg@{num_samples or n.min()}": avg_at_k(n, c)} | {f"pass@{k}": pass_at_k(n, c, k) for k in ks}
-    for field, name in (("num_truncated", "truncated"), ("num_no_answer", "no_answer"), ("num_tokens", "mean_tokens")):
-        if all(field in result for result in results):
-            values[name] = np.array([result[field] for result in results]) / n  # type: ignore[literal-required]
-    if all("kl_nats" in result for result in results):
-        values["kl"] = np.array([r["kl_nats"] / r["num_kl_samples"] for r in results])  # type: ignore[typeddict-item]
-    return values
+    rows: Sequence[Mapping[str, Any]] = results
+    shared = frozenset.intersection(*(frozenset(row) for row in rows))
+    needed = shared & {field for metric in METRICS for field in metric.needs}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in needed}
+    columns |= {name: np.array(column) for name, column in columns.items() if not isinstance(column[0], list)}
+    for name, metric, k in available(shared, ks, num_samples or int(columns["num_samples"].min())):
+        weights = columns[metric.weight] if metric.weight else None
+        yield name, np.asarray(metric.values(columns, k), dtype=np.float64), weights
 
 
 def check_results(results: Sequence[Result]) -> None:
@@ -120,7 +198,9 @@ def summarise(results: Sequence[Result], ks: Sequence[int] = KS, seed: int = 0) 
         "num_problems": len(results),
         "num_samples": min((result["num_samples"] for result in results), default=0),
     }
-    return summary | {name: interval(values, seed) for name, values in per_problem(results, ks).items()}
+    for name, values, weights in _measured(results, ks, None):
+        summary[name] = interval(values, seed) if weights is None else share_interval(values * weights, weights, seed)
+    return summary
 
 
 def compare(
@@ -136,7 +216,7 @@ def compare(
 
 def gains(first: Sequence[Result], second: Sequence[Result], ks: Sequence[int] = KS) -> dict[str, "Array"]:
     """Each metric of the second policy minus the first's [problems]; InputError if their problems differ."""
-    order = {result["problem_id"]: position for position, result in enumerate(first)}
+    order = {result["problem_id"]: index for index, result in enumerate(first)}
     if order.keys() != {result["problem_id"] for result in second}:
         names = [results[0]["policy"] if results else "(none)" for results in (first, second)]
         raise InputError(f"{names[0]} and {names[1]} were evaluated on different problems: compare them on the same")
@@ -144,13 +224,6 @@ def gains(first: Sequence[Result], second: Sequence[Result], ks: Sequence[int] =
     before = per_problem(first, ks, num_samples)
     after = per_problem(sorted(second, key=lambda result: order[result["problem_id"]]), ks, num_samples)
     return {name: after[name] - before[name] for name in before if name in after}
-
-
-def difference(first: "ArrayLike", second: "ArrayLike", seed: int = 0) -> Difference:
-    """Mean of second - first over problems (arrays [problems], same order), with its interval."""
-    import numpy as np
-
-    return judged(interval(np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64), seed))
 
 
 def judged(bounds: Interval) -> Difference:

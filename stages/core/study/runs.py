@@ -2,7 +2,7 @@
 
     runs/0/policy                              the base: step 0 of every method
     runs/<i>/rl/checkpoints/step_<n>           RLoop, n steps into iteration i: the steps of all iterations before, + n
-    runs/<i>/policy                            RLoop, made by rft or merge after iteration i: the start of i + 1
+    runs/<i>/policy                            RLoop, what iteration i ended with: the start of i + 1
     runs/vanilla/rl/checkpoints/step_<n>       RL alone (the baseline), step n
     runs/<name>/rl/checkpoints/step_<n>        any other run, which is called by its name
     runs/eval/**/results.jsonl                 evaluations, each of one set; one may hold several policies, and the sets
@@ -27,7 +27,6 @@ from stages.core.study.metrics import by_policy, check_results
 from stages.core.tabular import read_tsv
 
 BASE, RLOOP, RL = "Base", "RLoop", "RL"
-FINE_TUNED, MERGED = "+RFT", "+merge"
 MAX_STEPS = 10**9 - 1
 MAX_DIRECTORIES = 100_000  # below the directory that evaluations are looked for in
 ROOT = Path("/")
@@ -37,22 +36,18 @@ _CHECKPOINT = re.compile(r"^(?P<run>.*)/checkpoints/step_0*(?P<step>\d{1,9})$")
 _ITERATION = re.compile(r"^(?:.*/)?(?P<iteration>\d+)/(?P<part>rl|policy)$")
 
 
-class Place(NamedTuple):
-    """Where a policy is on its method's way: Place("runs/2/rl/checkpoints/step_000010", "RLoop", 40, "40").
+class Position(NamedTuple):
+    """Where a policy is on its method's path: Position("runs/2/rl/checkpoints/step_000010", "RLoop", 40, "40").
 
-    `step` counts RL steps from the base; `label` names the place on its way ("30+RFT" is the policy fine-tuned after
-    step 30, "30+merge" one averaged then). A policy at any other path is a method of its own.
+    `step` counts RL steps from the base. A policy that `ends_iteration` is the next start policy, not a checkpoint of
+    RL: its label has the stage that made it ("30+rft"). A policy anywhere else is a method of its own.
     """
 
     policy: str
     method: str
     step: int
     label: str
-
-    @property
-    def ends_iteration(self) -> bool:
-        """Whether this is the next start policy, made by rft or merge, not a checkpoint of RL."""
-        return self.label.endswith((FINE_TUNED, MERGED))
+    ends_iteration: bool = False
 
 
 class Evaluation(NamedTuple):
@@ -69,34 +64,31 @@ class Evaluation(NamedTuple):
         return [file for file in files if file.exists()]
 
 
-def places(policies: Iterable[str], root: str | Path | None = None, bases: Collection[str] = ()) -> list[Place]:
-    """Each policy's place, ordered by method and then by way.
+def positions(policies: Iterable[str], root: str | Path | None = None, bases: Collection[str] = ()) -> list[Position]:
+    """Each policy's position, ordered by method and then along its path.
 
-    `root` is the directory of runs: the lengths of the iterations, and whether they end with merge, are read there,
-    even if policies were evaluated under another path or from another working directory. Of `bases`, which are the
-    base by their content, the first is the base if there is none at <root>/0/policy.
+    `root` is the directory of runs: the lengths of the iterations, and what made the policies that end them, are read
+    there, even if policies were evaluated under another path or from another working directory. Of `bases`, which are
+    the base by their content, the first is the base if there is none at <root>/0/policy.
     """
     policies = [policy.rstrip("/") for policy in policies]
     offsets = _offsets(policies, root)
-    merged = _merged(policies, root)
-    placed = [_place(policy, offsets, merged) for policy in policies]
-    if not any(place.method == BASE for place in placed):
-        others = [place for place in placed if place.policy in bases and place_below(place.policy) is None]
-        placed = [Place(place.policy, BASE, 0, "0") if place in others[:1] else place for place in placed]
-    return sorted(
-        placed, key=lambda place: (place.method, place.step, iteration_of(place.policy), place.ends_iteration)
-    )
+    placed = [_position(policy, offsets, root) for policy in policies]
+    if not any(position.method == BASE for position in placed):
+        others = [position for position in placed if position.policy in bases and not position_below(position.policy)]
+        placed = [Position(each.policy, BASE, 0, "0") if each in others[:1] else each for each in placed]
+    return sorted(placed, key=lambda each: (each.method, each.step, iteration_of(each.policy), each.ends_iteration))
 
 
-def root_of(evals: Iterable[Path], named: str = "") -> Path | None:
+def root_of(evals: Iterable[Path], named: Path | None = None) -> Path | None:
     """The directory of runs: the one `named`, or the next above one of the eval outputs with an <iteration>/rl in it.
 
     Raises InputError if the named one is not there.
     """
-    if named and not Path(named).is_dir():
+    if named and not named.is_dir():
         raise InputError(f"{named}: no such directory; name a directory of runs")
     if named:
-        return Path(named)
+        return named
     for directory in evals:
         for above in directory.absolute().parents:
             if any(_ITERATION.match(str(run)) for run in above.glob("[0-9]*/rl")):
@@ -104,28 +96,35 @@ def root_of(evals: Iterable[Path], named: str = "") -> Path | None:
     return None
 
 
-def way(placed: Sequence[Place], method: str) -> list[Place]:
-    """A method's places from the base on, in the order of training."""
-    return [place for place in placed if place.method == BASE] + [place for place in placed if place.method == method]
+def path_of(placed: Sequence[Position], method: str) -> list[Position]:
+    """A method's positions from the base on, in the order of training."""
+    return [each for name in (BASE, method) for each in placed if each.method == name]
 
 
-def _place(policy: str, offsets: Mapping[int, int], merged: Collection[int]) -> Place:
+def _position(policy: str, offsets: Mapping[int, int], root: str | Path | None) -> Position:
     checkpoint = _CHECKPOINT.match(policy)
     run = checkpoint["run"] if checkpoint else policy
     step = int(checkpoint["step"]) if checkpoint else 0
     if (turn := _ITERATION.match(run)) and (checkpoint or turn["part"] == "policy"):
         iteration = int(turn["iteration"])
         if iteration == 0:
-            return Place(policy, BASE, 0, "0")
+            return Position(policy, BASE, 0, "0")
         if checkpoint:
             step += offsets[iteration]
-            return Place(policy, RLOOP, step, str(step))
+            return Position(policy, RLOOP, step, str(step))
         step = offsets[iteration + 1]
-        return Place(policy, RLOOP, step, f"{step}{MERGED if iteration in merged else FINE_TUNED}")
+        return Position(policy, RLOOP, step, f"{step}+{_maker(iteration, root)}", ends_iteration=True)
     if not checkpoint:
-        return Place(policy, policy, 0, policy)
+        return Position(policy, policy, 0, policy)
     name = Path(run).parent.name if Path(run).name == "rl" else Path(run).name
-    return Place(policy, RL if name == "vanilla" else name, step, str(step))
+    return Position(policy, RL if name == "vanilla" else name, step, str(step))
+
+
+def _maker(iteration: int, root: str | Path | None) -> str:
+    """The stage that made the policy which an iteration ended with, by its manifest below `root`; else "start"."""
+    if root is None:
+        return "start"
+    return str(read_manifest(Path(root, str(iteration), "policy", "manifest.json")).get("stage", "start"))
 
 
 def iteration_of(path: str) -> int:
@@ -145,21 +144,14 @@ def ends(policies: Iterable[str]) -> set[str]:
     return {policy for _, policy in last.values()}
 
 
-def place_below(policy: str) -> Path | None:
-    """Where a policy lies below the directory of runs, as in 2/policy; None for one on no known way."""
+def position_below(policy: str) -> Path | None:
+    """Where a policy lies below the directory of runs, as in 2/policy; None for one that is none of its."""
     checkpoint = _CHECKPOINT.match(policy)
     run = Path(checkpoint["run"] if checkpoint else policy)
     if not checkpoint and not (run.name == "policy" and _ITERATION.match(policy)):
         return None
     of_run = run.parts[-2:] if run.name in ("rl", "policy") else run.parts[-1:]
     return Path(*of_run, *(Path(policy).parts[-2:] if checkpoint else ()))
-
-
-def _merged(policies: Sequence[str], root: str | Path | None) -> set[int]:
-    """The iterations whose policy came out of merge, by its manifest below `root`."""
-    iterations = {iteration_of(policy) for policy in policies} if root is not None else set()
-    manifests = {i: read_manifest(Path(root or "", str(i), "policy", "manifest.json")) for i in iterations}
-    return {iteration for iteration, manifest in manifests.items() if manifest.get("stage") == "merge"}
 
 
 def _offsets(policies: Sequence[str], root: str | Path | None) -> dict[int, int]:
@@ -213,15 +205,15 @@ def evals_below(directory: Path) -> list[Path]:
     look through than any directory of runs holds.
     """
     directories: list[Path] = []
-    for count, (place, below, files) in enumerate(os.walk(directory)):
+    for count, (current, below, files) in enumerate(os.walk(directory)):
         if count == MAX_DIRECTORIES:
             raise InputError(
                 f"{directory}: there are more than {MAX_DIRECTORIES:,} directories below it: name the --out of an "
                 "eval, or a directory of them"
             )
-        below[:] = [name for name in below if name not in KERNELS or Path(place).resolve() != ROOT]
+        below[:] = [name for name in below if name not in KERNELS or Path(current).resolve() != ROOT]
         if "results.jsonl" in files:
-            directories.append(Path(place))
+            directories.append(Path(current))
     return sorted(path for path in directories if not any(part.endswith(".partial") for part in path.parts))
 
 
