@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.core.drawing import templates
+from stages.core.drawing import rendering, templates
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 
@@ -96,12 +96,12 @@ def test_every_problem_gets_its_own_prompt_from_a_chat_template(tiny_policy):
         ("{{ 'a' * 10 ** 11 }}", "fails: MemoryError"),
         ("{{ 'a' * (2 * 10 ** 7) }}", "fails: ValueError: it makes a prompt of 20000000 characters"),
         ("\ud800", "fails: UnicodeEncodeError"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 1 s over"),
-        ("{{ 7 ** (10 ** 8) }}", "takes more than 1 s over one problem"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes too long over"),
+        ("{{ 7 ** (10 ** 8) }}", "takes too long over one problem"),
     ],
 )
 def test_a_chat_template_that_fails_or_does_not_end_is_one_line(tiny_policy, monkeypatch, text, fault):
-    monkeypatch.setattr(templates, "MAX_RENDER_S", 1)
+    monkeypatch.setattr(rendering, "MAX_RENDER_S", 1)
     with pytest.raises(InputError, match=f"template chat: the policy's chat template {fault}") as caught:
         chat_template(tiny_policy, text).render_all(["1 + 1?"])
     assert "\n" not in str(caught.value)

@@ -98,7 +98,12 @@ class Example(TypedDict):
 class Result(TypedDict):
     """What one policy did on one problem; made by eval, read by analyze and report.
 
-    {"problem_id": "math-500/7", "policy": "runs/1/policy", "num_samples": 32, "num_correct": 5, "num_truncated": 0}
+    {"problem_id": "math-500/7", "policy": "runs/1/policy", "temperature": 1.0, "num_samples": 32, "num_correct": 5,
+     "num_truncated": 0, "num_no_answer": 2, "num_tokens": 9216, "verdicts": {"wrong": 25, "correct": 5, "no_answer": 2}}
+
+    `num_tokens` is the sum over the samples. Only metrics need the fields that may be missing: eval writes those up to
+    `verdicts` always, `wrong_votes` (the sizes of the classes of wrong answers, the largest first) with --maj,
+    `num_greedy_correct` (0 or 1) with --greedy, and the last three, sums over the completions scored, with --kl-to.
     """
 
     problem_id: str
@@ -106,6 +111,15 @@ class Result(TypedDict):
     num_samples: int
     num_correct: int
     num_truncated: int
+    temperature: NotRequired[float]
+    num_no_answer: NotRequired[int]
+    num_tokens: NotRequired[int]
+    verdicts: NotRequired[dict[Verdict, int]]
+    wrong_votes: NotRequired[list[int]]
+    num_greedy_correct: NotRequired[int]
+    num_kl_samples: NotRequired[int]
+    num_kl_tokens: NotRequired[int]
+    kl_nats: NotRequired[float]
 
 
 class Divergence(TypedDict):

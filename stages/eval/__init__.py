@@ -32,7 +32,7 @@ from stages.core.grading import verifier
 from stages.core.grading.scores import Grader
 from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import end_with_parent, going_on
-from stages.core.options import PATH, at_least
+from stages.core.options import PATH, at_least, following
 from stages.core.outputs import read_json
 from stages.core.provenance import Identity, Inputs
 from stages.core.ranks import Ranks
@@ -77,7 +77,10 @@ class Options(SamplingOptions):
     all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PATH] = False
     regrade: Annotated[Path | None, "grade the rollouts of this eval output, or of this file, once more", PATH] = None
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32
-    k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = field(default_factory=lambda: list(KS))
+    k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = following(
+        f"those of {', '.join(map(str, KS))} that --num-samples allows, or that number itself",
+        lambda options: [k for k in KS if k <= options.num_samples] or [options.num_samples],
+    )
     maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False
     greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False
     kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PATH] = ""

@@ -9,7 +9,6 @@ import gc
 import hashlib
 import logging
 import os
-import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 from stages.core.drawing import kernels
-from stages.core.errors import InputError
+from stages.core.errors import InputError, in_one_line
 from stages.core.lifetime import Stopped
 from stages.core.options import ROUNDING, OptionGroup, above, at_least, at_most, one_of
 from stages.core.policy import checkpoints
@@ -248,7 +247,7 @@ class VllmEngine:
             self.load(self._enlarged(weights()))
             enlarged = self._distance(loaded, tokens)
         except (ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:  # of vLLM's loaders
-            return f"vLLM says: {_first_line(error)}"
+            return f"vLLM says: {in_one_line(error)}"
         worst = max(moved, same, key=lambda distance: (distance != distance, distance))
         if not worst <= self._probe_bound:
             return f"log-probabilities are then {worst:.2g} nats a token from those of the same weights as loaded"
@@ -297,7 +296,7 @@ class VllmEngine:
                 self._llm.sleep(level=2)
             except AssertionError as error:
                 raise InputError(
-                    f"vLLM's sleep mode wants the GPU for itself ({_first_line(error)}): end what else runs on it, or "
+                    f"vLLM's sleep mode wants the GPU for itself ({in_one_line(error)}): end what else runs on it, or "
                     "give another one by CUDA_VISIBLE_DEVICES; then the same command goes on"
                 ) from error
             self._asleep = True
@@ -406,7 +405,7 @@ def _start(policy: Path, **options: Any) -> Any:
     except Exception as error:  # vLLM, torch and pydantic raise a dozen kinds, all of which mean that it does not start
         kinds = ", ".join(checkpoints.load_config(policy).architectures or ["no architecture"])
         raise InputError(
-            f"policy {policy}: vLLM {vllm.__version__} does not start with it ({kinds}): {_first_line(error)}"
+            f"policy {policy}: vLLM {vllm.__version__} does not start with it ({kinds}): {in_one_line(error)}"
         ) from error
 
 
@@ -450,14 +449,6 @@ def _requests_under_way(engine: Any) -> dict[str, Any] | None:
     """The scheduler's requests by name, always those of the moment; None if it runs in another process."""
     core = getattr(engine.engine_core, "engine_core", None)
     return None if core is None else core.scheduler.requests
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says first; of pydantic's several lines, the one with the reason."""
-    from pydantic import ValidationError
-
-    text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    return textwrap.shorten(text.strip().split("\n")[0] or type(error).__name__, 240, placeholder=" ...")
 
 
 def _repack(model: Any) -> None:

@@ -19,19 +19,16 @@ A rendered prompt may begin with the tokenizer's begin token, as chat templates 
 """
 
 import hashlib
-import multiprocessing
-import resource
-import signal
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from stages.core.errors import InputError
+from stages.core.drawing.rendering import render_in_child
+from stages.core.errors import InputError, in_one_line
 from stages.core.records import Message
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -49,9 +46,6 @@ R1_ZERO_BEFORE = (
     "automatically by the \\boxed{} tag.\nThis is the problem:\n"
 )
 PLACEHOLDER = "{problem}"
-MAX_RENDER_S = 10  # seconds of CPU time that a chat template may take over one problem; a usual one takes 0.1 ms
-MAX_RENDER_BYTES = 2**30  # of memory that it may take beside what the process holds already
-MAX_PROMPT_CHARS = 10**7
 FENCE = "---"  # the line before and after what a file says beside its text
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -88,7 +82,7 @@ class Template:
         """Every problem's prompt; InputError if a program fails, or takes more than its share of time or memory."""
         if not self.program:
             return list(map(self.render, problems))
-        return list(_from_child(self.render, [("template chat", problem) for problem in problems]))
+        return list(render_in_child(self.render, [("template chat", problem) for problem in problems]))
 
     def end_tokens(self, tokenizer: Any) -> tuple[list[int], list[str]]:
         """Split `stop` for an engine: (ids of those that are special tokens of `tokenizer`, the others as texts).
@@ -139,9 +133,9 @@ def render_chats(tokenizer: Any, chats: Mapping[str, Sequence[Message]], file: s
 
     if not chats:
         return {}
-    places = {problem_id: f"{file}: messages of problem {problem_id}" for problem_id in chats}
-    _chat_source(tokenizer, next(iter(places.values())), "write its prompt as a text, or give the policy one")
-    prompts = _from_child(render, [(places[problem_id], messages) for problem_id, messages in chats.items()])
+    inputs = [(f"{file}: messages of problem {problem_id}", messages) for problem_id, messages in chats.items()]
+    _chat_source(tokenizer, inputs[0][0], "write its prompt as a text, or give the policy one")
+    prompts = render_in_child(render, inputs)
     return dict(zip(chats, prompts, strict=True))
 
 
@@ -177,82 +171,21 @@ def _chat(tokenizer: Any) -> Template:
     return Template("chat", render, (), _digest(source, INSTRUCTION), program=True)
 
 
-def _chat_source(tokenizer: Any, place: str, remedy: str) -> str:
-    """The text of a policy's chat template; InputError, which begins with `place`, if there is none."""
+def _chat_source(tokenizer: Any, origin: str, remedy: str) -> str:
+    """The text of a policy's chat template; InputError, which begins with `origin`, if there is none."""
     if tokenizer is None or not tokenizer.chat_template:
-        raise InputError(f"{place}: the policy's tokenizer has no chat template; {remedy}")
+        raise InputError(f"{origin}: the policy's tokenizer has no chat template; {remedy}")
     try:
         source = tokenizer.get_chat_template()
     except ValueError as error:
-        raise InputError(f"{place}: {_in_one_line(error)}") from None
+        raise InputError(f"{origin}: {in_one_line(error)}") from None
     if not isinstance(source, str):
-        raise InputError(f"{place}: the policy's chat template is no text but {type(source).__name__}")
+        raise InputError(f"{origin}: the policy's chat template is no text but {type(source).__name__}")
     return source
 
 
-def _from_child(render: Callable[[Any], str], asked: Sequence[tuple[str, Any]]) -> Iterator[str]:
-    """Prompts from a forked child whose time and memory the kernel bounds; asked are (place in messages, input).
-
-    A chat template is a program: `'a' * 10**10` and `10 ** 10**8` run in C, where no alarm in this process could end
-    them, and loops within loops go on for years. Time is the CPU's, so that a busy machine refuses no template.
-    """
-    context = multiprocessing.get_context("fork")  # the child holds the tokenizer as it is here
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_render_into, args=(sender, render, [each for _, each in asked]), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        for place, _ in asked:
-            try:
-                state, text = receiver.recv_bytes().decode().split(" ", 1)
-            except EOFError:
-                raise InputError(f"{place}: the policy's chat template {_cause_of_death(child)}") from None
-            if state == "failed":
-                raise InputError(f"{place}: the policy's chat template fails: {text}")
-            yield text
-    finally:
-        child.kill()
-        child.join()
-
-
-def _render_into(sender: Connection, render: Callable[[Any], str], inputs: Sequence[Any]) -> None:
-    """The child: send the prompt of each input, or why there is none."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MAX_RENDER_BYTES)
-    for each in inputs:
-        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        _limit(resource.RLIMIT_CPU, int(used) + 1 + MAX_RENDER_S)
-        try:
-            text = render(each)
-            if len(text) > MAX_PROMPT_CHARS:
-                raise ValueError(f"it makes a prompt of {len(text)} characters")
-            message = b"prompt " + text.encode()
-        except Exception as error:  # a template may raise anything
-            message = f"failed {_in_one_line(error)}".encode(errors="replace")
-        sender.send_bytes(message)
-
-
-def _limit(kind: int, value: int) -> None:
-    """Lower a limit of this process to `value`, if it is not lower already."""
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-
-
-def _cause_of_death(child: Any) -> str:
-    child.join()
-    if child.exitcode == -signal.SIGXCPU:
-        return f"takes more than {MAX_RENDER_S} s over one problem: does it end?"
-    return f"ended the process that rendered it (exit code {child.exitcode})"
-
-
-def _in_one_line(error: Exception) -> str:
-    name = type(error).__name__
-    return textwrap.shorten(f"{name}: {error}" if str(error) else name, 240, placeholder=" ...")
-
-
 def _from_file(path: Path) -> tuple[str, str, tuple[str, ...]]:
-    """The text before the place for the problem, the text after it, and the stop texts."""
+    """The text before {problem}, the text after it, and the stop texts."""
     if not path.is_file():
         raise InputError(f"template {path}: neither one of {_choices()} nor a file")
     try:

@@ -1,14 +1,13 @@
 """Policies as checkpoint directories: find them, refuse broken ones, load, save, and read their weights."""
 
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.errors import InputError
+from stages.core.errors import InputError, in_one_line
 from stages.core.outputs import read_json
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def _reading(path: Path, fault: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise InputError(f"policy {path}: {fault}: {_in_one_line(error)}") from error
+        raise InputError(f"policy {path}: {fault}: {in_one_line(error)}") from error
 
 
 def _positive(path: Path, config: Any, name: str) -> int:
@@ -161,10 +160,6 @@ def _positive(path: Path, config: Any, name: str) -> int:
     if type(value) is not int or value < 1:
         raise InputError(f"policy {path}: config.json names no {name} of a language model, found {value!r}")
     return value
-
-
-def _in_one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
 
 
 def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
@@ -220,7 +215,7 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as error:  # as in _reading, but name what the files lack first
         check_shapes(path)
-        raise InputError(f"policy {path}: the weights do not load: {_in_one_line(error)}") from error
+        raise InputError(f"policy {path}: the weights do not load: {in_one_line(error)}") from error
     except AssertionError as error:  # vLLM has no model of its own of this kind, and has wrapped transformers' class
         raise InputError(
             f"policy {path}: vLLM runs this kind on transformers' own class, which it changes for itself, so a policy "
