@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
@@ -176,6 +178,72 @@ def test_a_value_that_no_policy_can_have_is_named(copied, name, changes, fault):
     edit(copied / name, **changes)
     with pytest.raises(InputError, match=fault):
         check(copied)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("model.gguf", b"GGUF", "GGUF, which is llama.cpp's form, is not read: take the checkpoint"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "model.safetensors is a Git LFS poi"),
+        ("adapter_config.json", b'{"base_model_name_or_path": "own/base"}', "a LoRA adapter of own/base, which has to"),
+        ("pytorch_model.bin", b"PK", "its weights are pickles .*save_pretrained.* writes them as safetensors"),
+    ],
+)
+def test_another_form_of_a_policy_is_named_with_what_makes_a_checkpoint_of_it(tmp_path, file, content, fault):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / file).write_bytes(content)
+    with pytest.raises(InputError, match=fault) as refused:
+        checkpoints.resolve(str(tmp_path / "made"))
+    assert "\n" not in str(refused.value)
+    if file.endswith(".gguf"):
+        with pytest.raises(InputError, match=fault):
+            checkpoints.resolve(str(tmp_path / "made" / file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"]},
+            "Qwen2ForSequenceClassification writes no text",
+        ),
+        ({"architectures": ["Qwen2Model"]}, "Qwen2Model writes no text"),
+        ({"torch_dtype": "float1"}, "torch has no type 'float1'"),
+        ({"rope_theta": "nan"}, "rope_theta must be a number above 0, found 'nan'"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": -5}},
+            "rope_theta must be a number above 0",
+        ),
+    ],
+)
+def test_a_configuration_of_no_policy_that_can_write_is_one_line(copied, changes, fault):
+    config = json.loads((copied / "config.json").read_text())
+    config.pop("dtype")
+    (copied / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=fault):
+        checkpoints.resolve(str(copied))
+
+
+def byte_level(policy, tokenizer_class):
+    """Give `policy`, which becomes a Llama, a byte-level tokenizer that is said to be of another class."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the answer is the sum"] * 9, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(policy)
+    edit(policy / "tokenizer_config.json", tokenizer_class=tokenizer_class)
+    edit(policy / "config.json", model_type="llama", vocab_size=tokenizer.get_vocab_size())
+
+
+def test_a_tokenizer_that_loses_text_is_refused(copied):
+    byte_level(copied, "PreTrainedTokenizerFast")
+    tokenizer = checkpoints.load_tokenizer(copied)
+    assert tokenizer.decode(tokenizer("the sum\n is")["input_ids"]) == "the sum\n is"
+    byte_level(copied, "LlamaTokenizerFast")
+    with pytest.raises(InputError, match=r"its tokenizer loses text: .* comes back as 'Let\$x_1="):
+        checkpoints.load_tokenizer(copied)
 
 
 def test_end_tokens_beyond_the_vocabulary_do_not_matter(copied):

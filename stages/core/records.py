@@ -99,7 +99,8 @@ class Result(TypedDict):
     """What one policy did on one problem; made by eval, read by analyze and report.
 
     {"problem_id": "math-500/7", "policy": "runs/1/policy", "temperature": 1.0, "num_samples": 32, "num_correct": 5,
-     "num_truncated": 0, "num_no_answer": 2, "num_tokens": 9216, "verdicts": {"wrong": 25, "correct": 5, "no_answer": 2}}
+     "num_truncated": 0, "num_no_answer": 2, "num_tokens": 9216,
+     "verdicts": {"wrong": 25, "correct": 5, "no_answer": 2}}
 
     `num_tokens` is the sum over the samples. Only metrics need the fields that may be missing: eval writes those up to
     `verdicts` always, `wrong_votes` (the sizes of the classes of wrong answers, the largest first) with --maj,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError, in_one_line
 from stages.core.outputs import read_json
+from stages.core.policy import forms
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,8 @@ PADDING = 0  # its token id: one that every vocabulary has, for a policy's own p
 _LAYER = re.compile(r".*?\.\d+\.")  # what the names of a layer's weights begin with
 MAX_CONTEXT = 2**24  # tokens; the longest of any policy is 10 million
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families of models call their number
+PROBE = "Let $x_1 = \\frac{12}{5} + 3$ apples.\n\nThe answer is \\boxed{-42}."  # what each tokenizer has to give back
+PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # how completions are decoded
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -33,6 +36,7 @@ def resolve(policy: str) -> Path:
     Raises InputError if it is neither, or lacks config, tokenizer or weights, or names no end token.
     """
     path = Path(policy)
+    forms.refuse_others(path)
     if not path.is_dir():
         path = _from_hub(policy)
     _check(path)
@@ -52,10 +56,12 @@ def _from_hub(policy: str) -> Path:
     if policy.startswith((".", "/", "~")) or policy.count("/") != 1:
         raise InputError(f"policy {policy}: no such directory")
     try:
-        return Path(snapshot_download(policy, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        path = Path(snapshot_download(policy, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # the hub client raises a dozen kinds, all of which mean that it is not available
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"policy {policy}: no such directory, and the hub did not give it ({reason})") from error
+    forms.refuse_others(path)
+    return path
 
 
 def _check(path: Path) -> None:
@@ -68,7 +74,12 @@ def _check(path: Path) -> None:
     for file in weight_files(path):
         with _weights(file) as weights:
             num_weights += len(weights.keys())
-    _check_layers(path, num_weights)
+    try:
+        config = read_json(path / "config.json")
+    except InputError as error:
+        raise InputError(f"policy {path}: config.json does not load: {error}") from None
+    _check_layers(path, config, num_weights)
+    forms.refuse_odd_config(path, config)
 
 
 def _check_end_tokens(file: Path) -> None:
@@ -79,12 +90,8 @@ def _check_end_tokens(file: Path) -> None:
             raise InputError(f"{file}: eos_token_id must be token ids, found {token!r}")
 
 
-def _check_layers(path: Path, num_weights: int) -> None:
+def _check_layers(path: Path, config: Mapping[str, Any], num_weights: int) -> None:
     """Raise InputError for more layers than weights: each layer has some, and building 10^9 empty ones takes days."""
-    try:
-        config = read_json(path / "config.json")
-    except InputError as error:
-        raise InputError(f"policy {path}: config.json does not load: {error}") from None
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):
         for name in LAYERS:
@@ -139,7 +146,36 @@ def load_tokenizer(path: Path) -> Any:
             f"policy {path}: the end token {tokenizer.eos_token} has id {end}, beyond the policy's "
             f"vocabulary of {size}: name the end token that it knows as eos_token in tokenizer_config.json"
         )
+    _check_keeps_text(path, tokenizer)
     return tokenizer
+
+
+def _check_keeps_text(path: Path, tokenizer: Any) -> None:
+    """Raise InputError for a tokenizer that loses text, as a byte-level one does that is taken for Llama's.
+
+    Only characters that are tokens by themselves count, as they are or as bytes: the toy's has no letters.
+    """
+    text = tokenizer.decode(_ids(tokenizer, PROBE), **PLAIN)
+    if text == PROBE:
+        return
+    known = tokenizer.get_vocab().keys()
+    probe = "".join(char for char in PROBE if not known.isdisjoint(_forms(char)))
+    text = tokenizer.decode(_ids(tokenizer, probe), **PLAIN)
+    if text != probe:
+        raise InputError(
+            f"policy {path}: its tokenizer loses text: {probe!r} comes back as {text!r}; if tokenizer.json itself is "
+            "right, name PreTrainedTokenizerFast as the tokenizer_class in tokenizer_config.json"
+        )
+
+
+def _ids(tokenizer: Any, text: str) -> Any:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _forms(char: str) -> set[str]:
+    """An ASCII character as vocabularies may have it: as it is, as a byte, or moved to where it can be seen."""
+    moved = {" ": {"\u0120", "\u2581"}, "\n": {"\u010a"}}.get(char, set())
+    return {char, f"<0x{ord(char):02X}>", *moved}
 
 
 @contextmanager
