@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# RLoop without DVC: a loop in the shell, to copy and change.
+# RLoop without DVC: the loop in the shell, to copy and change.
 #
 #   bash examples/loop.sh POLICY TRAIN VALID OUT [ITERATIONS]
 #
 # POLICY is a checkpoint directory or a hub id, TRAIN and VALID are files of problems (rloop prepare), OUT gets 1/rl,
 # 1/examples.jsonl, 1/policy, 2/rl, ..., eval/ and report.html. Started again, also with more iterations, it goes on where
-# it was; what is to be made anew has to be removed before. The options of each stage can be given from outside:
+# it was; to make something anew, remove it first. The options of each stage can be set from outside:
 #
 #   RL="--steps 50" bash examples/loop.sh ...
 set -euo pipefail
@@ -21,9 +21,9 @@ base=$1 train=$2 valid=$3 out=$4 iterations=${5:-3}
 
 # shellcheck disable=SC2086 # options are to be split
 evaluate() { # NUMBER POLICY...
-  local asked=() policy
-  for policy in "${@:2}"; do asked+=(--policy "$policy"); done
-  $LAUNCH eval "${asked[@]}" --problems "$valid" --out "$out/eval/$1" $PROMPT $EVAL
+  local policies=() policy
+  for policy in "${@:2}"; do policies+=(--policy "$policy"); done
+  $LAUNCH eval "${policies[@]}" --problems "$valid" --out "$out/eval/$1" $PROMPT $EVAL
 }
 
 # shellcheck disable=SC2086

@@ -155,7 +155,7 @@ def test_a_slurm_job_goes_back_into_the_queue_if_its_time_is_up_and_for_nothing_
     assert calls == ("scancel --signal=TERM 7\nscontrol requeue 7\n" if is_back else "")
 
 
-def asked(tmp_path, **tests):
+def evaluated(tmp_path, **tests):
     """Policies x sets and rollouts, at least and at most, of the paper's configuration with changes to `tests`."""
     params = yaml.safe_load((ROOT / "configs/qwen2.5-math-7b.yaml").read_text())
     params["tests"] |= tests
@@ -170,8 +170,8 @@ def asked(tmp_path, **tests):
 
 def test_the_cost_of_the_paper_s_evaluations_is_as_the_documentation_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    pairs, rollouts = asked(tmp_path)
-    all_pairs, all_rollouts = asked(tmp_path, all_checkpoints=True)
+    pairs, rollouts = evaluated(tmp_path)
+    all_pairs, all_rollouts = evaluated(tmp_path, all_checkpoints=True)
     assert all_pairs.fewest == all_pairs.most
     rows = {
         "every policy, every set": (all_pairs.most, all_rollouts.most),

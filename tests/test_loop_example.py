@@ -5,10 +5,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import typer
-
-from rloop_cli import graph
-from rloop_cli.app import app
+from rloop_cli.check import graph
 
 LOOP = Path(__file__).parents[1] / "examples/loop.sh"
 STUB = """#!/usr/bin/env bash
@@ -34,26 +31,23 @@ def run(directory, *arguments, **options):
 
 
 def test_the_loop_in_the_shell_fine_tunes_what_each_exploration_started_from_and_goes_on(tmp_path):
-    (called, calls), group = (
-        run(tmp_path, "base", "train.jsonl", "valid.jsonl", "my runs", "2"),
-        typer.main.get_group(app),
-    )
+    called, calls = run(tmp_path, "base", "train.jsonl", "valid.jsonl", "my runs", "2")
     assert called.returncode == 0
     stages = [stage for stage, *_ in calls]
     assert stages == ["eval", *["rl", "filter", "rft", "eval"] * 2, "report"]
     read = []
     for stage, *words in calls:
-        values, faults = graph.parse(stage, group, words)
+        values, faults = graph.parse(stage, words)
         assert not faults, f"rloop {shlex.join([stage, *words])}"
         read.append(values)
-    asked = [values["policy"] for stage, values in zip(stages, read, strict=True) if stage in ("rl", "rft")]
-    assert asked == ["base", "base", "my runs/1/policy", "my runs/1/policy"]
+    starts = [values["policy"] for stage, values in zip(stages, read, strict=True) if stage in ("rl", "rft")]
+    assert starts == ["base", "base", "my runs/1/policy", "my runs/1/policy"]
     assert read[-2]["policy"] == ["my runs/2/rl/checkpoints", "my runs/2/policy"]
     assert read[1]["template"] == read[0]["template"] == "boxed"
 
     _, again = run(tmp_path, "base", "train.jsonl", "valid.jsonl", "my runs", "3", RL="--steps 5")
     assert [stage for stage, *_ in again].count("rft") == 1, "what is there is not made again"
-    assert graph.parse("rl", group, again[1][1:])[0]["steps"] == 5
+    assert graph.parse("rl", again[1][1:])[0]["steps"] == 5
 
 
 def test_the_loop_in_the_shell_ends_with_the_command_that_fails_and_says_what_it_takes(tmp_path):

@@ -151,7 +151,7 @@ def test_on_eight_gpus_the_plan_comes_to_the_sums_of_the_docs():
     shape, options = plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus()
     updating = memory.sharded_update(shape, options, 8)
     drawing = memory.shared_generation(shape, options, 79, 8, is_sharded=True)
-    docs = (ROOT / "docs/memory.md").read_text()
+    docs = (ROOT / "docs/memory-many-gpus.md").read_text()
     assert f"| **sum within the layers** | | **{updating['sum'] - updating['context']:.1f}** |" in docs
     assert f"| **sum** | | **{drawing['sum']:.0f}** |" in docs
     assert "22.3 GiB hold 417,000 tokens" in docs
@@ -160,7 +160,7 @@ def test_on_eight_gpus_the_plan_comes_to_the_sums_of_the_docs():
 
 @pytest.mark.parametrize(("number", "fraction", "column"), [(8, 0.35, 0), (16, 0.6, 1), (32, 0.75, 2)])
 def test_a_shared_engine_and_a_sharded_policy_of_32_b_take_what_the_tables_of_the_docs_say(number, fraction, column):
-    shape, docs = plans.SHAPES["Qwen/Qwen2.5-32B"], (ROOT / "docs/memory.md").read_text()
+    shape, docs = plans.SHAPES["Qwen/Qwen2.5-32B"], (ROOT / "docs/memory-many-gpus.md").read_text()
 
     def cell(row):
         """The number in the row of the table, without its bold face."""

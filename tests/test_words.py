@@ -10,10 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import typer
 
-from rloop_cli import graph
-from rloop_cli.app import app
+from rloop_cli.check import graph
 from stages.core import jsonl, records
 from stages.core.drawing import templates
 from stages.core.errors import InputError
@@ -176,6 +174,6 @@ def test_no_set_that_the_start_makes_holds_a_problem_of_another(tmp_path, monkey
     assert not prompts & {f"Question: {text}\nAnswer:" for text in texts}
     monkeypatch.chdir(out)
     stage, *arguments = shlex.split((tmp_path / "log").read_text().splitlines()[-1])
-    values, faults = graph.parse(stage, typer.main.get_group(app), arguments)
+    values, faults = graph.parse(stage, arguments)
     assert not faults
     assert (stage, values["policy"], str(values["out"])) == ("rft", "a-base", "policy")
