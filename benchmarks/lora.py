@@ -59,19 +59,19 @@ def serve(channel: Any, args: argparse.Namespace, rank: int) -> None:
 
     from stages import rl
     from stages.core.policy import adapters, checkpoints
-    from stages.rl.trainer import Trainer
+    from stages.rl.trainer import Trainer, start_accelerator
 
     torch.set_num_threads(args.threads)
-    options = rl.Options(
+    settings = rl.Settings(
         dtype=args.dtype,
         minibatches=1,
         tokens_per_microbatch=args.tokens_per_microbatch,
         lora_rank=rank,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    accelerator = rl._accelerator(options, Path())
+    accelerator = start_accelerator(settings)
     before = resident()
-    trainer = Trainer(args.policy, accelerator, options)
+    trainer = Trainer(args.policy, accelerator, settings)
     size = checkpoints.load_config(args.policy).vocab_size
     batch = rollouts(size, args.rollouts, args.prompt_tokens, args.completion_tokens)
     trainer.update(batch, 1e-6)

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from stages import rft
 from stages.core.policy.memory import Shape, generation, update
-from stages.rl import Options
+from stages.rl import Settings
 
 GPUS = {24: 22.0, 48: 44.0, 80: 79.0}  # GiB that the smallest of its kind offers: L4 and A10G, L40S, A100 and H100
 
@@ -27,12 +27,12 @@ SHAPES = {
 }
 
 
-def plan(path: Path) -> tuple[Shape, int, Options]:
+def plan(path: Path) -> tuple[Shape, int, Settings]:
     """The policy's shape, the GPU's nominal GB (its first line names them) and rl's options of a params file."""
     text = path.read_text()
     params = yaml.safe_load(text)
     gpu = next(size for size in GPUS if f"{size} GB" in text.splitlines()[0])
-    return SHAPES[params["fetch"]["0"]], gpu, Options(**params["rl"])
+    return SHAPES[params["fetch"]["0"]], gpu, Settings(**params["rl"])
 
 
 def rft_options(path: Path) -> rft.Options:
@@ -41,14 +41,14 @@ def rft_options(path: Path) -> rft.Options:
     return rft.Options(**paths, **yaml.safe_load(path.read_text())["rft"])
 
 
-def largest_microbatch(shape: Shape, options: Options, gpu_gib: float) -> int:
+def largest_microbatch(shape: Shape, options: Settings, gpu_gib: float) -> int:
     """The most tokens in a micro-batch, a power of two, that fit; 0 if fewer than 1,024 do."""
     sizes = [2**power for power in range(17, 9, -1)]
     fits = (n for n in sizes if update(shape, replace(options, tokens_per_microbatch=n))["sum"] <= gpu_gib)
     return next(fits, 0)
 
 
-def cache_left(shape: Shape, options: Options, gpu_gib: float) -> float:
+def cache_left(shape: Shape, options: Settings, gpu_gib: float) -> float:
     """Thousands of tokens that the engine's cache may hold if it gets all that the trainer leaves."""
     beside = generation(shape, options, gpu_gib)
     share = 1 - (beside["sum"] - beside["engine"]) / gpu_gib
@@ -57,7 +57,7 @@ def cache_left(shape: Shape, options: Options, gpu_gib: float) -> float:
     return generation(shape, replace(options, memory_fraction=share), gpu_gib)["cache tokens (thousands)"]
 
 
-def verdict(shape: Shape, gpu_gib: float, options: Options) -> str:
+def verdict(shape: Shape, gpu_gib: float, options: Settings) -> str:
     """What fits: tokens of a micro-batch without and with gradient checkpointing, and thousands of cached tokens."""
     plain, checkpointed = (
         largest_microbatch(shape, replace(options, gradient_checkpointing=on), gpu_gib) for on in (False, True)
@@ -72,7 +72,7 @@ def overview(rank: int = 32) -> str:
     """What fits on GPUs of several sizes, and the parts behind it at 4,096 tokens a micro-batch."""
     fits, parts = [], []
     for name, shape in list(SHAPES.items())[:3]:
-        for kind, options in (("full", Options()), (f"LoRA {rank}", Options(lora_rank=rank))):
+        for kind, options in (("full", Settings()), (f"LoRA {rank}", Settings(lora_rank=rank))):
             fits.append([name, kind, *(verdict(shape, gib, options) for gib in GPUS.values())])
             four = replace(options, tokens_per_microbatch=4096, gradient_checkpointing=True)
             parts.append([name, kind, *(f"{size:.1f}" for size in update(shape, four).values())])

@@ -41,11 +41,12 @@ from stages.core.drawing.rollouts import Prompt, make_prompts
 from stages.core.drawing.templates import load
 from stages.core.grading.scores import Score
 from stages.core.grading.verifier import Batch, Verifier
-from stages.core.lifetime import StopSignal
 from stages.core.policy import checkpoints
+from stages.core.ranks import ALONE
 from stages.core.records import Problem, read_problems
-from stages.rl import Options, explorer
-from stages.rl.explorer import Clock, Explorer
+from stages.rl import Settings, drawing, explorer
+from stages.rl.drawing import Clock, Cursor
+from stages.rl.explorer import Explorer, StartPolicy
 from stages.rl.rounds import Acceptance
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats
@@ -178,7 +179,7 @@ def ours(run: Explorer, trainer: CountingTrainer) -> Totals:
     with tempfile.TemporaryDirectory() as out:
         directory = TimedRunDir(Path(out))
         trainer.num_flops = 0.0
-        run.run(directory, StopSignal(), 0, "random weights")
+        run.run(directory, 0)
         rows = directory.log_rows()
     found: Totals = Counter(steps=len(rows) - 1, seconds=directory.ends[-1] - directory.ends[0])
     found["flops"] = trainer.num_flops * sum(row["update_tokens"] for row in rows[1:]) / sum(
@@ -337,7 +338,7 @@ def speed(found: Totals, phase: str) -> float:
 
 def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals], list[float]]:
     """All sides in turn, round after round."""
-    settings = Options(
+    settings = Settings(
         steps=options.steps + 1,
         problems_per_step=options.problems,
         group_size=options.group_size,
@@ -361,8 +362,9 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
     with HalfRightVerifier() as verifier:
         for _ in range(options.rounds):
             peaks.append(matmul_peak(options.dtype))
-            run = Explorer(settings, accelerator, engine, verifier, trainer, prompts, sampling)
-            run.acceptance = Acceptance(NEVER, NEVER)  # all groups are informative here: none is drawn ahead
+            policy = StartPolicy("random weights", path, "")
+            run = Explorer(settings, ALONE, accelerator, engine, verifier, trainer, prompts, sampling, policy)
+            run.drawing.cursor = Cursor(0, Acceptance(NEVER, NEVER))  # all groups are informative: none drawn ahead
             found["rloop"].update(ours(run, trainer))
             found["bare"].update(bare(engine, prompts, options.group_size, options.max_tokens, options.steps + 1))
             for mode in ("generate", "continuous"):
@@ -383,7 +385,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="rloop's and the bare engine run compiled code")
     parser.add_argument("--cpu-seconds", action="store_true", help="this process's, if other work runs")
     options = parser.parse_args()
-    explorer.Clock = BenchmarkClock  # type: ignore[misc]
+    explorer.Clock = drawing.Clock = BenchmarkClock  # type: ignore[misc]
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         path = options.policy or Path(scratch) / "policy"

@@ -148,10 +148,11 @@ class Trial:
         from stages import rl
         from stages.rl.rundir import RunDir
 
-        how = rl.Options(steps=2, problems_per_step=8, group_size=8, max_tokens=12, overlong_buffer=0, template="none",
-                       minibatches=2, lr=1e-3, warmup_steps=0, max_rounds=3)  # fmt: skip
         out = self.place / "rl"
-        rl.run(str(self.policies[0]), self.problems, out, how)
+        rl.run(rl.Options(
+            policy=str(self.policies[0]), problems=self.problems, out=out, steps=2, problems_per_step=8, group_size=8,
+            max_tokens=12, overlong_buffer=0, template="none", minibatches=2, lr=1e-3, warmup_steps=0, max_rounds=3,
+        ))  # fmt: skip
         for row in RunDir(out).log_rows():
             assert row["update_tokens"], "nothing was trained on"
             assert row["mismatch_max"] < 1e-3, f"the log-probabilities differ by {row['mismatch_max']}"

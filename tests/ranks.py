@@ -32,7 +32,7 @@ from stages import rl
 from stages.core.policy import heads
 from stages.core.policy.adapters import trained
 from stages.core.ranks import STEP_LIMIT
-from stages.rl.trainer import Trainer
+from stages.rl.trainer import Trainer, start_accelerator
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = (
@@ -114,7 +114,7 @@ def numbers(policy: str, out: str) -> None:
 def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) -> dict:
     from tests.test_trainer import OPTIONS, some_rollouts
 
-    accelerator = rl._accelerator(rl.Options(dtype=dtype), Path())
+    accelerator = start_accelerator(rl.Settings(dtype=dtype))
     assert accelerator.num_processes == 2
     trainer = Trainer(Path(policy), accelerator, replace(OPTIONS, gradient_checkpointing=True, **changes))
     sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from accelerate.state import AcceleratorState
 from stages import rl
 from stages.core.errors import InputError
 from stages.core.policy import adapters, checkpoints
-from stages.rl.trainer import Trainer
+from stages.rl.trainer import Trainer, start_accelerator
 from tests.test_trainer import OPTIONS, close, some_rollouts
 
 LORA = replace(OPTIONS, lora_rank=8)
@@ -113,7 +112,7 @@ def test_the_gradients_of_an_adapter_are_the_full_matrix_s_times_its_other_half(
 def loss_after(policy, rank, steps=30):
     """The loss on one fixed batch once the matrices of the layers, or adapters on them, were trained on it."""
     model = checkpoints.load_model(policy, torch.float32)
-    adapters.attach(model, rl.Options(lora_rank=rank, lora_alpha=float(rank or 1)), seed=0, is_bfloat16=False)
+    adapters.attach(model, rl.Settings(lora_rank=rank, lora_alpha=float(rank or 1)), seed=0, is_bfloat16=False)
     matrices = [weight for name, weight in adapters.trained(model).items() if "proj." in name and "weight" in name]
     optimizer = torch.optim.AdamW(matrices, lr=3e-3, weight_decay=0.0)
     ids = torch.randint(2, 60, (8, 24), generator=torch.Generator().manual_seed(1))
@@ -164,7 +163,7 @@ def test_the_first_values_come_from_the_seed_and_leave_torch_s_generator_alone(t
 def in_bfloat16():
     """An accelerator that computes in bfloat16; those that are made later do not."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    yield rl._accelerator(rl.Options(dtype="bfloat16"), Path())
+    yield start_accelerator(rl.Settings(dtype="bfloat16"))
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -197,7 +196,7 @@ def test_in_bfloat16_what_it_holds_without_loss_is_held_in_it_and_computes_the_s
 )
 def test_adapters_that_do_not_fit_the_policy_are_refused_by_the_flag(tiny_policy, options, fault):
     with pytest.raises(InputError, match=fault):
-        adapters.check(tiny_policy, rl.Options(**options))
+        adapters.check(tiny_policy, rl.Settings(**options))
 
 
 def test_targets_are_named_by_the_ends_of_their_names(tiny_policy):

@@ -1,6 +1,7 @@
 """Dynamic sampling with scripted rewards: what is drawn, what is kept, what is written, when it stops."""
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +15,16 @@ from stages.core.errors import CollapseError, InputError
 from stages.core.grading import rewards
 from stages.core.lifetime import Stopped, StopSignal
 from stages.core.provenance import Identity, Inputs
-from stages.rl import Options, dapo
+from stages.core.ranks import ALONE
+from stages.rl import Settings, dapo
 from stages.rl import explorer as explorer_module
 from stages.rl.batching import ProblemStream
-from stages.rl.explorer import Explorer
+from stages.rl.explorer import Explorer, StartPolicy
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import UpdateStats
 
 GROUP = 4
+START = StartPolicy("start", Path(), "")
 
 
 class ScriptedEngine:
@@ -78,15 +81,15 @@ class RecordingTrainer:
         apart = self.mismatch(len(self.batches)) * num_tokens
         return UpdateStats(num_tokens, grad_norms=[self.norm], num_skipped=skipped, mismatch=apart)
 
-    def save_checkpoint(self, path, dtype):
+    def save_checkpoint(self, path):
         (path / "weights").write_text("")
 
     save_state = load_state = lambda self, path: None
 
 
 def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, start_mismatch=0.0, **options):
-    options = Options(**{"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0,
-                     "max_rounds": 3, **options})  # fmt: skip
+    small = {"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0}
+    settings = Settings(**{**small, "max_rounds": 3, **options})
     prompts = [
         Prompt({"id": f"p{i}", "problem": "", "answer": "7", "source": ""}, "", [i]) for i in range(num_problems)
     ]
@@ -94,10 +97,10 @@ def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, don
     directory.begin(Identity("rl", {}, Inputs({}, {}), {}), False)
     assert directory.resume_step() == done
     trainer.engine = engine
-    with rewards.read(options).grader() as grader:
-        explorer = Explorer(options, Accelerator(), engine, grader, trainer, prompts, Sampling(GROUP, 8))
-        explorer.start_mismatch = start_mismatch
-        explorer.run(directory, stop or StopSignal(), done, "start")
+    with rewards.read(settings).grader() as grader:
+        parts = engine, grader, trainer, prompts, Sampling(GROUP, 8), START
+        explorer = Explorer(settings, ALONE, Accelerator(), *parts, None, stop or StopSignal(), start_mismatch)
+        explorer.run(directory, done)
     written = [
         list(records.read(file, records.Rollout)) for file in sorted((directory.path / "rollouts").glob("*.jsonl"))
     ]
@@ -275,7 +278,7 @@ def test_a_full_batch_takes_hardly_more_than_a_round_and_a_killed_run_ends_as_an
     with pytest.raises(KeyboardInterrupt):
         explore(tmp_path, die_in_the_second_round, save_every=3, **LONG)
     rest = explore(tmp_path, informative(share), save_every=3, done=(step - 1) // 3 * 3, **LONG)
-    for file in ("rollouts/*", "state/step_000030/place.json"):
+    for file in ("rollouts/*", "state/step_000030/cursor.json"):
         names = sorted(path.relative_to(whole.out.path) for path in whole.out.path.glob(file))
         assert names
         assert names == sorted(path.relative_to(rest.out.path) for path in rest.out.path.glob(file))
@@ -385,22 +388,17 @@ class RowTrainer:
         return [torch.tensor([2.0, 0.0, 1.0]).log_softmax(-1) + off for _ in rollouts]
 
 
-def check(takes, error=0.0, precision="no", is_main=True, **options):
-    options = Options(group_size=GROUP, max_tokens=8, overlong_buffer=0, **options)
+def check(takes, error=0.0, precision="no", **settings):
+    settings = Settings(group_size=GROUP, max_tokens=8, overlong_buffer=0, **settings)
     prompts = [Prompt({"id": "p", "problem": "", "answer": "7", "source": ""}, "", [0])]
-    ranks = SimpleNamespace(mixed_precision=precision, is_main_process=is_main, process_index=0, num_processes=1)
-    sampling = Sampling(GROUP, 8)
-    return Explorer(options, ranks, TakingEngine(takes), None, RowTrainer(error), prompts, sampling).check_hand_over()
+    parts = TakingEngine(takes), None, RowTrainer(error), prompts, Sampling(GROUP, 8), START
+    return Explorer(settings, ALONE, SimpleNamespace(mixed_precision=precision), *parts).check_hand_over()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_engine_that_takes_no_weights_is_refused_though_it_began_with_the_right_ones(precision):
-    for is_main, error, message in (
-        (True, InputError, "cannot take new weights of its kind: they change nothing"),
-        (False, SystemExit, "2"),
-    ):
-        with pytest.raises(error, match=message):
-            check(lambda row: False, precision=precision, is_main=is_main)
+    with pytest.raises(InputError, match="cannot take new weights of its kind: they change nothing"):
+        check(lambda row: False, precision=precision)
     assert check(lambda row: True, precision=precision).largest < 1e-6
 
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from stages import rl
 from stages.core import jsonl
-from stages.rl.trainer import TokenRollout, Trainer
+from stages.rl.trainer import TokenRollout, Trainer, start_accelerator
 from tests.ranks import ROOT
 from tests.test_trainer import OPTIONS
 
@@ -41,7 +40,7 @@ def pair(policy):
     from stages.core.drawing.engine import EngineOptions, VllmEngine
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = rl._accelerator(rl.Options(dtype="bfloat16"), Path())
+    accelerator = start_accelerator(rl.Settings(dtype="bfloat16"))
     engine = VllmEngine(policy, EngineOptions(dtype="bfloat16", memory_fraction=SHARE), max_model_len=96, sleeps=True)
     trainer = Trainer(policy, accelerator, replace(OPTIONS, gradient_checkpointing=True))
     engine.load(trainer.weights())

@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks import memory as plans
 from stages.core.policy import adapters, memory
 from stages.core.policy.memory import Shape
-from stages.rl import Options
+from stages.rl import Settings
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape(hidden=96, mlp=512, layers=3, heads=6, kv_heads=2, head_dim=16, vocab=331, tied=True)
@@ -53,7 +53,7 @@ def model(rank, checkpointing):
     model = Qwen2ForCausalLM(configuration(SMALL)).train()
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
-    adapters.attach(model, Options(lora_rank=rank), seed=0, is_bfloat16=True)
+    adapters.attach(model, Settings(lora_rank=rank), seed=0, is_bfloat16=True)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

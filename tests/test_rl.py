@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from rloop_cli import warm
+from stages import rl
 from stages.core import jsonl, lifetime, records
 from stages.core.drawing.engine import VllmEngine
 from stages.core.drawing.rollouts import OWN_PROMPTS
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
-from stages.rl import Options
 from stages.rl.rundir import RunDir
 from tests import ranks
 
@@ -57,6 +57,10 @@ def held_out(tmp_path_factory):
 
 def command(policy, problems, out, *options):
     return ["rl", "--policy", str(policy), "--problems", str(problems), "--out", str(out), *SMALL, *map(str, options)]
+
+
+def options_for(policy, problems, out, **settings):
+    return rl.Options(policy=str(policy), problems=problems, out=out, template="none", **settings)
 
 
 def run(arguments, log):
@@ -256,25 +260,21 @@ def test_what_a_run_holds_is_neither_mixed_nor_lost_and_the_refusal_is_one_line(
 )
 def test_a_option_that_can_not_work_is_refused_in_its_own_name(option, message):
     with pytest.raises(InputError, match=message):
-        Options(**option)
+        rl.Settings(**option)
 
 
 def test_max_tokens_beyond_the_context_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):
-    from stages.rl import run as rl
-
     with pytest.raises(InputError, match="--max-tokens 5000 does not fit the policy's context"):
-        rl(str(tiny_policy), easy, tmp_path / "rl", Options(max_tokens=5000, template="none"))
+        rl.run(options_for(tiny_policy, easy, tmp_path / "rl", max_tokens=5000))
     assert not (tmp_path / "rl").exists()
 
 
 def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_policy, easy, tmp_path):
-    from stages.rl import run as rl
-
     policy = shutil.copytree(tiny_policy, tmp_path / "policy")
     config = json.loads((policy / "config.json").read_text())
     (policy / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
     with pytest.raises(InputError, match=r"has shape .* config\.json asks for"):
-        rl(str(policy), easy, tmp_path / "rl", Options(max_tokens=32, overlong_buffer=0, template="none"))
+        rl.run(options_for(policy, easy, tmp_path / "rl", max_tokens=32, overlong_buffer=0))
     assert not (tmp_path / "rl").exists()
 
 
@@ -418,8 +418,6 @@ def test_with_adapters_and_own_rewards_a_run_goes_on_after_a_kill_as_if_nothing_
 
 
 def test_a_learning_rate_that_overflows_the_weights_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):
-    from stages.rl import run as rl
-
     with pytest.raises(InputError, match=r"--lr 1e\+300: must be at most 1"):
-        rl(str(tiny_policy), easy, tmp_path / "rl", Options(lr=1e300, template="none"))
+        rl.run(options_for(tiny_policy, easy, tmp_path / "rl", lr=1e300))
     assert not (tmp_path / "rl").exists()

@@ -47,7 +47,7 @@ def test_other_parameters_or_inputs_are_refused_by_name_and_nothing_is_lost(tmp_
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
-    other = replace(IDENTITY, parameters={"lr": 0.2, "steps": 5}, inputs={"policy": "abd"})
+    other = replace(IDENTITY, parameters={"lr": 0.2, "steps": 5}, inputs=Inputs({"policy": "abd"}, {}))
     with pytest.raises(InputError, match=r"lr was 0.1, is now 0.2; the content of policy has changed.*or name another"):
         directory.begin(other, False)
     assert [record for _, record in jsonl.read(directory.path / "rollouts/step_000001.jsonl")] == [{"step": 1}]
@@ -66,7 +66,7 @@ def test_another_run_is_removed_where_the_user_asked_for_that(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
-    assert directory.begin(replace(IDENTITY, inputs={"policy": "x"}), True) is False
+    assert directory.begin(replace(IDENTITY, inputs=Inputs({"policy": "x"}, {})), True) is False
     assert directory.resume_step() == 0
     assert not (directory.path / "rollouts").exists()
 

@@ -1,5 +1,6 @@
 """What rl's requests draw their noise from: an engine core that records seeds, below the real engine and explorer."""
 
+from pathlib import Path
 from threading import Barrier, Thread, local
 from types import SimpleNamespace
 
@@ -8,11 +9,10 @@ import pytest
 from stages.core.drawing.engine import Sampling, VllmEngine
 from stages.core.drawing.rollouts import Prompt
 from stages.core.grading.verifier import Verifier
-from stages.core.lifetime import StopSignal
 from stages.core.provenance import Identity, Inputs
-from stages.rl import Options
-from stages.rl import explorer as explorer_module
-from stages.rl.explorer import Explorer
+from stages.core.ranks import Ranks
+from stages.rl import Settings
+from stages.rl.explorer import Explorer, StartPolicy
 from stages.rl.rundir import RunDir
 from stages.rl.trainer import UpdateStats
 
@@ -60,13 +60,13 @@ class Trainer:
     def load_state(self, path):
         assert path.is_dir()
 
-    def save_state(self, path, dtype=None):
+    def save_state(self, path):
         path.mkdir(parents=True, exist_ok=True)
 
     save_checkpoint = save_state
 
 
-class Ranks:
+class Meeting:
     """What accelerate does between the ranks of a run, here its threads."""
 
     def __init__(self, num_ranks):
@@ -82,12 +82,6 @@ class Ranks:
         found = [self.given[other] for other in range(self.num_ranks)]
         self.barrier.wait()
         return found
-
-    def accelerator(self, rank):
-        return SimpleNamespace(
-            process_index=rank, num_processes=self.num_ranks, is_main_process=rank == 0, mixed_precision="no",
-            log=lambda row, step: None, wait_for_everyone=lambda: self.barrier.wait(),
-        )  # fmt: skip
 
 
 class Follower(VllmEngine):
@@ -113,23 +107,25 @@ def explore(tmp_path, monkeypatch):
     """Run `steps` steps on so many ranks; the (problem, sample, seed) that each rank asked for."""
 
     def run(out="rl", num_ranks=1, steps=2, done=0, seed=0, origin="start", shared=1):
-        ranks = Ranks(num_ranks)
+        meeting = Meeting(num_ranks)
         directory = RunDir(tmp_path / out)
         if not done:
             directory.begin(Identity("rl", {}, Inputs({}, {}), {}), False)
-        monkeypatch.setattr(explorer_module.Ranks, "gather", lambda self, mine: ranks.exchange(mine))
-        options = Options(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
+        monkeypatch.setattr(Ranks, "gather", lambda self, mine: meeting.exchange(mine))
+        settings = Settings(steps=steps, problems_per_step=PER_STEP, group_size=GROUP, max_tokens=8, overlong_buffer=0,
                       max_rounds=1, save_every=1, seed=seed, tensor_parallel=shared)  # fmt: skip
         problems = [{"id": f"p{i}", "problem": "", "answer": "7", "source": ""} for i in range(NUM_PROBLEMS)]
         prompts = [Prompt(problem, "", [number]) for number, problem in enumerate(problems)]
         engines = [engine(keeps=rank % shared == 0) for rank in range(num_ranks)]
 
         def work(rank):
-            ranks.here.rank = rank
+            meeting.here.rank = rank
+            accelerator = SimpleNamespace(mixed_precision="no", log=lambda row, step: None)
             with Verifier() as verifier:
-                explorer = Explorer(options, ranks.accelerator(rank), engines[rank], verifier, Trainer(), prompts,
-                                    Sampling(GROUP, 8, log_probs=False), origin)  # fmt: skip
-                explorer.run(directory, StopSignal(), done, "start")
+                explorer = Explorer(settings, Ranks(shared, rank, num_ranks), accelerator, engines[rank], verifier,
+                                    Trainer(), prompts, Sampling(GROUP, 8, log_probs=False),
+                                    StartPolicy("start", Path(), origin))  # fmt: skip
+                explorer.run(directory, done)
 
         threads = [Thread(target=work, args=(rank,)) for rank in range(num_ranks)]
         for thread in threads:

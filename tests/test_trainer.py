@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,11 +18,11 @@ from stages import rl
 from stages.core.policy import checkpoints, heads
 from stages.core.policy.adapters import trained
 from stages.rl import prefixes
-from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, without_dropout
+from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, start_accelerator, without_dropout
 from tests import ranks
 from tests.architectures import ARCHITECTURES, make
 
-OPTIONS = rl.Options(minibatches=1, tokens_per_microbatch=4096, weight_decay=0.0)
+OPTIONS = rl.Settings(minibatches=1, tokens_per_microbatch=4096, weight_decay=0.0)
 
 
 def some_rollouts(count, seed=0):
@@ -277,7 +276,7 @@ def flat(gradients):
 
 def trainer_in(dtype, policy):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Trainer(policy, rl._accelerator(rl.Options(dtype=dtype), Path()), OPTIONS)
+    return Trainer(policy, start_accelerator(rl.Settings(dtype=dtype)), OPTIONS)
 
 
 @pytest.mark.slow

@@ -8,20 +8,19 @@ from typing import ClassVar
 import pytest
 from accelerate import Accelerator
 
+from stages import rl
 from stages.core import jsonl
-from stages.core.drawing import templates
 from stages.core.drawing.engine import Sampling, seed_of
 from stages.core.drawing.rollouts import Prompt
 from stages.core.errors import InputError
 from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import Stopped, StopSignal
-from stages.core.policy import checkpoints
 from stages.core.provenance import Identity, Inputs
 from stages.core.ranks import ALONE, Ranks
-from stages.rl import Options, validation
+from stages.rl import Settings, validation
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
-from tests.test_explorer import GROUP, RecordingTrainer, ScriptedEngine
+from tests.test_explorer import GROUP, START, RecordingTrainer, ScriptedEngine
 
 K = 4
 FIRST = 100  # problems from this number on are those of the validation set
@@ -33,8 +32,8 @@ def prompts(numbers):
 
 def explore(path, valid=True, trainer=None, stop=None, done=0, num_correct=None, **options):
     """A scripted run whose policy solves one more of four validation samples with each update."""
-    options = Options(**{"steps": 3, "problems_per_step": 2, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0,
-                     "valid_every": 2, "valid_samples": K, **options})  # fmt: skip
+    small = {"steps": 3, "problems_per_step": 2, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0}
+    settings = Settings(**{**small, "valid_every": 2, "valid_samples": K, **options})
     trainer = trainer or RecordingTrainer()
     engine = ScriptedEngine(
         lambda number: (
@@ -45,9 +44,10 @@ def explore(path, valid=True, trainer=None, stop=None, done=0, num_correct=None,
     directory.begin(Identity("rl", {}, Inputs({}, {}), {}), False)
     assert directory.resume_step() == done
     with Verifier() as verifier:
-        explorer = Explorer(options, Accelerator(), engine, verifier, trainer, prompts(range(20)), sampling)
-        explorer.validation = validation.of(prompts(range(FIRST, FIRST + 3)) if valid else [], sampling, options)
-        explorer.run(directory, stop or StopSignal(), done, "start")
+        measured = validation.of(prompts(range(FIRST, FIRST + 3)) if valid else [], sampling, settings)
+        explorer = Explorer(settings, ALONE, Accelerator(), engine, verifier, trainer, prompts(range(20)), sampling,
+                            START, measured, stop or StopSignal())  # fmt: skip
+        explorer.run(directory, done)
     return SimpleNamespace(engine=engine, trainer=trainer, rows=directory.log_rows(), directory=directory)
 
 
@@ -137,7 +137,7 @@ class Meeting(Ranks):
 
 def test_each_engine_draws_a_share_and_the_shares_make_the_whole():
     asked, parts = [], []
-    many = validation.of(prompts(range(7)), Sampling(GROUP, 8), Options(valid_samples=K, seed=3))
+    many = validation.of(prompts(range(7)), Sampling(GROUP, 8), Settings(valid_samples=K, seed=3))
     with Verifier() as verifier:
         for rank in range(0, 6, 2):  # two ranks an engine, of which the first keeps what it draws
             engine = SeedKeepingEngine(lambda number: number % (K + 1))
@@ -159,7 +159,7 @@ def test_one_rank_that_stops_leaves_the_measurement_empty_on_all(monkeypatch):
     def stopped(*_):
         raise Stopped
 
-    some = validation.of(prompts(range(2)), Sampling(GROUP, 8), Options(valid_samples=K))
+    some = validation.of(prompts(range(2)), Sampling(GROUP, 8), Settings(valid_samples=K))
     ranks, engine = Meeting(1, 1, 2), ScriptedEngine(lambda number: K)
     with Verifier() as verifier:
         monkeypatch.setattr(Meeting, "others", (float(K),))
@@ -172,36 +172,34 @@ def test_one_rank_that_stops_leaves_the_measurement_empty_on_all(monkeypatch):
 
 
 @pytest.fixture
-def read(tiny_policy, tmp_path):
-    """A function that reads the validation set of these problems, for `tiny_policy` and --max-tokens 100."""
-    tokenizer = checkpoints.load_tokenizer(tiny_policy)
+def refuse(tiny_policy, tmp_path):
+    """A function that runs rl with this validation set, and expects the refusal."""
+    problem = {"id": "a", "problem": "3+4=?", "answer": "7", "source": ""}
+    jsonl.write(tmp_path / "problems.jsonl", [problem])
+    jsonl.write(tmp_path / "long.jsonl", [problem, problem | {"id": "long", "problem": "1+1" + "+1" * 60 + "=?"}])
 
-    def read(*texts):
-        file = tmp_path / "valid.jsonl"
-        jsonl.write(file, [{"id": text[:3], "problem": text, "answer": "7", "source": ""} for text in texts])
-        return validation.read(file, templates.load("none"), tokenizer, 100, 128)
+    def refuse(valid, message):
+        paths = {"problems": tmp_path / "problems.jsonl", "out": tmp_path / "rl", "valid": valid}
+        with pytest.raises(InputError, match=message):
+            rl.run(rl.Options(policy=str(tiny_policy), max_tokens=60, overlong_buffer=0, template="none", **paths))
+        assert not (tmp_path / "rl").exists()
 
-    return read
-
-
-def test_a_problem_that_does_not_fit_is_refused_and_not_left_out(read):
-    assert [prompt.text for prompt in read("3+4=?", "5+2=?")] == ["3+4=?", "5+2=?"]
-    with pytest.raises(InputError, match=r"--valid .*valid\.jsonl: 1 problems \(1\+1\) leave no room for --max-tokens"):
-        read("3+4=?", "1+1" + "+1" * 40 + "=?")
+    return refuse
 
 
-def test_problems_that_are_trained_on_are_named(read):
-    assert validation.in_both(read("3+4=?", "5+2=?"), read("5+2=?", "6+1=?")) == ["5+2"]
+def test_problems_that_are_trained_on_are_named():
+    assert validation.in_both(prompts([1, 2]), prompts([2, 3])) == ["p2"]
 
 
-@pytest.mark.parametrize(("name", "message"), [("-", "--valid -: name a file"), ("none.jsonl", "no such file")])
-def test_a_validation_set_that_can_not_be_read_ends_before_anything_is_written(tiny_policy, tmp_path, name, message):
-    from stages.rl import run as rl
-
-    problems = tmp_path / "problems.jsonl"
-    jsonl.write(problems, [{"id": "a", "problem": "3+4=?", "answer": "7", "source": ""}])
-    options = Options(max_tokens=32, overlong_buffer=0, template="none")
-    valid = tmp_path / name if name != "-" else Path(name)
-    with pytest.raises(InputError, match=message):
-        rl(str(tiny_policy), problems, tmp_path / "rl", options, valid)
-    assert not (tmp_path / "rl").exists()
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("-", "--valid -: name a file"),
+        ("none.jsonl", "no such file"),
+        ("long.jsonl", r"--valid .*long\.jsonl: 1 problems \(long\) leave no room for --max-tokens"),
+    ],
+)
+def test_a_validation_set_that_can_not_be_read_or_does_not_fit_ends_before_anything_is_written(
+    refuse, tmp_path, name, message
+):
+    refuse(tmp_path / name if name != "-" else Path(name), message)

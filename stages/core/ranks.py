@@ -136,16 +136,16 @@ class Ranks:
 
     @contextmanager
     def raise_once(self) -> Iterator[None]:
-        """Let one rank alone raise an InputError that several meet in the block; the others leave with its code.
+        """Let one rank alone raise a user's error that several meet in the block; the others leave with its code.
 
         For what can't be done `together`, since ranks wait for each other inside, as when their engines start.
         """
         try:
             yield
-        except InputError:
+        except (InputError, CollapseError) as error:
             if self.is_alone or self._is_first_to_fail():
                 raise
-            self._leave(2)
+            self._leave(2 if isinstance(error, InputError) else 1)
 
     @contextmanager
     def raise_on_first(self) -> Iterator[None]:
@@ -168,9 +168,9 @@ class Ranks:
     def _is_first_to_fail(self) -> bool:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=STORE_LIMIT_S))
+            store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=STORE_LIMIT_S))
             return bool(store.add("rloop/failed", 1) == 1)
         except RuntimeError:  # it went with rank 0, which failed before
             return False

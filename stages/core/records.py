@@ -200,6 +200,71 @@ class Similarity(TypedDict):
     policy: str
 
 
+class Column(NamedTuple):
+    """A column: what it means, its unit, and what metrics.json holds of all rows: their sum, or the largest."""
+
+    meaning: str
+    unit: str = ""
+    total: Literal["", "sum", "max"] = ""
+
+
+class LogRow(TypedDict):
+    """A step of rl: a line of its log.tsv, where a value that there is none of is empty; read by report and check.
+
+    Rewards of one's own add `rewards/<name>`, the mean of each where it applies.
+    """
+
+    step: Annotated[int, Column("training step, from 1")]
+    reward: Annotated[float, Column("mean reward of the rollouts as it enters the advantage")]
+    pass_rate: Annotated[float, Column("share of correct rollouts")]
+    num_groups: Annotated[int, Column("groups drawn", total="sum")]
+    num_kept: Annotated[int, Column("groups in the batch", total="sum")]
+    num_surplus: Annotated[int, Column("informative groups beyond a full batch", total="sum")]
+    num_dropped: Annotated[int, Column("groups that teach nothing: all rewards equal", total="sum")]
+    num_rounds: Annotated[int, Column("sampling rounds", total="sum")]
+    acceptance: Annotated[float, Column("running share of informative groups, by which the next step draws")]
+    short_batch: Annotated[int, Column("1 if the batch was not full", total="sum")]
+    num_rollouts: Annotated[int, Column("rollouts drawn", total="sum")]
+    num_trained: Annotated[int, Column("rollouts in an update that was made", total="sum")]
+    loss: Annotated[float, Column("mean loss", "a token")]
+    entropy: Annotated[float, Column("mean entropy of the policy", "nats a token")]
+    grad_norm: Annotated[float, Column("mean norm of the gradients before clipping")]
+    grad_norm_max: Annotated[float, Column("largest norm of a gradient", total="max")]
+    grad_alarms: Annotated[int, Column("gradients with a norm above --alarm-grad-norm", total="sum")]
+    skipped_updates: Annotated[int, Column("updates left out for a non-finite loss or gradient", total="sum")]
+    clip_low_frac: Annotated[float, Column("share of tokens clipped from below")]
+    clip_high_frac: Annotated[float, Column("share of tokens clipped from above")]
+    mismatch: Annotated[float, Column("mean difference between engine and trainer", "nats a token")]
+    mismatch_max: Annotated[float, Column("largest difference between engine and trainer", "nats")]
+    mismatch_alarms: Annotated[int, Column("1 if the mean difference was far above that of the start", total="sum")]
+    lr: Annotated[float, Column("learning rate")]
+    mean_tokens: Annotated[float, Column("mean length of a completion", "tokens")]
+    max_tokens: Annotated[int, Column("longest completion", "tokens")]
+    truncated: Annotated[float, Column("share of rollouts that reached --max-tokens")]
+    no_answer: Annotated[float, Column("share of rollouts without an answer")]
+    timeouts: Annotated[int, Column("rollouts that the verifier gave up on", total="sum")]
+    errors: Annotated[int, Column("rollouts on which a reward failed", total="sum")]
+    rollout_tokens: Annotated[int, Column("length of all completions", "tokens", "sum")]
+    update_tokens: Annotated[int, Column("length of the completions trained on", "tokens", "sum")]
+    tokens_per_s: Annotated[float, Column("rollout_tokens over the seconds of the step without --valid", "tokens/s")]
+    seconds: Annotated[float, Column("the whole step", "s", "sum")]
+    generate_s: Annotated[float, Column("drawing", "s", "sum")]
+    verify_s: Annotated[float, Column("waiting for rewards once all is drawn", "s", "sum")]
+    update_s: Annotated[float, Column("updates", "s", "sum")]
+    handover_s: Annotated[float, Column("handing the weights to the engine", "s", "sum")]
+    peak_memory_gib: Annotated[float, Column("most memory in use on any GPU", "GiB", "max")]
+    num_preemptions: Annotated[float, Column("sequences that lost their place in the engine's cache", total="sum")]
+    valid: Annotated[float, Column("avg@k on --valid after the step")]
+    valid_start: Annotated[float, Column("avg@k of the start policy, in the first step's row")]
+    valid_s: Annotated[float, Column("measuring on --valid", "s", "sum")]
+
+
+def columns(table: type[LogRow]) -> dict[str, Column]:
+    """The columns of a table by name, in the order of the file."""
+    hints = get_type_hints(table, include_extras=True)
+    return {name: next(mark for mark in hint.__metadata__ if isinstance(mark, Column)) for name, hint in hints.items()}
+
+
 Record = TypeVar("Record", Problem, Rollout, Example, Result, Divergence)
 
 

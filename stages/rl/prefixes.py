@@ -66,6 +66,20 @@ def build(prompts: Sequence[Sequence[int]], lengths: Sequence[int], device: Any)
     return Prefixes(*(part.to(device) for part in (ids, mask, rows, torch.tensor(lengths))))
 
 
+class _Repeated(torch.autograd.Function):
+    """`values[rows]`, whose gradient is added up one row after another: an index's own comes as its threads do."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, rows: Tensor) -> Tensor:
+        context.rows, context.shape = rows, values.shape
+        return values.index_select(0, rows)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> Any:
+        total = gradients[0].new_zeros(context.shape)
+        return total.index_add_(0, context.rows, gradients[0]), None
+
+
 def _after(model: Any, prefixes: Prefixes) -> dict[str, Any]:
     """What a pass over the sequences needs to go on from their prefixes.
 
@@ -75,7 +89,9 @@ def _after(model: Any, prefixes: Prefixes) -> dict[str, Any]:
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    cache.batch_select_indices(rows)
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        layer.keys, layer.values = _Repeated.apply(layer.keys, rows), _Repeated.apply(layer.values, rows)
     steps = torch.arange(int(lengths.max()), device=ids.device).expand(len(rows), -1)
     return {
         "past_key_values": cache,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
@@ -24,8 +24,10 @@ from stages.core.lifetime import interrupts_wait
 from stages.core.policy import acceleration, adapters, checkpoints, heads
 from stages.core.policy.batching import microbatches
 from stages.core.policy.checkpoints import IGNORED, PADDING
-from stages.rl import Options, dapo, prefixes
+from stages.core.ranks import Ranks, process_state
+from stages.rl import dapo, prefixes
 from stages.rl.batching import shares, split
+from stages.rl.options import Settings
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process that saves its state
 
@@ -80,27 +82,29 @@ class Trainer:
         self,
         path: Path,
         accelerator: Accelerator,
-        options: Options,
+        settings: Settings,
     ):
         self.accelerator = accelerator
-        self.options = options
+        self.ranks = Ranks(settings.tensor_parallel, accelerator.process_index, accelerator.num_processes)
+        self.settings = settings
+        self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32  # of the engine
         self.tokenizer = checkpoints.load_tokenizer(path)
         model = checkpoints.load_model(path, torch.float32)
         without_dropout(model)
-        adapters.attach(model, options, options.seed, is_bfloat16=accelerator.mixed_precision == "bf16")
-        if options.gradient_checkpointing:
+        adapters.attach(model, settings, settings.seed, is_bfloat16=accelerator.mixed_precision == "bf16")
+        if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        heads.add_head(model, options.temperature)
+        heads.add_head(model, settings.temperature)
         self._shares_prompts = not (torch.cuda.is_available() or accelerator.is_fsdp2) and prefixes.fits(model)
         if self._shares_prompts:
             prefixes.add_prefixes(model)
         vocabulary = model.config.get_text_config().vocab_size
-        self._token_budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
+        self._token_budget = heads.token_budget(settings.tokens_per_microbatch, vocabulary)
         optimizer = torch.optim.AdamW(
             adapters.trained(model).values(),
             lr=0.0,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
             fused=True,
         )
         acceleration.reduce_in_float32(accelerator)
@@ -114,7 +118,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = [[rollouts[i] for i in part] for part in split(range(len(rollouts)), self.options.minibatches)]
+        parts = [[rollouts[i] for i in part] for part in split(range(len(rollouts)), self.settings.minibatches)]
         for part in parts[1:]:  # the first update sees the weights that sampled, so its ratio needs no second forward
             self._remember_log_probs(part)
         stats = UpdateStats()
@@ -145,12 +149,12 @@ class Trainer:
         """
         by_number: dict[int, torch.Tensor] = {}
         batches = self._microbatches(rollouts)
-        for number in range(max(gather_object([len(batches)]))):
+        for number in range(max(self.ranks.gather(len(batches)))):
             batch = batches[min(number, len(batches) - 1)]
             picked = [rollouts[index] for index in batch]
             scored = self._scored_alone(picked)
             for row, index in enumerate(batch):
-                by_number[index] = scored[row, self._places(rollouts[index])].float().cpu()
+                by_number[index] = scored[row, self._span(rollouts[index])].float().cpu()
         return [by_number[index] for index in range(len(rollouts))]
 
     def _scored_alone(self, batch: Sequence[TokenRollout]) -> torch.Tensor:
@@ -171,9 +175,8 @@ class Trainer:
 
         They are in the type that the engine computes in, as a saved checkpoint's are.
         """
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         model = self.accelerator.unwrap_model(self.model)
-        return checkpoints.as_saved(acceleration.full_weights(model, dtype), model)
+        return checkpoints.as_saved(acceleration.full_weights(model, self.dtype), model)
 
     def release(self) -> None:
         """Give back the memory that only an update needs, so that the engine may have it."""
@@ -181,10 +184,10 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def save_checkpoint(self, path: Path, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint directory; called on every rank, written by the main one."""
+    def save_checkpoint(self, path: Path) -> None:
+        """Write a checkpoint directory in the engine's type; every rank calls it, the first writes."""
         model = self.accelerator.unwrap_model(self.model)
-        acceleration.save_policy(self.accelerator, model, self.tokenizer, path, dtype or torch.float32)
+        acceleration.save_policy(self.accelerator, model, self.tokenizer, path, self.dtype)
 
     def save_state(self, path: Path) -> None:
         """Write weights and optimizer as `load_state` takes them back, bit for bit; each rank writes its own part."""
@@ -202,7 +205,7 @@ class Trainer:
             self.optimizer.optimizer,
             model_state_dict=weights,
             optim_state_dict=moments,
-            options=StateDictOptions(strict=not self.options.lora_rank),  # frozen weights are not in it
+            options=StateDictOptions(strict=not self.settings.lora_rank),  # frozen weights are not in it
         )
 
     def _state(self) -> dict[str, Any]:
@@ -213,14 +216,14 @@ class Trainer:
         if begins:  # torch has made the moments by a step on nothing, which must not count
             for state in optimizer.state.values():
                 state["step"].zero_()
-        if self.options.lora_rank:
+        if self.settings.lora_rank:
             adapter = adapters.trained(self.accelerator.unwrap_model(self.model))
             model_state = {name: weight for name, weight in model_state.items() if name in adapter}
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> None:
         sums = self.gradient(rollouts)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if torch.isfinite(torch.tensor(norm)) and torch.isfinite(sums).all():
             self.optimizer.step()
@@ -242,10 +245,10 @@ class Trainer:
         old = log_probs.detach()
         if batch[0].old_log_probs is not None:
             old = self._aligned([r.old_log_probs for r in batch if r.old_log_probs is not None], batch, mask)
-        cap = self.options.importance_cap
+        cap = self.settings.importance_cap
         importance = dapo.importance_weights(old, engine, cap) if cap else None
         advantages = torch.tensor([[r.advantage] for r in batch], device=mask.device)
-        clip_low, clip_high = self.options.clip_low, self.options.clip_high
+        clip_low, clip_high = self.settings.clip_low, self.settings.clip_high
         loss = dapo.token_loss(log_probs, old, advantages, mask, clip_low, clip_high, importance)
         difference = (old - engine).abs() * mask
         entropy = (output.entropy.detach() * mask).sum()
@@ -270,7 +273,7 @@ class Trainer:
         """The prompt token that its row begins with: the last one if what is before it is computed once for many."""
         return len(rollout.prompt_ids) - 1 if self._shares_prompts else 0
 
-    def _places(self, rollout: TokenRollout) -> slice:
+    def _span(self, rollout: TokenRollout) -> slice:
         """Where its completion's tokens are in a row of shifted labels."""
         start = len(rollout.prompt_ids) - 1 - self._begin(rollout)
         return slice(start, start + len(rollout.completion_ids))
@@ -281,7 +284,7 @@ class Trainer:
         """Per-token values of the completions, laid out as the shifted labels are: (sequences, tokens - 1)."""
         laid = torch.zeros(like.shape)
         for row, value, rollout in zip(laid, values, batch, strict=True):
-            row[self._places(rollout)] = value
+            row[self._span(rollout)] = value
         return laid.to(like.device)
 
     def _remember_log_probs(self, rollouts: Sequence[TokenRollout]) -> None:
@@ -289,7 +292,7 @@ class Trainer:
             for batch, counts in self._passes(rollouts):
                 scored = self._forward(batch).log_probs
                 for row, rollout in zip(scored, batch if counts else [], strict=False):
-                    rollout.old_log_probs = row[self._places(rollout)].float().cpu()
+                    rollout.old_log_probs = row[self._span(rollout)].float().cpu()
 
     def _passes(self, rollouts: Sequence[TokenRollout]) -> list[tuple[list[TokenRollout], bool]]:
         """This rank's micro-batches, and whether they count: all ranks make equally many passes, some on nothing."""
@@ -314,7 +317,8 @@ class Trainer:
         return self.accelerator.no_sync(self.model) if hold and many else nullcontext()
 
     def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        gathered = self.accelerator.gather(sums[None])
+        """The sums of all ranks together, the last one a maximum; on the CPU."""
+        gathered = torch.stack(self.ranks.gather(sums.cpu()))
         return torch.cat([gathered[:, :-1].sum(0), gathered[:, -1].max()[None]])
 
 
@@ -324,3 +328,15 @@ def without_dropout(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "attention_dropout"):  # a number in most decoders, not a module
             module.attention_dropout = 0.0
+
+
+def start_accelerator(settings: Settings, out: Path = Path()) -> Accelerator:
+    """Join the launched processes, in the compute type and with the tracker of `settings`, which writes below `out`."""
+    tracker = None if settings.tracker == "none" else settings.tracker
+    process_state()
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
+        mixed_precision="bf16" if acceleration.uses_bfloat16(settings.dtype) else "no",
+        log_with=tracker,
+        project_dir=str(out / "tracker") if tracker else None,
+    )

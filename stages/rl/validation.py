@@ -9,18 +9,14 @@ them, run eval on a checkpoint.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from stages.core import records
 from stages.core.drawing.engine import Engine, Sampling, ShouldStop
-from stages.core.drawing.rollouts import Group, Prompt, draw_each, make_prompts, no_room, seeded
-from stages.core.drawing.templates import Template
-from stages.core.errors import InputError
+from stages.core.drawing.rollouts import Group, Prompt, draw_each, seeded
 from stages.core.grading.scores import Grader
 from stages.core.lifetime import Stopped
 from stages.core.ranks import Ranks
-from stages.rl import Options
+from stages.rl.options import Settings
 
 
 class Measured(NamedTuple):
@@ -60,31 +56,16 @@ class Validation:
         return sum(ranks.gather(mine)) / (len(self.prompts) * self.sampling.num_samples)
 
 
-def of(prompts: Sequence[Prompt], sampling: Sampling, options: Options) -> Validation | None:
+def of(prompts: Sequence[Prompt], sampling: Sampling, settings: Settings) -> Validation | None:
     """The validation of a run that draws by `sampling`; None without prompts."""
-    sampling = replace(sampling, num_samples=options.valid_samples, log_probs=False)
-    return Validation(prompts, sampling, options.valid_every, options.seed) if prompts else None
-
-
-def read(path: Path, template: Template, tokenizer: Any, max_tokens: int, context: int) -> list[Prompt]:
-    """The prompts of the validation set; InputError if one does not fit, for fewer problems give another figure."""
-    if path == Path("-"):
-        raise InputError("--valid -: name a file, for an interrupted run must find the same problems again")
-    prompts, left_out = make_prompts(records.read_problems(path), template, tokenizer, max_tokens, context, path)
-    if left_out:
-        raise InputError(f"--valid {path}: {no_room(left_out, max_tokens, context)}: lower it, or remove them")
-    return prompts
+    sampling = replace(sampling, num_samples=settings.valid_samples, log_probs=False)
+    return Validation(prompts, sampling, settings.valid_every, settings.seed) if prompts else None
 
 
 def in_both(train: Iterable[Prompt], valid: Iterable[Prompt]) -> list[str]:
     """The ids of the validation problems whose prompt is trained on, too."""
     seen = {prompt.text for prompt in train}
     return [prompt.problem["id"] for prompt in valid if prompt.text in seen]
-
-
-def columns(start: Measured, after: Measured) -> dict[str, float]:
-    """What log.tsv says of it in a step's row: the policy after the step and, in the first, the start policy."""
-    return {"valid": after.value, "valid_start": start.value, "valid_s": start.seconds + after.seconds}
 
 
 def figures(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,0 +1,128 @@
+"""What `rloop rl` takes: paths, and the settings of a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from stages.core.drawing.engine import MemoryFraction
+from stages.core.drawing.request import RequestOptions
+from stages.core.errors import InputError
+from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
+from stages.core.policy.adapters import LoraOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RequestOptions, LoraOptions):
+    """The section `rl` of params.yaml: all but paths. The defaults are the paper's, or DAPO's where it is silent."""
+
+    steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
+    problems_per_step: Annotated[
+        int, "groups in a full batch; dynamic sampling draws more, and the first informative ones fill it", at_least(1)
+    ] = 512
+    group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
+    temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
+    max_rounds: Annotated[
+        int,
+        "at most so many sampling rounds, and full batches' worth of groups, a step; a short batch is then trained on",
+        at_least(1),
+    ] = 10
+    minibatches: Annotated[int, "optimizer updates on each step's rollouts", at_least(1)] = 16
+    clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low", above(0), below(1)] = 0.2
+    clip_high: Annotated[float, "the ratio is clipped above 1 + clip_high", above(0)] = 0.28
+    reward_correct: Annotated[float, "reward of a correct completion in the advantage, by math-verify alone"] = 1.0
+    reward_wrong: Annotated[float, "reward of any other completion in the advantage, by math-verify alone"] = -1.0
+    overlong_buffer: Annotated[
+        int, "tokens before max_tokens over which the overlong penalty grows; 0 is off", at_least(0)
+    ] = 512
+    overlong_penalty: Annotated[float, "overlong penalty at max_tokens", at_least(0)] = 1.0
+    advantage_eps: Annotated[float, "added to the group's standard deviation", at_least(0)] = 1e-6
+    importance_cap: Annotated[
+        float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off", at_least(0)
+    ] = 2.0
+    lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0), at_most(1)] = 1e-6
+    warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value", at_least(0)] = (
+        10
+    )
+    weight_decay: Annotated[float, "weight decay of AdamW", at_least(0)] = 0.1
+    beta1: Annotated[float, "decay of AdamW's first moment", at_least(0), below(1)] = 0.9
+    beta2: Annotated[float, "decay of AdamW's second moment", at_least(0), below(1)] = 0.999
+    max_grad_norm: Annotated[float, "the gradient is scaled down to this norm", above(0)] = 1.0
+    alarm_grad_norm: Annotated[
+        float, "a gradient norm above this is counted as an alarm in the log", WITHOUT_EFFECT
+    ] = 50.0
+    tokens_per_microbatch: Annotated[
+        int, "most tokens, padding included, in one forward and backward pass", at_least(1), ROUNDING
+    ] = 16384
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
+        False
+    )
+    dtype: Annotated[
+        str,
+        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16"),
+    ] = "auto"
+    memory_fraction: MemoryFraction = 0.5
+    mismatch_bound: Annotated[
+        float,
+        "trainer/engine log-prob difference allowed at start-up: the largest in float32, the mean in bfloat16; "
+        "0 is 1e-3 in float32, 0.1 in bfloat16",
+        at_least(0),
+        WITHOUT_EFFECT,
+    ] = 0.0
+    checkpoint_every: Annotated[
+        int, "training steps between checkpoints; the last step always has one", at_least(1)
+    ] = 50
+    save_every: Annotated[
+        int, "training steps between the states that a killed run resumes from", at_least(1), WITHOUT_EFFECT
+    ] = 10
+    keep_state: Annotated[
+        bool, "keep the last state of a finished run, so that more --steps can go on from it", WITHOUT_EFFECT
+    ] = True
+    valid_every: Annotated[
+        int,
+        "training steps between measurements on --valid; start policy and last step are measured too",
+        at_least(1),
+        WITHOUT_EFFECT,
+    ] = 10
+    valid_samples: Annotated[
+        int, "rollouts for each problem of --valid: the k of its avg@k", at_least(1), WITHOUT_EFFECT
+    ] = 4
+    tracker: Annotated[
+        str,
+        "also log to an accelerate tracker: tensorboard, wandb, or none",
+        one_of("none", "tensorboard", "wandb"),
+        WITHOUT_EFFECT,
+    ] = "none"
+    seed: Annotated[int, "seed of data order and sampling"] = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for options that cannot work together, by the flag's name."""
+        super().__post_init__()
+        if self.overlong_buffer > self.max_tokens:
+            raise InputError(
+                f"--overlong-buffer {self.overlong_buffer}: must be at most --max-tokens {self.max_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """The options of `rloop rl`."""
+
+    policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PATH]
+    problems: Annotated[Path, "problems to train on (JSONL)", PATH]
+    out: Annotated[Path, "directory to write", PATH]
+    valid: Annotated[
+        Path | None, "problems to measure avg@k on while it trains (JSONL); the run stays the same", WITHOUT_EFFECT
+    ] = None
+    restart_if_changed: Annotated[
+        bool,
+        "if OUT holds a run with other settings, remove that and start over; more --steps alone go on",
+        WITHOUT_EFFECT,
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Raise InputError for inputs that an interrupted run could not read again."""
+        super().__post_init__()
+        for name, path in (("problems", self.problems), ("valid", self.valid)):
+            if path == Path("-"):
+                raise InputError(f"--{name} -: name a file, for an interrupted run must find the same problems again")
