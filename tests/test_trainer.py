@@ -111,6 +111,29 @@ def test_a_prompt_computed_once_gives_the_gradient_of_one_computed_for_each_comp
     assert once.num_tokens < 0.75 * each.num_tokens
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Gemma 3", "Mixtral"])
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"gradient_checkpointing": True}], ids=str)
+def test_on_two_threads_a_gradient_is_the_same_each_time(name, changes, tmp_path, two_threads):
+    policy = make(name, tmp_path / "policy")
+    prompts = [[2 + i % 28 for i in range(start, start + 60)] for start in (0, 9)]
+    rollouts = [replace(rollout, prompt_ids=prompts[number % 2]) for number, rollout in enumerate(some_rollouts(64))]
+    for rollout in rollouts:
+        rollout.completion_ids = [token % 30 for token in rollout.completion_ids]
+    trainer, gradients = Trainer(policy, Accelerator(), replace(OPTIONS, **changes)), []
+    for _ in range(3):
+        trainer.optimizer.zero_grad()
+        trainer.gradient(rollouts)
+        gradients.append(torch.cat([weight.grad.flatten() for weight in trained(trainer.model).values()]))
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def outcome_of(policy, rollouts):
     """Of a fresh trainer; `num_tokens` are those that the decoder embedded for the gradient, padding included."""
     trainer = Trainer(policy, Accelerator(), OPTIONS)
