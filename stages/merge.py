@@ -18,7 +18,7 @@ from stages.core.errors import InputError
 from stages.core.options import PATH, OptionGroup
 from stages.core.policy import checkpoints
 from stages.core.progress import StepProgress
-from stages.core.provenance import identify, manifest, recorded
+from stages.core.provenance import identify, is_done, manifest, recorded
 
 if TYPE_CHECKING:
     import torch
@@ -61,15 +61,17 @@ def run(options: Options) -> None:
     --out loop/1/merged
     """
     started = time.perf_counter()
-    outputs.refuse_occupied(options.out)
+    outputs.refuse_unwritable(options.out)
     paths = [checkpoints.resolve(checkpoints.within(name)[-1]) for name in options.policy]
+    identity = identify("merge", options, recorded(paths))
+    if is_done(options.out, options.out / "manifest.json", identity):
+        return
     _check_alike(options.policy, paths)
     for path in paths:
         checkpoints.check_shapes(path)
     with outputs.claimed(options.out), outputs.whole_dir(options.out) as beside:
         shutil.copytree(paths[0], beside, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
         num_tensors = _write([_Stored(path) for path in paths], options.weight, beside)
-        identity = identify("merge", options, recorded(paths))
         seconds = time.perf_counter() - started
         outputs.write_json(beside / "manifest.json", manifest(identity, {"tensors": num_tensors}, seconds))
 

@@ -126,6 +126,10 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     for name in ("report.html", "results.tsv", "curves.tsv", "figures", "analysis", "1/policy/model.safetensors"):
         assert (tmp_path / "runs" / name).exists(), name
     assert "up to date" in dvc(tmp_path, "repro")
+    processes = "accelerate launch --config_file configs/accelerate/gpu8-fsdp2.yaml -m rloop_cli"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"launch": processes}, sort_keys=False))
+    assert "up to date" in dvc(tmp_path, "repro"), "another launcher makes nothing anew"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     shown = dvc(tmp_path, "metrics", "show")
     assert max(map(len, shown.splitlines())) <= 100, "it fits a terminal"
     assert [line.split()[0].rpartition("/")[2] for line in shown.splitlines()[1:]] == [

