@@ -64,7 +64,7 @@ def run(options: Options) -> None:
     outputs.refuse_unwritable(options.out)
     paths = [checkpoints.resolve(checkpoints.within(name)[-1]) for name in options.policy]
     identity = identify("merge", options, recorded(paths))
-    if is_done(options.out, options.out / "manifest.json", identity):
+    if is_done(options.out, options.out / "manifest.json", lambda: identity):
         return
     _check_alike(options.policy, paths)
     for path in paths:

@@ -66,7 +66,11 @@ def draw(options: Options, start_engine: StartEngine) -> None:
     sources = [path for path in (options.problems, *request.policies.values()) if str(path) != "-"]
     inputs = ranks.together(lambda: provenance.recorded([] if is_piped and ranks.is_alone else sources))
     ranks.refuse_differences(inputs.digests | {"reward": request.rewards.digest})
+    decides = provenance.versions() | verifier.VERSION
+    identity = provenance.identify("sample", options, inputs, decides, **request.resolved)
     manifest_file, counts = out.with_suffix(".manifest.json"), Counter[str]()
+    if ranks.on_first(lambda: provenance.is_done(out, manifest_file, lambda: identity)):
+        return
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out, manifest_file)))
         rollouts = sampling.rollouts(request, start_engine, stack.enter_context(request.grader(options.bare)))
@@ -75,8 +79,6 @@ def draw(options: Options, start_engine: StartEngine) -> None:
             return
         jsonl.write(out, _counted(rollouts, counts))
         if not is_piped:
-            decides = provenance.versions() | verifier.VERSION
-            identity = provenance.identify("sample", options, inputs, decides, **request.resolved)
             seconds = time.monotonic() - start
             outputs.write_json(manifest_file, provenance.manifest(identity, counts, seconds, **request.about))
 
@@ -91,7 +93,7 @@ def _read(options: Options, ranks: Ranks) -> Request:
     """Check everything; the first rank says what the user should know."""
     if str(options.out) != "-":
         outputs.refuse_no_file(options.out)
-        outputs.refuse_occupied(options.out)
+        outputs.refuse_unwritable(options.out)
     if str(options.problems) == "-" and not ranks.is_alone:
         raise InputError("--problems -: several processes cannot share stdin: name a file")
     request = read_request(

@@ -2,6 +2,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -77,15 +78,25 @@ def test_the_help_begins_with_an_imperative_and_ends_with_an_example_that_parses
 
 
 @pytest.mark.slow
-def test_the_examples_run_one_after_the_other_as_they_are_printed(tmp_path):
+def test_the_examples_run_one_after_the_other_as_they_are_printed_and_are_done_the_second_time(tmp_path):
     log = tmp_path / "log"
-    for stage in ("toy", "prepare", "rl", "sample", "filter", "rft", "eval", "analyze", "report"):
+
+    def run_example(stage):
+        """Run it, and return what it said."""
         shown = CliRunner().invoke(app, [stage, "--help"]).output.partition("Example:\n")[2].partition("\n\n")[0]
         program, *arguments = shlex.split(shown.replace("\\\n", ""))
         assert program == "rloop"
+        log.write_text("")
         process = warm.start(arguments, tmp_path, log)
         process.join()
         assert process.exitcode == 0, f"{stage}: {log.read_text()[-3000:]}"
+        return log.read_text()
+
+    drawn_or_trained = ("toy", "prepare", "rl", "sample", "filter", "rft", "eval")
+    for stage in (*drawn_or_trained, "analyze", "report"):
+        run_example(stage)
+    for stage in (stage for stage in drawn_or_trained if stage != "rft"):
+        assert re.search("is done|is already done|already holds this run, finished", run_example(stage)), stage
     results = (tmp_path / "loop/results.md").read_text()
     assert "Base" in results and "RLoop" in results
     assert "similarity_RLoop" in " ".join(file.name for file in (tmp_path / "loop/analysis").iterdir())

@@ -120,18 +120,24 @@ def test_what_only_rounds_is_told_apart_from_what_decides_and_from_what_has_no_e
 
 def test_a_finished_output_of_the_same_identity_is_done_and_any_other_is_named(tmp_path, capsys):
     out, record = tmp_path / "out", tmp_path / "out.manifest.json"
-    identity = identify("rl", Some(), NOTHING, {"torch": "2.11"})
-    assert not is_done(out, record, identity)
-    outputs.write_json(record, provenance.manifest(identity, {}, 1.0))
-    assert not is_done(out, record, identity), "a manifest alone is no output"
+
+    def done(stage="rl", **options):
+        return is_done(out, record, lambda: identify(stage, Some(**options), NOTHING))
+
+    assert not done()
+    outputs.write_json(record, provenance.manifest(identify("rl", Some(), NOTHING), {}, 1.0))
+    assert not done(), "a manifest alone is no output"
     out.touch()
-    assert is_done(out, record, identity)
+    assert done()
     assert capsys.readouterr().err == f"rloop: {out} is done: the same options and inputs made it\n"
-    assert is_done(out, record, identify("rl", Some(memory=0.5, shown=True), NOTHING, {}))
+    assert done(memory=0.5, shown=True)
     assert capsys.readouterr().err.endswith("made it (up to rounding: memory was 0.9, is now 0.5)\n")
-    assert not is_done(out, record, identify("rft", Some(), NOTHING)), "another stage's is refused by whoever claims it"
-    with pytest.raises(InputError, match=r"out is another output: lr was 0.1, is now 0.2: name another --out, or remove"):
-        is_done(out, record, identify("rl", Some(lr=0.2), NOTHING))
+    with pytest.raises(
+        InputError, match=r"is another output: lr was 0.1, is now 0.2: name another --out, or remove it"
+    ):
+        done(lr=0.2)
+    with pytest.raises(InputError, match="out already holds something"):
+        done("rft")
 
 
 def test_the_digest_of_a_directory_follows_names_and_contents(tmp_path):

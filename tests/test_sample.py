@@ -270,8 +270,9 @@ def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, 
     drawn = list(records.read(tmp_path / "out.jsonl", Rollout))
     correct = sum(rollout["verdict"] == "correct" for rollout in drawn)
     assert manifest["counts"] == {"rollouts": 12, "tokens": sum(r["num_tokens"] for r in drawn), "correct": correct}
-    with pytest.raises(InputError, match="already holds something"):
-        draw(tiny_policy, problems, tmp_path / "out.jsonl")
+    draw(tiny_policy, problems, tmp_path / "out.jsonl")
+    assert "out.jsonl is done: the same options and inputs made it" in capsys.readouterr().err
+    assert drawn == list(records.read(tmp_path / "out.jsonl", Rollout))
 
 
 def test_rollouts_on_stdout_leave_no_manifest(tiny_policy, problems, tmp_path, monkeypatch):

