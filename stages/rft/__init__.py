@@ -17,7 +17,7 @@ from stages.core.lifetime import end_with_parent
 from stages.core.options import PATH, at_least, at_most, below, one_of
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
-from stages.core.provenance import identify, manifest, recorded
+from stages.core.provenance import identify, is_done, manifest, recorded
 from stages.core.ranks import Ranks
 from stages.core.records import Example
 
@@ -71,11 +71,20 @@ def run(options: Options) -> None:
     ranks = Ranks()
     read = ranks.together(lambda: _read(options, ranks))
 
+    from stages.core.policy.acceleration import uses_bfloat16
     from stages.rft.card import card
-    from stages.rft.finetuning import fine_tune  # torch and TRL: only once the input is known to be good
+    from stages.rft.finetuning import fine_tune, size_of  # torch and TRL: only once the input is known to be good
 
     inputs = recorded([read.path, *([options.examples] if str(options.examples) != "-" else [])])
     ranks.refuse_differences(inputs.digests)
+    dtype = "bfloat16" if uses_bfloat16(options.dtype) else "float32"
+    rounding = {
+        "num_processes": ranks.num_ranks,
+        "microbatch_size": size_of(read.path, read.rows, options, ranks.num_ranks),
+    }
+    identity = identify("rft", options, inputs, rounding=rounding, dtype=dtype)
+    if ranks.on_first(lambda: is_done(options.out, options.out / "manifest.json", lambda: identity)):
+        return
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(options.out)))
         if not ranks.is_first:
@@ -90,7 +99,6 @@ def run(options: Options) -> None:
         tabular.write_tsv(beside / "log.tsv", tuned.log)
         outputs.write_json(beside / "metrics.json", figures | {"seconds": round(seconds, 3)})
         counts = {"examples": len(read.rows), "examples_left_out": read.left_out, "steps": len(tuned.log)}
-        identity = identify("rft", options, inputs, **tuned.settings)
         record = manifest(identity, counts, seconds, base_model=read.base)
         outputs.write_json(beside / "manifest.json", record)
         (beside / "README.md").write_text(card(options, record, figures, read.examples), encoding="utf-8")
@@ -110,7 +118,9 @@ class _Read(NamedTuple):
 
 def _read(options: Options, ranks: Ranks) -> _Read:
     """Read and check policy and examples, without the weights."""
-    outputs.refuse_occupied(options.out)
+    outputs.refuse_unwritable(options.out)
+    if not (options.out / "manifest.json").is_file():
+        outputs.refuse_occupied(options.out)
     if str(options.examples) == "-" and not ranks.is_alone:
         raise InputError("--examples -: several processes cannot share stdin: name a file")
     if options.batch_size % ranks.num_ranks:

@@ -42,7 +42,6 @@ class Tuned:
     log: list[dict[str, float]] = field(default_factory=list)
     num_tokens: int = 0
     padding_share: float = 0.0
-    settings: dict[str, Any] = field(default_factory=dict)  # what the options came to: dtype, microbatch_size, ...
 
     @property
     def figures(self) -> dict[str, float]:
@@ -56,6 +55,13 @@ class Tuned:
         }
 
 
+def size_of(path: Path, rows: Sequence[Row], options: Options, num_processes: int) -> int:
+    """Examples in a micro-batch of one process."""
+    vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
+    budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
+    return microbatch_size(options.batch_size // num_processes, max(map(len, rows)), budget)
+
+
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options, out: Path | None) -> Tuned:
     """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
 
@@ -63,10 +69,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
     gradient are no longer finite.
     """
     num_processes = process_state().num_processes
-    share = options.batch_size // num_processes
-    vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
-    budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
-    size = microbatch_size(share, max(map(len, rows)), budget)
+    share, size = options.batch_size // num_processes, size_of(path, rows, options, num_processes)
     steps = order([len(row) for row in rows], options.batch_size, options.epochs, options.seed)
     counts = [sum(rows[number].num_labels for number in step) for step in steps]
     watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
@@ -100,7 +103,6 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
         log=watch.log,
         num_tokens=sum(counts),
         padding_share=_padding_share([[len(rows[number]) for number in step] for step in steps], size),
-        settings={"dtype": dtype, "microbatch_size": size, "num_processes": num_processes},
     )
 
 
