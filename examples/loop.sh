@@ -30,8 +30,8 @@ evaluate() { # NUMBER POLICY...
 explore_and_tune() { # ITERATION START
   local here=$out/$1
   $LAUNCH rl --policy "$2" --problems "$train" --out "$here/rl" $PROMPT $RL
-  rloop filter --rollouts "$here/rl" --out "$here/examples.jsonl" $FILTER
-  $LAUNCH rft --policy "$2" --examples "$here/examples.jsonl" --out "$here/policy" $RFT
+  [[ -e $here/examples.jsonl ]] || rloop filter --rollouts "$here/rl" --out "$here/examples.jsonl" $FILTER
+  [[ -e $here/policy ]] || $LAUNCH rft --policy "$2" --examples "$here/examples.jsonl" --out "$here/policy" $RFT
 }
 
 evaluate 0 "$base"
