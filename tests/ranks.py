@@ -94,19 +94,19 @@ def offer_fsdp() -> None:
 
 
 def numbers(policy: str, out: str) -> None:
-    found = {}
+    numbers = {}
     for kind, dtype in (*product(("ddp", "fsdp2"), ("float32", "bfloat16")), ("fsdp2-fused", "float32")):
         os.environ["ACCELERATE_USE_FSDP"] = str(kind != "ddp").lower()
         AcceleratorState._reset_state(reset_partial_state=True)
         with MonkeyPatch.context() as patch:
             if kind == "fsdp2-fused":  # as on a GPU
                 patch.setattr(heads, "add_plain_head", partial(add_fused_lm_head, outputs=("log_probs", "entropy")))
-            found[kind, dtype] = numbers_of(policy, Path(out).parent / f"{kind}-{dtype}", kind, dtype)
+            numbers[kind, dtype] = numbers_of(policy, Path(out).parent / f"{kind}-{dtype}", kind, dtype)
     AcceleratorState._reset_state(reset_partial_state=True)
     coarse = str(Path(out).parent / "coarse")  # the same in bfloat16
     lora = numbers_of(coarse, Path(out).parent / "lora", "fsdp2", "bfloat16", lora_rank=8)
     if PartialState().is_main_process:
-        torch.save(found, out)
+        torch.save(numbers, out)
         torch.save(lora, Path(out).with_name("lora.pt"))
     PartialState().wait_for_everyone()
 

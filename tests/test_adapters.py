@@ -100,11 +100,11 @@ def test_the_gradients_of_an_adapter_are_the_full_matrix_s_times_its_other_half(
     whole = Trainer(tmp_path / "policy", Accelerator(), OPTIONS)
     sums, whole_sums = (each.gradient(some_rollouts(16, seed=1)) for each in (trainer, whole))
     assert torch.allclose(sums, whole_sums, rtol=1e-4)
-    found = adapters.trained(trainer.model)
+    halves = adapters.trained(trainer.model)
     for name, weight in whole.model.named_parameters():
         if not name.endswith("proj.weight"):
             continue
-        a, b = (found[name.replace("weight", f"lora_{half}.default.weight")] for half in "AB")
+        a, b = (halves[name.replace("weight", f"lora_{half}.default.weight")] for half in "AB")
         assert close(b.grad, 0.5 * weight.grad @ a.T, 1e-3)
         assert close(a.grad, 0.5 * b.T @ weight.grad, 1e-3)
 

@@ -37,16 +37,16 @@ def module_name(path):
 
 def imported(path, types=True):
     """Every module that the file imports anywhere, `from a import b` as both a and a.b; those for types if `types`."""
-    tree, found = ast.parse(path.read_text()), set()
+    tree, modules = ast.parse(path.read_text()), set()
     if not types:
         tree.body = [node for node in tree.body if ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING"]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute here"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
 
 
 def within(module, *packages):

@@ -53,8 +53,8 @@ def test_no_other_cut_of_the_sequences_sorted_by_length_is_cheaper(seed):
         sizes = [tokens(batch, lengths, prompts) for batch in batches]
         if all(size <= 160 for size in sizes):
             costs.append(sum(sizes) + len(batches) * 160 / PASS)
-    found = microbatches(lengths, 160, prompts)
-    assert sum(tokens(batch, lengths, prompts) for batch in found) + len(found) * 160 / PASS == min(costs)
+    batches = microbatches(lengths, 160, prompts)
+    assert sum(tokens(batch, lengths, prompts) for batch in batches) + len(batches) * 160 / PASS == min(costs)
 
 
 def test_shares_deal_every_sequence_once_and_evenly():

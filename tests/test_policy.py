@@ -121,8 +121,8 @@ def test_the_largest_finite_weights_are_finite(copied):
     ],
 )
 def test_a_configuration_within_another_is_compared_key_by_key(inner, fault, monkeypatch):
-    found = {"one": {"text_config": {"dtype": "bfloat16", "hidden_size": 8}}, "other": {"text_config": inner}}
-    monkeypatch.setattr(checkpoints, "load_config", lambda path: SimpleNamespace(to_dict=lambda: found[path.name]))
+    configs = {"one": {"text_config": {"dtype": "bfloat16", "hidden_size": 8}}, "other": {"text_config": inner}}
+    monkeypatch.setattr(checkpoints, "load_config", lambda path: SimpleNamespace(to_dict=lambda: configs[path.name]))
     monkeypatch.setattr(checkpoints, "end_token_ids", lambda path: [2])
     assert checkpoints.difference(Path("one"), Path("other")) == fault
 

@@ -98,11 +98,11 @@ def drawn_in(path):
     return list(records.read(path, Rollout))
 
 
-def check_alike(found, expected):
+def check_alike(rollouts, expected):
     """The same rollouts in the same order; some met the rounding of another batch."""
     key = [(r["policy"], r["problem_id"], r["sample"]) for r in expected]
-    assert [(r["policy"], r["problem_id"], r["sample"]) for r in found] == key
-    assert sum(a == b for a, b in zip(found, expected, strict=True)) > 0.97 * len(expected)
+    assert [(r["policy"], r["problem_id"], r["sample"]) for r in rollouts] == key
+    assert sum(a == b for a, b in zip(rollouts, expected, strict=True)) > 0.97 * len(expected)
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_the_reward_rises_on_an_easy_set_and_the_rollouts_add_up(whole_run):
 
 @pytest.mark.slow
 def test_engine_and_trainer_agree_after_every_hand_over(whole_run):
-    assert all(row["mismatch_max"] < 1e-4 for row in RunDir(whole_run).log_rows() if row["update_tokens"])
+    assert max(row["mismatch_max"] for row in RunDir(whole_run).log_rows() if row["update_tokens"]) < 1e-4
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_two_processes_end_with_the_starter_of_their_launcher_and_go_on_when_sta
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"going on after step {done}" in again.stderr
     check_the_ranks_work(out, done + 1)
-    assert all(row["mismatch_max"] < 1e-4 for row in RunDir(out).log_rows() if row["update_tokens"])
+    assert max(row["mismatch_max"] for row in RunDir(out).log_rows() if row["update_tokens"]) < 1e-4
 
 
 @pytest.mark.slow

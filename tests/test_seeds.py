@@ -79,9 +79,9 @@ class Meeting:
         """What every rank gave, in their order."""
         self.given[self.here.rank] = value
         self.barrier.wait()
-        found = [self.given[other] for other in range(self.num_ranks)]
+        parts = [self.given[other] for other in range(self.num_ranks)]
         self.barrier.wait()
-        return found
+        return parts
 
 
 class Follower(VllmEngine):

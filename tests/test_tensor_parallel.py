@@ -64,10 +64,10 @@ def texts(*files):
     return {(r["step"], r["policy"], r["problem_id"], r["sample"]): r["completion"] for r in rollouts}
 
 
-def check_alike(found, expected):
+def check_alike(texts, expected):
     """The same samples, but for some that met the rounding of another sum."""
-    assert found.keys() == expected.keys()
-    assert sum(found[key] == expected[key] for key in expected) > 0.97 * len(expected) > 100
+    assert texts.keys() == expected.keys()
+    assert sum(texts[key] == expected[key] for key in expected) > 0.97 * len(expected) > 100
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_run_whose_ranks_share_an_engine_stops_when_one_of_them_is_told_to_and
     assert len(one) == len(two) == done + 1
     check_alike(texts(*two[:2]), texts(*one[:2]))  # later, roundings have added up
     rows = RunDir(place / "two").log_rows()
-    assert rows[0]["update_tokens"] and all(row["mismatch_max"] < 1e-4 for row in rows if row["update_tokens"])
+    assert max(row["mismatch_max"] for row in rows if row["update_tokens"]) < 1e-4
 
 
 @pytest.mark.slow
