@@ -8,6 +8,7 @@ filter    rollouts                               -> examples.jsonl (successes on
 rft       start policy + examples                -> policy (the next start policy)
 merge     policies + weights                     -> policy (their weighted average, instead of rft)
 eval      policies + problems                    -> rollouts.jsonl, results.jsonl, metrics.json
+regrade   an eval output or rollouts             -> the same, graded anew
 analyze   evals                                  -> learning, forgetting and similarity matrices
 report    a directory of runs                    -> tables and figures
 """
@@ -15,7 +16,7 @@ report    a directory of runs                    -> tables and figures
 from importlib import import_module
 from types import ModuleType
 
-STAGES = ("prepare", "toy", "rl", "sample", "filter", "rft", "merge", "eval", "analyze", "report")
+STAGES = ("prepare", "toy", "rl", "sample", "filter", "rft", "merge", "eval", "regrade", "analyze", "report")
 
 
 def load(stage: str) -> ModuleType:

@@ -36,6 +36,7 @@ class Options(SamplingOptions):
     problems: Annotated[Path, "problems (JSONL); - is stdin", PATH]
     out: Annotated[Path, "file of rollouts to write (JSONL); - is stdout", PATH]
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 16
+    temperature: Annotated[float, "sampling temperature", at_least(0)] = 1.0
 
     def __post_init__(self) -> None:
         """Raise InputError for samples that would all be the same."""

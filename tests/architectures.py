@@ -18,7 +18,7 @@ from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.toy import arithmetic
 
-GREEDY = {"template": "none", "max_tokens": 12, "temperature": 0.0, "limit": 8, "num_samples": 1}
+GREEDY = {"template": "none", "max_tokens": 12, "limit": 8, "num_samples": 1}
 ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 SHARED = {
     "hidden_size": 64,
@@ -130,7 +130,7 @@ class Trial:
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
         out = self.place / "sampled.jsonl"
         asked = {"policy": list(map(str, self.policies)), "problems": self.problems, "out": out}
-        sample.run(sample.Options(**asked, **GREEDY))
+        sample.run(sample.Options(**asked, **GREEDY, temperature=0.0))
         return self._compare(list(records.read(out, records.Rollout)))
 
     def eval(self) -> str:
@@ -140,7 +140,7 @@ class Trial:
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
         out = self.place / "eval"
         asked = {"policy": list(map(str, self.policies)), "problems": [self.problems], "out": out}
-        stage.run(stage.Options(**asked, **GREEDY, k=[1]))
+        stage.run(stage.Options(**asked, **GREEDY, temperature=[0.0], k=[1]))
         return self._compare(list(records.read(out / "rollouts.jsonl", records.Rollout)))
 
     def rl(self) -> str:

@@ -7,8 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny 
 
 import pytest
 
+from stages import eval as evaluation
 from stages.core.policy import checkpoints
 from stages.toy import arithmetic
+from tests.scripted import Engines
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and in what it starts
 
@@ -74,6 +76,25 @@ def toy(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy") / "toy"
     toy.run(toy.Options(out=path, num_train=60, num_test=20, pretrain_steps=60))
     return path
+
+
+@pytest.fixture
+def engines():
+    """Starts the scripted engines of a test, and keeps them."""
+    return Engines()
+
+
+@pytest.fixture
+def run(engines):
+    """A function that evaluates policies with `engines`."""
+
+    def evaluate(policies, problems, out, **options):
+        files = problems if isinstance(problems, list) else [problems]
+        asked = {"policy": [str(policy) for policy in policies], "problems": files, "out": out}
+        how = {"template": "none", "max_tokens": 32, "num_samples": 4, "k": [1, 4]}
+        evaluation.draw(evaluation.Options(**asked, **how | options), engines)
+
+    return evaluate
 
 
 @pytest.fixture(scope="session")

@@ -196,6 +196,7 @@ WITHOUT_ENGINE = {
     "filter": "--rollouts rollouts.jsonl --max-pass-rate 1",
     "rft": "--policy policy --examples examples.jsonl",
     "eval": "--policy policy --problems problems.jsonl --template none --max-tokens 8",
+    "regrade": "--rollouts rollouts.jsonl",
     "analyze": "--evals runs/eval",
     "report": "--runs runs",
 }

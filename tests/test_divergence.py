@@ -1,22 +1,17 @@
 """eval --kl-to: the divergence against enumeration and plain torch, and how it is kept, resumed and refused."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from stages import eval as evaluation
+from stages import regrade
 from stages.core import jsonl, records
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.records import Divergence, Result, Rollout
 from stages.core.study.lineage import Lineage
-from stages.eval import Options
 from stages.eval.divergence import Completion, divergences, token_kl
-from tests.scripted import Engines
-
-HOW = {"template": "none", "max_tokens": 32, "num_samples": 4, "k": [4]}
 
 
 @pytest.fixture
@@ -28,18 +23,11 @@ def problems(tmp_path):
 
 
 @pytest.fixture
-def engines():
-    """The scripted engines that eval starts."""
-    return Engines()
-
-
-@pytest.fixture
-def run(engines):
-    """A function that evaluates policies with `engines`."""
+def run(run):
+    """As `run`, with a base at the end."""
 
     def evaluate(policies, problems, out, kl_to="", **options):
-        names = [str(policy) for policy in policies]
-        evaluation.draw(Options(policy=names, problems=[problems], out=out, kl_to=str(kl_to), **HOW | options), engines)
+        run(policies, problems, out, kl_to=str(kl_to), **{"k": [4]} | options)
 
     return evaluate
 
@@ -153,7 +141,7 @@ def test_an_interrupted_call_scores_what_is_missing_and_grading_again_keeps_it(
     assert len(of(tmp_path / "out")) == 5
     for one, whole in zip(of(tmp_path / "out"), of(tmp_path / "whole"), strict=True):
         assert one == whole | {"kl_nats": pytest.approx(whole["kl_nats"], rel=1e-4)}
-    evaluation.run(Options(regrade=tmp_path / "out", out=tmp_path / "again", k=[4]))
+    regrade.run(regrade.Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
     for name in ("kl.jsonl", "results.jsonl", "metrics.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -186,7 +174,6 @@ def test_a_call_that_was_begun_without_it_is_done_again_where_tokens_are_missing
         ({"kl_to": "small"}, "--kl-to .*: its vocabulary has .* tokens, that of the policies"),
         ({"kl_to": "swapped"}, "--kl-to .*: its tokenizer is another"),
         ({"kl_to": "short"}, "its context is 16"),
-        ({"regrade": Path("x")}, "--regrade draws nothing: leave out .* --kl-to"),
     ],
 )
 def test_a_base_that_cannot_be_compared_with_is_refused(
@@ -208,4 +195,4 @@ def test_a_base_that_cannot_be_compared_with_is_refused(
 
 def test_at_temperature_0_there_is_no_distribution_to_compare(run, engines, tiny_policy, problems, tmp_path):
     with pytest.raises(InputError, match="--kl-to: at --temperature 0"):
-        run([tiny_policy], problems, tmp_path / "out", tiny_policy, num_samples=1, k=[1], temperature=0.0)
+        run([tiny_policy], problems, tmp_path / "out", tiny_policy, num_samples=1, k=[1], temperature=[0.0])

@@ -10,19 +10,16 @@ from pathlib import Path
 import orjson
 import pytest
 
-from stages import eval as evaluation
+from stages import regrade
 from stages.core import jsonl, records
 from stages.core.errors import InputError
-from stages.core.grading import verifier
+from stages.core.grading import ballots, verifier
 from stages.core.grading.verifier import Verifier
 from stages.core.records import Result, Rollout
-from stages.core.study import metrics
+from stages.core.study import metrics, scoring
 from stages.core.study.votes import maj_at_k
-from stages.eval import Options, scoring, votes
 from stages.eval.partial import Groups, Writer
-from tests.scripted import Engines
 
-HOW = {"template": "none", "max_tokens": 32, "num_samples": 4, "k": [1, 4]}
 NUM_PROBLEMS = 12
 
 
@@ -37,24 +34,6 @@ def problems(tmp_path):
     path = tmp_path / "sums.jsonl"
     jsonl.write(path, (problem(number) for number in range(NUM_PROBLEMS)))
     return path
-
-
-@pytest.fixture
-def engines():
-    """The scripted engines that eval starts."""
-    return Engines()
-
-
-@pytest.fixture
-def run(engines):
-    """A function that evaluates policies with `engines`."""
-
-    def evaluate(policies, problems, out, **options):
-        files = problems if isinstance(problems, list) else [problems]
-        names = [str(policy) for policy in policies]
-        evaluation.draw(Options(policy=names, problems=files, out=out, **HOW | options), engines)
-
-    return evaluate
 
 
 def read(out, kind=Rollout):
@@ -213,7 +192,7 @@ def test_a_finished_call_is_not_repeated_and_another_is_refused(run, engines, ti
 def test_what_another_verifier_graded_is_not_taken_for_done(run, engines, tiny_policy, problems, tmp_path, monkeypatch):
     run([tiny_policy], problems, tmp_path / "out")
     monkeypatch.setitem(verifier.VERSION, "grader", "0.5")
-    with pytest.raises(InputError, match=r"graded by another verifier \(grader was .*, is now 0\.5\): .*--regrade"):
+    with pytest.raises(InputError, match=r"by another verifier \(grader was .*, is now 0\.5\): .* rloop regrade "):
         run([tiny_policy], problems, tmp_path / "out")
     assert len(engines) == 1
 
@@ -237,9 +216,7 @@ def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(
     assert len(engines) == 1
     assert load(tmp_path / "out/manifest.json")["parameters"]["reward"] == ["mine.py:boxed"]
     with pytest.raises(InputError, match="its rewards are not math-verify's"):
-        run([], [], tmp_path / "again", regrade=tmp_path / "out")
-    with pytest.raises(InputError, match="--regrade grades by math-verify: leave out --reward"):
-        run([], [], tmp_path / "again", regrade=tmp_path / "out", **own)
+        regrade.run(regrade.Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
     with pytest.raises(InputError, match="--maj asks math-verify"):
         run([tiny_policy], problems, tmp_path / "again", **own, maj=True)
     file.write_text("def boxed(completions, **_):\n    return [1 / len(text) for text in completions if text != '7']\n")
@@ -391,7 +368,7 @@ def test_equivalent_answers_are_one_class_and_what_cannot_be_read_is_none():
     words = {"east": 1, r"\text{East}": 1}
     unreadable = {r"\frac{": 9, "x^^2": 9, r"\sqrt{}": 9}
     with Verifier() as verifier:
-        sizes = votes.class_sizes([Counter(halves | sums | words | unreadable), Counter(), Counter(sums)], verifier)
+        sizes = ballots.class_sizes([Counter(halves | sums | words | unreadable), Counter(), Counter(sums)], verifier)
     assert sizes == [[6, 3, 2, 1], [], [3, 1]]
 
 
@@ -400,7 +377,7 @@ def test_answers_are_of_one_class_whichever_of_them_the_verifier_takes_for_the_a
     with Verifier() as verifier:
         assert verifier.compare([(letter, labelled), (labelled, letter)]) == ["correct", "wrong"]
         for order in ([letter, labelled, "C"], [labelled, "C", letter]):
-            assert votes.class_sizes([Counter(order)], verifier) == [[2, 1]]
+            assert ballots.class_sizes([Counter(order)], verifier) == [[2, 1]]
 
 
 def test_majorities_follow_from_the_rollouts(run, engines, tiny_policy, other_policy, problems, tmp_path, capsys):
@@ -437,7 +414,7 @@ def test_majorities_are_the_same_at_once_after_an_interruption_and_by_grading_ag
     assert len(engines[-1].asked) == NUM_PROBLEMS - 5
     run([tiny_policy], problems, tmp_path / "without")
     assert "maj" not in (tmp_path / "without/metrics.json").read_text()
-    run([], [], tmp_path / "again", regrade=tmp_path / "without", maj=True)
+    regrade.run(regrade.Options(rollouts=tmp_path / "without", out=tmp_path / "again", maj=True))
     for name in ("rollouts.jsonl", "results.jsonl", "metrics.json"):
         for other in ("later", "again"):
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -481,14 +458,14 @@ def test_greedy_completions_go_on_where_they_stopped_and_are_graded_again(
     engines.dies_after = None
     run([tiny_policy], problems, tmp_path / "later", greedy=True)
     assert len(engines[-1].asked) == 2 * NUM_PROBLEMS - groups_before
-    run([], [], tmp_path / "again", regrade=tmp_path / "out")
+    regrade.run(regrade.Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
     assert "no verdict changed" in capsys.readouterr().out
     for name in ("rollouts.jsonl", "greedy.jsonl", "results.jsonl", "metrics.json"):
         for other in ("later", "again"):
             assert (tmp_path / other / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     flipped = [r | {"verdict": "wrong", "reward": 0.0} for r in records.read(tmp_path / "out/greedy.jsonl", Rollout)]
     jsonl.write(tmp_path / "out/greedy.jsonl", flipped)
-    run([], [], tmp_path / "mended", regrade=tmp_path / "out")
+    regrade.run(regrade.Options(rollouts=tmp_path / "out", out=tmp_path / "mended"))
     assert (tmp_path / "mended/greedy.jsonl").read_bytes() == (tmp_path / "later/greedy.jsonl").read_bytes()
     [moved] = [line.split() for line in capsys.readouterr().out.splitlines() if "] " in line and " greedy " in line]
     assert float(moved[2]) == 0
@@ -531,63 +508,34 @@ def test_an_average_over_fewer_problems_is_refused(run, engines, tiny_policy, pr
     assert not engines
 
 
-def test_grading_again_takes_neither_policies_nor_problems(run, problems, tmp_path):
-    for policies, files in (([tmp_path], []), ([], problems)):
-        with pytest.raises(
-            InputError, match="--regrade draws nothing: leave out --policy, --selected, --problems, --limit"
-        ):
-            run(policies, files, tmp_path / "again", regrade=tmp_path / "out")
+def test_several_temperatures_are_measured_apart_and_each_as_it_is_alone(
+    run, engines, tiny_policy, other_policy, problems, tmp_path
+):
+    both = [tiny_policy, other_policy]
+    run(both, problems, tmp_path / "one", temperature=[0.6])
+    run(both, problems, tmp_path / "two", temperature=[1.0, 0.6], greedy=True, select="avg@4")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.is_dir()) == ["sums@0.6", "sums@1"]
+    assert samples(read(tmp_path / "two/sums@0.6")) == samples(read(tmp_path / "one"))
+    for place, temperature in (("two/sums@0.6", 0.6), ("two/sums@1", 1.0), ("one", 0.6)):
+        manifest = load(tmp_path / place / "manifest.json")
+        assert (manifest["temperature"], manifest["parameters"]["temperature"]) == (temperature, [temperature])
+        assert load(tmp_path / place / "metrics.json")["temperature"] == temperature
+        assert {result["temperature"] for result in read(tmp_path / place, Result)} == {temperature}
+    overview = load(tmp_path / "two/metrics.json")
+    assert overview["selected"] == load(tmp_path / "two/sums@1/metrics.json")["selected"], "the first one selects"
+    run(both, problems, tmp_path / "two", temperature=[1.0, 0.6], greedy=True, select="avg@4")
+    assert len(engines) == 2, "already done"
 
 
-def test_a_selection_by_no_metric_is_refused_when_grading_again(run, engines, tiny_policy, problems, tmp_path):
-    run([tiny_policy], problems, tmp_path / "out")
-    with pytest.raises(InputError, match="--select pass@2 is none of the metrics: avg@4, pass@1, pass@4"):
-        run([], [], tmp_path / "again", regrade=tmp_path / "out", select="pass@2")
-    assert not (tmp_path / "again").exists()
+def test_a_temperature_that_is_added_keeps_what_was_drawn_at_another(run, engines, tiny_policy, problems, tmp_path):
+    engines.dies_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        run([tiny_policy], problems, tmp_path / "out")
+    engines.dies_after = None
+    run([tiny_policy], problems, tmp_path / "out", temperature=[1.0, 0.6])
+    assert len(engines[-1].asked) == 2 * NUM_PROBLEMS - 5
 
 
-def test_grading_again_without_a_change_gives_the_same_files(run, engines, tiny_policy, problems, tmp_path, capsys):
-    run([tiny_policy], problems, tmp_path / "out")
-    run([], [], tmp_path / "again", regrade=tmp_path / "out")
-    assert "no verdict changed" in capsys.readouterr().out
-    for name in ("rollouts.jsonl", "results.jsonl", "metrics.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    assert len(engines) == 1
-
-
-def test_grading_again_shows_which_verdicts_and_metrics_changed(run, engines, tiny_policy, problems, tmp_path, capsys):
-    run([tiny_policy], problems, tmp_path / "out")
-    honest = read(tmp_path / "out")
-    wrong = [r for r in honest if r["verdict"] == "wrong"][:3]
-    old = [r | {"verdict": "correct", "reward": 1.0} if r in wrong else r for r in honest]
-    jsonl.write(tmp_path / "out/rollouts.jsonl", old)
-    capsys.readouterr()
-    run([], [], tmp_path / "again", regrade=tmp_path / "out")
-    assert read(tmp_path / "again") == honest and read(tmp_path / "out") == old
-    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [str(tiny_policy), "correct", "->", "wrong", "3"] in shown
-    averages = [100 * sum(r["reward"] for r in rollouts) / len(honest) for rollouts in (old, honest)]
-    [moved] = [line for line in shown if line[:2] == [str(tiny_policy), "avg@4"]]
-    assert [float(moved[2]), float(moved[5])] == pytest.approx(averages, abs=0.06)
-
-
-def test_bare_answers_count_only_where_they_are_asked_for(run, engines, tiny_policy, problems, tmp_path):
-    run([tiny_policy], problems, tmp_path / "out")
-    run([], [], tmp_path / "bare", regrade=tmp_path / "out", bare=True)
-    strict, bare = (load(tmp_path / name / "metrics.json")["policies"][str(tiny_policy)] for name in ("out", "bare"))
-    assert strict["no_answer"]["value"] > 0.1 > bare["no_answer"]["value"]
-    assert bare["avg@4"]["value"] > strict["avg@4"]["value"]
-    assert [load(tmp_path / name / "manifest.json")["parameters"]["bare"] for name in ("out", "bare")] == [False, True]
-
-
-def test_sets_are_graded_again_side_by_side_and_a_file_alone(run, engines, tiny_policy, problems, tmp_path):
-    jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
-    run([tiny_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="pass@4")
-    run([], [], tmp_path / "again", regrade=tmp_path / "out", select="pass@4")
-    overviews = [load(tmp_path / name / "metrics.json") for name in ("out", "again")]
-    assert overviews[0] == overviews[1] and list(overviews[1]["sets"]) == ["sums", "more"], "the first set selects"
-    run([], [], tmp_path / "one", regrade=tmp_path / "out/more/rollouts.jsonl")
-    for again, first in (("again/sums", "sums"), ("again/more", "more"), ("one", "more")):
-        assert read(tmp_path / again) == read(tmp_path / "out" / first)
-    with pytest.raises(InputError, match=r"holds no rollouts\.jsonl"):
-        run([], [], tmp_path / "two", regrade=tiny_policy)
+def test_a_temperature_that_is_named_twice_is_refused(run, tiny_policy, problems, tmp_path):
+    with pytest.raises(InputError, match="--temperature 1, 1: name each once"):
+        run([tiny_policy], problems, tmp_path / "out", temperature=[1.0, 1.0])

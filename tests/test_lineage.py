@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import analyze, report, sample
+from stages import analyze, regrade, report, sample
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
 from stages.core.errors import InputError
@@ -263,9 +263,8 @@ def test_evaluations_with_unlike_settings_are_named(graph, capsys):
 
 
 def test_grading_again_keeps_what_the_evaluation_was_of(graph):
-    from stages import eval as evaluation
 
-    evaluation.run(evaluation.Options(regrade=Path("runs/eval/1"), out=Path("runs/eval/1b"), k=[2]))
+    regrade.run(regrade.Options(rollouts=Path("runs/eval/1"), out=Path("runs/eval/1b")))
     shutil.rmtree("runs/eval/1")
     graph.rft("1", "runs/0/policy")
     descent = lineage.Lineage(Path("runs"), runs.find_evals(["runs/eval"]))

@@ -123,7 +123,7 @@ def test_two_ranks_draw_and_grade_what_one_process_does(place):
         assert [d["kl_nats"] == 0 for d in kl[0]] == [d["policy"] == "policy" for d in kl[1]]
         same = [abs(a["kl_nats"] - b["kl_nats"]) < 1e-3 * (1 + b["kl_nats"]) for a, b in zip(*kl, strict=True)]
         assert sum(same) > 0.97 * len(same)
-    codes, said = together([place, place], "eval", "--regrade", "two", "--out", "again", "--k", 8, "--maj")
+    codes, said = together([place, place], "regrade", "--rollouts", "two", "--out", "again", "--maj")
     assert codes == [0, 0] and "no verdict changed" in said[0] and not said[1]
     for name in (
         "metrics.json",

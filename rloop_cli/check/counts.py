@@ -41,7 +41,7 @@ def num_checkpoints(run: Call) -> int:
 
 def evaluations(calls: Sequence[Call]) -> list[Asked]:
     """Every call of eval that draws, with the number of policies that it asks."""
-    return [_asked(call, calls) for call in calls if call.stage == "eval" and call.values.regrade is None]
+    return [_asked(call, calls) for call in calls if call.stage == "eval"]
 
 
 def _asked(call: Call, calls: Sequence[Call]) -> Asked:

@@ -89,7 +89,7 @@ def drawn(runs: Path) -> Drawn | None:
     for file in sorted(runs.glob("eval/**/manifest.json")):
         record = read_manifest(file)
         is_part = (file.parent.parent / "manifest.json").is_file()  # one set of several, whose seconds are no set's own
-        if record.get("stage") != "eval" or "regraded" in record or is_part:
+        if record.get("stage") != "eval" or is_part:
             continue
         parts = [record, *map(read_manifest, file.parent.glob("*/manifest.json"))]
         number = sum(part.get("counts", {}).get("rollouts", 0) for part in parts)

@@ -24,7 +24,8 @@ from stages.core.policy.batching import microbatches
 from stages.core.progress import StepProgress
 from stages.core.records import Divergence
 from stages.eval import partial
-from stages.eval.partial import Groups, Stems, Writer
+from stages.eval.drawing import Drawing
+from stages.eval.partial import Groups, Writer
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +38,11 @@ CHUNK = 2**22  # logits that are held in float32 at a time
 Share = Sequence[tuple[str, Prompt]]  # groups to score, each with the stem of the file for it
 
 
-def checked(name: str, num_scored: int, request: Request) -> Path | None:
+def checked(name: str, num_scored: int, temperatures: Sequence[float], request: Request) -> Path | None:
     """The directory of the base that --kl-to names, None if it names none; InputError if it can't be compared."""
     if not name:
         return None
-    if request.sampling.temperature == 0:
+    if 0 in temperatures:
         raise InputError("--kl-to: at --temperature 0 a policy is no distribution: leave one of them out")
     if num_scored > request.sampling.num_samples:
         raise InputError(f"--kl-samples {num_scored}: there are {request.sampling.num_samples} samples (--num-samples)")
@@ -75,23 +76,24 @@ class Completion(NamedTuple):
     token_ids: list[int]
 
 
-def stems_of(stems: Stems, num_scored: int, base_digest: str) -> Stems:
-    """The stems of the partial files with the Divergences from a base of the rollouts in those of `stems`."""
-    return {key: f"kl{num_scored}-{base_digest[:16]}-{stem}" for key, stem in stems.items()}
+def score_missing(drawing: Drawing, base: Path, base_digest: str, directory: Path) -> Drawing:
+    """Score what is drawn in `directory` and not scored there yet; return it, as what is stored in files of its own.
 
-
-def score_missing(
-    request: Request, stems: Stems, num_scored: int, base: Path, scored_stems: Stems, place: Path
-) -> None:
-    """Score what is drawn in `place` and not scored there yet; each rank takes a share, and all meet at the end."""
+    Each rank takes a share, and all meet at the end.
+    """
+    request, num_scored = drawing.request, drawing.num_scored
+    stems = {key: f"kl{num_scored}-{base_digest[:16]}-{stem}" for key, stem in drawing.stems.items()}
     ranks = request.ranks
-    known = ranks.on_first(lambda: {stem: partial.kept(place, stem) for stem in scored_stems.values()})
-    shares = {name: ranks.share(partial.missing(request, name, scored_stems, known)) for name in request.policies}
-    tokens = {scored: partial.tokens_stem(stems[key], num_scored) for key, scored in scored_stems.items()}
-    ranks.together(lambda: _score(request, shares, tokens, base, place))
+    known = ranks.on_first(lambda: {stem: partial.kept(directory, stem) for stem in stems.values()})
+    shares = {name: ranks.share(partial.missing(request, name, stems, known)) for name in request.policies}
+    tokens = {scored: partial.tokens_stem(drawing.stems[key], num_scored) for key, scored in stems.items()}
+    ranks.together(lambda: _score(request, shares, tokens, base, directory))
+    return Drawing(request, stems, {})
 
 
-def _score(request: Request, shares: Mapping[str, Share], tokens: Mapping[str, str], base: Path, place: Path) -> None:
+def _score(
+    request: Request, shares: Mapping[str, Share], tokens: Mapping[str, str], base: Path, directory: Path
+) -> None:
     """Score the share of each policy; `tokens` has the stems of the completions' tokens by those to write."""
     models, num_done = _Models(base, request), 0
     parts = [(name, own[i : i + AT_ONCE]) for name, own in shares.items() for i in range(0, len(own), AT_ONCE)]
@@ -99,17 +101,17 @@ def _score(request: Request, shares: Mapping[str, Share], tokens: Mapping[str, s
         for name, part in parts:
             for stem, own in groupby(part, key=lambda pair: pair[0]):
                 prompts = {prompt.problem["id"]: prompt.token_ids for _, prompt in own}
-                scored = models.score(name, _drawn(place, tokens[stem], prompts))
-                with Writer(place, stem, request.ranks.rank) as writer:
+                scored = models.score(name, _drawn(directory, tokens[stem], prompts))
+                with Writer(directory, stem, request.ranks.rank) as writer:
                     for of_problem in scored:
                         writer.add(of_problem)
             num_done += len(part)
             progress.step(num_done, name)
 
 
-def _drawn(place: Path, stem: str, prompts: dict[str, list[int]]) -> list[Completion]:
+def _drawn(directory: Path, stem: str, prompts: dict[str, list[int]]) -> list[Completion]:
     """The completions whose tokens are kept, of these problems, given with the tokens of their prompts."""
-    with Groups(place, stem) as groups:
+    with Groups(directory, stem) as groups:
         return [
             Completion(problem_id, sample, token_ids, record["token_ids"])
             for problem_id, token_ids in prompts.items()

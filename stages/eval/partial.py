@@ -1,10 +1,10 @@
 """What an interrupted evaluation has drawn so far: groups of rollouts by policy, and the settings behind them.
 
     .OUT.partial/settings.json                           what every group depends on, but for policy and problem
-    .OUT.partial/<problems>-<policy>-<engine>.jsonl      a policy's groups, a line each, in the order they were done
-    .OUT.partial/greedy-<problems>-...                   the same at temperature 0
-    .OUT.partial/tokens<n>-<problems>-...                with --kl-to: token ids of the first n samples of each group
-    .OUT.partial/kl<n>-<base>-<problems>-...             and their Divergences
+    .OUT.partial/t1-<problems>-<policy>-<engine>.jsonl   a policy's groups at temperature 1, a line each, as they come
+    .OUT.partial/greedy-t0-<problems>-...                the same for --greedy
+    .OUT.partial/tokens<n>-t1-<problems>-...             with --kl-to: token ids of the first n samples of each group
+    .OUT.partial/kl<n>-<base>-t1-<problems>-...          and their Divergences
 
 It lies beside OUT and is removed once OUT is written. Policies and problem files are known by their digests, so a
 repeated call may name more of them, and those that have changed are drawn anew. Each engine has files of its own; all
@@ -29,6 +29,7 @@ SETTINGS = "settings.json"
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
 
 NO_MATTER = (
+    "temperature",
     "k",
     "maj",
     "greedy",
@@ -60,13 +61,13 @@ def directory(out: Path, identity: Identity) -> Path:
 class Groups:
     """A policy's groups on a set of problems, by all engines. A broken line and all after it count as not drawn."""
 
-    def __init__(self, place: Path, stem: str) -> None:
-        """`stem` is what the names of the files begin with: <problems>-<policy>."""
-        self._files = [path.open("rb") for path in sorted(place.glob(f"{stem}*.jsonl"))]
-        self._places: dict[str, tuple[BinaryIO, int]] = {}
+    def __init__(self, directory: Path, stem: str) -> None:
+        """`stem` is what the names of the files begin with."""
+        self._files = [path.open("rb") for path in sorted(directory.glob(f"{stem}*.jsonl"))]
+        self._found: dict[str, tuple[BinaryIO, int]] = {}
         for file in self._files:
             for problem_id, start, _ in _whole_lines(file):
-                self._places[problem_id] = file, start
+                self._found[problem_id] = file, start
 
     def __enter__(self) -> "Groups":
         return self
@@ -78,11 +79,11 @@ class Groups:
     @property
     def problem_ids(self) -> set[str]:
         """The problems whose groups are there."""
-        return set(self._places)
+        return set(self._found)
 
     def get(self, problem_id: str) -> list[Any]:
         """The rollouts of a problem, by sample, or what else its line holds."""
-        file, start = self._places[problem_id]
+        file, start = self._found[problem_id]
         file.seek(start)
         return orjson.loads(file.readline())
 
@@ -90,8 +91,8 @@ class Groups:
 class Writer:
     """Adds groups to the file of one engine, from which a broken line and all after it are dropped first."""
 
-    def __init__(self, place: Path, stem: str, engine: int) -> None:
-        self._file = (place / f"{stem}-{engine}.jsonl").open("a+b")
+    def __init__(self, directory: Path, stem: str, engine: int) -> None:
+        self._file = (directory / f"{stem}-{engine}.jsonl").open("a+b")
         self._file.seek(0)
         self._file.truncate(max((end for _, _, end in _whole_lines(self._file)), default=0))
 
@@ -113,10 +114,10 @@ class Keeper:
     So if the rollouts of a group are there, its tokens are, unless it was drawn by a call that did not want them.
     """
 
-    def __init__(self, place: Path, stem: str, engine: int, num_scored: int) -> None:
+    def __init__(self, directory: Path, stem: str, engine: int, num_scored: int) -> None:
         self._num_scored = num_scored
-        self._rollouts = Writer(place, stem, engine)
-        self._tokens = Writer(place, tokens_stem(stem, num_scored), engine) if num_scored else nullcontext()
+        self._rollouts = Writer(directory, stem, engine)
+        self._tokens = Writer(directory, tokens_stem(stem, num_scored), engine) if num_scored else nullcontext()
 
     def __enter__(self) -> "Keeper":
         return self
@@ -148,11 +149,11 @@ def missing(request: Request, policy: str, stems: Stems, known: dict[str, set[st
     return lacking
 
 
-def kept(place: Path, stem: str, num_scored: int = 0) -> set[str]:
+def kept(directory: Path, stem: str, num_scored: int = 0) -> set[str]:
     """The problems whose groups are there, with the tokens of `num_scored` samples."""
-    with Groups(place, stem) as groups:
+    with Groups(directory, stem) as groups:
         ids = groups.problem_ids
-    return ids & kept(place, tokens_stem(stem, num_scored)) if num_scored else ids
+    return ids & kept(directory, tokens_stem(stem, num_scored)) if num_scored else ids
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[tuple[str, int, int]]:

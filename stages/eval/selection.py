@@ -24,7 +24,7 @@ def policies_of(output: Path, all_checkpoints: bool) -> list[str]:
     """
     manifest = read_manifest(output / "manifest.json")
     asked = manifest.get("policies")
-    if manifest.get("stage") != "eval" or not isinstance(asked, list):
+    if not isinstance(asked, list) or not (output / "metrics.json").is_file():
         raise InputError(f"--selected {output}: no manifest.json of an eval there; name the --out of a finished eval")
     if all_checkpoints:
         return asked

@@ -175,7 +175,7 @@ class _Counting:
 
 def _contradiction(rollout: Rollout) -> str:
     reward, verdict = rollout["reward"], rollout["verdict"]
-    return f"reward {reward:g} and verdict {verdict} contradict each other: grade these rollouts anew (eval --regrade)"
+    return f"reward {reward:g} and verdict {verdict} contradict each other: grade these rollouts anew (rloop regrade)"
 
 
 def _first_tally(tallies: dict[str, Tally], rollout: Rollout, question: int, where: str) -> Tally:

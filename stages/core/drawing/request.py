@@ -39,13 +39,14 @@ class RequestOptions(EngineOptions, RewardOptions):
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: policies by name, and the prompts of each set in the order of its file.
+    """A checked request: policies by name, files of problems by set, and the prompts of each in the file's order.
 
     `left_out` are the ids of the problems of each set whose prompt leaves no room for max_tokens in the `context` (in
     tokens). `tokenizer` is the first policy's; the others encode the prompts alike.
     """
 
     policies: dict[str, Path]
+    files: dict[str, Path]
     sets: dict[str, list[Prompt]]
     left_out: dict[str, list[str]]
     tokenizer: Any
@@ -171,6 +172,7 @@ def read_request(
     stop_ids, stop = template.end_tokens(tokenizer)
     return Request(
         paths,
+        dict(files),
         {name: own for name, (own, _) in made.items()},
         {name: left_out for name, (_, left_out) in made.items()},
         tokenizer,

@@ -42,7 +42,6 @@ StartEngine = Callable[[Request, Path], Engine]  # Request.start_engine, or a te
 class SamplingOptions(RequestOptions):
     """The options that sample and eval share."""
 
-    temperature: Annotated[float, "sampling temperature", at_least(0)] = 1.0
     limit: Annotated[int, "use only the first N problems; 0 uses all", at_least(0)] = 0
     bare: Annotated[bool, "a completion without box and 'Answer:' line counts by its bare final expression"] = False
 

@@ -33,13 +33,14 @@ class Ballots:
             self._answers[rollout["policy"], rollout["problem_id"]][answer] += 1
         return rollout
 
-    def count(self, results: Sequence[Any], verifier: Verifier) -> None:
+    def count(self, results: Sequence[Any]) -> None:
         """Give each Result its `wrong_votes`."""
-        for start in range(0, len(results), MAX_BALLOTS):
-            part = results[start : start + MAX_BALLOTS]
-            answers = [self._answers[result["policy"], result["problem_id"]] for result in part]
-            for result, votes in zip(part, class_sizes(answers, verifier), strict=True):
-                result["wrong_votes"] = votes
+        with Verifier() as verifier:
+            for start in range(0, len(results), MAX_BALLOTS):
+                part = results[start : start + MAX_BALLOTS]
+                answers = [self._answers[result["policy"], result["problem_id"]] for result in part]
+                for result, votes in zip(part, class_sizes(answers, verifier), strict=True):
+                    result["wrong_votes"] = votes
 
 
 def class_sizes(ballots: Sequence[Counter[str]], verifier: Verifier) -> list[list[int]]:

@@ -1,38 +1,45 @@
-"""From rollouts to results and metrics.json, their tables for the terminal, and the regrading of stored rollouts.
+"""What an evaluation writes, from its rollouts: results.jsonl, metrics.json, and tables for the terminal.
 
-    {"policies": {"runs/1/policy": {"num_problems": 30, "num_samples": 32, "avg@32": {"value": 0.25, "low": 0.19,
+    rollouts.jsonl   every completion         metrics.json    see below
+    results.jsonl    counts by problem        manifest.json   how it came about
+    greedy.jsonl     if asked for: a completion of temperature 0 for each problem, none of the samples
+    kl.jsonl         if asked for: the KL divergence to a base along some of the completions
+
+Of several sets each has these in a directory of its name, and metrics.json beside them sums them up. metrics.json holds
+
+    {"temperature": 1.0,
+     "policies": {"runs/1/policy": {"num_problems": 30, "num_samples": 32, "avg@32": {"value": 0.25, "low": 0.19,
                                     "high": 0.31}, "pass@8": ..., "truncated": ..., "no_answer": ...,
                                     "mean_tokens": ..., "verdicts": {"correct": 240, "wrong": 700, "no_answer": 20}}},
      "differences": {"runs/1/policy - runs/0/policy": {"avg@32": {"value", "low", "high", "real"}, ...}},
      "selected": {"policy": "runs/1/policy", "metric": "pass@32", "value": 0.5}}
 
-With --maj there are `maj@8` and so on, too (see votes.py), and with --greedy `greedy`, the share of problems that the
-completion at temperature 0 gets right. With --kl-to there are `kl` and `kl_per_token`, in nats a completion and a token
-(see divergence.py). Everything is computed from counts by problem (results.jsonl), and those from rollouts.jsonl,
-greedy.jsonl and kl.jsonl.
+and the metrics (see metrics.py) of whatever else was counted. Everything is computed from counts by problem
+(results.jsonl), and those from rollouts.jsonl, greedy.jsonl and kl.jsonl.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import combinations, islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from stages.core import records
+from stages.core import jsonl, outputs
 from stages.core.errors import InputError
-from stages.core.grading.verifier import Verifier
-from stages.core.ranks import Ranks
-from stages.core.records import Divergence, Result, Rollout, Verdict
+from stages.core.records import Divergence, Result, Rollout
 from stages.core.study import metrics
 from stages.core.tabular import aligned
 
-BATCH = 4096  # rollouts given to the verifier at once when they are graded again
+ROLLOUTS, GREEDY, KL = "rollouts.jsonl", "greedy.jsonl", "kl.jsonl"
 
 
 class Tally:
     """Counts rollouts into Results by policy and problem, in the order of their appearance."""
 
-    def __init__(self) -> None:
+    def __init__(self, temperature: float | None = None) -> None:
+        """`temperature` is that of the samples, if it is known."""
+        self._known = {} if temperature is None else {"temperature": temperature}
         self._results: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, rollout: Rollout) -> Rollout:
@@ -42,6 +49,7 @@ class Tally:
             result = self._results[key] = {
                 "problem_id": rollout["problem_id"],
                 "policy": rollout["policy"],
+                **self._known,
                 "num_samples": 0,
                 "num_correct": 0,
                 "num_truncated": 0,
@@ -70,8 +78,83 @@ class Tally:
 
     @property
     def results(self) -> list[Any]:
-        """The Results, with `num_no_answer`, `num_tokens` (of all samples) and `verdicts` beside the usual fields."""
+        """The Results."""
         return list(self._results.values())
+
+
+class Voting(Protocol):
+    """Counts the votes for maj@k: see grading.ballots."""
+
+    def add(self, rollout: Rollout) -> Rollout:
+        """Take one rollout's answer, and return the rollout."""
+
+    def count(self, results: Sequence[Any]) -> None:
+        """Give each Result its `wrong_votes`."""
+
+
+class Drawn(NamedTuple):
+    """What was drawn of a set: its rollouts, and the Divergences along them, by the names of their files."""
+
+    files: Mapping[str, Iterator[Any]]
+    temperature: float | None
+    voting: Voting | None
+
+
+def write(
+    out: Path, sets: Mapping[str, Drawn], manifest: Mapping[str, Any], ks: Sequence[int], select: str, started: float
+) -> dict[str, Any]:
+    """Write `out` whole, by sets if there are several; return what each set's metrics.json holds.
+
+    `started` is time.monotonic() at the start.
+    """
+    summaries = {}
+    with outputs.whole_dir(out) as beside:
+        for name, drawn in sets.items():
+            directory = beside if len(sets) == 1 else beside / name
+            results = _counted(directory, drawn)
+            jsonl.write(directory / "results.jsonl", results)
+            at = {} if drawn.temperature is None else {"temperature": drawn.temperature}
+            summaries[name] = at | measure(results, ks, select)
+            outputs.write_json(directory / "metrics.json", summaries[name])
+            sums = {name: sum(result[f"num_{name}"] for result in results) for name in ("samples", "tokens")}
+            counts = {"rollouts": sums["samples"], "tokens": sums["tokens"]}
+            own = {**at, "set": name, "counts": counts, "seconds": _since(started)}
+            if at:
+                own["parameters"] = {**manifest["parameters"], "temperature": [drawn.temperature]}
+            outputs.write_json(directory / "manifest.json", {**manifest, **own})
+        if len(sets) > 1:
+            outputs.write_json(beside / "metrics.json", overview(summaries))
+            outputs.write_json(beside / "manifest.json", {**manifest, "seconds": _since(started)})
+    return summaries
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
+
+
+def _counted(directory: Path, drawn: Drawn) -> list[Any]:
+    """Write the files of a set, and return its Results."""
+    tally, rollouts = Tally(drawn.temperature), drawn.files[ROLLOUTS]
+    jsonl.write(directory / ROLLOUTS, map(tally.add, map(drawn.voting.add, rollouts) if drawn.voting else rollouts))
+    if GREEDY in drawn.files:
+        jsonl.write(directory / GREEDY, map(tally.add, drawn.files[GREEDY]))
+    if KL in drawn.files:
+        jsonl.write(directory / KL, map(tally.add_divergence, drawn.files[KL]))
+    results = tally.results
+    if drawn.voting:
+        drawn.voting.count(results)
+    return results
+
+
+def print_tables(summaries: Mapping[str, Any]) -> None:
+    """Show every set's figures, which differences are real, and the policy that was selected."""
+    for name, measured in summaries.items():
+        at = f", temperature {measured['temperature']:g}" if "temperature" in measured else ""
+        print(f"{name}{at}\n{summary_table(measured)}\n")
+        if measured["differences"]:
+            print(f"{difference_table(measured)}\n")
+    if chosen := next(iter(summaries.values())).get("selected"):
+        print(f"best on {next(iter(summaries))} by {chosen['metric']}: {chosen['policy']}")
 
 
 def measure(results: Sequence[Result], ks: Sequence[int], select: str = "") -> dict[str, Any]:
@@ -120,60 +203,11 @@ def check_metrics(num_samples: int, ks: Sequence[int], select: str, maj: bool, g
 def overview(by_set: dict[str, Any]) -> dict[str, Any]:
     """Several sets in one: {"sets": {set: {policy: {metric: value}}}, "selected": that of the first set}."""
     sets = {
-        name: {policy: {key: summary[key]["value"] for key in _metrics(summary)} for policy, summary in own.items()}
+        name: {policy: {key: summary[key]["value"] for key in metric_names(summary)} for policy, summary in own.items()}
         for name, own in ((name, measured["policies"]) for name, measured in by_set.items())
     }
     first = next(iter(by_set.values()))
     return {"sets": sets} | ({"selected": first["selected"]} if "selected" in first else {})
-
-
-class Changes:
-    """What regrading changed: verdicts by (policy, old, new), and the results before."""
-
-    def __init__(self) -> None:
-        self.before = Tally()
-        self.verdicts: Counter[tuple[str, str, str]] = Counter()
-
-    def add(self, old: Rollout, new: Rollout) -> None:
-        """Count one rollout."""
-        self.before.add(old)
-        if old["verdict"] != new["verdict"]:
-            self.verdicts[old["policy"], old["verdict"], new["verdict"]] += 1
-
-
-def grade(file: Path, verifier: Verifier, ranks: Ranks) -> list[list[Verdict]]:
-    """The verdicts of the rollouts of `file` as `verifier` gives them now, by rank: each grades a share."""
-    return ranks.gather(ranks.together(lambda: _grade_share(file, verifier, ranks)))
-
-
-def _grade_share(file: Path, verifier: Verifier, ranks: Ranks) -> list[Verdict]:
-    own = (rollout for rank, rollout in _shared_out(file, ranks.num_ranks) if rank == ranks.rank)
-    verdicts: list[Verdict] = []
-    while batch := list(islice(own, BATCH)):
-        if any("rewards" in rollout for rollout in batch):
-            raise InputError(
-                f"--regrade {file}: its rewards are not math-verify's (--reward): draw anew to change them"
-            )
-        scores = verifier.submit([(rollout["completion"], rollout["answer"]) for rollout in batch]).result()
-        verdicts += (score.verdict for score in scores)
-    return verdicts
-
-
-def regraded(file: Path, verdicts: Sequence[Sequence[Verdict]], changes: Changes) -> Iterator[Rollout]:
-    """The rollouts of `file` with the `verdicts` of `grade`; `changes` counts the differences."""
-    by_rank = list(map(iter, verdicts))
-    for rank, old in _shared_out(file, len(verdicts)):
-        verdict = next(by_rank[rank])
-        new: Rollout = {**old, "verdict": verdict, "reward": 1.0 if verdict == "correct" else 0.0}
-        changes.add(old, new)
-        yield new
-
-
-def _shared_out(file: Path, num_ranks: int) -> Iterator[tuple[int, Rollout]]:
-    """Each rollout of `file` with the rank that grades it: all of a problem have one, which knows its answers then."""
-    numbers: dict[str, int] = {}
-    for rollout in records.read(file, Rollout):
-        yield numbers.setdefault(rollout["problem_id"], len(numbers)) % num_ranks, rollout
 
 
 def summary_table(measured: dict[str, Any]) -> str:
@@ -182,7 +216,7 @@ def summary_table(measured: dict[str, Any]) -> str:
     names, divergence = metrics.accuracies(first), ["kl_per_token"] if "kl_per_token" in first else []
     rows = [["policy", *names, "truncated", "no answer", "tokens", *("nats a token" for _ in divergence)]]
     for policy, summary in measured["policies"].items():
-        figures = [_percent(summary[name]) for name in names]
+        figures = [percent(summary[name]) for name in names]
         shares = [f"{100 * summary[name]['value']:.1f}" for name in ("truncated", "no_answer")]
         nats = ["{value:.4f} [{low:.4f}, {high:.4f}]".format(**summary[name]) for name in divergence]
         rows.append([policy, *figures, *shares, f"{summary['mean_tokens']['value']:.0f}", *nats])
@@ -196,31 +230,17 @@ def difference_table(measured: dict[str, Any]) -> str:
     rows = [["difference", *names]]
     for pair, differences in pairs.items():
         cells = (differences[name] for name in names)
-        rows.append([pair, *(_percent(cell, sign="+") + (" *" if cell["real"] else "  ") for cell in cells)])
+        rows.append([pair, *(percent(cell, sign="+") + (" *" if cell["real"] else "  ") for cell in cells)])
     note = "* real: the 95 % interval of the paired difference excludes zero (each pair on its own)"
     return f"{aligned(rows)}\n{note}"
 
 
-def change_table(changes: Changes, after: dict[str, Any], ks: Sequence[int]) -> str:
-    """The verdicts that changed, and every metric that moved with them."""
-    if not changes.verdicts:
-        return "no verdict changed"
-    before = measure(changes.before.results, ks)["policies"]
-    rows = [["policy", "verdict", "rollouts"]]
-    rows += [[policy, f"{old} -> {new}", str(count)] for (policy, old, new), count in changes.verdicts.most_common()]
-    moved = [["policy", "metric", "before", "after"]]
-    for policy, summary in after["policies"].items():
-        pairs = ((name, before[policy][name], summary[name]) for name in _metrics(before[policy]))
-        moved += [[policy, name, _percent(old), _percent(new)] for name, old, new in pairs if old != new]
-    return "\n".join([f"{sum(changes.verdicts.values())} verdicts changed", aligned(rows), "", aligned(moved)])
-
-
-def _metrics(summary: dict[str, Any]) -> list[str]:
+def metric_names(summary: Mapping[str, Any]) -> list[str]:
     """The names of a summary's metrics, among its counts."""
     return [name for name, value in summary.items() if isinstance(value, dict) and "value" in value]
 
 
-def _percent(cell: dict[str, Any], sign: str = "") -> str:
+def percent(cell: dict[str, Any], sign: str = "") -> str:
     """31.2 [27.0, 35.4]: the figure and its interval in per cent."""
     value, low, high = (format(100 * cell[key], f"{sign}.1f") for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

@@ -1,0 +1,84 @@
+"""regrade: stored rollouts graded once more, with an engine that answers by rule behind them."""
+
+import orjson
+import pytest
+
+from stages import regrade
+from stages.core import jsonl, records
+from stages.core.errors import InputError
+from stages.core.records import Rollout
+from stages.regrade import Options
+
+
+def problem(number):
+    a, b = number % 9 + 1, number % 7
+    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A file of sums."""
+    jsonl.write(tmp_path / "sums.jsonl", (problem(number) for number in range(12)))
+    return tmp_path / "sums.jsonl"
+
+
+def read(out):
+    return list(records.read(out / "rollouts.jsonl", Rollout))
+
+
+def load(path):
+    return orjson.loads(path.read_bytes())
+
+
+def test_a_selection_by_no_metric_is_refused_when_grading_again(run, engines, tiny_policy, problems, tmp_path):
+    run([tiny_policy], problems, tmp_path / "out")
+    with pytest.raises(InputError, match="--select pass@2 is none of the metrics: avg@4, pass@1, pass@4"):
+        regrade.run(Options(rollouts=tmp_path / "out", out=tmp_path / "again", select="pass@2"))
+    assert not (tmp_path / "again").exists()
+
+
+def test_grading_again_without_a_change_gives_the_same_files(run, engines, tiny_policy, problems, tmp_path, capsys):
+    run([tiny_policy], problems, tmp_path / "out")
+    regrade.run(Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
+    assert "no verdict changed" in capsys.readouterr().out
+    for name in ("rollouts.jsonl", "results.jsonl", "metrics.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert len(engines) == 1
+
+
+def test_grading_again_shows_which_verdicts_and_metrics_changed(run, engines, tiny_policy, problems, tmp_path, capsys):
+    run([tiny_policy], problems, tmp_path / "out")
+    honest = read(tmp_path / "out")
+    wrong = [r for r in honest if r["verdict"] == "wrong"][:3]
+    old = [r | {"verdict": "correct", "reward": 1.0} if r in wrong else r for r in honest]
+    jsonl.write(tmp_path / "out/rollouts.jsonl", old)
+    capsys.readouterr()
+    regrade.run(Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
+    assert read(tmp_path / "again") == honest and read(tmp_path / "out") == old
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [str(tiny_policy), "correct", "->", "wrong", "3"] in shown
+    averages = [100 * sum(r["reward"] for r in rollouts) / len(honest) for rollouts in (old, honest)]
+    [moved] = [line for line in shown if line[:2] == [str(tiny_policy), "avg@4"]]
+    assert [float(moved[2]), float(moved[5])] == pytest.approx(averages, abs=0.06)
+
+
+def test_bare_answers_count_only_where_they_are_asked_for(run, engines, tiny_policy, problems, tmp_path):
+    run([tiny_policy], problems, tmp_path / "out")
+    regrade.run(Options(rollouts=tmp_path / "out", out=tmp_path / "bare", bare=True))
+    strict, bare = (load(tmp_path / name / "metrics.json")["policies"][str(tiny_policy)] for name in ("out", "bare"))
+    assert strict["no_answer"]["value"] > 0.1 > bare["no_answer"]["value"]
+    assert bare["avg@4"]["value"] > strict["avg@4"]["value"]
+    assert [load(tmp_path / name / "manifest.json")["parameters"]["bare"] for name in ("out", "bare")] == [False, True]
+
+
+def test_sets_are_graded_again_side_by_side_and_a_file_alone(run, engines, tiny_policy, problems, tmp_path):
+    jsonl.write(tmp_path / "more.jsonl", (problem(number) for number in range(3, 7)))
+    run([tiny_policy], [problems, tmp_path / "more.jsonl"], tmp_path / "out", select="pass@4")
+    regrade.run(Options(rollouts=tmp_path / "out", out=tmp_path / "again", select="pass@4"))
+    overviews = [load(tmp_path / name / "metrics.json") for name in ("out", "again")]
+    assert overviews[0] == overviews[1] and list(overviews[1]["sets"]) == ["sums", "more"], "the first set selects"
+    regrade.run(Options(rollouts=tmp_path / "out/more/rollouts.jsonl", out=tmp_path / "one"))
+    for again, first in (("again/sums", "sums"), ("again/more", "more"), ("one", "more")):
+        assert read(tmp_path / again) == read(tmp_path / "out" / first)
+    with pytest.raises(InputError, match=r"holds no rollouts\.jsonl"):
+        regrade.run(Options(rollouts=tiny_policy, out=tmp_path / "two"))
