@@ -62,16 +62,21 @@ def run(options: Options) -> None:
     """
     started = time.perf_counter()
     outputs.refuse_unwritable(options.out)
-    paths = [checkpoints.resolve(checkpoints.within(name)[-1]) for name in options.policy]
-    identity = identify("merge", options, recorded(paths))
+    names: dict[Path, str] = {}
+    weights: dict[Path, float] = {}  # of a policy that is named twice the sum
+    for name, weight in zip(options.policy, options.weight, strict=True):
+        path = checkpoints.resolve(checkpoints.within(name)[-1])
+        names[path], weights[path] = name, weights.get(path, 0.0) + weight
+    paths = [*names]
+    identity = identify("merge", options, recorded(paths), weight=[*weights.values()])
     if is_done(options.out, options.out / "manifest.json", lambda: identity):
         return
-    _check_alike(options.policy, paths)
+    _check_alike([*names.values()], paths)
     for path in paths:
         checkpoints.check_shapes(path)
     with outputs.claimed(options.out), outputs.whole_dir(options.out) as beside:
         shutil.copytree(paths[0], beside, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
-        num_tensors = _write([_Stored(path) for path in paths], options.weight, beside)
+        num_tensors = _write([_Stored(path) for path in paths], [*weights.values()], beside)
         seconds = time.perf_counter() - started
         outputs.write_json(beside / "manifest.json", manifest(identity, {"tensors": num_tensors}, seconds))
 

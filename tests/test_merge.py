@@ -47,20 +47,20 @@ def test_a_merged_policy_is_bit_for_bit_the_average(tiny_policy, moved, tmp_path
     assert len(checkpoints.weight_files(tmp_path / "merged")) > 1
 
 
-def test_a_merged_policy_loads_as_the_first_does_and_says_what_it_is_made_of(tiny_policy, moved, tmp_path):
-    out = tmp_path / "merged"
-    merge.run(merge.Options(policy=[str(tiny_policy), str(moved), str(moved)], weight=[0.5, 0.25, 0.25], out=out))
+def test_a_merged_policy_loads_as_the_first_does_and_says_how_much_of_each_policy_it_is(tiny_policy, moved, tmp_path):
+    out, names = tmp_path / "merged", [str(moved), str(tiny_policy), str(moved)]
+    merge.run(merge.Options(policy=names, weight=[0.5, 0.25, 0.25], out=out))
     checkpoints.check_shapes(checkpoints.resolve(str(out)))
     model = checkpoints.load_model(out, torch.float32)
-    expected = plainly([tiny_policy, moved, moved], [0.5, 0.25, 0.25])
+    expected = plainly([moved, tiny_policy], [0.75, 0.25])
     assert torch.equal(model.get_input_embeddings().weight, expected["model.embed_tokens.weight"])
     assert checkpoints.encode(checkpoints.load_tokenizer(out), ["1+2="]) == checkpoints.encode(
         checkpoints.load_tokenizer(tiny_policy), ["1+2="]
     )
     record = json.loads((out / "manifest.json").read_text())
     assert record["stage"] == "merge"
-    assert record["parameters"]["weight"] == [0.5, 0.25, 0.25]
-    assert list(record["inputs"]) == [str(tiny_policy), str(moved)]
+    assert record["parameters"]["weight"] == [0.75, 0.25]
+    assert list(record["inputs"]) == [str(moved), str(tiny_policy)]
 
 
 def test_a_directory_of_checkpoints_stands_for_its_last_one(tiny_policy, moved, tmp_path):
