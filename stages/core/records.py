@@ -1,5 +1,20 @@
 """The records that pass between stages, one JSON object a line, and the check that each file holds them.
 
+    problem       a question with its answer, which the verifier can compare with
+    prompt        the exact text that a policy continues; a template or a chat template makes it of the problem
+    completion    what a policy writes after a prompt; it stops by itself or is truncated at the token limit
+    rollout       a completion with its reward and verdict (the paper's trajectory)
+    group         the rollouts drawn together for one prompt; the group size is their number
+    reward        what the verifier, or rewards of one's own, give a completion
+    pass rate     the share of successes among a problem's rollouts; a problem with a low one is hard
+    policy        the weights of a model with its tokenizer; a checkpoint is a directory that holds one
+    start policy  what an iteration explores from, and what it fine-tunes afterwards
+    step          a training step of RL: rollouts drawn, then one or more updates of the weights
+    iteration     a turn of the loop: explore (rl), filter, fine-tune (rft)
+    example       a rollout to fine-tune on; an epoch of rft sees each once
+    result        how often one policy solved one problem in an evaluation
+    log-prob      the natural logarithm of a token's probability, in nats
+
 Records are plain dictionaries, so unknown keys travel along untouched and no time goes into conversion.
 A missing or ill-typed field is an InputError that names file, line and field. Counts are stored, never rates:
 every metric can be recomputed.
@@ -61,18 +76,17 @@ class Rollout(TypedDict):
     """A completion with its reward; made by rl, sample and eval, read by filter, analyze and report.
 
     {"problem_id": "math-500/7", "sample": 0, "step": 12, "policy": "runs/0/policy", "prompt": "What is 3 + 4?",
-     "completion": "3 + 4 = \\\\boxed{7}", "answer": "7", "reward": 1.0, "verdict": "correct", "num_tokens": 9,
+     "completion": "3 + 4 = \\boxed{7}", "answer": "7", "reward": 1.0, "verdict": "correct", "num_tokens": 9,
      "finish_reason": "stop"}
 
-    `prompt` is the exact text the engine saw; `reward` is the verifier's 0.0 or 1.0, or the weighted sum of one's own
-    rewards, of any value, and never shaped; `verdict` is `correct` from 1.0 on; `step` is 0 outside rl. rl adds
-    `trained` (bool: did its group enter an update) and `shaped_reward` (float), rewards of one's own add `rewards`
-    (each by its name, null if it does not apply).
+    `reward` is never shaped: the verifier's 0.0 or 1.0, or the weighted sum of rewards of one's own, of any value;
+    `verdict` is `correct` from 1.0 on. `token_ids` are the sampled tokens, with the one that ended them if they were
+    not truncated, and `log_probs` their log-probs when they were drawn, packed as in core/tokens.py.
     """
 
     problem_id: str
     sample: int
-    step: int
+    step: int  # 0 outside rl
     policy: str
     prompt: str
     completion: str
@@ -81,18 +95,29 @@ class Rollout(TypedDict):
     verdict: Verdict
     num_tokens: int
     finish_reason: FinishReason
+    token_ids: NotRequired[str]
+    log_probs: NotRequired[str]  # of rl
+    rewards: NotRequired[dict[str, float | None]]  # of one's own, by name; null if one does not apply
+    trained: NotRequired[bool]  # of rl: did its group enter an update
+    shaped_reward: NotRequired[float]  # of rl: what its advantage was taken from
 
 
 class Example(TypedDict):
     """A rollout worth learning from, in TRL's prompt/completion columns; made by filter, read by rft.
 
-    {"problem_id": "math-500/7", "prompt": "What is 3 + 4?", "completion": "3 + 4 = \\\\boxed{7}", "pass_rate": 0.05}
+    {"problem_id": "math-500/7", "prompt": "What is 3 + 4?", "completion": "3 + 4 = \\boxed{7}", "pass_rate": 0.05}
+
+    `token_ids` and `log_probs` are the rollout's. `weight` multiplies its loss, 1 if it is not there; a negative one
+    is a failure's, from which rft moves away.
     """
 
     problem_id: str
     prompt: str
     completion: str
     pass_rate: float
+    token_ids: NotRequired[str]
+    log_probs: NotRequired[str]
+    weight: NotRequired[float]
 
 
 class Result(TypedDict):
