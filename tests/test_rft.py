@@ -12,6 +12,7 @@ import pytest
 from rloop_cli import warm
 from stages import rft
 from stages.core import jsonl, provenance
+from stages.core.drawing.tokens import pack_ids
 from stages.core.errors import CollapseError, InputError
 from stages.core.policy import checkpoints
 from stages.rft import card as cards
@@ -56,6 +57,9 @@ def example(prompt, completion):
     return {"problem_id": "p", "prompt": prompt, "completion": completion, "pass_rate": 0.1}
 
 
+END = ready.Ending(0, frozenset([0, 1]))
+
+
 def codes(text):
     return [ord(letter) for letter in text]
 
@@ -68,29 +72,85 @@ def codes(text):
         ("ab", "cd$", codes("^ab"), [*codes("cd"), 0]),  # the end token is in the text already
         ("at", "he", codes("^at"), [*codes("he"), 0]),  # "th" across the border: the engine began between
         ("ab", "", codes("^ab"), [0]),
+        ("ab", "cd\1", codes("^ab"), [*codes("cd"), 1]),  # another end token is in the text already
     ],
 )
 def test_a_row_is_the_engines_prompt_then_the_completion_then_one_end_token(
     prompt, completion, prompt_ids, completion_ids
 ):
-    row = ready.tokenize(Letters(), example(prompt, completion))
+    row = ready.tokenize(Letters(), example(prompt, completion), END)
     assert row.input_ids == prompt_ids + completion_ids
     assert row.labels == [ready.IGNORED] * len(prompt_ids) + completion_ids
     assert row.num_labels == len(completion_ids)
 
 
 def test_a_tokenizer_that_marks_the_begin_of_a_text_puts_no_space_between_prompt_and_completion():
-    row = ready.tokenize(Words(), example("a b", "c d"))
+    row = ready.tokenize(Words(), example("a b", "c d"), ready.Ending("</s>", frozenset(["</s>"])))
     assert row.input_ids == ["_", "a", "_", "b", "c", "_", "d", "</s>"]
+
+
+def test_of_a_rollout_the_sampled_tokens_are_trained_on_however_the_tokenizer_would_cut_its_text():
+    sampled = example("ab", "the") | {"token_ids": pack_ids([*codes("the"), 1])}
+    assert ready.tokenize(Letters(), sampled, END).labels[3:] == [*codes("the"), 1]
+    truncated = example("ab", "the") | {"token_ids": pack_ids(codes("the"))}
+    assert ready.tokenize(Letters(), truncated, END).labels[3:] == codes("the")
+
+
+CHAT = (
+    "{% for m in messages %}<turn>{{ m.role }}:{{ m.content }}<end_of_turn>,{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinker():
+    """A tokenizer with `<think>` as a special token and a chat template that ends turns by another than eos."""
+    from stages.toy import pretrain
+
+    tokenizer = pretrain.build_tokenizer([*WORDS, *":abcdefghijklmnopqrstuvwxyz", " "])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "<turn>", "<end_of_turn>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def test_a_thought_whose_marks_are_special_tokens_is_trained_on_from_ids_alone(thinker):
+    think, turn = thinker.convert_tokens_to_ids(["<think>", "<end_of_turn>"])
+    sampled = [think, *thinker.encode("1+2=3"), turn]
+    completion = thinker.decode(sampled, skip_special_tokens=True)
+    record = example("1+2=", completion) | {"token_ids": pack_ids(sampled)}
+    end = ready.ending(thinker, [thinker.eos_token_id, turn])
+    assert ready.check_ids(thinker, [record], len(thinker)) == []
+    row = ready.tokenize(thinker, record, end)
+    assert row.labels[-len(sampled) :] == sampled
+
+
+def test_a_text_ends_as_the_chat_template_ends_a_turn_where_its_prompt_is_a_chat_and_else_by_eos(thinker):
+    turn = thinker.convert_tokens_to_ids("<end_of_turn>")
+    chat = thinker.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False, add_generation_prompt=True)
+    end = ready.ending(thinker, [thinker.eos_token_id, turn])
+    assert ready.tokenize(thinker, example(chat, "2"), end).labels[-2:] == [thinker.encode("2")[0], turn]
+    assert ready.tokenize(thinker, example("1+1=", "2"), end).labels[-1] == thinker.eos_token_id
+    alone = ready.ending(thinker, [thinker.eos_token_id])  # an engine that does not know the turn's end
+    assert ready.tokenize(thinker, example(chat, "2"), alone).labels[-1] == thinker.eos_token_id
+
+
+def test_ids_of_another_tokenizer_are_refused_and_an_edited_text_is_named(thinker):
+    ids = thinker.encode("1+2=3")
+    good, edited = (example("1", text) | {"token_ids": pack_ids(ids)} for text in (thinker.decode(ids), "4"))
+    assert ready.check_ids(thinker, [good, good, edited | {"problem_id": "e"}, example("1", "2")], 100) == ["e"]
+    with pytest.raises(InputError, match="2 of 3 examples hold token_ids that do not give their text"):
+        ready.check_ids(thinker, [good, edited, edited], 100)
+    with pytest.raises(InputError, match="holds token 99, and the policy has 99"):
+        ready.check_ids(thinker, [example("1", "2") | {"token_ids": pack_ids([99])}], 99)
 
 
 def test_an_example_longer_than_the_bound_is_left_out_whole_and_named():
     short, long = example("a", "b"), example("a", "b" * 9) | {"problem_id": "long"}
-    rows, left_out = ready.tokenize_fitting(Letters(), [long, short], max_tokens=4)
+    rows, left_out = ready.tokenize_fitting(Letters(), [long, short], 4, END)
     assert [row.input_ids for row in rows] == [[*codes("^ab"), 0]]
     assert left_out == ["long"]
     with pytest.raises(InputError, match="none of 1 examples fits into 4 tokens, prompt included"):
-        ready.tokenize_fitting(Letters(), [long], max_tokens=4)
+        ready.tokenize_fitting(Letters(), [long], 4, END)
 
 
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():

@@ -100,4 +100,5 @@ def test_a_groups_rollouts_are_whole_records():
         "problem_id": "p0", "sample": 5, "step": 3, "policy": "here/policy", "prompt": "Q one two A",
         "completion": "\\boxed{8}", "answer": "7", "reward": 0.0, "verdict": "wrong", "num_tokens": 1,
         "finish_reason": "stop",
+        "token_ids": "AQ==",
     }  # fmt: skip

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from stages.core import tokens
+from stages.core.drawing import tokens
 from stages.core.errors import InputError
 
 

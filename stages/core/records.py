@@ -81,7 +81,7 @@ class Rollout(TypedDict):
 
     `reward` is never shaped: the verifier's 0.0 or 1.0, or the weighted sum of rewards of one's own, of any value;
     `verdict` is `correct` from 1.0 on. `token_ids` are the sampled tokens, with the one that ended them if they were
-    not truncated, and `log_probs` their log-probs when they were drawn, packed as in core/tokens.py.
+    not truncated, and `log_probs` their log-probs when they were drawn, packed as in core/drawing/tokens.py.
     """
 
     problem_id: str

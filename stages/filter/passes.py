@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from os.path import normpath, realpath
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import orjson
 
@@ -20,6 +20,7 @@ from stages.core.errors import InputError
 from stages.core.records import Example, Rollout
 from stages.filter.selection import Positions, Tally
 
+SAMPLED: tuple[Literal["token_ids", "log_probs"], ...] = ("token_ids", "log_probs")  # kept in examples
 FLUSH_LINES = 4096  # lines between two moves of the bar
 
 
@@ -207,12 +208,16 @@ def examples(
     """The rollouts at the chosen positions (source, offset), as examples."""
     for _, rollout in _revisit(sources, chosen):
         problem_id = rollout["problem_id"]
-        yield Example(
+        example = Example(
             problem_id=problem_id,
             prompt=rollout["prompt"],
             completion=rollout["completion"],
             pass_rate=tallies[problem_id].pass_rate,
         )
+        for name in SAMPLED:
+            if name in rollout:
+                example[name] = rollout[name]
+        yield example
 
 
 def _revisit(sources: list[Source], positions: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Rollout]]:

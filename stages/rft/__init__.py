@@ -1,7 +1,8 @@
 """Fine-tune the start policy on the examples: the next start policy.
 
 Writes OUT as a checkpoint directory that transformers and vLLM load as it is, with log.tsv, metrics.json, manifest.json
-and a model card, README.md, beside the weights. The loss is on the completion alone, its end token included. Weights
+and a model card, README.md, beside the weights. The loss is on the completion alone: of a rollout the tokens that were
+sampled, of a text its tokens and an end token. Weights
 and optimizer are float32 while it trains; what is written is in the compute type. OUT appears whole or not at all.
 """
 
@@ -131,7 +132,7 @@ def _read(options: Options, ranks: Ranks) -> _Read:
 
     from stages.core.policy import adapters, checkpoints
     from stages.rft.card import base_of
-    from stages.rft.examples import tokenize_fitting
+    from stages.rft.examples import check_ids, ending, tokenize_fitting
 
     path, base = checkpoints.resolve(options.policy), base_of(options.policy)
     checkpoints.check_shapes(path)
@@ -140,7 +141,12 @@ def _read(options: Options, ranks: Ranks) -> _Read:
     context = checkpoints.context_length(path)
     if options.max_tokens > context:
         raise InputError(f"--max-tokens {options.max_tokens} is beyond the policy's context of {context}: lower it")
-    rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context)
+    differing = check_ids(tokenizer, examples, checkpoints.load_config(path).get_text_config().vocab_size)
+    if differing and ranks.is_first:
+        names = tabular.some(differing)
+        warn(f"{len(differing)} examples ({names}) have another text than their token_ids: the tokens are trained on")
+    end = ending(tokenizer, checkpoints.end_token_ids(path))
+    rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context, end)
     return _Read(path, base, tokenizer, examples, rows, left_out, options.max_tokens or context)
 
 

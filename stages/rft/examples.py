@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.core.drawing import templates
+from stages.core.drawing.tokens import unpack_ids
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.policy.checkpoints import IGNORED
-from stages.core.records import Example
+from stages.core.records import Example, Message
 
 
 @dataclass(frozen=True)
@@ -33,34 +35,78 @@ class Row:
         return len(self.labels) - self.labels.count(IGNORED)
 
 
-def tokenize(tokenizer: Any, example: Example) -> Row:
-    """The prompt's token ids as the engine saw them, then the completion's, then the end token exactly once.
+@dataclass(frozen=True)
+class Ending:
+    """By what a completion ends that is known as a text alone.
 
-    The completion is cut out of the tokenised whole if that begins with the prompt's tokens, because a tokenizer
-    that marks the begin of a text (SentencePiece) would put a space before a completion on its own. If prompt and
-    completion share a token in the whole, the completion is tokenised on its own: the engine began there, too.
+    `chat` after a prompt that ends as the policy's chat template opens the answer, with the text `opening`; else
+    `plain`, the tokenizer's end token. `all` are the tokens that end a completion when it is drawn.
     """
-    prompt_ids, whole_ids = checkpoints.encode(
-        tokenizer, [example["prompt"], example["prompt"] + example["completion"]]
-    )
-    if whole_ids[: len(prompt_ids)] == prompt_ids:
-        completion_ids = whole_ids[len(prompt_ids) :]
+
+    plain: int
+    all: frozenset[int]
+    chat: int | None = None
+    opening: str = ""
+
+    def after(self, prompt: str) -> int:
+        """The end token of a completion of `prompt`."""
+        return self.chat if self.chat is not None and prompt.endswith(self.opening) else self.plain
+
+
+def ending(tokenizer: Any, end_token_ids: Sequence[int]) -> Ending:
+    """How texts end under a policy: its end tokens, and the one of them that its chat template puts after an answer."""
+    plain, ends = tokenizer.eos_token_id, frozenset(end_token_ids)
+    if not getattr(tokenizer, "chat_template", None):
+        return Ending(plain, ends)
+    question, answer = Message(role="user", content="What is 3 + 4?"), Message(role="assistant", content="It is 7.")
+    chats = {"open": [question], "closed": [question, answer, question]}
+    rendered = templates.render_chats(tokenizer, chats, "the policy's chat template")
+    closing = checkpoints.encode(tokenizer, [rendered["closed"].rpartition(answer["content"])[2]])[0]
+    chat = next((token for token in closing if token in ends), None)
+    return Ending(plain, ends, chat, rendered["open"].rpartition(question["content"])[2])
+
+
+def tokenize(tokenizer: Any, example: Example, end: Ending) -> Row:
+    """The prompt's token ids as the engine saw them, then the completion's.
+
+    Of a rollout these are the tokens that were sampled, with the one that ended it if it was not truncated. A text is
+    tokenised and ends with its end token exactly once.
+    """
+    [prompt_ids] = checkpoints.encode(tokenizer, [example["prompt"]])
+    if "token_ids" in example:
+        completion_ids = unpack_ids(example["token_ids"])
     else:
-        completion_ids = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
-    while completion_ids and completion_ids[-1] == tokenizer.eos_token_id:
-        completion_ids = completion_ids[:-1]
-    completion_ids = [*completion_ids, tokenizer.eos_token_id]
+        completion_ids = _completion_ids(tokenizer, example, prompt_ids)
+        last = completion_ids[-1] if completion_ids and completion_ids[-1] in end.all else end.after(example["prompt"])
+        while completion_ids and completion_ids[-1] == last:
+            completion_ids = completion_ids[:-1]
+        completion_ids = [*completion_ids, last]
     return Row(prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids)
 
 
-def tokenize_fitting(tokenizer: Any, examples: Sequence[Example], max_tokens: int) -> tuple[list[Row], list[str]]:
+def _completion_ids(tokenizer: Any, example: Example, prompt_ids: list[int]) -> list[int]:
+    """The tokens of a completion that is known as a text.
+
+    It is cut out of the tokenised whole if that begins with the prompt's tokens, because a tokenizer that marks the
+    begin of a text (SentencePiece) would put a space before a completion on its own. If prompt and completion share a
+    token in the whole, the completion is tokenised on its own: the engine began there, too.
+    """
+    [whole_ids] = checkpoints.encode(tokenizer, [example["prompt"] + example["completion"]])
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        return whole_ids[len(prompt_ids) :]
+    return list(tokenizer(example["completion"], add_special_tokens=False)["input_ids"])
+
+
+def tokenize_fitting(
+    tokenizer: Any, examples: Sequence[Example], max_tokens: int, end: Ending
+) -> tuple[list[Row], list[str]]:
     """The rows of at most `max_tokens` tokens, and the problem ids of the examples left out as too long.
 
     No example is cut: half a solution would teach to stop half-way. Raises InputError if no example fits.
     """
     rows, left_out = [], []
     for example in examples:
-        row = tokenize(tokenizer, example)
+        row = tokenize(tokenizer, example, end)
         if len(row) <= max_tokens:
             rows.append(row)
         else:
@@ -71,6 +117,35 @@ def tokenize_fitting(tokenizer: Any, examples: Sequence[Example], max_tokens: in
             "where that is the policy's context, draw shorter completions in rl"
         )
     return rows, left_out
+
+
+def check_ids(tokenizer: Any, examples: Sequence[Example], vocabulary: int) -> list[str]:
+    """The problem ids of examples whose text is not that of their token_ids: edited texts, say.
+
+    Raises InputError if token_ids are no ids of a policy with `vocabulary` tokens, or most are another tokenizer's.
+    """
+    differing, num_known = [], 0
+    for example in examples:
+        if "token_ids" not in example:
+            continue
+        num_known += 1
+        try:
+            ids = unpack_ids(example["token_ids"])
+        except InputError as error:
+            raise InputError(f"an example of problem {example['problem_id']}: {error}") from None
+        if ids and max(ids) >= vocabulary:
+            raise InputError(
+                f"an example of problem {example['problem_id']} holds token {max(ids)}, and the policy has "
+                f"{vocabulary}: its token_ids are of another tokenizer; leave them out to train on the text"
+            )
+        if tokenizer.decode(ids, skip_special_tokens=True).strip() != example["completion"].strip():
+            differing.append(example["problem_id"])
+    if 2 * len(differing) > num_known:
+        raise InputError(
+            f"{len(differing)} of {num_known} examples hold token_ids that do not give their text: they are of another "
+            "tokenizer than the policy's; leave them out to train on the text"
+        )
+    return differing
 
 
 def order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 from stages.core.drawing import templates
 from stages.core.drawing.engine import Completion, Engine, Sampling, ShouldStop, seed_of
 from stages.core.drawing.templates import Template
+from stages.core.drawing.tokens import pack_ids, pack_log_probs
 from stages.core.errors import InputError
 from stages.core.grading.scores import Grader, Pending, Score, Settled
 from stages.core.policy import checkpoints
@@ -73,23 +74,29 @@ class Group:
 
     def rollouts(self, policy: str, step: int = 0, first_sample: int = 0) -> list[Rollout]:
         """The group as records, `sample` counting up from `first_sample`."""
-        return [
-            {
-                "problem_id": self.prompt.problem["id"],
-                "sample": first_sample + number,
-                "step": step,
-                "policy": policy,
-                "prompt": self.prompt.text,
-                "completion": completion.text,
-                "answer": self.prompt.problem["answer"],
-                "reward": score.reward,
-                "verdict": score.verdict,
-                "num_tokens": len(completion.token_ids),
-                "finish_reason": "stop" if completion.finish_reason == "stop" else "length",
-                **({} if score.parts is None else {"rewards": score.parts}),  # type: ignore[typeddict-item]
-            }
-            for number, (completion, score) in enumerate(zip(self.completions, self.scores, strict=True))
-        ]
+        pairs = enumerate(zip(self.completions, self.scores, strict=True), first_sample)
+        return [self._rollout(completion, score, policy, step, sample) for sample, (completion, score) in pairs]
+
+    def _rollout(self, completion: Completion, score: Score, policy: str, step: int, sample: int) -> Rollout:
+        rollout: Rollout = {
+            "problem_id": self.prompt.problem["id"],
+            "sample": sample,
+            "step": step,
+            "policy": policy,
+            "prompt": self.prompt.text,
+            "completion": completion.text,
+            "answer": self.prompt.problem["answer"],
+            "reward": score.reward,
+            "verdict": score.verdict,
+            "num_tokens": len(completion.token_ids),
+            "finish_reason": "stop" if completion.finish_reason == "stop" else "length",
+            "token_ids": pack_ids(completion.token_ids),
+        }
+        if completion.log_probs:
+            rollout["log_probs"] = pack_log_probs(completion.log_probs)
+        if score.parts is not None:
+            rollout["rewards"] = score.parts
+        return rollout
 
 
 def make_prompts(
