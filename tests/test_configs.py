@@ -75,7 +75,7 @@ def test_rl_and_eval_ask_with_the_same_template_and_the_sections_name_the_same_s
     assert params["rl"]["template"] == params["eval"]["template"]
     [problems] = params["valid"]["problems"]
     assert {params["analyze"]["set"], params["report"]["valid"], Path(problems).stem} == {Path(problems).stem}
-    assert params["valid"]["select"] == f"pass@{max(params['eval']['k'])}", "as the report chooses checkpoints"
+    assert params["valid"]["select"] == f"avg@{params['eval']['num_samples']}", "as the report chooses checkpoints"
 
 
 def test_the_paper_s_numbers_stand_in_the_paper_s_config():

@@ -43,7 +43,7 @@ def table(capsys, **options):
     told = capsys.readouterr()
     rows = [line.split("\t")[1:3] for line in told.out.splitlines()[1:]]
     lines = [line.removeprefix("rloop: left out: ") for line in told.err.splitlines() if "left out: " in line]
-    return dict(rows), lines
+    return {method: policy for method, policy in rows if not method.endswith(", chosen")}, lines
 
 
 WHOLE = {

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from stages.core.errors import InputError
 from stages.core.study import metrics
@@ -52,7 +53,7 @@ def test_summary_of_a_policy_is_the_mean_over_problems():
     assert summary["avg@4"]["value"] == pytest.approx(5 / 12)
     assert summary["pass@1"]["value"] == pytest.approx(5 / 12)
     assert summary["pass@2"]["value"] == pytest.approx((1 + 1 / 2 + 0) / 3)
-    assert summary["truncated"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert summary["truncated"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / 3))}
 
 
 def test_further_counts_become_metrics_only_where_every_result_has_them():
@@ -78,6 +79,39 @@ def test_intervals_hold_the_truth_in_about_95_of_100_draws():
         found["low"] <= 0.3 <= found["high"] for found in map(metrics.interval, rng.binomial(8, 0.3, (400, 60)) / 8)
     ]
     assert 0.91 < np.mean(held) < 0.98
+
+
+@pytest.mark.parametrize("num_problems", [1, 7, 40])
+def test_of_none_or_all_the_interval_is_clopper_and_pearsons(num_problems):
+    interval = binomtest(0, num_problems).proportion_ci(method="exact")
+    none = metrics.interval(np.zeros(num_problems), bounds=(0, 1))
+    assert none == {"value": 0, "low": 0, "high": pytest.approx(interval.high)}
+    every = metrics.interval(np.ones(num_problems), bounds=(0, 1))
+    assert every == {"value": 1, "low": pytest.approx(1 - interval.high), "high": 1}
+    better = metrics.interval(np.ones(num_problems), bounds=(-1, 1))
+    assert better == {"value": 1, "low": pytest.approx(1 - 2 * interval.high), "high": 1}
+    assert metrics.interval(np.zeros(num_problems), bounds=(-1, 1)) == {"value": 0, "low": 0, "high": 0}
+    whole = np.arange(2 * num_problems) < num_problems
+    assert metrics.share_interval(np.zeros(len(whole), bool), whole)["high"] == pytest.approx(interval.high)
+    assert metrics.share_interval(whole, whole)["low"] == pytest.approx(1 - interval.high)
+
+
+def test_the_average_of_sets_without_a_success_is_that_of_as_many_problems():
+    assert metrics.average_interval([np.zeros(20), np.zeros(20)], bounds=(0, 1))["high"] == pytest.approx(
+        binomtest(0, 40).proportion_ci(method="exact").high
+    )
+
+
+def test_every_metric_is_measured_where_its_fields_are_there_and_named_in_the_order_of_the_table():
+    counted = {"num_tokens": 40, "num_no_answer": 1, "wrong_votes": [2], "num_greedy_correct": 1}
+    counted |= {"kl_nats": 3.0, "num_kl_samples": 2, "num_kl_tokens": 12}
+    summary = metrics.summarise([result("a", 2, **counted), result("b", 2, **counted | {"kl_nats": 9.0})], ks=(1, 2))
+    assert list(summary)[2:6] == ["avg@4", "pass@1", "pass@2", "maj@1"]
+    assert {name.partition("@")[0] for name in summary} >= {metric.name for metric in metrics.METRICS}
+    assert summary["maj@1"]["value"] == 0.5 and summary["greedy"]["value"] == 1
+    assert summary["kl"]["value"] == 3.0 and summary["kl_per_token"]["value"] == 0.5
+    assert metrics.accuracies(summary) == ["avg@4", "pass@1", "pass@2", "maj@1", "maj@2", "greedy"]
+    assert metrics.in_order(["greedy", "pass@16", "pass@8", "avg@4"]) == ["avg@4", "pass@8", "pass@16", "greedy"]
 
 
 def test_the_average_of_sets_is_surer_than_each_and_weighs_them_alike():

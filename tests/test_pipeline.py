@@ -64,7 +64,7 @@ def shrunken():
     params["vanilla"]["steps"] = 2
     params["filter"]["max_pass_rate"] = 0.9
     params["eval"] |= {"num_samples": 8, "k": [4, 8]}
-    params["valid"]["select"] = "pass@8"
+    params["valid"]["select"] = "avg@8"
     params["tests"]["problems"] = ["runs/0/prec.jsonl", "runs/0/long.jsonl"]
     params["report"]["ks"] = [4, 8]
     return params
@@ -133,7 +133,7 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     shown = dvc(tmp_path, "metrics", "show")
     assert max(map(len, shown.splitlines())) <= 100, "it fits a terminal"
     assert [line.split()[0].rpartition("/")[2] for line in shown.splitlines()[1:]] == [
-        "Base.json", "RL.json", "RLoop.json", "RLoop_last_RL_endpoint.json",
+        "Base.json", "RL.json", "RL_chosen.json", "RLoop.json", "RLoop_chosen.json", "RLoop_last_RL_endpoint.json",
     ]  # fmt: skip
     dvc(tmp_path, "plots", "show", "--out", "plots")
     page = (tmp_path / "plots/index.html").read_text()
@@ -184,7 +184,9 @@ def every_checkpoint_is_validated_and_what_counts_is_tested(runs):
     rows = (runs / "results.tsv").read_text().splitlines()
     sets = [row.split("\t")[:2] for row in rows if row.split("\t")[1] in ("Base", "RL", "RLoop")]
     assert sets == [
-        [name, method] for name in ("valid", "long", "prec", "Average") for method in ("Base", "RL", "RLoop")
+        [name, method]
+        for name in ("valid", "long", "prec", "Average", "Average without valid")
+        for method in ("Base", "RL", "RLoop")
     ]
 
 

@@ -115,17 +115,17 @@ def passed(num_correct: int, k: int) -> float:
 
 def test_results_table_holds_each_method_on_each_set_and_their_average(made):
     rows = read_tsv(made / "results.tsv")
-    methods = ["Base", "RL", "RLoop", "RLoop, last RL endpoint"]
+    methods = ["Base", "RL", "RL, chosen", "RLoop", "RLoop, last RL endpoint", "RLoop, chosen"]
     assert [(row["set"], row["method"]) for row in rows] == [
         (s, m) for s in ("valid", "far", "Average") for m in methods
     ]
-    policies = dict(zip(methods, ["0/policy", VANILLA[1], RLOOP[3], RLOOP[2]], strict=True))
-    for row in rows[:8]:
+    policies = dict(zip(methods, ["0/policy", VANILLA[1], VANILLA[1], RLOOP[3], RLOOP[2], RLOOP[3]], strict=True))
+    for row in rows[:12]:
         counts = COUNTS[policies[row["method"]]][row["set"]]
         assert float(row["avg@4"]) == pytest.approx(100 * sum(counts) / 12, abs=0.005)
         assert float(row["pass@2"]) == pytest.approx(100 * sum(passed(c, 2) for c in counts) / 3, abs=0.005)
         assert float(row["avg@4_low"]) <= float(row["avg@4"]) <= float(row["avg@4_high"])
-    assert float(rows[8]["pass@4"]) == pytest.approx(200 / 3, abs=0.005)
+    assert float(rows[12]["pass@4"]) == pytest.approx(200 / 3, abs=0.005)
     for_dvc = json.loads((made / "results.json").read_bytes())
     assert all(for_dvc[row["method"]][row["set"]]["avg@4"] == float(row["avg@4"]) for row in rows)
     small = {path.stem: json.loads(path.read_bytes()) for path in (made / "metrics").iterdir()}
@@ -138,9 +138,10 @@ def test_results_markdown_is_the_papers_table_and_says_what_is_left_out(made):
     assert lines[:4] == [
         "| Set | Method | avg@4 | pass@2 | pass@4 |",
         "|---|---|---:|---:|---:|",
-        "| valid | Base | 25.00 | 44.44 | 66.67 |",
+        "| valid (chosen on it) | Base | 25.00 | 44.44 | 66.67 |",
         "|  | RL | **66.67** | 66.67 | 66.67 |",
     ]
+    assert "| RLoop | 4+rft | 4+rft | 66.67 | 66.67 | 0.00 |" in lines
     assert lines[-1] == "Left out: pass@8: some problems have 4 samples only."
 
 
@@ -154,7 +155,7 @@ def test_table_is_printed_and_nothing_written(made, tmp_path, capsys):
         out=tmp_path / "page.html",
     )
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines(), delimiter="\t"))
-    assert {row["set"] for row in rows} == {"far"} and len(rows) == 4
+    assert {row["set"] for row in rows} == {"far"} and len(rows) == 4, "without the validation set none is chosen"
     assert not any(tmp_path.iterdir())
 
 
@@ -265,19 +266,20 @@ def test_page_loads_nothing_and_holds_hostile_completions_as_data(made):
 
 def test_the_first_screen_says_who_leads_with_the_averages_and_their_way_over_steps(made):
     found = studied(made)
-    scores, chosen = found.scores([2, 4]), summaries.methods(found.positions)
-    table = summaries.results(summaries.summarise(scores), chosen)
-    compared = summaries.differences(scores, chosen)
-    coverage, accuracy = summaries.headline(table, compared, ["pass@4", "avg@4"])
-    assert coverage.startswith("RLoop and RLoop, last RL endpoint lead in pass@4 on average over 2 sets: 100.0 % (100")
-    assert accuracy.startswith("RLoop leads in avg@4 on average over 2 sets: 62.5 % (")
-    assert re.search(r" RLoop against RL: \+29\.2 points \(\+[\d.]+ to \+[\d.]+\)\.$", accuracy)
-    chance = summaries.headline(table, compared.assign(real=False), ["avg@4"])
+    told = summaries.tell(found, [2, 4], 0)
+    compared = summaries.differences(told.scores, found.averages, told.chosen)
+    coverage, accuracy = summaries.headline(told.rows, compared, ["pass@4", "avg@4"])
+    assert coverage.startswith("RLoop, RLoop, last RL endpoint and RLoop, chosen lead in pass@4 on average over 2 sets")
+    assert accuracy.startswith("RLoop and RLoop, chosen lead in avg@4 on average over 2 sets: 62.5 % (")
+    assert re.search(
+        r" RLoop against RL: \+29\.2 points \(\+[\d.]+ to \+[\d.]+\)\. RLoop, chosen against RL, ch", accuracy
+    )
+    chance = summaries.headline(told.rows, compared.assign(real=False), ["avg@4"])
     assert chance[0].endswith(", which may be chance.")
     first = (made / "report.html").read_text().partition("<nav>")[0]
-    assert accuracy in first and first.count('<tr><th scope="row">') == 4 and first.count("<figure>") == 2
+    assert accuracy in first and first.count('<tr><th scope="row">') == 6 and first.count("<figure>") == 2
     best = re.findall(r'class="best">([\d.]+)<', first)
-    assert best == [f"{100 * value:.2f}" for value in (7.5 / 12, 11 / 12, 1, 1)]
+    assert best == [f"{100 * value:.2f}" for value in (7.5 / 12, 11 / 12, 1, 1, 7.5 / 12, 11 / 12, 1)]
 
 
 def test_ids_of_the_page_are_unique(made):
@@ -373,16 +375,19 @@ def test_a_method_that_lacks_a_set_has_no_average_and_is_named(made, tmp_path, c
     make(copy, table=True)
     table, said = capsys.readouterr()
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
-    methods = ["Base", "RL", "RLoop", "RLoop, last RL endpoint"]
-    assert [method for _, method in rows] == [*methods, "Base", "RLoop", "Base", "RLoop"]
+    methods = ["Base", "RL", "RL, chosen", "RLoop", "RLoop, last RL endpoint", "RLoop, chosen"]
+    complete = ["Base", "RLoop", "RLoop, chosen"]
+    assert [method for _, method in rows] == [*methods, *complete, *complete]
     for method in ("RL", "RLoop, last RL endpoint"):
         assert f"left out: {method} on far: not evaluated, so no difference and no average over the sets" in said
     found = studied(copy)
-    scores, chosen = found.scores([2]), summaries.methods(found.positions)
-    apart = summaries.differences(scores, chosen)
+    scores, chosen = found.scores([2]), summaries.methods(found.positions, {})
+    apart = summaries.differences(scores, found.averages, chosen)
     pairs = apart[apart["metric"] == "avg@4"].groupby("policy")["set"].agg(list).to_dict()
     assert pairs["RLoop − Base"] == ["valid", "far", "Average"] and pairs["RLoop − RL"] == ["valid"]
-    headline = summaries.headline(summaries.results(summaries.summarise(scores), chosen), apart, ["avg@4"])
+    headline = summaries.headline(
+        summaries.results(summaries.summarise(scores, found.averages), chosen), apart, ["avg@4"]
+    )
     assert headline[0].startswith("RLoop leads in avg@4 on average over 2 sets") and "against" not in headline[0]
 
 
@@ -455,21 +460,49 @@ def test_ledger_adds_up_phases_and_weighs_rloop_against_rl(made):
 
 def test_differences_are_paired_by_problem_and_averaged_over_sets(made):
     chosen = {"RL": f"runs/{VANILLA[1]}", "RLoop": f"runs/{RLOOP[3]}"}
-    found = summaries.differences(studied(made).scores([2]), chosen, [("RL", "RLoop")])
+    whole = studied(made)
+    found = summaries.differences(whole.scores([2]), whole.averages, chosen, [("RL", "RLoop")])
     values = {row["set"]: row for row in found[found["metric"] == "avg@4"].to_dict("records")}
     assert values["far"]["value"] == pytest.approx(7 / 12) and values["far"]["real"]
     assert values["valid"]["value"] == pytest.approx(0) and not values["valid"]["real"]
     assert values["Average"]["value"] == pytest.approx(7 / 24)
 
 
-def test_checkpoints_are_chosen_by_the_first_metric_then_the_second_then_the_earliest():
-    def rows(policy: str, first: float, second: float) -> list[dict]:
-        row = {"set": "valid", "method": "RL", "policy": policy}
-        return [row | {"metric": "pass@4", "value": first}, row | {"metric": "avg@4", "value": second}]
+def test_the_chosen_checkpoint_is_the_first_best_on_the_validation_set_and_never_the_base():
+    values = {"runs/0/policy": 0.9, VANILLA[0]: 0.6, VANILLA[1]: 0.4, RLOOP[0]: 0.3, RLOOP[1]: 0.5, RLOOP[2]: 0.5}
+    rows = [{"set": "valid", "metric": "avg@4", "policy": name, "value": value} for name, value in values.items()]
+    rows += [{"set": name, "metric": "avg@4", "policy": VANILLA[1], "value": 0.99} for name in ("far", "Average")]
+    placed, table = runs.positions(values), pd.DataFrame(rows)
+    best = summaries.chosen_on("valid", "avg@4", table, placed)
+    assert {method: position.policy for method, position in best.items()} == {"RL": VANILLA[0], "RLoop": RLOOP[1]}
+    assert summaries.methods(placed, best)["RL, chosen"] == VANILLA[0]
+    lost = {row["method"]: row["lost"] for row in summaries.peaks("valid", "avg@4", table, placed, best)}
+    assert lost == {"RL": pytest.approx(20), "RLoop": 0}
+    assert summaries.chosen_on("valid", "avg@4", table[table["policy"] != VANILLA[0]], placed).keys() == {"RLoop"}
+    assert summaries.chosen_on("other", "avg@4", table, placed) == {}
 
-    tidy = pd.DataFrame(rows("a", 90, 10) + rows("b", 90, 30) + rows("c", 90, 30) + rows("d", 80, 99))
-    assert curves.best_on(tidy, "valid", ["pass@4", "avg@4"]) == {"RL": "b"}
-    assert curves.best_on(tidy, "other", ["pass@4"]) == {}
+
+def test_the_set_that_checkpoints_are_chosen_on_is_left_out_of_an_average_of_its_own(made, tmp_path):
+    copy = tmp_path / "runs"
+    shutil.copytree(made, copy)
+    for group in ("base", "loop", "vanilla"):
+        shutil.copytree(copy / "eval" / group / "far", copy / "eval" / group / "more")
+    found = studied(copy)
+    assert found.averages == {"Average": ["valid", "far", "more"], "Average without valid": ["far", "more"]}
+    make(copy, tsv=False, out=tmp_path / "page.html")
+    rows = {(row["set"], row["method"]): row for row in read_tsv(tmp_path / "results.tsv")}
+    assert rows["Average without valid", "RLoop"]["avg@4"] == rows["far", "RLoop"]["avg@4"]
+
+
+def test_whatever_eval_measured_is_shown_and_a_policy_that_lacks_it_has_a_dash(tmp_path, capsys):
+    row = {"problem_id": "a", "num_samples": 4, "num_correct": 2, "num_truncated": 0}
+    votes = {"wrong_votes": [1, 1], "num_greedy_correct": 1}
+    jsonl.write(tmp_path / "runs/eval/valid/results.jsonl", [row | {"policy": "x"}, row | votes | {"policy": "y"}])
+    outputs.write_json(tmp_path / "runs/eval/valid/manifest.json", {"set": "valid", "parameters": {"k": [2]}})
+    report.run(report.Options(runs=tmp_path / "runs", table=True))
+    printed, said = capsys.readouterr()
+    assert printed.splitlines()[0] == "| Set | Method | avg@4 | pass@2 | maj@2 | greedy |"
+    assert re.search(r"\| x \| \S+ \| \S+ \| - \| - \|\n", printed) and "left out" not in said
 
 
 def test_browser_keeps_the_problems_that_differ_most_and_a_mix_of_samples(made):

@@ -56,7 +56,7 @@ def _spread(run: str, path: Sequence[Position], results: Sequence[Sequence[Resul
     for t in range(1, min(k, len(path)) + 1):
         if n[:t].min() >= max(temporal.quotas(k, t)):
             policies = " | ".join(position.policy for position in path[: -t - 1 : -1])
-            rows.append(_point(run, t, interval(temporal.pass_at_k(n[:t], c[:t], k)), policies))
+            rows.append(_point(run, t, interval(temporal.pass_at_k(n[:t], c[:t], k), bounds=(0, 1)), policies))
     return rows
 
 

@@ -63,7 +63,7 @@ class Options(SamplingOptions):
     greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False
     kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PATH] = ""
     kl_samples: Annotated[int, "with --kl-to: completions of each problem that it is measured on", at_least(1)] = 1
-    select: Annotated[str, "name the best policy on the first set by this metric, such as pass@32"] = ""
+    select: Annotated[str, "name the best policy on the first set by this metric, such as avg@32"] = ""
 
     def __post_init__(self) -> None:
         """Raise InputError for options that cannot work together."""

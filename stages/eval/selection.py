@@ -32,7 +32,7 @@ def policies_of(output: Path, all_checkpoints: bool) -> list[str]:
     best = chosen.get("policy") if isinstance(chosen, dict) else None
     if best not in asked:
         raise InputError(
-            f"--selected {output}: it selected no policy; evaluate with --select pass@32, or add --all-checkpoints"
+            f"--selected {output}: it selected no policy; evaluate with --select avg@32, or add --all-checkpoints"
         )
     last = ends(asked)
     return [policy for policy in asked if policy == best or policy in last]

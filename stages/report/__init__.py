@@ -73,10 +73,9 @@ def run(options: Options) -> None:
         study.left_out.append(f"{', '.join(beyond)}: some problems have {study.num_samples} samples only")
     options = replace(options, ks=[k for k in wanted if k <= study.num_samples])
     if is_printed:
-        scores, chosen = study.scores(options.ks), summaries.methods(study.positions)
-        rows = summaries.results(summaries.summarise(scores, options.seed), chosen)
-        study.left_out += summaries.unlike(scores, chosen)
-        sys.stdout.write(summaries.tsv(rows) if options.tsv else summaries.markdown(rows))
+        told = summaries.tell(study, options.ks, options.seed)
+        study.left_out += summaries.unlike(told.scores, told.chosen)
+        sys.stdout.write(summaries.tsv(told.rows) if options.tsv else summaries.markdown(told.rows, study.valid))
     else:
         page = options.out or study.runs / "report.html"
         with outputs.locked(page, page.parent / FIGURES, page.parent / METRICS):
@@ -131,14 +130,11 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     from stages.report import browser, curves, summaries
     from stages.report.study import AVERAGE
 
-    scores, logs = study.scores(options.ks), study.logs()
-    chosen, table = summaries.methods(study.positions), summaries.summarise(scores, options.seed)
-    rows, apart = summaries.results(table, chosen), summaries.differences(scores, chosen, seed=options.seed)
-    tidy = curves.tidy(table, study.positions)
-    on_sets = tidy[tidy["set"] != AVERAGE]
+    told, logs = summaries.tell(study, options.ks, options.seed), study.logs()
+    rows, apart = told.rows, summaries.differences(told.scores, study.averages, told.chosen, seed=options.seed)
+    tidy = curves.tidy(told.table, study.positions)
+    on_sets = tidy[~tidy["set"].isin([*study.averages])]
     order = [*(f"pass@{k}" for k in options.ks[-1:]), f"avg@{study.num_samples}"]
-    labels = {position.policy: position.label for position in study.positions}
-    best = {f"{m}, step {labels[p]}": p for m, p in curves.best_on(on_sets, options.valid, order).items()}
     resets = sorted({position.step for position in study.positions if position.ends_iteration})
     first = [*curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)]
     figures = {
@@ -156,20 +152,24 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "Parameters": summaries.settings(study.settings()),
         "Not like for like": study.unequal(),
     }
-    study.left_out += [*_missing(study, options, sections), *summaries.unlike(scores, chosen)]
+    study.left_out += [*_missing(study, options, sections), *summaries.unlike(told.scores, told.chosen)]
     notes = [*(f"Left out: {line}." for line in study.left_out), *study.unequal()]
     content = {
         "name": str(study.runs),
         "headline": summaries.headline(rows, apart, order),
         "whole": summaries.nested(summaries.overall(rows)),
         "first": first,
-        "selected": summaries.nested(summaries.results(table, best)),
-        "chosen_by": f"{options.valid} by {', then '.join(order)}",
+        "valid": study.valid,
+        "peaks": told.peaks,
         "sections": sections | {"Left out": study.left_out},
     }
     texts = {
         "results.md": "\n".join(
-            [summaries.markdown(rows) if len(rows) else "No results.\n", *(f"{n}\n" for n in notes)]
+            [
+                summaries.markdown(rows, study.valid) if len(rows) else "No results.\n",
+                *([summaries.markdown_of_peaks(told.peaks, study.valid, order[-1])] if told.peaks else []),
+                *(f"{n}\n" for n in notes),
+            ]
         ),
         "results.tsv": summaries.tsv(rows),
         "results.json": orjson.dumps(summaries.for_dvc(rows), option=INDENTED).decode(),

@@ -44,16 +44,6 @@ def tidy(table: pd.DataFrame, placed: Sequence[Position]) -> pd.DataFrame:
     return rows.sort_values("set", kind="stable", ignore_index=True)[COLUMNS]
 
 
-def best_on(rows: pd.DataFrame, valid: str, order: Sequence[str]) -> dict[str, str]:
-    """For each method its best policy on the set `valid` by the metrics in `order`, the earliest of equals."""
-    here = rows[(rows["set"] == valid) & rows["metric"].isin(order)]
-    if here.empty:
-        return {}
-    scores = here.pivot_table(index=["method", "policy"], columns="metric", values="value", sort=False)
-    ranked = scores.sort_values(list(order), ascending=False, kind="stable").reset_index()
-    return ranked.groupby("method")["policy"].first().to_dict()
-
-
 def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[str]) -> Iterator[Figure]:
     """RLoop against RL over steps (the paper's figure 4): a panel a set and metric `wanted`, all on one scale."""
     rows = rows[rows["metric"].isin(wanted)]

@@ -34,6 +34,7 @@ from stages.core.study.runs import (
 from stages.core.tabular import read_tsv
 
 AVERAGE = "Average"  # over all sets, which it follows
+WITHOUT = f"{AVERAGE} without "  # the set that checkpoints are chosen on
 KEYS = ["set", "policy", "problem_id", "num_samples"]
 
 
@@ -46,7 +47,16 @@ class Study:
     evaluations: dict[str, Evaluation]
     positions: list[Position]
     num_samples: int
+    valid: str
     left_out: list[str]
+
+    @property
+    def averages(self) -> dict[str, list[str]]:
+        """The averages and their sets: over all, and over those that no checkpoint is chosen on."""
+        sets = list(self.evaluations)
+        others = [name for name in sets if name != self.valid]
+        averages = {AVERAGE: sets, f"{WITHOUT}{self.valid}": others if len(others) < len(sets) else []}
+        return {name: own for name, own in averages.items() if len(own) > 1}
 
     @property
     def ks(self) -> list[int]:
@@ -66,7 +76,7 @@ class Study:
         ]
         table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=KEYS)
         table = table[KEYS + metrics.in_order(table.columns.difference(KEYS))]
-        sets = dict.fromkeys([*self.evaluations, AVERAGE])
+        sets = dict.fromkeys([*self.evaluations, *self.averages])
         return table.astype({"set": pd.CategoricalDtype(list(sets), ordered=True)})
 
     def logs(self) -> pd.DataFrame:
@@ -158,4 +168,4 @@ def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str,
     policies = dict.fromkeys(policy for each in evaluations.values() for policy in each.results)
     num_samples = min((result["num_samples"] for each in results for result in each), default=0)
     placed = positions(policies, runs, lineage.bases)
-    return Study(runs, lineage, evaluations, placed, num_samples, [*lineage.left_out, *left_out])
+    return Study(runs, lineage, evaluations, placed, num_samples, valid, [*lineage.left_out, *left_out])

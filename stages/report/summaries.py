@@ -8,53 +8,111 @@ Figures are fractions here and percent on the page.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from stages.core.study import metrics
 from stages.core.study.runs import BASE, RL, RLOOP, Position
-from stages.report.study import AVERAGE, KEYS
+from stages.report.study import AVERAGE, KEYS, Study
 
-RLOOP_ENDPOINT = "RLoop, last RL endpoint"
-PAIRS = ((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT))
+RLOOP_ENDPOINT = f"{RLOOP}, last RL endpoint"
+CHOSEN = ", chosen"
+PAIRS = (
+    *((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT), (RL + CHOSEN, RLOOP + CHOSEN)),
+    *((RL + CHOSEN, RL), (RLOOP + CHOSEN, RLOOP)),  # what a method loses after the checkpoint that was chosen
+)
 COLUMNS = ["set", "policy", "metric", "num_problems", "num_samples", "value", "low", "high"]
 SECONDS = ["seconds", "generate_s", "verify_s", "update_s", "handover_s"]
 COSTS = ["steps", "num_rollouts", "rollout_tokens", "update_tokens", *SECONDS]
 MIN_SECONDS = 1.0  # a ratio of shorter times would be noise
 
 
-def methods(placed: Sequence[Position]) -> dict[str, str]:
-    """The policy that represents each method: the base, the last checkpoint of RL and other runs, RLoop's last policy.
+class Told(NamedTuple):
+    """What a study's evaluations say: the scores, the long table, each row's policy, the rows, and `peaks`."""
+
+    scores: pd.DataFrame
+    table: pd.DataFrame
+    chosen: dict[str, str]
+    rows: pd.DataFrame
+    peaks: list[dict[str, Any]]
+
+
+def tell(study: Study, ks: Sequence[int], seed: int) -> Told:
+    """Sum up a study: which policies stand for the methods, and their results."""
+    scores, metric = study.scores(ks), f"avg@{study.num_samples}"
+    table = summarise(scores, study.averages, seed)
+    best = chosen_on(study.valid, metric, table, study.positions)
+    chosen = methods(study.positions, best)
+    lost = peaks(study.valid, metric, table, study.positions, best)
+    return Told(scores, table, chosen, results(table, chosen), lost)
+
+
+def methods(placed: Sequence[Position], best: Mapping[str, Position]) -> dict[str, str]:
+    """The policies that represent each method: the base, the last of RL and other runs, RLoop's last, and the chosen.
 
     RLoop's output is the policy fine-tuned after the last iteration (Algorithm 1); if its last RL phase has a
-    checkpoint, that one is a row of its own. Any other policy is a method of its own.
+    checkpoint, that one is a row of its own. The paper's protocol is `best`, see `chosen_on`. Any other policy is a
+    method of its own.
     """
-    chosen: dict[str, str] = {}
+    rows: dict[str, str] = {}
     for position in placed:  # ordered by step within a method, so the last one stays
         is_endpoint = position.method == RLOOP and not position.ends_iteration
-        chosen[RLOOP_ENDPOINT if is_endpoint else position.method] = position.policy
-    order = [name for name in (BASE, RL, RLOOP, RLOOP_ENDPOINT) if name in chosen]
-    return {name: chosen[name] for name in order + sorted(chosen.keys() - order)}
+        rows[RLOOP_ENDPOINT if is_endpoint else position.method] = position.policy
+    rows |= {f"{method}{CHOSEN}": position.policy for method, position in best.items()}
+    known = (BASE, RL, RL + CHOSEN, RLOOP, RLOOP_ENDPOINT, RLOOP + CHOSEN)
+    order = [name for name in known if name in rows]
+    return {name: rows[name] for name in order + sorted(rows.keys() - order)}
 
 
-def summarise(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """The long table of `scores`, set by set, and the average over sets as one more.
+def chosen_on(valid: str, metric: str, table: pd.DataFrame, placed: Sequence[Position]) -> dict[str, Position]:
+    """For each method the policy on its path with the largest `metric` on the set `valid`, the earliest of equals.
 
-    Only a policy that was evaluated on all sets has an average.
+    The base is none of the candidates, and a method with a single one has nothing to choose.
+    """
+    here = table[(table["set"] == valid) & (table["metric"] == metric)].set_index("policy")["value"].round(9)
+    best: dict[str, Position] = {}
+    for method in dict.fromkeys(position.method for position in placed if position.method != BASE):
+        candidates = [each for each in placed if each.method == method and each.policy in here.index]
+        if len(candidates) > 1:
+            best[method] = max(candidates, key=lambda position: here[position.policy])
+    return best
+
+
+def peaks(
+    valid: str, metric: str, table: pd.DataFrame, placed: Sequence[Position], best: Mapping[str, Position]
+) -> list[dict[str, Any]]:
+    """What each method loses from its best checkpoint to its end on the set it was chosen on, in percent and points."""
+    here = table[(table["set"] == valid) & (table["metric"] == metric)].set_index("policy")["value"] * 100
+    rows = []
+    for method, position in best.items():
+        last = [each for each in placed if each.method == method and each.policy in here.index][-1]
+        values = {"best": float(here[position.policy]), "at its end": float(here[last.policy])}
+        lost = values["best"] - values["at its end"]
+        rows.append(
+            {"method": method, "best at step": position.label, "ends at step": last.label, **values, "lost": lost}
+        )
+    return rows
+
+
+def summarise(
+    scores: pd.DataFrame, averages: Mapping[str, Sequence[str]], seed: int = 0, of_differences: bool = False
+) -> pd.DataFrame:
+    """The long table of `scores`, set by set, and each of the `averages` over sets as one more.
+
+    Only a policy that was evaluated on all sets of an average has it.
     """
     rows: list[dict[str, Any]] = []
-    num_sets = len(scores["set"].cat.categories) - 1
     for policy, of_policy in scores.groupby("policy", sort=False):
         parts = {str(name): [of_set] for name, of_set in of_policy.groupby("set", observed=True)}
-        if len(parts) == num_sets > 1:
-            parts[AVERAGE] = [of_set for (of_set,) in parts.values()]
+        parts |= {name: [parts[each][0] for each in sets] for name, sets in averages.items() if set(sets) <= set(parts)}
         for name, sets in parts.items():
             num_samples = min(each["num_samples"].min() for each in sets)
             counts = {"num_problems": sum(map(len, sets)), "num_samples": num_samples}
             for metric in scores.columns.difference(KEYS, sort=False):
                 if all(each[metric].notna().all() for each in sets):
-                    interval = metrics.average_interval([each[metric].to_numpy(float) for each in sets], seed)
+                    bounds = metrics.difference_bounds(metric) if of_differences else metrics.named(metric).bounds
+                    interval = metrics.average_interval([each[metric].to_numpy(float) for each in sets], seed, bounds)
                     rows.append({"set": name, "policy": policy, "metric": metric} | counts | interval)
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"set": scores["set"].dtype})
     return table.sort_values("set", kind="stable", ignore_index=True)
@@ -83,15 +141,26 @@ def nested(rows: pd.DataFrame) -> dict[str, Any]:
     return cells
 
 
-def markdown(rows: pd.DataFrame) -> str:
-    """The results as a Markdown table in percent, the best method of a set in bold; - where a method has no figure."""
+def markdown(rows: pd.DataFrame, valid: str) -> str:
+    """The results as a Markdown table in percent, the best method of a set in bold; - where a method has no figure.
+
+    The set `valid` is marked if a checkpoint was chosen on it.
+    """
+    mark = {valid: f"{valid} (chosen on it)"} if rows["method"].str.endswith(CHOSEN).any() else {}
     names = metrics.in_order(rows["metric"].unique())
     lines = ["| Set | Method | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
     for name, of_set in nested(rows).items():
         for index, (method, cells) in enumerate(of_set.items()):
             texts = " | ".join(map(_percent, cells.values()))
-            lines.append(f"| {'' if index else name} | {method} | {texts} |")
+            lines.append(f"| {'' if index else mark.get(name, name)} | {method} | {texts} |")
     return "\n".join(lines) + "\n"
+
+
+def markdown_of_peaks(rows: Sequence[Mapping[str, Any]], valid: str, metric: str) -> str:
+    """`peaks` as a Markdown table."""
+    head = [*list(rows[0])[:3], f"best {metric} on {valid}", "at its end", "lost"]
+    lines = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---", *["---:"] * 5], *lines]) + "\n"
 
 
 def _percent(cell: Mapping[str, Any] | None) -> str:
@@ -118,7 +187,11 @@ def for_dvc(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def differences(
-    scores: pd.DataFrame, chosen: Mapping[str, str], pairs: Sequence[tuple[str, str]] = PAIRS, seed: int = 0
+    scores: pd.DataFrame,
+    averages: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, str],
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """The long table of second minus first of each pair, problem by problem, on each set whose problems they share.
 
@@ -130,7 +203,7 @@ def differences(
         one, other = (rated[rated["policy"] == chosen.get(method)].drop(columns="policy") for method in (first, second))
         difference = other - one  # not a number where only one was asked, and then the set has none
         apart.append(difference.reset_index().assign(policy=f"{second} − {first}"))
-    table = summarise(pd.concat(apart), seed)
+    table = summarise(pd.concat(apart), averages, seed, of_differences=True)
     return table.assign(real=(table["low"] > 0) | (table["high"] < 0))
 
 
@@ -159,11 +232,12 @@ def headline(rows: pd.DataFrame, apart: pd.DataFrame, wanted: Sequence[str]) -> 
     """For each metric in words: which method leads, and what RLoop has over RL."""
     whole = overall(rows)
     name = "".join(whole["set"].unique())
-    where = f"on average over {rows['set'].nunique() - 1} sets" if name == AVERAGE else f"on {name}"
-    of_pair = apart[(apart["policy"] == f"{RLOOP} − {RL}") & (apart["set"] == name)]
+    num_sets = rows["set"].map(lambda each: not str(each).startswith(AVERAGE)).groupby(rows["set"], observed=True).any()
+    where = f"on average over {num_sets.sum()} sets" if name == AVERAGE else f"on {name}"
+    pairs = (f"{RLOOP} − {RL}", f"{RLOOP}{CHOSEN} − {RL}{CHOSEN}")
+    here = apart[apart["policy"].isin(pairs) & (apart["set"] == name)]
     return [
-        _leads(of_metric, f"{metric} {where}")
-        + "".join(map(_ahead, of_pair[of_pair["metric"] == metric].to_dict("records")))
+        _leads(of_metric, f"{metric} {where}") + "".join(map(_ahead, here[here["metric"] == metric].to_dict("records")))
         for metric in wanted
         if len(of_metric := whole[whole["metric"] == metric]) > 1
     ]
@@ -172,13 +246,17 @@ def headline(rows: pd.DataFrame, apart: pd.DataFrame, wanted: Sequence[str]) -> 
 def _leads(rows: pd.DataFrame, what: str) -> str:
     best = rows[rows["value"].round(9) == rows["value"].max().round(9)]
     value, low, high = (100 * best[part].iloc[0] for part in ("value", "low", "high"))
-    leads = f"{' and '.join(best['method'])} {'leads' if len(best) == 1 else 'lead'}"
+    *others, last = best["method"]
+    leads = f"{', '.join(others)} and {last} lead" if others else f"{last} leads"
     return f"{leads} in {what}: {value:.1f} % ({low:.1f} to {high:.1f})."
 
 
 def _ahead(row: Mapping[str, Any]) -> str:
     value, low, high = (f"{100 * row[part]:+.1f}".replace("-", "−") for part in ("value", "low", "high"))
-    return f" {RLOOP} against {RL}: {value} points ({low} to {high}){'' if row['real'] else ', which may be chance'}."
+    second, _, first = row["policy"].partition(" − ")
+    return (
+        f" {second} against {first}: {value} points ({low} to {high}){'' if row['real'] else ', which may be chance'}."
+    )
 
 
 def costs(logs: pd.DataFrame) -> pd.DataFrame:

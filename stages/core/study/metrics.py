@@ -3,7 +3,9 @@
 METRICS says of each metric which fields of a Result it needs, how it is computed and what it is measured in; eval,
 `--select`, analyze and report ask it, so a new metric is one entry. Shares are fractions 0..1. Intervals are 95 %
 percentile bootstraps over problems: they say how far a figure would move with other problems of the same kind, not with
-other samples or other seeds of training. A difference is real if its interval excludes zero.
+other samples or other seeds of training. A bootstrap of problems that all have the smallest or the largest value that
+there can be is a point; its interval is that of Clopper and Pearson for none, or all, of so many problems. A difference
+is real if its interval excludes zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -84,6 +86,11 @@ class Metric:
     unit: str = SHARE
     is_accuracy: bool = False
     weight: str = ""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The smallest and the largest value that there can be, if there are such."""
+        return (0.0, 1.0) if self.unit == SHARE else None
 
 
 def _per_sample(field: str, samples: str = "num_samples") -> Values:
@@ -199,7 +206,10 @@ def summarise(results: Sequence[Result], ks: Sequence[int] = KS, seed: int = 0) 
         "num_samples": min((result["num_samples"] for result in results), default=0),
     }
     for name, values, weights in _measured(results, ks, None):
-        summary[name] = interval(values, seed) if weights is None else share_interval(values * weights, weights, seed)
+        if weights is None:
+            summary[name] = interval(values, seed, named(name).bounds)
+        else:
+            summary[name] = share_interval(values * weights, weights, seed)
     return summary
 
 
@@ -211,7 +221,10 @@ def compare(
     Pairing removes what the problems' difficulty adds to both, so that much smaller differences can be told from
     chance than by two intervals side by side. Raises InputError if their problems differ.
     """
-    return {name: judged(interval(values, seed)) for name, values in gains(first, second, ks).items()}
+    return {
+        name: judged(interval(values, seed, difference_bounds(name)))
+        for name, values in gains(first, second, ks).items()
+    }
 
 
 def gains(first: Sequence[Result], second: Sequence[Result], ks: Sequence[int] = KS) -> dict[str, "Array"]:
@@ -231,22 +244,37 @@ def judged(bounds: Interval) -> Difference:
     return {**bounds, "real": bounds["low"] > 0 or bounds["high"] < 0}
 
 
-def interval(values: "ArrayLike", seed: int = 0) -> Interval:
-    """Mean of `values` [problems] with its 95 % percentile bootstrap interval; a seed gives one interval."""
+def difference_bounds(name: str) -> tuple[float, float] | None:
+    """The smallest and the largest difference that there can be in the figure `name`, if there are such."""
+    bounds = named(name).bounds
+    return (bounds[0] - bounds[1], bounds[1] - bounds[0]) if bounds else None
+
+
+def interval(values: "ArrayLike", seed: int = 0, bounds: tuple[float, float] | None = None) -> Interval:
+    """Mean of `values` [problems], which lie within `bounds`, with its 95 % bootstrap interval; a seed gives one."""
     import numpy as np
 
-    return average_interval([np.asarray(values, dtype=np.float64)], seed)
+    return average_interval([np.asarray(values, dtype=np.float64)], seed, bounds)
 
 
-def average_interval(sets: Sequence["Array"], seed: int = 0) -> Interval:
+def average_interval(sets: Sequence["Array"], seed: int = 0, bounds: tuple[float, float] | None = None) -> Interval:
     """The plain average of several sets' means (each an array [problems]), every set resampled on its own."""
     import numpy as np
 
     means = sum(_resamples(len(values), seed + i) @ values / len(values) for i, values in enumerate(sets)) / len(sets)
     tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
+    low, high = map(float, np.quantile(means, (tail, 1 - tail)))
     value = sum(float(values.mean()) for values in sets) / len(sets)
-    return {"value": value, "low": float(low), "high": float(high)}
+    for bound in bounds or ():
+        if all((values == bound).all() for values in sets):
+            away = bound + (sum(bounds or ()) - 2 * bound) * at_bound(len(sets) * min(map(len, sets)))
+            low, high = min(bound, away), max(bound, away)
+    return {"value": value, "low": low, "high": high}
+
+
+def at_bound(num_problems: int) -> float:
+    """Clopper and Pearson's upper bound of a share of which none of `num_problems` were seen; mirrored, for all."""
+    return 1 - ((1 - COVERAGE) / 2) ** (1 / num_problems)
 
 
 def share_interval(part: "Array", whole: "Array", seed: int = 0) -> Interval:
@@ -262,8 +290,11 @@ def share_interval(part: "Array", whole: "Array", seed: int = 0) -> Interval:
     if not whole.any():
         return {"value": np.nan, "low": np.nan, "high": np.nan}
     tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(parts[wholes > 0] / wholes[wholes > 0], (tail, 1 - tail))
-    return {"value": float(part.sum() / whole.sum()), "low": float(low), "high": float(high)}
+    low, high = map(float, np.quantile(parts[wholes > 0] / wholes[wholes > 0], (tail, 1 - tail)))
+    value = float(part.sum() / whole.sum())
+    if whole.dtype == bool and value in (0, 1):
+        low, high = (0, at_bound(whole.sum())) if value == 0 else (1 - at_bound(whole.sum()), 1)
+    return {"value": value, "low": low, "high": high}
 
 
 @lru_cache(maxsize=8)

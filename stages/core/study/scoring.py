@@ -12,7 +12,7 @@ Of several sets each has these in a directory of its name, and metrics.json besi
                                     "high": 0.31}, "pass@8": ..., "truncated": ..., "no_answer": ...,
                                     "mean_tokens": ..., "verdicts": {"correct": 240, "wrong": 700, "no_answer": 20}}},
      "differences": {"runs/1/policy - runs/0/policy": {"avg@32": {"value", "low", "high", "real"}, ...}},
-     "selected": {"policy": "runs/1/policy", "metric": "pass@32", "value": 0.5}}
+     "selected": {"policy": "runs/1/policy", "metric": "avg@32", "value": 0.25}}
 
 and the metrics (see metrics.py) of whatever else was counted. Everything is computed from counts by problem
 (results.jsonl), and those from rollouts.jsonl, greedy.jsonl and kl.jsonl.
