@@ -134,6 +134,7 @@ def _write(stored: Sequence[_Stored], weights: Sequence[float], out: Path) -> in
         for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
             averaged = {name: _average_rows(stored, weights, name, dtypes[name]) for name in names}
             save_file(averaged, out / file, metadata={"format": "pt"})
+            (out / file).chmod(outputs.default_mode())
             progress.step(number, file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}

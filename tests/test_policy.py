@@ -1,6 +1,7 @@
 """Policies as files: what is refused in one line when they are broken, and what does not matter."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -244,6 +245,35 @@ def test_a_tokenizer_that_loses_text_is_refused(copied):
     byte_level(copied, "LlamaTokenizerFast")
     with pytest.raises(InputError, match=r"its tokenizer loses text: .* comes back as 'Let\$x_1="):
         checkpoints.load_tokenizer(copied)
+
+
+def test_a_saved_policy_has_the_end_tokens_and_settings_of_its_start_and_rope_in_both_forms(copied, tmp_path):
+    settings = {"eos_token_id": [65, 3], "top_k": 1, "temperature": 0.1, "repetition_penalty": 2.0, "do_sample": False}
+    (copied / "generation_config.json").write_text(json.dumps(settings))
+    edit(copied / "config.json", rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0})
+    model, tokenizer = checkpoints.load_model(copied, torch.float32), checkpoints.load_tokenizer(copied)
+    model.config.eos_token_id = model.config.pad_token_id = 7  # as a trainer may
+    checkpoints.save(model, tokenizer, tmp_path / "saved")
+    assert (tmp_path / "saved/generation_config.json").read_bytes() == (copied / "generation_config.json").read_bytes()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (copied, tmp_path / "saved"))
+    assert [after[name] for name in checkpoints.SPECIAL_TOKENS] == [before[name] for name in checkpoints.SPECIAL_TOKENS]
+    assert (after["rope_theta"], after["rope_scaling"]) == (50.0, {"rope_type": "linear", "factor": 2.0})
+    again = checkpoints.load_model(tmp_path / "saved", torch.float32)
+    assert again.config.rope_parameters == model.config.rope_parameters
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert checkpoints.difference(copied, tmp_path / "saved") is None
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_saved_weights_honour_the_umask(copied, tmp_path, mask):
+    model, tokenizer = checkpoints.load_model(copied, torch.float32), checkpoints.load_tokenizer(copied)
+    former = os.umask(mask)
+    try:
+        checkpoints.save(model, tokenizer, tmp_path / "saved")
+    finally:
+        os.umask(former)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "saved").iterdir()} == {0o666 & ~mask}
 
 
 def test_end_tokens_beyond_the_vocabulary_do_not_matter(copied):

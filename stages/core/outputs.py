@@ -202,6 +202,13 @@ def _remove_empty(directories: list[Path]) -> None:
             return
 
 
+def default_mode() -> int:
+    """The permissions of a new file: by the umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with whole_file(path) as beside:

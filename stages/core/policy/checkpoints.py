@@ -1,12 +1,14 @@
 """Policies as checkpoint directories: find them, refuse broken ones, load, save, and read their weights."""
 
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.core import outputs
 from stages.core.errors import InputError, in_one_line
 from stages.core.outputs import read_json
 from stages.core.policy import forms
@@ -20,6 +22,8 @@ NO_MATTER = {  # keys of config.json in which policies of one engine may differ;
     *("attention_dropout", "initializer_range", "pretraining_tp"),  # of training alone
 }
 NOTES = ("_", "unsloth_")  # keys that begin so are notes of who wrote the file, such as _name_or_path
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = "generation_config.json"
 IGNORED = -100  # the label of a token that the loss passes over, as torch and transformers have it
 PADDING = 0  # its token id: one that every vocabulary has, for a policy's own pad token may lie outside its own
 _LAYER = re.compile(r".*?\.\d+\.")  # what the names of a layer's weights begin with
@@ -258,6 +262,7 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
             "of it cannot be trained beside the engine"
         ) from error
     model, info = loaded
+    model.start_policy = path
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"policy {path}: {len(info['missing_keys'])} weights are missing, such as {names}")
@@ -391,17 +396,46 @@ def as_saved(weights: Iterable[tuple[str, "torch.Tensor"]], model: Any) -> Itera
 def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"] | None = None) -> None:
     """Write model and tokenizer to the directory `path` in the form that transformers and vLLM load.
 
-    config.json names the type of the weights in `state`, which may be another than the model's.
+    config.json names the type of the weights in `state`, which may be another than the model's. What ends a completion
+    and how to sample stay as in the policy that the model was loaded from, whatever a trainer made of them.
     """
     from safetensors import SafetensorError
+    from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    settings, model.generation_config = model.generation_config, GenerationConfig()  # some that load can't be saved
     try:
         model.save_pretrained(path, state_dict=state, safe_serialization=True)
     except SafetensorError as error:  # safetensors' own error, even for a full disk
         raise InputError(f"{path}: the weights cannot be written ({error})") from None
+    finally:
+        model.generation_config = settings
     if state is not None:
         model.config.dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         model.config.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    _keep_settings(Path(getattr(model, "start_policy", "")), path)
+    for file in path.glob("*.safetensors"):  # which safetensors writes for the owner alone
+        file.chmod(outputs.default_mode())
+
+
+def _keep_settings(start: Path, path: Path) -> None:
+    """Give the checkpoint `path` the end tokens and settings of sampling of `start`, and rope's base in both forms.
+
+    transformers 5 writes `rope_parameters` alone, which transformers 4 passes over.
+    """
+    config = read_json(path / "config.json")
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    before = read_json(start / "config.json")
+    config |= {name: before[name] for name in SPECIAL_TOKENS if name in before}
+    outputs.write_json(path / "config.json", config)
+    if (start / GENERATION).is_file():
+        shutil.copyfile(start / GENERATION, path / GENERATION)
+    else:
+        ids = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
+        outputs.write_json(path / GENERATION, ids)
