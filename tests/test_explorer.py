@@ -303,7 +303,7 @@ def test_sigterm_in_the_middle_of_drawing_leaves_the_step_before_and_the_rest_co
         explore(broken, terminate_in_the_second_round, stop=stop, save_every=save_every, **LONG)
     assert ended.value.code == 143
     assert len(RunDir(broken / "rl").log_rows()) == len(list((broken / "rl/rollouts").iterdir())) == step - 1
-    assert [path.name for path in (broken / "rl/state").glob("step_*")] == [f"step_{step - 1:06d}"]
+    assert max(path.name for path in (broken / "rl/state").glob("step_*")) == f"step_{step - 1:06d}"
     rest = explore(broken, right, done=step - 1, save_every=save_every, **LONG)
     assert rest.written == whole.written
     assert without_seconds(rest.rows) == without_seconds(whole.rows)
@@ -380,6 +380,9 @@ class RowTrainer:
     def __init__(self, error):
         self.error = error
 
+    def release(self):
+        self.engine.released = True
+
     def weights(self):
         yield "row", torch.tensor([2.0, 0.0, 1.0])
 
@@ -388,10 +391,12 @@ class RowTrainer:
         return [torch.tensor([2.0, 0.0, 1.0]).log_softmax(-1) + off for _ in rollouts]
 
 
-def check(takes, error=0.0, precision="no", **settings):
+def check(takes, error=0.0, precision="no", kind=TakingEngine, **settings):
     settings = Settings(group_size=GROUP, max_tokens=8, overlong_buffer=0, **settings)
     prompts = [Prompt({"id": "p", "problem": "", "answer": "7", "source": ""}, "", [0])]
-    parts = TakingEngine(takes), None, RowTrainer(error), prompts, Sampling(GROUP, 8), START
+    trainer, engine = RowTrainer(error), kind(takes)
+    trainer.engine = engine
+    parts = engine, None, trainer, prompts, Sampling(GROUP, 8), START
     return Explorer(settings, ALONE, SimpleNamespace(mixed_precision=precision), *parts).check_hand_over()
 
 
@@ -400,6 +405,41 @@ def test_an_engine_that_takes_no_weights_is_refused_though_it_began_with_the_rig
     with pytest.raises(InputError, match="cannot take new weights of its kind: they change nothing"):
         check(lambda row: False, precision=precision)
     assert check(lambda row: True, precision=precision).largest < 1e-6
+
+
+class ForgetfulEngine(TakingEngine):
+    """An engine that garbles in its sleep what no weight brings back, such as a table of its own."""
+
+    garbled = False
+
+    def sleep(self):
+        super().sleep()
+        self.garbled = True
+
+    def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
+        values = (self.row * (0.5 if self.garbled else 1)).log_softmax(-1).tolist()
+        return [[Completion("", [0, 1, 2], values, "stop")] * sampling.num_samples for _ in prompts]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_engine_that_loses_something_in_its_sleep_is_refused_before_anything_is_drawn(precision):
+    with pytest.raises(InputError, match=r"engine's log-probabilities differ from the trainer's by 0\."):
+        check(lambda row: True, precision=precision, kind=ForgetfulEngine)
+
+
+def test_out_of_memory_is_one_line_with_what_was_done_the_last_state_and_the_option(tmp_path):
+    class Full(RecordingTrainer):
+        def update(self, rollouts, lr):
+            if len(self.batches) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().update(rollouts, lr)
+
+    with pytest.raises(
+        InputError,
+        match=r"updating in step 3 \(.*2 GiB\): lower --tokens-per-microbatch, .* state of step 2 is saved",
+    ):
+        explore(tmp_path, lambda number: 1, trainer=Full(), steps=9, save_every=2)
+    assert explore(tmp_path, lambda number: 1, done=2, steps=3).rows[-1]["step"] == 3
 
 
 def test_the_hand_over_is_held_against_the_largest_difference_in_float32_and_the_mean_in_bfloat16():

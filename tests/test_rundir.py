@@ -13,7 +13,11 @@ IDENTITY = Identity("rl", {"lr": 0.1, "steps": 5}, Inputs({"policy": "abc"}, {})
 
 
 def saved(directory, step):
-    directory.state_dir(step).mkdir(parents=True)
+    state = directory.state_dir(step)
+    state.mkdir(parents=True)
+    for name in ("weights", "optimizer"):
+        (state / name).write_text(f"{name} of step {step}")
+    directory.seal_state(state)
     directory.write_rollouts(step, [{"step": step}])
     directory.append_log({"step": step, "loss": float("nan"), "reward": step / 3})
 
@@ -62,13 +66,109 @@ def test_a_run_that_lacks_an_option_is_one_of_another_version_unless_the_option_
     assert directory.begin(newer, True) is False
 
 
-def test_another_run_is_removed_where_the_user_asked_for_that(tmp_path):
+def files(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_another_run_is_moved_aside_and_never_removed_where_the_user_asked_for_that(tmp_path, capsys):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
     saved(directory, 1)
+    before = files(directory.path)
     assert directory.begin(replace(IDENTITY, inputs=Inputs({"policy": "x"}, {})), True) is False
     assert directory.resume_step() == 0
     assert not (directory.path / "rollouts").exists()
+    (aside,) = tmp_path.glob("rl.before-*")
+    assert files(aside) == before
+    assert f"what it held is now in {aside}" in capsys.readouterr().err
+    saved(directory, 1)
+    assert directory.begin(IDENTITY, True) is False
+    assert len(list(tmp_path.glob("rl.before-*"))) == 2
+
+
+ROUNDED = replace(
+    IDENTITY, parameters={**IDENTITY.parameters, "processes": 1}, versions={"sympy": "1.13", "torch": "2.1"},
+    rounding=frozenset({"processes"}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_run_goes_on_where_only_rounding_changes_and_notes_what_and_since_when(tmp_path, restart, capsys):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(ROUNDED, False)
+    saved(directory, 1)
+    saved(directory, 2)
+    changed = {"parameters": {**ROUNDED.parameters, "processes": 4}, "versions": {"sympy": "1.13", "torch": "2.2"}}
+    other = replace(ROUNDED, **changed)
+    assert directory.begin(other, restart) is False
+    assert directory.resume_step() == 2
+    expected = ["processes was 1, is now 4", "torch was 2.1, is now 2.2"]
+    assert f"rounded otherwise from step 3 on: {'; '.join(expected)}" in capsys.readouterr().err
+    assert directory.begin(other, restart) is False
+    assert directory.changes == [{"step": 3, "changed": expected}]
+    assert not capsys.readouterr().err, "said once"
+
+
+def test_an_exact_run_does_not_go_on_where_rounding_changes(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(ROUNDED, False)
+    saved(directory, 1)
+    before = files(directory.path)
+    with pytest.raises(InputError, match=r"processes was 1, is now 4\. Give that again to go on, or leave out --exact"):
+        directory.begin(replace(ROUNDED, parameters={**ROUNDED.parameters, "processes": 4}), False, True)
+    assert files(directory.path) == before
+
+
+def flip(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 64]) + path.read_bytes()[1:])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lambda path: path.unlink(), lambda path: path.write_text("")])
+@pytest.mark.parametrize("name", ["weights", "digests.json"])
+def test_from_a_damaged_state_a_run_goes_back_to_the_one_before_with_a_line(tmp_path, name, damage, capsys):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    for step in (1, 2):
+        saved(directory, step)
+    damage(directory.state_dir(2) / name)
+    directory.begin(IDENTITY, False)
+    assert directory.resume_step() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "state/step_000002" in line and line.endswith("going back to the state before it")
+    assert [row["step"] for row in directory.log_rows()] == [1]
+    assert sorted(path.name for path in directory.path.glob("*/step_*")) == ["step_000001", "step_000001.jsonl"]
+    damage(directory.state_dir(1) / name)
+    before = files(directory.path)
+    with pytest.raises(InputError, match=r"state/step_000001.*restore it, or remove .*state to start over"):
+        directory.resume_step()
+    assert files(directory.path) == before
+
+
+@pytest.mark.parametrize("log", ["", "step\tloss\n1\t0.5\n", "step\tloss\n1\tx\n2\t0.5\n", "\x00" * 40, "no\nlog\n"])
+def test_a_log_that_lacks_steps_or_is_none_is_refused_and_nothing_is_lost(tmp_path, log):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    for step in (1, 2):
+        saved(directory, step)
+    directory.log_path.write_text(log)
+    before = files(directory.path)
+    with pytest.raises(InputError, match=r"log\.tsv.*restore"):
+        directory.resume_step()
+    assert files(directory.path) == before
+
+
+def test_what_else_lies_in_the_directory_is_passed_over(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(IDENTITY, False)
+    saved(directory, 1)
+    for name in ("state/step_x", "checkpoints/step_", "state/step_000003.old", "rollouts/step_1.bak"):
+        (directory.path / name).mkdir(parents=True)
+    assert directory.resume_step() == 1
+    assert directory.last_checkpoint(9) is None
 
 
 def test_a_directory_that_holds_something_else_is_refused(tmp_path):
@@ -84,7 +184,8 @@ def finished(tmp_path, steps=2):
     identity = with_steps(IDENTITY, steps)
     directory = RunDir(tmp_path / "rl")
     directory.begin(identity, False)
-    saved(directory, steps)
+    for step in range(1, steps + 1):
+        saved(directory, step)
     directory.checkpoint(steps).mkdir(parents=True)
     directory.finish({"steps": steps}, identity.record)
     return directory, identity
@@ -117,7 +218,8 @@ def test_fewer_steps_than_are_done_are_refused_and_start_over_if_the_user_asked_
 def test_a_run_that_is_going_on_may_be_given_any_number_of_steps_not_below_its_state(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
-    saved(directory, 3)
+    for step in (1, 2, 3):
+        saved(directory, step)
     for steps in (9, 3):
         assert directory.begin(with_steps(IDENTITY, steps), False) is False
     with pytest.raises(InputError, match="holds 3 steps, more than --steps 2"):
@@ -144,20 +246,23 @@ def test_another_version_of_the_verifier_is_refused_by_name(tmp_path):
     assert directory.resume_step() == 0
 
 
-def test_parts_of_a_run_alone_are_refused_and_replaced_where_the_user_asked_for_that(tmp_path):
+def test_parts_of_a_run_alone_are_refused_and_moved_aside_where_the_user_asked_for_that(tmp_path):
+    (tmp_path / "rl").mkdir()
     for name in ("metrics.json", ".gitignore"):  # as dvc puts them back without the rest
-        (tmp_path / name).write_text("{}")
-    directory = RunDir(tmp_path)
+        (tmp_path / "rl" / name).write_text("{}")
+    directory = RunDir(tmp_path / "rl")
     with pytest.raises(InputError, match=r"holds only metrics\.json of an rl run: restore the rest, or name another"):
         directory.begin(IDENTITY, False)
     assert directory.begin(IDENTITY, True) is False
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "state"]
+    assert sorted(path.name for path in directory.path.iterdir()) == [".gitignore", "state"]
+    assert len(list(tmp_path.glob("rl.before-*/metrics.json"))) == 1
 
 
 def test_a_finished_run_that_has_lost_its_rollouts_is_not_taken_for_done(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(IDENTITY, False)
-    saved(directory, 5)
+    for step in range(1, 6):
+        saved(directory, step)
     directory.finish({"steps": 5}, IDENTITY.record)
     with pytest.raises(InputError, match="finished run without its checkpoints: restore that, or name another"):
         directory.begin(IDENTITY, False)

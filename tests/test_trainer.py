@@ -111,6 +111,30 @@ def test_a_prompt_computed_once_gives_the_gradient_of_one_computed_for_each_comp
     assert once.num_tokens < 0.75 * each.num_tokens
 
 
+def test_without_memory_an_update_is_repeated_with_half_the_micro_batch_and_comes_out_the_same(
+    tiny_policy, monkeypatch, capsys
+):
+    rollouts, trainers = some_rollouts(32), [Trainer(tiny_policy, Accelerator(), OPTIONS) for _ in range(2)]
+    stats = trainers[0].update(rollouts, lr=1e-3)
+    forward = Trainer._forward
+
+    def limited(self, batch):
+        if len(batch) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Trainer, "_forward", limited)
+    monkeypatch.setattr(trainers[1], "_token_budget", 1024)
+    again = trainers[1].update(rollouts, lr=1e-3)
+    assert again.num_halvings >= 1 and stats.num_halvings == 0
+    assert "it is repeated with 512 tokens a micro-batch" in capsys.readouterr().err
+    assert again.grad_norms == pytest.approx(stats.grad_norms, rel=1e-5)
+    assert again.loss == pytest.approx(stats.loss, rel=1e-5)
+    monkeypatch.setattr(Trainer, "_forward", lambda self, batch: limited(self, [None] * 13))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainers[1].update(rollouts, lr=1e-3)
+
+
 @pytest.fixture
 def two_threads():
     torch.set_num_threads(2)

@@ -21,6 +21,17 @@ HOST = platform.node().partition(".")[0][-32:] or "host"  # unfinished outputs a
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError of the block the name of what is written, as that of a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it becomes `path` when the block ends well, and is gone otherwise."""
     path = Path(path)
@@ -29,9 +40,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     with _writing(path):
         beside.touch()
     try:
-        yield beside
-        _sync(beside)
-        beside.replace(path)
+        with naming(path):
+            yield beside
+            _sync(beside)
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -51,13 +63,14 @@ def whole_dir(path: str | Path, replacing: bool = False) -> Iterator[Path]:
     with _writing(path):
         beside.mkdir()
     try:
-        yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.exists():
-            shutil.rmtree(path) if replacing else path.rmdir()
-        beside.rename(path)
+        with naming(path):
+            yield beside
+            for file in beside.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if path.exists():
+                shutil.rmtree(path) if replacing else path.rmdir()
+            beside.rename(path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

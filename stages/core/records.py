@@ -279,6 +279,8 @@ class LogRow(TypedDict):
     handover_s: Annotated[float, Column("handing the weights to the engine", "s", "sum")]
     peak_memory_gib: Annotated[float, Column("most memory in use on any GPU", "GiB", "max")]
     num_preemptions: Annotated[float, Column("sequences that lost their place in the engine's cache", total="sum")]
+    halvings: Annotated[int, Column("times that the micro-batch was halved for want of memory", total="sum")]
+    rounding_changes: Annotated[int, Column("options and versions that round otherwise from here on", total="sum")]
     valid: Annotated[float, Column("avg@k on --valid after the step")]
     valid_start: Annotated[float, Column("avg@k of the start policy, in the first step's row")]
     valid_s: Annotated[float, Column("measuring on --valid", "s", "sum")]

@@ -8,7 +8,7 @@ model.
 
 import importlib.util
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError
 from stages.core.progress import warn
@@ -48,7 +48,7 @@ def run(options: Options) -> None:
     ranks.refuse_differences(seen | ({"valid": digest(options.valid)} if options.valid else {}))
     directory = RunDir(options.out)
     with ExitStack() as stack:
-        finished, done = ranks.on_first(lambda: _begin(directory, identity, options.restart_if_changed, stack))
+        finished, done = ranks.on_first(lambda: _begin(directory, identity, options, stack))
         if not finished:
             with going_on(directory.where_it_goes_on), ranks.raise_once():
                 _explore(accelerator, ranks, directory, done, identity, request, options)
@@ -96,12 +96,12 @@ def _read(options: Options, ranks: Ranks) -> "Request":
     return request
 
 
-def _begin(directory: "RunDir", identity: Identity, restart_if_changed: bool, stack: ExitStack) -> tuple[bool, int]:
+def _begin(directory: "RunDir", identity: Identity, options: Options, stack: ExitStack) -> tuple[bool, int]:
     """Lock the run for as long as `stack` lives; whether it is finished, and after which step to go on."""
     from stages.core import outputs
 
     stack.enter_context(outputs.locked(directory.path))
-    finished = directory.begin(identity, restart_if_changed)
+    finished = directory.begin(identity, options.restart_if_changed, options.exact)
     done = 0 if finished else directory.resume_step()
     if done:
         warn(f"going on after step {done}")
@@ -170,5 +170,6 @@ def _finish(directory: "RunDir", identity: Identity, request: "Request", options
         "rollouts": int(metrics["num_rollouts"]),
         "problems_left_out": request.left_out[TRAIN],
     }
-    about = {"template_digest": asked_by(request.sets[TRAIN], request.template)}
+    about: dict[str, Any] = {"changes": directory.changes} if directory.changes else {}
+    about |= {"template_digest": asked_by(request.sets[TRAIN], request.template)}
     directory.finish(metrics, manifest(identity, counts, metrics["seconds"], **about))

@@ -2,16 +2,18 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from accelerate import Accelerator
 
 from stages.core.drawing.engine import Engine, Sampling
 from stages.core.drawing.rollouts import Group, Prompt
-from stages.core.errors import CollapseError, InputError
+from stages.core.errors import CollapseError, InputError, in_one_line
 from stages.core.grading.scores import Grader
 from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
 from stages.core.policy.acceleration import memory_in_use
@@ -68,13 +70,14 @@ class Explorer:
     def check_hand_over(self) -> Difference:
         """Show that the engine takes the weights it is given, and computes with them what the trainer does.
 
-        Every rank looks at its own engine, and the worst of all counts. All raise InputError if the difference is above
-        the bound of the compute type.
+        Also after it has slept. Every rank looks at its own engine, and the worst of all counts. All raise InputError
+        if the difference is above the bound of the compute type.
         """
         faults = [fault for fault in self.ranks.gather(self.engine.swap_fault(self.trainer.weights)) if fault]
         if faults:
             raise InputError(f"this policy cannot be trained: vLLM cannot take new weights of its kind: {faults[0]}")
-        self.engine.load(self.trainer.weights())
+        self.engine.sleep()  # which must not cost it anything that the weights don't bring back
+        self._wake_engine()
         by_rank = self.ranks.gather(agreement.difference(self.engine, self.trainer, self.prompts, self.sampling))
         worst = Difference(max(each.mean for each in by_rank), max(each.largest for each in by_rank))
         self.start_mismatch = worst.mean
@@ -96,13 +99,14 @@ class Explorer:
         if done:
             state = self.saver.restore(done)
             self.drawing.cursor, self.start_mismatch = state.cursor, state.start_mismatch
-        rows = self.ranks.on_first(lambda: directory.log_rows()[-MAX_COLLAPSED_STEPS:])
+        rows, changes = self.ranks.on_first(lambda: (directory.log_rows()[-MAX_COLLAPSED_STEPS:], directory.changes))
         recent: deque[Mapping[str, Any]] = deque(rows, maxlen=MAX_COLLAPSED_STEPS)
         with StepProgress("rl", self.settings.steps, done, quiet=not self.ranks.is_first) as self.progress:
             for step in range(done + 1, self.settings.steps + 1):
                 start = self._validate(0) if step == 1 else NOT_MEASURED
                 outcome = self._step(step)
                 outcome.valid_start, outcome.valid = start, self._validate(step)
+                outcome.num_changes = sum(len(change["changed"]) for change in changes if change["step"] == step)
                 row = steplog.row(outcome, self.settings, self.bound.far(self.start_mismatch))
                 self._report(row)
                 recent.append(row)
@@ -121,13 +125,15 @@ class Explorer:
         clock, lr = Clock(), self._lr(step)
         self._wake_engine()
         handover_s, num_preemptions = clock.lap(), self.engine.num_preemptions
-        groups = self._draw(step)
+        with self._in_memory(f"drawing in step {step}", "--memory-fraction, or --max-sequences"):
+            groups = self._draw(step)
         memory_gib = memory_in_use()
         self.engine.sleep()
         clock.lap()
         self.progress.note("update")
         rollouts = [rollout for group in groups.kept for rollout in self._trainable(group)]
-        stats = self.trainer.update(rollouts, lr) if rollouts else UpdateStats()
+        with self._in_memory(f"updating in step {step}", "--tokens-per-microbatch, or --gradient-checkpointing"):
+            stats = self.trainer.update(rollouts, lr) if rollouts else UpdateStats()
         outcome = StepOutcome(step, groups, stats, lr, handover_s, clock.lap())
         outcome.peak_memory_gib, outcome.num_preemptions = self._strain(num_preemptions, memory_gib)
         self._write(step, groups.drawn, outcome.trained)
@@ -160,6 +166,17 @@ class Explorer:
             raise
         self._warn_of_short_batch(step, groups)
         return groups
+
+    @contextmanager
+    def _in_memory(self, doing: str, remedy: str) -> Iterator[None]:
+        """Turn the GPU's lack of memory, while `doing` something, into an InputError with a remedy."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"out of memory while {doing} ({in_one_line(error)}): lower {remedy}; the state of step "
+                f"{self.saver.saved} is saved, from which the run then goes on"
+            ) from error
 
     def _trainable(self, group: Group) -> list[TokenRollout]:
         """The completions with their advantages among those of the group that a reward applies to."""
@@ -233,7 +250,7 @@ class Explorer:
         if is_last or with_checkpoint or step % self.settings.checkpoint_every == 0:
             self.saver.keep_checkpoint(step)
         if is_last or with_state or step % self.settings.save_every == 0:
-            self.saver.keep_state(step, self._state())
+            self.saver.keep_state(step, self._state(), is_last)
         self.ranks.wait()
 
     def _is_stopped(self) -> bool:

@@ -116,8 +116,14 @@ class Options(Settings):
     ] = None
     restart_if_changed: Annotated[
         bool,
-        "if OUT holds a run with other settings, remove that and start over; more --steps alone go on",
+        "if OUT holds a run with other settings, move that aside and start over; more --steps alone go on",
         WITHOUT_EFFECT,
+    ] = False
+    exact: Annotated[
+        bool,
+        "go on only if nothing rounds floats otherwise than before (processes, micro-batch, versions, ...); on a GPU "
+        "also compute in a fixed order, which is slower",
+        ROUNDING,
     ] = False
 
     def __post_init__(self) -> None:

@@ -2,24 +2,33 @@
 
 rollouts/step_000001.jsonl ...   checkpoints/step_000050/ ...   log.tsv   metrics.json   manifest.json
 state/run.json                   the identity of the run
-state/step_000010/               weights, optimizer and position after that step; the newest one only
+state/step_000010/               weights, optimizer and cursor after that step, with the digest of each of these files
 
-A finished run keeps its state, so that it can be made longer: only --steps says where it ends.
+The state before the last is kept, too, for the case that the last one is damaged; a finished run keeps its last one, so
+that it can be made longer: only --steps says where it ends. Nothing with steps in it is ever removed: where another run
+takes its place, it is moved aside.
 """
 
+import hashlib
+import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from stages.core import jsonl
 from stages.core.errors import InputError
-from stages.core.outputs import read_json, whole_file, write_json
+from stages.core.outputs import naming, read_json, whole_file, write_json
+from stages.core.progress import warn
 from stages.core.provenance import Identity, read_manifest
 from stages.core.records import Rollout
 from stages.core.tabular import append_tsv, read_tsv
 
 OWN = {"rollouts", "checkpoints", "log.tsv", "metrics.json", "state", "tracker"}
+DIGESTS = "digests.json"  # in a state: SHA-256 of each of its other files
+_STEP = re.compile(r"step_(\d{6,})(?:\.jsonl)?")
 
 
 def step_name(step: int) -> str:
@@ -35,18 +44,22 @@ class RunDir:
         self.state = path / "state"
         self.log_path = path / "log.tsv"
 
-    def begin(self, identity: Identity, restart_if_changed: bool) -> bool:
+    def begin(self, identity: Identity, restart_if_changed: bool, is_exact: bool = False) -> bool:
         """Claim the directory for the run of this identity.
 
-        Returns whether the run is already finished. It may be given more steps, if its last state is there. Raises
-        InputError if the directory holds another run, naming the difference, or only parts of one, or something that
-        is no run; with `restart_if_changed` another run and parts of one are removed instead.
+        Returns whether the run is already finished. It may be given more steps, if its last state is there, and goes on
+        where only the rounding of floats is another, which `changes` records; not if it `is_exact`. Raises InputError
+        if the directory holds another run, naming the difference, or only parts of one, or something that is no run;
+        with `restart_if_changed` another run and parts of one are moved aside instead.
         """
         known = self._known()
         if known is not None:
+            roundings = identity.roundings(known)
             fault = self._fault(known, identity)
+            if not fault and is_exact and roundings:
+                fault = f"was begun otherwise: {'; '.join(roundings)}. Give that again to go on, or leave out --exact"
             if not fault:
-                return self._go_on(identity)
+                return self._go_on(identity, roundings)
         else:
             self._refuse_foreign()
             parts = ", ".join(sorted(self._parts()))
@@ -75,34 +88,71 @@ class RunDir:
             return f"holds a finished run of {done} steps without its last state, so it can't be made longer"
         return ""
 
-    def _go_on(self, identity: Identity) -> bool:
+    def _go_on(self, identity: Identity, roundings: list[str]) -> bool:
         """Resume the run; return whether there is nothing left to do. One that gets more steps is unfinished again."""
+        changes, done = self.changes, self._num_done()
         if self._is_finished:
-            if identity.parameters.get("steps") == self._num_done():
+            if identity.parameters.get("steps") == done:
                 return True
             (self.path / "manifest.json").unlink()
             (self.path / "metrics.json").unlink()
-        write_json(self.state / "run.json", identity.record)
+        if roundings and done:
+            warn(f"{self.path} goes on, and is rounded otherwise from step {done + 1} on: {'; '.join(roundings)}")
+            changes = [*changes, {"step": done + 1, "changed": roundings}]
+        write_json(self.state / "run.json", {**identity.record, "changes": changes})
         return False
 
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """What rounds floats otherwise than before, from which step on: {"step": 3, "changed": ["torch was ..."]}."""
+        return list((self._known() or {}).get("changes") or [])
+
     def _start_over(self, identity: Identity) -> None:
-        for part in (*sorted(self._parts()), "manifest.json"):  # the identity last, should this be interrupted
-            path = self.path / part
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        parts = [part for part in (*sorted(self._parts()), "manifest.json") if (self.path / part).exists()]
+        if parts:
+            aside = self._aside()
+            aside.mkdir()
+            for part in parts:  # the identity last, should this be interrupted
+                (self.path / part).rename(aside / part)
+            warn(f"{self.path} is begun anew; what it held is now in {aside}")
         self.state.mkdir(parents=True, exist_ok=True)
         write_json(self.state / "run.json", identity.record)
 
+    def _aside(self) -> Path:
+        """A name beside the run that is not taken: runs/1/rl.before-20261129-113000."""
+        while (aside := self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")).exists():
+            time.sleep(0.1)
+        return aside
+
     def resume_step(self) -> int:
-        """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away."""
-        saved = self._saved_steps()
-        step = saved[-1] if saved else 0
-        for path in [*self.path.glob("rollouts/step_*.jsonl"), *self.path.glob("checkpoints/step_*")]:
-            if int(path.stem.split("_")[1]) > step:
+        """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away.
+
+        It is that of the last state whose files have the digests that they were written with. Raises InputError if none
+        of several has, or if the log lacks a step.
+        """
+        step = self._last_whole_state()
+        self._check_log(step)
+        for path in [*self.path.glob("rollouts/*"), *self.path.glob("checkpoints/*"), *self.state.glob("*")]:
+            if (number := _step_of(path)) and number > step:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.path.rglob(".*.partial"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._cut_log(step)
         return step
+
+    def _last_whole_state(self) -> int:
+        steps = self._saved_steps()
+        for step in reversed(steps):
+            if not (fault := _damage(self.state_dir(step))):
+                return step
+            if step == steps[0]:
+                raise InputError(f"{fault}: restore it, or remove {self.state} to start over; nothing was changed")
+            warn(f"{fault}: going back to the state before it")
+        return 0
+
+    def seal_state(self, path: Path) -> None:
+        """Note the digests of all files of a state that is written to `path`, where it is not yet in its place."""
+        write_json(path / DIGESTS, _digests(path))
 
     def where_it_goes_on(self) -> str:
         """What to tell who interrupts the run."""
@@ -123,8 +173,7 @@ class RunDir:
 
     def last_checkpoint(self, step: int) -> Path | None:
         """The last checkpoint of `step` or before."""
-        paths = [path for path in self.path.glob("checkpoints/step_*") if int(path.name.split("_")[1]) <= step]
-        return max(paths, default=None)
+        return max((path for path in self.path.glob("checkpoints/*") if 0 < _step_of(path) <= step), default=None)
 
     def forget_rollouts(self, step: int) -> None:
         """Remove the rollouts of a step that was not done."""
@@ -136,7 +185,8 @@ class RunDir:
 
     def append_log(self, row: Mapping[str, Any]) -> None:
         """Add a line to log.tsv, with the header before the first."""
-        append_tsv(self.log_path, row)
+        with naming(self.log_path):
+            append_tsv(self.log_path, row)
 
     def log_rows(self) -> list[dict[str, float]]:
         """log.tsv as numbers; an empty cell is left out."""
@@ -185,14 +235,53 @@ class RunDir:
             raise InputError(f"{self.path} already holds something that is no rl run: name another --out")
 
     def _saved_steps(self) -> list[int]:
-        return sorted(int(path.name.split("_")[1]) for path in self.state.glob("step_*"))
+        return sorted(filter(None, map(_step_of, self.state.glob("*"))))
+
+    def _check_log(self, step: int) -> None:
+        """Raise InputError unless the log has a line for each step up to `step`."""
+        steps = [row.get("step") for row in self.log_rows() if row.get("step", 0) <= step]
+        if steps != list(range(1, step + 1)):
+            raise InputError(
+                f"{self.log_path} does not hold each of the {step} steps that are done: restore it; nothing was changed"
+            )
 
     def _cut_log(self, step: int) -> None:
         if not self.log_path.exists():
             return
         header, *lines = self.log_path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and int(line.split("\t", 1)[0]) <= step]
+        kept = [line for line in lines if line.endswith("\n") and float(line.split("\t", 1)[0]) <= step]
         with whole_file(self.log_path) as beside:
             beside.write_text("".join([header, *kept]) if kept else "")
         if not kept:
             self.log_path.unlink()
+
+
+def _step_of(path: Path) -> int:
+    """The step of a file or directory by its name; 0 for one of another name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """SHA-256 by name of the files of a state, several read at a time."""
+
+    def digest(file: Path) -> str:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.name != DIGESTS)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((file.name for file in files), pool.map(digest, files), strict=True))
+
+
+def _damage(path: Path) -> str:
+    """Why a state cannot be trusted; "" if it can."""
+    try:
+        noted = read_json(path / DIGESTS)
+    except InputError as error:
+        return str(error)
+    if not noted:
+        return f"{path}: {DIGESTS} is missing"
+    now = _digests(path)
+    damaged = [name for name in {**noted, **now} if noted.get(name) != now.get(name)]
+    return f"{path / damaged[0]} is not as it was written" if damaged else ""

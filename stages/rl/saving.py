@@ -58,16 +58,20 @@ class Saver:
         if not any(self.ranks.gather(path.is_dir())):
             self._write_whole(path, self.trainer.save_checkpoint)
 
-    def keep_state(self, step: int, state: RunState) -> None:
-        """Write the state after `step`, which takes the place of the last one."""
+    def keep_state(self, step: int, state: RunState, is_last: bool = False) -> None:
+        """Write the state after `step`. The one before it is kept until another follows, but not beside the last."""
 
         def write(path: Path) -> None:
             self.trainer.save_state(path)
+            self.ranks.wait()
             if self.ranks.is_first:
                 state.write(path)
+                self.directory.seal_state(path)
 
-        self._write_whole(self.directory.state_dir(step), write)
         if self.ranks.is_first:
+            self.directory.forget_states_before(self.saved)
+        self._write_whole(self.directory.state_dir(step), write)
+        if self.ranks.is_first and is_last:
             self.directory.forget_states_before(step)
         self.saved = step
 

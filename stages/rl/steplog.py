@@ -26,6 +26,7 @@ class StepOutcome:
     update_s: float
     peak_memory_gib: float = math.nan
     num_preemptions: float = math.nan
+    num_changes: int = 0
     valid_start: Measured = NOT_MEASURED
     valid: Measured = NOT_MEASURED
 
@@ -87,6 +88,8 @@ def row(outcome: StepOutcome, settings: Settings, far: float) -> LogRow:
         "handover_s": outcome.handover_s,
         "peak_memory_gib": outcome.peak_memory_gib,
         "num_preemptions": outcome.num_preemptions,
+        "halvings": stats.num_halvings,
+        "rounding_changes": outcome.num_changes,
         "valid": outcome.valid.value,
         "valid_start": outcome.valid_start.value,
         "valid_s": valid_s,

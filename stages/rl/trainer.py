@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import disable_dropout_in_model
 
+from stages.core.errors import InputError, in_one_line
 from stages.core.lifetime import interrupts_wait
 from stages.core.policy import acceleration, adapters, checkpoints, heads
 from stages.core.policy.batching import microbatches
 from stages.core.policy.checkpoints import IGNORED, PADDING
+from stages.core.progress import warn
 from stages.core.ranks import Ranks, process_state
 from stages.rl import dapo, prefixes
 from stages.rl.batching import shares, split
@@ -64,6 +67,7 @@ class UpdateStats:
     mismatch_max: float = 0.0
     grad_norms: list[float] = field(default_factory=list)
     num_skipped: int = 0
+    num_halvings: int = 0
 
     SUMS = ("loss", "entropy", "clipped_low", "clipped_high", "mismatch")
 
@@ -191,8 +195,14 @@ class Trainer:
 
     def save_state(self, path: Path) -> None:
         """Write weights and optimizer as `load_state` takes them back, bit for bit; each rank writes its own part."""
-        with interrupts_wait():
-            save_parts(self._state(), checkpoint_id=path)
+        try:
+            with interrupts_wait():
+                save_parts(self._state(), checkpoint_id=path)
+        except CheckpointException as error:
+            reason = in_one_line(next(iter(error.failures.values()))[0])
+            raise InputError(
+                f"{path}: the state cannot be written ({reason}): make room; then the same command goes on"
+            ) from error
 
     def load_state(self, path: Path) -> None:
         """Take back what `save_state` wrote, under this number of ranks or another."""
@@ -222,7 +232,7 @@ class Trainer:
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> None:
-        sums = self.gradient(rollouts)
+        sums = self._gradient_in_memory(rollouts, stats)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if torch.isfinite(torch.tensor(norm)) and torch.isfinite(sums).all():
@@ -235,6 +245,22 @@ class Trainer:
         for name, value in zip(UpdateStats.SUMS, sums.tolist(), strict=False):
             setattr(stats, name, getattr(stats, name) + value)
         stats.mismatch_max = max(stats.mismatch_max, float(sums[-1]))
+
+    def _gradient_in_memory(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> torch.Tensor:
+        """`gradient`, again with half the micro-batch if there is no memory for it: nothing has moved until then.
+
+        Not on several ranks, of which the others wait in the middle of theirs: there the error passes on.
+        """
+        while True:
+            try:
+                return self.gradient(rollouts)
+            except torch.OutOfMemoryError:
+                if not self.ranks.is_alone or self._token_budget <= max(rollout.length for rollout in rollouts):
+                    raise
+            self.release()
+            stats.num_halvings += 1
+            self._token_budget //= 2
+            warn(f"out of memory in an update: it is repeated with {self._token_budget:,} tokens a micro-batch")
 
     def _loss(self, batch: Sequence[TokenRollout], counts: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss summed over a micro-batch's tokens, and the values for UpdateStats, the last one a maximum."""
