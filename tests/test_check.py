@@ -179,6 +179,22 @@ def test_what_no_stage_makes_and_is_not_there_is_named_once_each(project):
 
 
 @pytest.mark.slow
+def test_what_another_params_file_has_made_is_not_held_against_this_one(made):
+    assert sections(checked(made))["prompt"] == '"1+1="'
+    command = "rloop toy --out runs/0 --seed 0 --num_test 75"
+    lock = {"schema": "2.0", "stages": {"toy@0": {"cmd": command, "outs": [{"path": "runs/0"}]}}}
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    assert sections(checked(made))["prompt"] == '"1+1="', "it is what this graph's own command has made"
+    made["toy"], made["fetch"] = {}, {"0": "nobody/nothing"}
+    made["prepare_train"] = {"train": {"source": "gsm8k-train"}}
+    made["rl"]["max_tokens"] = 2048
+    said = sections(checked(made))
+    assert not {"prompt", "tokens", "memory"} & said.keys()
+    assert "dvc repro fetch@0, which makes runs/0/policy" in said["not yet"]
+    assert said["time"] == "not known: what lies in runs is of another base policy"
+
+
+@pytest.mark.slow
 def test_once_they_are_made_prompts_are_shown_and_counted_and_runs_say_how_long_it_takes(made):
     place = Path("old/1/rl")
     place.mkdir(parents=True)

@@ -21,7 +21,8 @@ class Call:
 
     `stage` is the command, "" if it is none of ours, such as `hf download`. `values` are its options by name; `places`
     are those that name what is read, by flag. `outs` are the paths that it makes, `launch` the words before the
-    command. `origin("--steps")` begins a fault: "params.yaml: rl.steps".
+    command. `origin("--steps")` begins a fault: "params.yaml: rl.steps". `is_stale` if what lies at its outs is of
+    another command, by dvc.lock, such as of the params file that was used before.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Call:
     outs: Sequence[str]
     launch: Sequence[str]
     origin: Callable[..., str]
+    is_stale: bool = False
 
     @property
     def made(self) -> Iterator[PurePath]:
@@ -50,6 +52,12 @@ def maker(calls: Sequence[Call], path: str) -> Call | None:
     return next((call for call in calls if call.makes(path)), None)
 
 
+def is_there(calls: Sequence[Call], path: str | Path) -> bool:
+    """Whether `path` exists and is, as far as DVC knows, what these calls make."""
+    above = maker(calls, str(path))
+    return Path(path).exists() and not (above is not None and above.is_stale)
+
+
 class Base(NamedTuple):
     """The policy whose architecture and tokenizer a policy has: a directory that is there, or None.
 
@@ -62,7 +70,7 @@ class Base(NamedTuple):
 
 def base_of(calls: Sequence[Call], policy: str) -> Base:
     """What `policy` descends from, by the graph: rl, rft and merge keep the architecture."""
-    if Path(policy, "config.json").is_file():
+    if is_there(calls, Path(policy, "config.json")):
         return Base(Path(policy))
     above = maker(calls, policy)
     if above is not None and above.stage in MADE_FROM:

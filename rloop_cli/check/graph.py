@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from stages.core import options
 from stages.core.errors import InputError
 from stages.core.options import PATH
 
-GRAPH = Path("dvc.yaml")
+GRAPH, LOCK = Path("dvc.yaml"), Path("dvc.lock")
 _REFERENCE = re.compile(r"\$\{([^}]+)\}")
 _LOST = re.compile(r"Could not find '([^']+)'")
 
@@ -34,6 +34,7 @@ class Node(NamedTuple):
     """A stage of the graph: its command as a shell gets it, the files that it makes, where its options are from."""
 
     name: str
+    command: str
     words: list[str]
     outs: list[str]
     origins: Mapping[str, str]
@@ -45,7 +46,7 @@ def read(params: Path) -> tuple[list[Call], list[str]]:
     Raises InputError if one of the two files is missing or is no YAML.
     """
     nodes, faults = resolve(params)
-    calls = []
+    calls, locked = [], _locked()
     for node in nodes:
         number = next((number for number, word in enumerate(node.words) if word in STAGES), len(node.words))
         launch, (stage, *words) = node.words[:number], node.words[number:] or [""]
@@ -54,11 +55,25 @@ def read(params: Path) -> tuple[list[Call], list[str]]:
             values, own = parse(stage, words)
             faults += [f"{origin(flag)}: {fault}" for flag, fault in own]
         if values is None:  # what it makes counts as made all the same
-            calls.append(Call(node.name, "", SimpleNamespace(), {}, node.outs, launch, origin))
+            calls.append(Call(node.name, "", SimpleNamespace(), {}, node.outs, launch, origin, is_stale(node, locked)))
         else:
             places = dict(_places(stage, values))
-            calls.append(Call(node.name, stage, SimpleNamespace(**values), places, node.outs, launch, origin))
+            stale = is_stale(node, locked)
+            calls.append(Call(node.name, stage, SimpleNamespace(**values), places, node.outs, launch, origin, stale))
     return calls, list(dict.fromkeys(faults))
+
+
+def _locked() -> dict[str, Mapping[str, Any]]:
+    """What DVC has made, by the stage's name: its `cmd` and `outs`."""
+    return dict(_yaml(LOCK).get("stages") or {}) if LOCK.is_file() else {}
+
+
+def is_stale(node: Node, locked: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether another command made what lies at the outs of `node`."""
+    if locked.get(node.name, {}).get("cmd") == node.command:
+        return False
+    made = [PurePath(out["path"]) for stage in locked.values() for out in stage.get("outs", [])]
+    return any(out.is_relative_to(own) or PurePath(own).is_relative_to(out) for out in made for own in node.outs)
 
 
 def resolve(params: Path) -> tuple[list[Node], list[str]]:
@@ -84,12 +99,12 @@ def resolve(params: Path) -> tuple[list[Node], list[str]]:
                 lost.setdefault(str(error), []).append(name)
             for key, stage in members.items():
                 origins = {**_origins(key, definition, given), launch: "launch"}
-                nodes.append(node := Node(key, _words(stage["cmd"], launch), _outs(stage), origins))
+                nodes.append(node := Node(key, stage["cmd"], _words(stage["cmd"], launch), _outs(stage), origins))
                 if stage["cmd"] and not node.words:
                     faults.append(f"{GRAPH}: {key}: a quotation is not closed in {textwrap.shorten(stage['cmd'], 80)}")
             if not members and given.get(_section(definition)) != {}:
                 outs = [out.partition("${")[0] for out in _outs(definition.get("do", definition))]
-                nodes.append(Node(name, [], outs, {}))
+                nodes.append(Node(name, "", [], outs, {}))
     return nodes, [*faults, *(f"{params}: {fault}" for fault in _missing(lost, given))]
 
 

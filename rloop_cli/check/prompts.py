@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rloop_cli.check.calls import Call, base_of, policies_of
+from rloop_cli.check.calls import Call, base_of, is_there, policies_of
 from stages.core import records, tabular
 from stages.core.drawing import templates
 from stages.core.drawing.rollouts import make_prompts, no_room
@@ -51,7 +51,7 @@ def seen(calls: Sequence[Call]) -> Seen:
         except InputError as error:
             broken.setdefault(str(error), call.origin("--policy", base))
             continue
-        for file in (file for file in _files(call) if Path(file).is_file()):
+        for file in (file for file in _files(call) if is_there(calls, file)):
             asking = Asking(base, call.values.template, call.values.max_tokens, file)
             if asking not in done:
                 done[asking] = _longest(whole, asking, call, tokenizer, context)
@@ -128,6 +128,6 @@ def waiting(calls: Sequence[Call]) -> Iterator[str]:
     bases = (base_of(calls, policy) for call in needed for policy in policies_of(call, calls)[:1])
     for waits in dict.fromkeys(base.waits_for for base in bases if base.path is None):
         yield f"context, prompts and memory of the policy: {waits}"
-    files = dict.fromkeys(file for call in needed for file in _files(call) if not Path(file).is_file())
+    files = dict.fromkeys(file for call in needed for file in _files(call) if not is_there(calls, file))
     if files:
         yield f"problems that are not made yet: {tabular.some(list(files))}"

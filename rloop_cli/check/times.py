@@ -35,6 +35,9 @@ class Drawn(NamedTuple):
 def estimates(calls: Sequence[Call], rollouts: Range | None, runs: Path) -> Iterator[str]:
     """Lines on the hours of rl and eval, each with the run it is reckoned from, or how to get one."""
     training = [call.values for call in calls if call.stage == "rl"]
+    if any(call.is_stale and call.makes(str(runs)) and call.stage in ("", "toy") for call in calls):
+        yield f"not known: what lies in {runs} is of another base policy"
+        return
     if (run := explored(runs)) is None:
         yield f"rl: not known, for {runs} holds no log.tsv of rl: a run of two or three --steps tells"
     else:
