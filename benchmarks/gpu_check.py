@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "vllm", "transformers", "accelerate", "trl")
 NEEDED = (*PACKAGES, "pytest")
+DRIVERS = {12: 525, 13: 580}  # the oldest driver for torch's major version of CUDA
 STEPS = 5
 COMMON = f"--steps {STEPS} --group-size 16 --max-rounds 3 --save-every {STEPS} --warmup-steps 0 --dtype bfloat16"
 TOY = "--template none --problems-per-step 16 --max-tokens 72 --overlong-buffer 0 --minibatches 2 --lr 3e-4"
-REAL = "--problems-per-step 32 --max-tokens 512 --overlong-buffer 128 --minibatches 4 --lr 1e-6"
+REAL = "--tokens-per-microbatch 4096 --problems-per-step 32 --max-tokens 512 --overlong-buffer 128 --minibatches 4 --lr 1e-6"
 
 
 def main() -> int:
@@ -38,6 +40,9 @@ def main() -> int:
     parser.add_argument("--problems", default="", help="problems (JSONL); default: the toy's, or sums of two numbers")
     given = parser.parse_args()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if fault := driver_fault(missing):
+        print(f"gpu-check: {fault}")
+        return 2
     if not has_gpu(missing):
         print("gpu-check: there is no GPU here; nothing was checked")
         return 0
@@ -48,6 +53,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         short_run(Path(scratch), given.policy, given.problems)
     return tests.returncode
+
+
+def driver_fault(missing: list[str]) -> str:
+    """Why torch can't use this machine's driver; says how the two go together. "" also where one is missing."""
+    if "torch" in missing or not shutil.which("nvidia-smi") or not (drivers := ask("driver_version")):
+        return ""
+    import torch
+
+    fault = too_old(drivers[0], torch.version.cuda)
+    print(
+        f"driver {drivers[0]}, torch {torch.__version__} for CUDA {torch.version.cuda}: {fault or 'they go together'}"
+    )
+    return fault
+
+
+def too_old(driver: str, cuda: str | None) -> str:
+    """What to do about a driver that is too old for torch's CUDA; "" if it is not."""
+    if cuda is None:
+        return (
+            "this torch is for CPUs: pip install -c constraints-gpu.txt -e '.[gpu,dev]' into an environment of its own"
+        )
+    needed = DRIVERS.get(int(cuda.partition(".")[0]), 0)
+    if int(driver.partition(".")[0]) >= needed:
+        return ""
+    return f"CUDA {cuda} needs a driver of {needed} or newer: see docs/gpu.md"
 
 
 def has_gpu(missing: list[str]) -> bool:

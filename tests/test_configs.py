@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def test_the_paper_s_numbers_stand_in_the_paper_s_config():
         "aime-2024", "minerva-math", "omni-math", "math-500",
     }  # fmt: skip
     assert params["prepare_train"]["train"]["source"] == "dapo-17k"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.11", "3.13"])
+@pytest.mark.parametrize("file", sorted(ROOT.glob("constraints-gpu*.txt")), ids=lambda path: path.name)
+def test_the_versions_for_gpus_belong_together_by_their_own_metadata(file, python):
+    pinned = [line for line in file.read_text().splitlines() if re.match(r"(vllm|torch|transformers)==", line)]
+    command = [Path(sys.executable).with_name("uv"), "pip", "compile", "-q", "--extra", "gpu", "-c", file]
+    where = ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
+    done = subprocess.run(
+        [*command, *where, "pyproject.toml"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    if "error sending request" in done.stderr or "Failed to fetch" in done.stderr:
+        pytest.skip("no package index here")
+    assert done.returncode == 0, done.stderr
+    assert {*pinned} <= {*done.stdout.splitlines()} and len(pinned) == 3
 
 
 SLURM = {  # Slurm's commands, and what its scripts start, as far as they are needed; `calls` holds what was asked

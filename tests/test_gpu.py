@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from benchmarks import gpu_check
 from stages import rl
 from stages.core import jsonl
 from stages.rl.trainer import TokenRollout, Trainer, start_accelerator
@@ -155,6 +156,21 @@ def test_two_gpus_draw_and_train_together(policy, tmp_path, tensor_parallel):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "rl/manifest.json").read_bytes())["parameters"]["processes"] == 2
     assert json.loads((tmp_path / "rl/checkpoints/step_000002/config.json").read_bytes())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "fault"),
+    [
+        ("580.65.06", "13.0", ""),
+        ("570.86.15", "13.0", "CUDA 13.0 needs a driver of 580 or newer"),
+        ("570.86.15", "12.8", ""),
+        ("515.43.04", "12.1", "CUDA 12.1 needs a driver of 525 or newer"),
+        ("580.65.06", None, "this torch is for CPUs"),
+    ],
+)
+def test_a_driver_that_is_too_old_for_torch_is_named(driver, cuda, fault):
+    said = gpu_check.too_old(driver, cuda)
+    assert said.startswith(fault) and bool(said) == bool(fault)
 
 
 @pytest.mark.slow
