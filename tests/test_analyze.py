@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from stages import analyze
-from stages.analyze import dynamics, similarity, temporal
+from stages.analyze import dynamics, means, similarity, temporal
 from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.study import runs
+from stages.core.study.runs import RL, RLOOP
 
 BASE = "runs/0/policy"
 
@@ -88,6 +89,15 @@ def test_matrices_equal_those_worked_out_by_hand(out):
     )
     q = np.array([[1, 2 / 4, 2 * 0.5 / 4], [2 / 4, 2 / 4, 0.5 / 4], [2 * 0.5 / 4, 0.5 / 4, 2 / 4]])
     assert np.array(values(out / "similarity_RL.json")) == pytest.approx((p + q) / 2, abs=1e-15)
+
+
+def test_the_means_say_what_chance_alone_forgets(out):
+    found = json.loads((out / "metrics.json").read_text())["RL"]
+    assert found["mean_forgetting"] == pytest.approx((0.5 + 0 + 0) / 3)
+    # halves of two samples; correct of 2 for (p, q): base (1, 0), step 5 (0, 2), step 10 (1, 1)
+    assert found["floor_of_forgetting"] == pytest.approx((0.25 + 0 + 0.5) / 3)
+    assert found["mean_forgetting_of_halves"] == pytest.approx((0.25 + 0.125 + 0.25) / 3)
+    assert found["mean_similarity_within"] == pytest.approx((5 / 6 + 0.5 + 0.5) / 3)
 
 
 def test_each_matrix_is_there_as_json_tsv_and_figures_with_labels(out):
@@ -208,6 +218,44 @@ def test_sparse_similarity_agrees_with_the_plain_loop_over_sets():
 def test_bigrams_are_of_words_numbers_and_marks_whatever_the_blanks():
     first, second, third = similarity.bigrams(["2*6=12", "2 * 6  = 12", "2*6=1 2"])
     assert first.tolist() == second.tolist() != third.tolist()
+
+
+@pytest.mark.parametrize(("n", "c", "least"), [(4, 1, 1), (5, 2, 1), (6, 3, 2), (4, 0, 1), (4, 4, 1), (3, 3, 2)])
+def test_what_halves_of_the_samples_forget_is_the_mean_over_all_choices_of_them(n, c, least):
+    right, half = set(range(c)), n // 2
+    solved = {part: len(right & set(part)) >= least for part in combinations(range(n), half)}
+    apart = [solved[a] and not solved[b] for a, b in product(solved, solved) if not set(a) & set(b)]
+    results = [[{"problem_id": "p", "num_samples": n, "num_correct": c}] for _ in range(2)]
+    found = dynamics.forgetting_of_halves(results, least)
+    share = np.mean(list(solved.values()))
+    between, chance = share * (1 - share), np.mean(apart)
+    assert found == pytest.approx(np.array([[chance, between], [between, chance]]))
+
+
+def test_the_floor_of_forgetting_is_right_on_average_whatever_an_evaluation_draws():
+    rate, half = 0.05, 4
+    solved = 1 - (1 - rate) ** half
+    total = sum(comb(8, c) * rate**c * (1 - rate) ** (8 - c) * dynamics._of_halves(8, c, 1)[1] for c in range(9))
+    assert total == pytest.approx(solved * (1 - solved), abs=1e-12)
+
+
+def test_pairs_within_an_iteration_are_those_without_a_reset_between_them():
+    names = [BASE, *(f"runs/{i}/{part}" for i in (1, 2) for part in ("rl/checkpoints/step_000002", "policy"))]
+    alone = [BASE, *(f"runs/vanilla/rl/checkpoints/step_00000{step}" for step in (1, 2, 3, 4))]
+    paths = {RLOOP: runs.path_of(runs.positions(names), RLOOP), RL: runs.path_of(runs.positions(alone), RL)}
+    assert [each.label for each in paths[RLOOP]] == ["0", "2", "2+start", "4", "4+start"]
+    pairs = {
+        run: set(zip(*map(list, np.nonzero(means.is_within(path, [2, 4]))), strict=True)) for run, path in paths.items()
+    }
+    assert pairs == {RLOOP: {(0, 1), (2, 3)}, RL: {(0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4)}}
+    values = np.arange(25.0).reshape(5, 5).tolist()
+    matrices = [{"name": "forgetting", "run": run, "values": values} for run in (RL, RLOOP)]
+    found = means.measure(matrices, [], paths)
+    assert found[RLOOP]["mean_forgetting_within_iterations"] == (1 + 13) / 2
+    assert found[RLOOP]["mean_forgetting_across_iterations"] == (2 + 3 + 4 + 7 + 8 + 9 + 14 + 19) / 8
+    assert found[RLOOP]["mean_forgetting_at_common_steps"] == (1 + 3 + 8) / 3, "steps 0, 2 and 4"
+    assert found[RL]["mean_forgetting_at_common_steps"] == (2 + 4 + 14) / 3
+    assert found[RL]["mean_forgetting"] == found[RLOOP]["mean_forgetting"]
 
 
 def test_what_is_learned_forward_is_forgotten_backward():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from stages.analyze import curves, dynamics, similarity
+from stages.analyze import curves, dynamics, means, similarity
 from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.options import PATH, OptionGroup, at_least
@@ -42,10 +42,14 @@ if TYPE_CHECKING:
 DEFINITIONS = {
     "learning": "share of problems solved at step j and not at step i",
     "forgetting": "share of problems solved at step i and not at step j",
+    "forgetting_of_halves": (
+        "share of problems solved by half of the samples of step i and not by half of those of step j; on the diagonal "
+        "the two halves of one policy's samples, so what chance alone forgets"
+    ),
     "similarity": "mean Jaccard similarity of bigrams over all pairs of completions of steps i and j",
     "differential_forgetting": "forgetting of {0} minus forgetting of {1}; positive where {1} forgets less",
 }
-NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}
+NUMBERS = {"learning": "2a", "forgetting": "2b", "similarity": "2c", "differential_forgetting": "5a"}  # in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ def run(options: Options) -> None:
     over_steps = curves.measure(evaluation, paths, options.min_correct, options.ks)
     with outputs.claimed(options.out), outputs.whole_dir(options.out) as directory:
         _write(directory, matrices, over_steps, steps)
-        outputs.write_json(directory / "metrics.json", _means(matrices, steps))
+        outputs.write_json(directory / "metrics.json", means.measure(matrices, steps, paths))
         read = recorded(path / "results.jsonl" for path in directories)
         identity = identify("analyze", options, read, set=evaluation.problem_set, compare=list(pair or ()))
         counts = {"checkpoints": len(evaluation.results), "problems": len(next(iter(evaluation.results.values())))}
@@ -146,8 +150,10 @@ def _matrices(
         results: list[list[Result]] = [evaluation.results[position.policy] for position in path]
         is_solved = dynamics.solved(results, min_correct)
         forgotten[method] = dynamics.forgetting(is_solved)
+        halves = dynamics.forgetting_of_halves(results, min_correct)
         matrices.append(_matrix("learning", name, method, path, dynamics.learning(is_solved)))
         matrices.append(_matrix("forgetting", name, method, path, forgotten[method]))
+        matrices.append(_matrix("forgetting_of_halves", name, method, path, halves))
         if silent := [position.policy for position in path if position.policy not in texts]:
             home = evaluation.homes[silent[0]]
             warn(f"no similarity of {method}: {home} holds no rollouts.jsonl with completions of {silent[0]}")
@@ -187,7 +193,7 @@ def _matrix(name: str, problem_set: str, run: str, path: Sequence[Position], val
         "name": name,
         "set": problem_set,
         "run": run,
-        "number": NUMBERS[name],
+        "number": NUMBERS.get(name, ""),
         "definition": DEFINITIONS[name],
         "labels": [position.label for position in path],
         "policies": [position.policy for position in path],
@@ -203,7 +209,7 @@ def _differential(
 ) -> list[Matrix]:
     """Forgetting of the first run minus that of the second, over the steps that both were evaluated at."""
     first, second = pair
-    of_first, of_second = _by_step(paths[first]), _by_step(paths[second])
+    of_first, of_second = means.by_step(paths[first]), means.by_step(paths[second])
     common = sorted(of_first.keys() & of_second.keys())
     if len(common) < 2:
         return []
@@ -215,18 +221,6 @@ def _differential(
     ]
     record = _matrix("differential_forgetting", problem_set, "", path, values)
     return [{**record, "definition": record["definition"].format(first, second), "compared": f"{first} - {second}"}]
-
-
-def _by_step(path: Sequence[Position]) -> dict[int, int]:
-    """Step -> index in `path` of the checkpoint at that step.
-
-    If RLoop has two policies at a step, the end of an iteration's RL and the fine-tuned start of the next, the
-    former counts, since it is a checkpoint of RL as those of vanilla RL are.
-    """
-    indices: dict[int, int] = {}
-    for index, position in enumerate(path):  # RL's endpoint comes before the fine-tuned policy of its step
-        indices.setdefault(position.step, index)
-    return indices
 
 
 def _similarity_by_step(
@@ -248,20 +242,6 @@ def _similarity_by_step(
             }
         )
     return rows
-
-
-def _means(matrices: Sequence[Matrix], steps: Sequence[Similarity]) -> dict[str, Any]:
-    """In numbers: each matrix's mean above the diagonal, and the mean of similarity within over steps."""
-    import numpy as np
-
-    means: dict[str, dict[str, float]] = {}
-    for matrix in matrices:
-        above = np.asarray(matrix["values"])[np.triu_indices(len(matrix["labels"]), 1)]
-        means.setdefault(matrix["run"] or matrix["compared"], {})[f"mean_{matrix['name']}"] = float(above.mean())
-    for method in dict.fromkeys(row["run"] for row in steps):
-        within = [row["within"] for row in steps if row["run"] == method]
-        means[method]["mean_similarity_within"] = sum(within) / len(within)
-    return means
 
 
 def _write(

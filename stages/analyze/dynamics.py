@@ -4,6 +4,8 @@ A checkpoint solves a problem if at least `min_correct` of its samples are corre
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import comb
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError
@@ -50,6 +52,36 @@ def forgetting(is_solved: "Array") -> "Array":
 
     yes = is_solved.astype(np.float64)
     return yes @ (1 - yes).T / yes.shape[1]
+
+
+def forgetting_of_halves(checkpoints: Sequence[Sequence[Result]], min_correct: int = 1) -> "Array":
+    """[i, j]: forgetting with half of each checkpoint's samples, expected over all choices of the halves.
+
+    On the diagonal the two halves are one policy's own, so that this is what chance alone forgets: forgetting beyond it
+    is real. Both are unbiased at that number of samples, which forgetting of i by i with all samples can't be.
+    """
+    import numpy as np
+
+    n, c = (counts(checkpoints, field) for field in ("num_samples", "num_correct"))
+    both = np.vectorize(lambda n, c: _of_halves(int(n), int(c), min_correct), otypes=[float, float])(n, c)
+    yes, floor = both
+    forgotten = yes @ (1 - yes).T / yes.shape[1]
+    np.fill_diagonal(forgotten, floor.mean(axis=1))
+    return np.asarray(forgotten)
+
+
+@lru_cache(2**16)
+def _of_halves(n: int, c: int, min_correct: int) -> tuple[float, float]:
+    """Of n samples, c of them correct: the chance that a half solves the problem, and that then another does not."""
+    half = n // 2
+    first = {a: comb(half, a) * comb(n - half, c - a) for a in range(min(half, c) + 1)}
+    solved = sum(ways for a, ways in first.items() if a >= min_correct)
+    only = sum(
+        comb(half, a) * comb(half, b) * comb(n - 2 * half, c - a - b)
+        for a in range(min_correct, min(half, c) + 1)
+        for b in range(min(min_correct - 1, c - a) + 1)
+    )
+    return solved / comb(n, c), only / comb(n, c)
 
 
 def retention(is_solved: "Array") -> list[Interval]:

@@ -43,6 +43,7 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+OWN_SCALE = ("similarity", "differential_forgetting")  # the other matrices are shares of problems
 MAX_DRAWN = 1e100
 MAX_MARKED = 40  # a line with more points than this has no marks
 MAX_WRITTEN = 12  # a matrix with more rows than this shows colours only, and every second or third label
@@ -141,18 +142,20 @@ def of_curve(record: Curve) -> Figure:
 def of_matrices(records: Sequence[Matrix]) -> list[Figure]:
     """Matrices as colours.
 
-    All of one name share their colours, so that a darker cell is a smaller value in every run. A learning or
-    forgetting matrix is shown above the diagonal only: the rest repeats the other one.
+    Those of one unit share their colours, so that a darker cell is a smaller value in every run. What is learnt or
+    forgotten is shown above the diagonal only: the rest repeats the other one.
     """
     shown = [_shown(record) for record in records]
     largest = pd.Series([float(np.ma.filled(np.abs(values), 0).max()) for values in shown])
-    bounds = largest.groupby([record["name"] for record in records]).transform("max").replace(0, 1)
+    scales = [record["name"] if record["name"] in OWN_SCALE else "" for record in records]
+    bounds = largest.groupby(scales).transform("max").replace(0, 1)
     return list(map(_matrix, records, shown, bounds))
 
 
 def _shown(record: Matrix) -> Any:
     values = np.asarray(record["values"], dtype=float)
-    return np.ma.masked_array(values, record["name"] != "similarity" and np.tril(np.ones_like(values, dtype=bool)))
+    hidden = np.tril(np.ones_like(values, dtype=bool), -1 if record["name"] == "forgetting_of_halves" else 0)
+    return np.ma.masked_array(values, hidden & (record["name"] != "similarity"))
 
 
 def _matrix(record: Matrix, shown: Any, bound: float) -> Figure:
