@@ -1,7 +1,6 @@
 """The experiments: a project for each seed and arm, what they share, and the tables of what is there."""
 
 import importlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from rloop_cli.app import app
-from stages.core import jsonl
 from stages.core.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -147,54 +145,39 @@ def test_every_arm_passes_the_check_but_for_what_its_start_makes(experiments, tm
         assert not [fault for fault in faults if "runs/0/" not in fault]
 
 
-def evaluated(out, problem_set, counts, num_samples=4):
-    out.mkdir(parents=True)
-    jsonl.write(out / "results.jsonl", [
-        {"problem_id": f"p{i}", "policy": policy, "num_samples": num_samples, "num_correct": count, "num_truncated": 0}
-        for policy, correct in counts.items() for i, count in enumerate(correct)
-    ])  # fmt: skip
-    (out / "manifest.json").write_text(json.dumps({"set": problem_set}))
+def reported(project, methods):
+    """A project whose report holds avg@4 of each method on one set and on average."""
+    rows = [f"{name}\t{method}\t{value}\t0.0" for name in ("valid", "Average") for method, value in methods.items()]
+    (project / "runs").mkdir(parents=True)
+    (project / "runs/results.tsv").write_text("\n".join(["set\tmethod\tavg@4\tavg@4_low", *rows]) + "\n")
 
 
-def test_the_tables_hold_the_ends_of_each_way_and_their_differences(results, tmp_path):
-    end, on_way = (f"runs/vanilla/rl/checkpoints/step_00000{step}" for step in (2, 1))
-    for seed in "01":
-        project = tmp_path / f"{seed}-hard"
-        (project / "runs/1/rl").mkdir(parents=True)
-        (project / "runs/1/rl/manifest.json").write_text('{"parameters": {"steps": 2}}')
-        (project / "runs/1/rl/log.tsv").write_text(
-            "step\tentropy\tgrad_norm\tpass_rate\n1\t0.5\t1\t0.25\n2\t0.4\t2\t0.5\n"
-        )
-        (project / "params.yaml").write_text("vanilla: {steps: 2}\neval: {k: [2]}\n")
-        evaluated(project / "runs/eval/0", "valid", {"runs/0/policy": [0, 2]})
-        evaluated(project / "runs/eval/vanilla/valid", "valid", {on_way: [4, 4], end: [1, 3]})
-        explored = {"runs/1/rl/checkpoints/step_000002": [3, 4], "runs/1/rl/checkpoints/step_000001": [4, 4]}
-        evaluated(project / "runs/eval/1/valid", "valid", {**explored, "runs/1/policy": [2, 4]})
-        evaluated(project / "runs/eval/1/test", "far", {"runs/1/policy": [0, 0]})
-    policies = results.policies(tmp_path)
-    assert [(policy.seed, policy.method) for policy in policies] == [
-        (seed, method) for seed in "01" for method in ("Base", "RL", "RLoop hard", "RLoop hard, last RL endpoint")
-    ]
-    rows = results.measurements(policies, [2])
-    values = {(row["seed"], row["method"], row["metric"]): row["value"] for row in rows if row["set"] == "valid"}
-    assert values["0", "RL", "avg@4"] == 50.0, "the end counts, not the checkpoint on the way"
-    assert values["1", "RLoop hard", "avg@4"] == 75.0
-    assert values["1", "RLoop hard, last RL endpoint", "avg@4"] == 87.5, (
-        "its last step, not an earlier one or what it led to"
-    )
-    averages = {(row["method"], row["metric"]): row["value"] for row in rows if row["set"] == "average"}
-    assert averages["RLoop hard", "avg@4"] == 37.5, "of the set that it solves and of the one that it does not"
-    assert ("RL", "avg@4") not in averages, "one set of two is no average"
-    assert values["0", "Base", "pass@2"] == pytest.approx(100 * (0 + 5 / 6) / 2)
-    apart = {(row["pair"], row["metric"]): row["value"] for row in results.differences(policies, [2])}
-    assert apart["RLoop hard − RL", "avg@4"] == 25.0
-    assert apart["RL − Base", "avg@4"] == 25.0
+def test_the_tables_are_means_over_seeds_and_differences_within_them(results, tmp_path):
+    for seed, of_rl in enumerate((10.0, 20.0, 60.0)):
+        own = {"Base": 5.0, "RL": of_rl, "RL, chosen": of_rl + 4, "RLoop, chosen": of_rl + 5}
+        reported(tmp_path / f"{seed}-hard", own | {"RLoop": of_rl + seed + 1, "RLoop, last RL endpoint": of_rl})
+        reported(tmp_path / f"{seed}-all", {"Base": 5.0, "RL": of_rl})
     text = results.write(tmp_path, tmp_path / "out")
-    assert "| RLoop hard over RL here" in text
-    assert "+50.0" in text, "sets on which RL was not evaluated do not count"
-    assert (tmp_path / "out/over_steps.tsv").read_text().splitlines()[1] == "0-hard\t1\t1\t0.5\t1\t0.25"
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines()
+            if "|" in line}  # fmt: skip
+    assert text.index("Average") < text.index("valid")
+    assert rows["Base"] == ["5.0 ± 0.0", "3"]
+    half = 4.302653 * 700**0.5 / 3**0.5  # Student's t of two degrees of freedom
+    assert rows["RL"] == [f"30.0 ± {half:.1f}", "3"], "once a seed, whatever the number of arms"
+    assert rows["RLoop hard − RL"] == ["+2.0 ± 2.5", "3"]
+    assert rows["RLoop hard, chosen − RL, chosen"] == ["**+1.0 ± 0.0**", "3"]
+    assert rows["RLoop hard, last RL endpoint − RL"] == ["+0.0 ± 0.0", "3"]
+    assert rows["RL, chosen − RL"] == ["**+4.0 ± 0.0**", "3"]
+    lines = (tmp_path / "out/measurements.tsv").read_text().splitlines()
+    assert "1\tvalid\tRLoop hard\tavg@4\t22" in lines
+    assert len(lines) == 1 + 2 * 6 * 3
 
 
-def test_without_an_evaluation_there_is_no_table(results, tmp_path):
-    with pytest.raises(InputError, match="holds no evaluation yet"):
+def test_two_seeds_have_no_interval(results):
+    assert results.mean([1.0, 2.0]) == "1.5"
+    assert results.mean([1.0, 2.0], signed=True) == "+1.5"
+
+
+def test_without_a_report_there_is_no_table(results, tmp_path):
+    with pytest.raises(InputError, match="holds no report yet"):
         results.write(tmp_path, tmp_path / "out")
