@@ -1,4 +1,5 @@
 import io
+import math
 import random
 import subprocess
 import sys
@@ -83,6 +84,95 @@ def test_a_pass_rate_equal_to_the_bound_is_not_below_it(tmp_path):
     assert [example["problem_id"] for example in run(tmp_path, hard + edge)] == ["hard"]
 
 
+def by_definition(rollouts, share=0.0, least=0, bound=0.0):
+    """Numbers of problems: the hardest share of the solved ones, at least so many, and all below the bound."""
+    rewards = defaultdict(list)
+    usable = {one["problem_id"] for one in rollouts if one["reward"] and one["finish_reason"] == "stop"}
+    for one in rollouts:
+        rewards[one["problem_id"]].append(one["reward"])
+    rates = sorted(sum(rewards[name]) / len(rewards[name]) for name in usable)
+    below = sum(rate < bound for rate in rates)
+    return rates, max(below, math.ceil(share * len(rates)), min(least, len(rates)))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"hardest": 0.3}, {"share": 0.3}),
+        ({"hardest": 1.0}, {"share": 1.0}),
+        ({"hardest": 1e-9}, {"share": 1e-9}),
+        ({"max_pass_rate": 0.6, "hardest": 0.3}, {"share": 0.3, "bound": 0.6}),
+        ({"max_pass_rate": 0.01, "hardest": 0.3}, {"share": 0.3}),
+        ({"max_pass_rate": 0.01, "min_problems": 7}, {"least": 7}),
+        ({"max_pass_rate": 0.01, "min_problems": 700}, {"least": 700}),
+    ],
+)
+def test_the_hardest_are_taken_by_share_and_number_where_a_bound_gives_fewer(tmp_path, capsys, options, wanted):
+    rollouts = list(random_rollouts(seed=11))
+    rates, number = by_definition(rollouts, **wanted)
+    chosen = {example["problem_id"]: example["pass_rate"] for example in run(tmp_path, rollouts, **options)}
+    assert sorted(chosen.values()) == rates[:number] and number
+    said = "instead of these the hardest" in capsys.readouterr().err
+    assert said == ("max_pass_rate" in options and options["max_pass_rate"] == 0.01)
+
+
+def test_among_equally_hard_problems_the_seed_draws_and_not_the_order(tmp_path):
+    rollouts = [rollout(f"p{number}", reward, f"{reward}") for number in range(20) for reward in (0.0, 1.0)]
+
+    def drawn(rollouts, seed):
+        return {example["problem_id"] for example in run(tmp_path, rollouts, hardest=0.25, seed=seed)}
+
+    assert len(drawn(rollouts, 0)) == 5
+    assert drawn(rollouts[::-1], 0) == drawn(rollouts, 0) != drawn(rollouts, 1)
+
+
+def test_of_several_iterations_each_policy_has_its_own_pass_rates_and_a_text_comes_once(tmp_path):
+    of_p = [rollout("a", 1.0, "x"), *[rollout("a", 0.0)] * 3, rollout("b", 1.0, "y")]
+    of_q = [one | {"policy": "q"} for one in (rollout("a", 1.0, "z"), rollout("b", 1.0, "y"), rollout("b", 0.0))]
+    for step, rollouts in enumerate((of_p, of_q)):
+        jsonl.write(tmp_path / f"{step}/rollouts/step_000001.jsonl", rollouts)
+    out, paths = tmp_path / "out.jsonl", [str(tmp_path / "0"), str(tmp_path / "1")]
+    stage.run(stage.Options(rollouts=paths, out=str(out), per_policy=True, max_pass_rate=0.6))
+    chosen = [(one["problem_id"], one["completion"], one["pass_rate"]) for one in read(out, Example)]
+    assert chosen == [("a", "x", 0.25), ("b", "y", 0.5)]  # b of p and a of q are always solved
+
+
+def test_rollouts_of_another_template_are_refused_across_policies_too(tmp_path):
+    rollouts = [rollout("a", 1.0), rollout("a", 1.0, prompt="another") | {"policy": "q"}]
+    with pytest.raises(InputError, match="problem a has another prompt or answer than before"):
+        run(tmp_path, rollouts, per_policy=True)
+
+
+@pytest.mark.parametrize(("steps", "kept"), [("1:2", [1, 2]), ("3:", [3, 4]), (":3", [1, 2, 3]), ("2:2", [2])])
+def test_only_the_rollouts_of_the_steps_count(tmp_path, steps, kept):
+    rollouts = [one | {"step": 1 + number % 4} for number, one in enumerate(random_rollouts(seed=12))]
+    wanted = expected([one for one in rollouts if one["step"] in kept], 0.5)
+    assert run(tmp_path, rollouts, steps=steps, max_pass_rate=0.5) == wanted
+    for step in range(1, 5):
+        of_step = [one for one in rollouts if one["step"] == step]
+        jsonl.write(tmp_path / f"rl/rollouts/step_{step:06d}.jsonl", of_step)
+    out = tmp_path / "out.jsonl"
+    stage.run(stage.Options(rollouts=[str(tmp_path / "rl")], out=str(out), steps=steps, max_pass_rate=0.5))
+    in_order = sorted((one for one in rollouts if one["step"] in kept), key=lambda one: one["step"])
+    assert list(read(out, Example)) == expected(in_order, 0.5)
+    with pytest.raises(InputError, match="rl has none of these, only step_000001 to step_000004"):
+        stage.run(stage.Options(rollouts=[str(tmp_path / "rl")], out=str(tmp_path / "no.jsonl"), steps="5:"))
+
+
+def test_a_thought_that_was_cut_at_the_token_limit_is_no_example_though_it_was_rewarded(tmp_path):
+    cut = rollout("a", 1.0, "<think> so \\boxed{1}", "length")
+    whole = rollout("a", 1.0, "<think> so </think> \\boxed{1}")
+    chosen = run(tmp_path, [cut, whole, *[rollout("a", 0.0)] * 20], max_pass_rate=0.2)
+    assert [example["completion"] for example in chosen] == [whole["completion"]]
+
+
+def test_sampled_tokens_travel_to_the_examples(tmp_path):
+    sampled = {"token_ids": "BawC", "log_probs": "AAA="}
+    first, second = run(tmp_path, [rollout("a", 1.0) | sampled, rollout("b", 1.0)], max_pass_rate=1)
+    assert {name: first[name] for name in sampled} == sampled
+    assert not sampled.keys() & second.keys()
+
+
 def test_one_success_late_in_the_phase_changes_the_fate_of_the_first(tmp_path):
     rollouts = [rollout("a", 1.0), *[rollout("a", 0.0)] * 10, rollout("b", 1.0), *[rollout("b", 0.0)] * 10]
     late = rollout("a", 1.0, "other", trained=False)
@@ -123,7 +213,7 @@ def test_over_many_seeds_every_candidate_is_drawn_about_equally_often():
     for seed in range(300):
         choice = Choice(seed, keep_duplicates=False)
         choice.add((0, number, 7, "prompt", f"completion {number}") for number in range(10))
-        times.update(offset for _, offset in choice.chosen(3))
+        times.update(offset for _, offset, _ in choice.chosen(3))
     assert sum(times.values()) == 900
     assert len(times) == 10
     assert all(60 < count < 120 for count in times.values())  # 90 expected, standard deviation 8
@@ -299,6 +389,12 @@ def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
         ({"max_pass_rate": 10}, "--max-pass-rate 10: must be at most 1"),
         ({"max_pass_rate": 0}, "--max-pass-rate 0: must be above 0"),
         ({"max_per_problem": -1}, "--max-per-problem -1: must be at least 0"),
+        ({"hardest": 0.0}, "--hardest 0.0: must be above 0"),
+        ({"hardest": 1.5}, "--hardest 1.5: must be at most 1"),
+        ({"steps": "5:4"}, "--steps 5:4: must be two numbers in order"),
+        ({"steps": "5"}, "--steps 5: must be two numbers in order"),
+        ({"steps": "2:9"}, "--steps: no rollout is of one of these steps"),
+        ({"policy": "p", "per_policy": True}, "--policy and --per-policy exclude each other"),
         ({"out": ""}, "--out is missing"),
         ({"out": "rollouts.jsonl"}, "already holds something"),
         ({"rollouts": ["missing.jsonl"]}, "missing.jsonl: no such file"),
@@ -328,7 +424,7 @@ def test_positions_come_back_in_order_whatever_was_flushed():
 def test_a_choice_without_a_cap_is_everything_once():
     choice = Choice(seed=-3, keep_duplicates=False)
     choice.add([(0, 10, 5, "p", "x"), (0, 20, 5, "p", "x"), (1, 0, 6, "q", "x"), (1, 5, 5, "p", "y")])
-    assert list(choice.chosen(0)) == [(0, 10), (1, 0), (1, 5)]
+    assert list(choice.chosen(0)) == [(0, 10, 5), (1, 0, 6), (1, 5, 5)]
     assert choice.num_candidates() == {5: 2, 6: 1}
 
 
@@ -340,7 +436,7 @@ def test_a_full_disk_under_the_temporary_table_is_one_line():
 
 
 def test_the_yield_table_holds_the_users_own_threshold():
-    tallies = [Tally(0, 100, 4, 3), Tally(1, 10, 10, 10), Tally(2, 10, 0, 0)]
+    tallies = [Tally(0, "a", 100, 4, 3), Tally(1, "b", 10, 10, 10), Tally(2, "c", 10, 0, 0)]
     lines = yield_table(tallies, 0.07, {0: 2, 1: 1}).splitlines()
     assert lines[2].split() == ["below", "0.07", "1", "3", "2"]
     assert lines[-1].split() == ["any", "2", "13", "3"]

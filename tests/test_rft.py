@@ -344,7 +344,7 @@ def test_a_card_names_the_hub_id_that_the_policy_goes_back_to_and_how_its_exampl
     (tmp_path / "manifest.json").write_text(json.dumps({"base_model": "org/model"}))
     assert cards.base_of(str(tmp_path)) == "org/model"
     how = {"max_pass_rate": 0.1, "min_reward": 0.5}
-    filtered = {"stage": "filter", "parameters": how, "counts": {"rollouts": 9000}}
+    filtered = {"stage": "filter", "parameters": how, "counts": {"rollouts": 9000, "hard_problems": 7}}
     (tmp_path / "e.manifest.json").write_text(json.dumps(filtered))
     options = rft.Options(policy="runs/1/policy", examples=tmp_path / "e.jsonl", out=tmp_path / "out")
     manifest = {"base_model": "org/model", "parameters": dict.fromkeys(cards.SETTINGS, 1)}
@@ -353,7 +353,7 @@ def test_a_card_names_the_hub_id_that_the_policy_goes_back_to_and_how_its_exampl
     assert written.data.base_model == "org/model"
     assert "`runs/1/policy`, from `org/model`" in written.text
     assert "successes (a reward of\n  0.5 or more) among 9,000 rollouts" in written.text
-    assert "on problems whose pass rate in them was below 0.1." in written.text
+    assert "on 7 problems with low pass rates in them." in written.text
     assert "    ---\n    ```\n    {problem}: é\n    \n    # 1+1=\n" in written.text
 
 

@@ -111,7 +111,7 @@ class Option:
                 raise InputError(f"{self.flag} {item}: must be a finite number")
             if isinstance(item, int) and not -MAX_INT <= item < MAX_INT:
                 raise InputError(f"{self.flag} {item}: must be a number of at most 64 bits")
-            for rule in self.rules:
+            for rule in self.rules if item is not None else ():
                 if not rule.holds(item):
                     raise InputError(f"{self.flag} {item}: must be {rule.text}")
 

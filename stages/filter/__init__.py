@@ -5,21 +5,22 @@ known only at the end: the first pass checks and counts every line, the second g
 To rank successes by length, likelihood or a judge, drop examples from the file before rft.
 """
 
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from stages.core import jsonl, outputs, records, tabular
 from stages.core.errors import InputError
-from stages.core.options import PATH, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most
+from stages.core.options import PATH, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, following
 from stages.core.progress import warn
 from stages.core.provenance import Identity, identify, is_done, manifest, recorded
 from stages.filter import passes
-from stages.filter.passes import Source
-from stages.filter.selection import Choice, Positions, Tally, can_select, yield_table
+from stages.filter.passes import Counts, Source
+from stages.filter.selection import Choice, Hardness, Tally, can_select, yield_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +31,60 @@ class Options(OptionGroup):
     out: Annotated[str, "the examples, a new JSONL file, or - for stdout; not needed with --dry-run", PATH] = ""
     problems: Annotated[Path | None, "write the hard ones of these problems (JSONL) instead of examples", PATH] = None
     policy: Annotated[str, "use only the rollouts of this policy; needed where there are several"] = ""
+    per_policy: Annotated[
+        bool, "use the rollouts of several policies, such as those of several iterations, with pass rates of their own"
+    ] = False
+    steps: Annotated[str, "use only the rollouts of these steps of RL, both included: 1:100, 50: or :50"] = ""
     max_pass_rate: Annotated[
-        float, "a problem is hard if its pass rate is below this; 10 % is 0.1, 1 is no bound", above(0), at_most(1)
-    ] = 0.1
+        float | None,
+        "a problem is hard if its pass rate is below this; 10 % is 0.1, 1 is no bound",
+        above(0),
+        at_most(1),
+    ] = following("0.1, or none with --hardest", lambda options: 0.1 if options.hardest is None else None)
+    hardest: Annotated[
+        float | None,
+        "this share of the solved problems is hard, those with the lowest pass rates; with --max-pass-rate at least "
+        "this share",
+        above(0),
+        at_most(1),
+    ] = None
+    min_problems: Annotated[int, "at least N of the solved problems are hard", at_least(0)] = 0
     min_reward: Annotated[float, "a rollout is a success if its reward is this or more"] = 1.0
     max_per_problem: Annotated[
         int, "keep at most N successes of a problem, drawn at random; 0 keeps all", at_least(0)
     ] = 0
-    seed: Annotated[int, "seed of the draw of --max-per-problem"] = 0
-    keep_truncated: Annotated[
-        bool, "keep successes that were cut at the token limit; rft then teaches to stop there"
-    ] = False
+    seed: Annotated[int, "seed of the draws of --max-per-problem, and of equally hard problems"] = 0
+    keep_truncated: Annotated[bool, "keep successes that were cut at the token limit"] = False
     keep_duplicates: Annotated[bool, "keep every copy of a completion that was drawn more than once"] = False
     dry_run: Annotated[bool, "write nothing; print the yield by threshold as a table", WITHOUT_EFFECT] = False
 
     def __post_init__(self) -> None:
-        """Raise InputError if there is nowhere to write to."""
+        """Raise InputError if there is nowhere to write to, or for options that exclude each other."""
         super().__post_init__()
         if not self.out and not self.dry_run:
             raise InputError("--out is missing: name a file, or - for stdout, or ask for --dry-run")
+        if self.policy and self.per_policy:
+            raise InputError("--policy and --per-policy exclude each other")
+        if self.per_policy and self.problems is not None:
+            raise InputError("--per-policy gives a problem several pass rates: leave it out with --problems")
+        self.step_range()
+
+    def step_range(self) -> range | None:
+        """The steps that --steps names; None for all."""
+        if not self.steps:
+            return None
+        match = re.fullmatch(r"(\d*):(\d*)", self.steps)
+        steps = range(int(match[1] or 0), int(match[2] or sys.maxsize - 1) + 1) if match else range(0)
+        if not steps:
+            raise InputError(
+                f"--steps {self.steps}: must be two numbers in order, such as 1:100, of which one may lack"
+            )
+        return steps
+
+    @property
+    def hardness(self) -> Hardness:
+        """Which problems are hard."""
+        return Hardness(self.max_pass_rate, self.hardest, self.min_problems, self.seed)
 
 
 def run(options: Options) -> None:
@@ -61,7 +97,10 @@ def run(options: Options) -> None:
     Beside FILE.jsonl FILE.manifest.json says how it came about.
 
     Balanced examples, at most n successes of every problem that was solved, hard or not, are
-    --max-pass-rate 1 --max-per-problem n.
+    --max-pass-rate 1 --max-per-problem n. So that late iterations don't starve, --hardest .3 takes the hardest 30 % of
+    the solved problems whatever their pass rates, and --max-pass-rate .1 --hardest .3 as many where fewer are below .1.
+
+    Examples of all iterations together: --rollouts loop/1/rl --rollouts loop/2/rl --per-policy.
 
     With --problems, the file that the rollouts are of, its hard problems are written instead of examples, for rl:
     those below --max-pass-rate that were solved at least once, each with its pass rate.
@@ -72,7 +111,7 @@ def run(options: Options) -> None:
     if not options.dry_run and options.out != "-":
         outputs.refuse_no_file(options.out)
         outputs.refuse_unwritable(options.out)
-    sources = passes.sources(options.rollouts)
+    sources = passes.sources(options.rollouts, options.step_range())
     _warn_of_running(options.rollouts)
     if options.dry_run:
         print(_yield(sources, options))
@@ -100,32 +139,47 @@ def _inputs(options: Options) -> list[Path]:
 
 def _yield(sources: list[Source], options: Options) -> str:
     """What each threshold would give, as a table."""
-    tallies, successes = _count(sources, options)
+    counts = _count(sources, options)
     choice = Choice(options.seed, options.keep_duplicates)
-    choice.add(passes.candidates(sources, successes, set(range(len(tallies)))))
+    choice.add(passes.candidates(sources, counts.successes, range(len(counts.tallies))))
     cap = options.max_per_problem
     examples = {number: min(count, cap or count) for number, count in choice.num_candidates().items()}
-    return yield_table(tallies.values(), options.max_pass_rate, examples)
+    return yield_table(counts.tallies, options.max_pass_rate, examples)
 
 
-def _count(sources: list[Source], options: Options) -> tuple[dict[str, Tally], Positions]:
+def _count(sources: list[Source], options: Options) -> Counts:
     keep_truncated = options.keep_truncated or options.problems is not None
-    return passes.count(sources, options.policy, options.min_reward, keep_truncated)
+    counts = Counts(options.policy, options.per_policy, options.step_range(), options.min_reward, keep_truncated)
+    counts.read(sources)
+    return counts
+
+
+def _hard(tallies: Sequence[Tally], options: Options) -> list[Tally]:
+    """The problems to choose from; InputError if there is none."""
+    solved = [tally for tally in tallies if tally.num_usable]
+    hard = options.hardness.hard(solved)
+    if not hard:
+        raise InputError(_nothing_selected(tallies, options.max_pass_rate))
+    num_below = sum(tally.is_below(options.max_pass_rate) for tally in solved)
+    if options.max_pass_rate is not None and num_below < len(hard):
+        print(
+            f"filter: {num_below:,} problems have a pass rate below {options.max_pass_rate:g}; instead of these the "
+            f"hardest {len(hard):,} of {len(solved):,} solved ones are taken, up to {hard[-1].pass_rate:.3g}",
+            file=sys.stderr,
+        )
+    return hard
 
 
 def _choose(sources: list[Source], options: Options) -> dict[str, int]:
     """Write the examples; return the counts of the manifest."""
-    max_pass_rate = options.max_pass_rate
-    tallies, successes = _count(sources, options)
-    hard = {tally.number: tally for tally in tallies.values() if tally.num_usable and tally.is_below(max_pass_rate)}
-    if not hard:
-        raise InputError(_nothing_selected(tallies, max_pass_rate))
+    counts = _count(sources, options)
+    tallies, hard = counts.tallies, _hard(counts.tallies, options)
     choice = Choice(options.seed, options.keep_duplicates)
-    choice.add(passes.candidates(sources, successes, hard))
+    choice.add(passes.candidates(sources, counts.successes, {tally.number for tally in hard}))
     chosen = choice.chosen(options.max_per_problem)
     count = jsonl.write(options.out, passes.examples(sources, chosen, tallies))
     print(_summary(tallies, hard, sum(choice.num_candidates().values()), count, options), file=sys.stderr)
-    num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
+    num_rollouts = sum(tally.num_rollouts for tally in tallies)
     return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
 
 
@@ -133,26 +187,29 @@ def _choose_problems(sources: list[Source], options: Options) -> dict[str, int]:
     """Write the hard ones of --problems, in their order, each with its pass rate; return the counts of the manifest."""
     assert options.problems is not None
     by_id = {problem["id"]: problem for problem in records.read_problems(options.problems)}
-    tallies, _ = _count(sources, options)
-    if strange := [name for name in tallies if name not in by_id]:
+    tallies = _count(sources, options).tallies
+    if strange := [tally.problem_id for tally in tallies if tally.problem_id not in by_id]:
         raise InputError(
             f"--problems {options.problems}: lacks {tabular.some(strange)}: name the file that the rollouts are of"
         )
-    max_pass_rate = options.max_pass_rate
-    hard = [
-        name for name in by_id if (tally := tallies.get(name)) and tally.num_correct and tally.is_below(max_pass_rate)
-    ]
-    if not hard:
-        raise InputError(_nothing_selected(tallies, max_pass_rate))
-    count = jsonl.write(options.out, ({**by_id[name], "pass_rate": tallies[name].pass_rate} for name in hard))
-    unsolved = sum(not tally.num_correct for tally in tallies.values())
+    rates = {tally.problem_id: tally.pass_rate for tally in _hard(tallies, options)}
+    written = ({**problem, "pass_rate": rates[name]} for name, problem in by_id.items() if name in rates)
+    count = jsonl.write(options.out, written)
+    unsolved = sum(not tally.num_correct for tally in tallies)
     print(
-        f"filter: of {len(tallies):,} problems with rollouts {count:,} are solved, with a pass rate below "
-        f"{max_pass_rate:g}; {unsolved:,} were never solved -> {_shown(options.out)}",
+        f"filter: of {len(tallies):,} problems with rollouts {count:,} are solved{_below(options)}; "
+        f"{unsolved:,} were never solved -> {_shown(options.out)}",
         file=sys.stderr,
     )
-    num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
+    num_rollouts = sum(tally.num_rollouts for tally in tallies)
     return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": count}
+
+
+def _below(options: Options) -> str:
+    bound = options.max_pass_rate
+    if bound is None or options.hardest is not None or options.min_problems:
+        return " and hard"
+    return f", with a pass rate below {bound:g}" if bound < 1 else ""
 
 
 def _warn_of_running(paths: list[str]) -> None:
@@ -166,12 +223,12 @@ def _warn_of_running(paths: list[str]) -> None:
             warn(f"{path} is no finished rl run (no manifest.json): pass rates are over the steps that are there")
 
 
-def _nothing_selected(tallies: Mapping[str, Tally], max_pass_rate: float) -> str:
+def _nothing_selected(tallies: Sequence[Tally], max_pass_rate: float | None) -> str:
     """The message if no problem is hard enough, with the yield table below it."""
-    most = max(tally.num_rollouts for tally in tallies.values())
-    if not any(tally.num_usable for tally in tallies.values()):
+    most = max(tally.num_rollouts for tally in tallies)
+    if max_pass_rate is None or not any(tally.num_usable for tally in tallies):
         fault = "no rollout succeeded within the token limit: start from a stronger policy or easier problems"
-    elif not can_select(tallies.values(), max_pass_rate):
+    elif not can_select(tallies, max_pass_rate):
         fault = (
             f"--max-pass-rate {max_pass_rate:g} can select nothing: no problem has more than {most} rollouts, and one "
             f"success in {most} is {1 / most:.3g} already; raise it above that, or draw more rollouts a problem"
@@ -179,18 +236,16 @@ def _nothing_selected(tallies: Mapping[str, Tally], max_pass_rate: float) -> str
     else:
         fault = (
             f"no problem with a success has a pass rate below --max-pass-rate {max_pass_rate:g}: raise it, "
-            "or explore for more steps"
+            "take the hardest by --hardest, or explore for more steps"
         )
-    return f"{fault}. The yield by threshold:\n{yield_table(tallies.values(), max_pass_rate)}"
+    return f"{fault}. The yield by threshold:\n{yield_table(tallies, max_pass_rate)}"
 
 
-def _summary(
-    tallies: Mapping[str, Tally], hard: Mapping[int, Tally], num_distinct: int, count: int, options: Options
-) -> str:
-    num_correct = sum(tally.num_correct for tally in hard.values())
-    num_usable = sum(tally.num_usable for tally in hard.values())
-    num_rollouts = sum(tally.num_rollouts for tally in tallies.values())
-    below = f" with a pass rate below {options.max_pass_rate:g}" if options.max_pass_rate < 1 else ""
+def _summary(tallies: Sequence[Tally], hard: Sequence[Tally], num_distinct: int, count: int, options: Options) -> str:
+    num_correct = sum(tally.num_correct for tally in hard)
+    num_usable = sum(tally.num_usable for tally in hard)
+    num_rollouts = sum(tally.num_rollouts for tally in tallies)
+    below = _below(options).replace(" and hard", " that are hard").lstrip(",")
     return (
         f"filter: {num_rollouts:,} rollouts of {len(tallies):,} problems; {num_correct:,} successes on {len(hard):,} "
         f"problems{below}; dropped {num_correct - num_usable:,} truncated, {num_usable - num_distinct:,} duplicates, "

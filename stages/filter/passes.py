@@ -5,7 +5,7 @@ Between them only the positions of the successes are kept, on disk, and the coun
 
 import sys
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -67,11 +67,11 @@ class _Tee:
         return line
 
 
-def sources(paths: list[str]) -> list[Source]:
-    """The rollouts files of `paths`: of an rl output, its steps in order. InputError if one is named twice."""
+def sources(paths: list[str], steps: range | None = None) -> list[Source]:
+    """The rollouts files of `paths`: of an rl output its steps in order. InputError if one is named twice."""
     files: list[Source] = []
     for path in paths:
-        files += _steps(Path(path)) if Path(path).is_dir() else [Source(path)]
+        files += _steps(Path(path), steps) if Path(path).is_dir() else [Source(path)]
     seen = set()
     for source in files:
         identity = source.path if source.path == "-" else realpath(source.path)
@@ -81,89 +81,69 @@ def sources(paths: list[str]) -> list[Source]:
     return files
 
 
-def _steps(directory: Path) -> list[Source]:
-    files = sorted(str(file) for file in directory.glob("rollouts/step_*.jsonl"))
+def _steps(directory: Path, steps: range | None) -> list[Source]:
+    files = sorted(directory.glob("rollouts/step_*.jsonl"))
     if not files:
         raise InputError(f"{directory} holds no rollouts/step_*.jsonl: expected an rl output or a JSONL file")
-    return [Source(file, str(directory)) for file in files]
+    kept = [file for file in files if steps is None or int(file.stem.removeprefix("step_")) in steps]
+    if not kept:
+        raise InputError(f"--steps: {directory} has none of these, only {files[0].stem} to {files[-1].stem}")
+    return [Source(str(file), str(directory)) for file in kept]
 
 
-def count(
-    sources: list[Source], policy: str, min_reward: float, keep_truncated: bool
-) -> tuple[dict[str, Tally], Positions]:
-    """First pass: check every line; return the counts by problem id, and the positions of the usable successes.
+class Counts:
+    """The first pass: which rollouts count, their problems with their tallies, and the positions of the successes.
 
-    Only rollouts of `policy` count; if it is "", all must be of one policy.
-    """
-    tallies: dict[str, Tally] = {}
-    successes = Positions()
-    policies = _Policies(policy)
-    with _progress(sources) as advance:
-        for index, source in enumerate(sources):
-            counting = _Counting(index, tallies, successes, policies, min_reward, keep_truncated)
-            with source.first_pass() as file:
-                for offset in counting.read(file, source):
-                    advance(index, offset)
-    if not tallies:
-        raise InputError(f"--policy {policy}: the rollouts are of {', '.join(policies.names)}")
-    return tallies, successes
-
-
-class _Policies:
-    """Whose rollouts count: those of the policy that --policy names, or of the only one there is.
-
-    An rl output counts as one policy, its start policy, even if a resumed run named it by another path.
+    Those of the policy that `policy` names count, or of the only one there is, or of all, each policy for itself. An rl
+    output counts as one policy, its start policy, even if a resumed run named it by another path.
     """
 
-    def __init__(self, wanted: str):
-        self.wanted = normpath(wanted) if wanted else ""
-        self.names: dict[str, None] = {}
+    def __init__(
+        self,
+        policy: str = "",
+        per_policy: bool = False,
+        steps: range | None = None,
+        min_reward: float = 1.0,
+        keep_truncated: bool = False,
+    ):
+        self.wanted, self.per_policy, self.steps = normpath(policy) if policy else "", per_policy, steps
+        self.min_reward, self.keep_truncated = min_reward, keep_truncated
+        self.tallies: list[Tally] = []
+        self.successes = Positions()
+        self._names: dict[str, dict[str, Tally]] = {}  # policy -> problem id -> tally
         self._of_run: dict[str, str] = {}
+        self._questions: dict[str, int] = {}
 
-    def counts(self, name: str, run: str, where: str) -> bool:
-        """Whether rollouts of the policy `name` count; InputError if they are a second one's and none was named."""
-        name = normpath(name)
-        if run:
-            name = self._of_run.setdefault(run, name)
-        self.names[name] = None
-        if self.wanted or len(self.names) == 1:
-            return name == (self.wanted or name)
-        first = next(iter(self.names))
-        raise InputError(
-            f"{where}: a rollout of policy {name}, after those of {first}: a pass rate is of one policy; name it with "
-            "--policy"
-        )
+    def read(self, sources: list[Source]) -> None:
+        """Check every line and count it; InputError if no rollout counts."""
+        with _progress(sources) as advance:
+            for index, source in enumerate(sources):
+                with source.first_pass() as file:
+                    for offset in self._read(file, source, index):
+                        advance(index, offset)
+        if not self.tallies:
+            if self.steps is not None:
+                raise InputError("--steps: no rollout is of one of these steps")
+            raise InputError(f"--policy {self.wanted}: the rollouts are of {', '.join(self._names)}")
 
-
-@dataclass
-class _Counting:
-    """The first pass over one source, the one with this `index`: what it counts into, and what counts."""
-
-    index: int
-    tallies: dict[str, Tally]
-    successes: Positions
-    policies: _Policies
-    min_reward: float
-    keep_truncated: bool
-
-    def read(self, file: jsonl.LineSource, source: Source) -> Iterator[int]:
-        """Count the rollouts of the file; yield the offset reached every so many lines."""
-        index, tallies, min_reward, keep_truncated = self.index, self.tallies, self.min_reward, self.keep_truncated
+    def _read(self, file: jsonl.LineSource, source: Source, index: int) -> Iterator[int]:
+        """Count the rollouts of one file; yield the offset reached every so many lines."""
+        steps, min_reward, keep_truncated = self.steps, self.min_reward, self.keep_truncated
         add_success = self.successes.buffer.extend
-        policy, is_wanted = None, False
+        policy, tallies = None, None
         for line, offset, rollout in records.scan(file, source.name, Rollout):
             if rollout["policy"] != policy:  # looked up only when it changes, since every line passes here
                 policy = rollout["policy"]
-                is_wanted = self.policies.counts(policy, source.run, f"{source.name}:{line}")
+                tallies = self._tallies_of(policy, source.run, f"{source.name}:{line}")
             reward = rollout["reward"]
             if (reward >= 1) != (rollout["verdict"] == "correct"):
                 raise InputError(f"{source.name}:{line}: {_contradiction(rollout)}")
-            if is_wanted:
+            if tallies is not None and (steps is None or rollout["step"] in steps):
                 is_success = reward >= min_reward
                 question = hash((rollout["prompt"], rollout["answer"]))
                 tally = tallies.get(rollout["problem_id"])
                 if tally is None or tally.question != question:
-                    tally = _first_tally(tallies, rollout, question, f"{source.name}:{line}")
+                    tally = self._first_tally(tallies, rollout, question, f"{source.name}:{line}")
                 tally.num_rollouts += 1
                 tally.num_correct += is_success
                 if is_success and (keep_truncated or rollout["finish_reason"] != "length"):
@@ -173,24 +153,38 @@ class _Counting:
                 self.successes.flush()
                 yield offset
 
+    def _tallies_of(self, name: str, run: str, where: str) -> dict[str, Tally] | None:
+        """The tallies of a policy; None if its rollouts don't count; InputError for a second one if none was named."""
+        name = normpath(name)
+        if run:
+            name = self._of_run.setdefault(run, name)
+        tallies = self._names.setdefault(name, {})
+        if self.per_policy or self.wanted or len(self._names) == 1:
+            return tallies if name == (self.wanted or name) else None
+        first = next(iter(self._names))
+        raise InputError(
+            f"{where}: a rollout of policy {name}, after those of {first}: a pass rate is of one policy; name it with "
+            "--policy, or take each for itself with --per-policy"
+        )
+
+    def _first_tally(self, tallies: dict[str, Tally], rollout: Rollout, question: int, where: str) -> Tally:
+        """A new problem's tally; InputError if the problem is known with another prompt or answer."""
+        problem_id = rollout["problem_id"]
+        if self._questions.setdefault(problem_id, question) != question:
+            raise InputError(
+                f"{where}: problem {problem_id} has another prompt or answer than before: filter rollouts of one set "
+                "of problems and one template at a time"
+            )
+        if not rollout["prompt"]:
+            raise InputError(f"{where}: the prompt of problem {problem_id} is empty: draw its rollouts again")
+        tally = tallies[problem_id] = Tally(len(self.tallies), problem_id, question=question)
+        self.tallies.append(tally)
+        return tally
+
 
 def _contradiction(rollout: Rollout) -> str:
     reward, verdict = rollout["reward"], rollout["verdict"]
     return f"reward {reward:g} and verdict {verdict} contradict each other: grade these rollouts anew (rloop regrade)"
-
-
-def _first_tally(tallies: dict[str, Tally], rollout: Rollout, question: int, where: str) -> Tally:
-    """A new problem's tally; InputError if the problem is known with another prompt or answer."""
-    problem_id = rollout["problem_id"]
-    if problem_id in tallies:
-        raise InputError(
-            f"{where}: problem {problem_id} has another prompt or answer than before: filter rollouts of one set of "
-            "problems and one template at a time"
-        )
-    if not rollout["prompt"]:
-        raise InputError(f"{where}: the prompt of problem {problem_id} is empty: draw its rollouts again")
-    tally = tallies[problem_id] = Tally(len(tallies), question=question)
-    return tally
 
 
 def candidates(
@@ -203,16 +197,15 @@ def candidates(
 
 
 def examples(
-    sources: list[Source], chosen: Iterable[tuple[int, int]], tallies: Mapping[str, Tally]
+    sources: list[Source], chosen: Iterable[tuple[int, int, int]], tallies: Sequence[Tally]
 ) -> Iterator[Example]:
-    """The rollouts at the chosen positions (source, offset), as examples."""
-    for _, rollout in _revisit(sources, chosen):
-        problem_id = rollout["problem_id"]
+    """The rollouts at the chosen positions (source, offset, problem number), as examples."""
+    for (_, _, number), rollout in _revisit(sources, chosen):
         example = Example(
-            problem_id=problem_id,
+            problem_id=rollout["problem_id"],
             prompt=rollout["prompt"],
             completion=rollout["completion"],
-            pass_rate=tallies[problem_id].pass_rate,
+            pass_rate=tallies[number].pass_rate,
         )
         for name in SAMPLED:
             if name in rollout:

@@ -5,6 +5,7 @@ Memory grows with the number of problems alone: the candidates' positions and ha
 
 import hashlib
 import io
+import math
 import sqlite3
 import tempfile
 from array import array
@@ -19,9 +20,10 @@ THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 @dataclass(slots=True)
 class Tally:
-    """Counts over all rollouts of one problem; `number` is the problem's place in order of first appearance."""
+    """Counts over all rollouts that one policy gave on one problem; `number` is its index in order of appearance."""
 
     number: int
+    problem_id: str = ""
     num_rollouts: int = 0
     num_correct: int = 0
     num_usable: int = 0  # successes that may become examples: those that were not truncated, or all
@@ -32,27 +34,55 @@ class Tally:
         """Share of successes among all rollouts."""
         return self.num_correct / self.num_rollouts
 
-    def is_below(self, max_pass_rate: float) -> bool:
-        """Whether the pass rate lies strictly below `max_pass_rate`; 1 means no bound.
+    def is_below(self, max_pass_rate: float | None) -> bool:
+        """Whether the pass rate lies strictly below `max_pass_rate`; 1 means no bound, None that nothing does.
 
         A division rounds to the nearest float, and so does a threshold as it is typed: 3 of 30 is not below 0.1.
         """
-        return max_pass_rate >= 1 or self.pass_rate < max_pass_rate
+        return max_pass_rate is not None and (max_pass_rate >= 1 or self.pass_rate < max_pass_rate)
+
+
+@dataclass(frozen=True)
+class Hardness:
+    """Which solved problems are hard: the first of them in the order of their pass rates, equal ones drawn by `seed`.
+
+    These are all below `max_pass_rate`, and at least the share `hardest` of them, and at least `min_problems`.
+    """
+
+    max_pass_rate: float | None = 0.1
+    hardest: float | None = None
+    min_problems: int = 0
+    seed: int = 0
+
+    def num_hard(self, solved: Collection[Tally]) -> int:
+        """How many of the solved problems are hard."""
+        num_below = sum(tally.is_below(self.max_pass_rate) for tally in solved)
+        share = math.ceil((self.hardest or 0) * len(solved) - 1e-9)  # 0.07 of 100 is 7, as typed
+        return max(num_below, share, min(self.min_problems, len(solved)))
+
+    def hard(self, solved: Collection[Tally]) -> list[Tally]:
+        """The hard ones, the hardest first."""
+        return sorted(solved, key=self._rank)[: self.num_hard(solved)]
+
+    def _rank(self, tally: Tally) -> tuple[float, bytes, int]:
+        return tally.pass_rate, _digest(f"{self.seed}/{tally.problem_id}".encode()), tally.number
 
 
 def can_select(tallies: Collection[Tally], max_pass_rate: float) -> bool:
     """Whether one success among the most rollouts that any problem has is a pass rate below `max_pass_rate`."""
-    return Tally(0, max(tally.num_rollouts for tally in tallies), 1).is_below(max_pass_rate)
+    return Tally(0, num_rollouts=max(tally.num_rollouts for tally in tallies), num_correct=1).is_below(max_pass_rate)
 
 
-def yield_table(tallies: Collection[Tally], max_pass_rate: float, examples: Mapping[int, int] | None = None) -> str:
+def yield_table(
+    tallies: Collection[Tally], max_pass_rate: float | None, examples: Mapping[int, int] | None = None
+) -> str:
     """How many problems and successes lie below each threshold, `max_pass_rate` among them, as aligned text.
 
     `examples`, if it is known, is the number of examples that each problem number would give.
     """
     titles = ["pass rate", "problems", "successes"] + (["examples"] if examples is not None else [])
     rows = [titles]
-    for threshold in sorted({*THRESHOLDS, max_pass_rate}):
+    for threshold in sorted({*THRESHOLDS, *([] if max_pass_rate is None else [max_pass_rate])}):
         below = [tally for tally in tallies if tally.num_usable and tally.is_below(threshold)]
         counts = [len(below), sum(tally.num_usable for tally in below)]
         if examples is not None:
@@ -113,12 +143,12 @@ class Choice:
         """Problem number to the number of its candidates, duplicates left out."""
         return dict(self._table.execute("SELECT problem, count(*) FROM candidate GROUP BY problem"))
 
-    def chosen(self, max_per_problem: int) -> Iterator[tuple[int, int]]:
-        """(source, offset) of the chosen, in that order; at most `max_per_problem` of a problem, 0 for all."""
+    def chosen(self, max_per_problem: int) -> Iterator[tuple[int, int, int]]:
+        """(source, offset, problem number) of the chosen, in that order; at most so many of a problem, 0 for all."""
         yield from self._table.execute(
-            "SELECT source, offset FROM"
-            " (SELECT source, offset, row_number() OVER (PARTITION BY problem ORDER BY luck) AS place FROM candidate)"
-            " WHERE place <= ? ORDER BY source, offset",
+            "SELECT source, offset, problem FROM (SELECT source, offset, problem,"
+            " row_number() OVER (PARTITION BY problem ORDER BY luck) AS turn FROM candidate)"
+            " WHERE turn <= ? ORDER BY source, offset",
             (max_per_problem or 2**62,),
         )
 

@@ -77,8 +77,7 @@ def _data(file: Path, examples: Sequence[Example]) -> str:
     if chosen.get("stage") != "filter":
         return data
     parameters, num_rollouts = chosen["parameters"], chosen["counts"]["rollouts"]
-    bound = parameters["max_pass_rate"]
-    which = f"problems whose pass rate in them was below {bound:g}" if bound < 1 else "all problems"
+    which = f"{chosen['counts']['hard_problems']} problems with low pass rates in them"
     return (
         f"{data} They are successes (a reward of\n"
         f"  {parameters.get('min_reward', 1.0):g} or more) among {num_rollouts:,} rollouts, on {which}."
