@@ -12,6 +12,7 @@ import pytest
 from stages import filter as stage
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
+from stages.core.provenance import digest
 from stages.core.records import Example, read, read_problems
 from stages.filter import passes
 from stages.filter.selection import Choice, Positions, Tally, yield_table
@@ -517,3 +518,25 @@ def test_the_choice_among_copies_depends_on_the_texts_and_not_on_their_positions
     assert (tmp_path / "a.out.jsonl").read_bytes() == (tmp_path / "b.out.jsonl").read_bytes()
     counts = Counter(example["problem_id"] for example in read(tmp_path / "a.out.jsonl", Example))
     assert max(counts.values()) == 3
+
+
+@pytest.mark.parametrize(("act", "said"), [
+    (lambda file: file.write_text(file.read_text().replace('"sample":0', '"sample":1', 1)), "was changed"),
+    (lambda file: file.unlink(), "is gone"),
+    (lambda file: file.with_name("step_000003.jsonl").write_bytes(file.read_bytes()), "was added"),
+])  # fmt: skip
+def test_rollouts_that_are_not_those_that_rl_wrote_are_named_unless_accepted(tmp_path, act, said):
+    run_dir = tmp_path / "rl"
+    for step in (1, 2):
+        jsonl.write(run_dir / f"rollouts/step_{step:06d}.jsonl", random_rollouts(seed=step))
+    files = sorted((run_dir / "rollouts").iterdir())
+    (run_dir / "manifest.json").write_bytes(orjson.dumps({"rollout_digests": {f.name: digest(f) for f in files}}))
+    options = {"rollouts": [str(run_dir)], "out": str(tmp_path / "out.jsonl"), "max_pass_rate": 0.5}
+    stage.run(stage.Options(**options))
+    (tmp_path / "out.jsonl").unlink()
+    act(files[1])
+    with pytest.raises(InputError, match=rf"rollouts/step_00000\d.jsonl {said} since rl wrote"):
+        stage.run(stage.Options(**options))
+    assert not (tmp_path / "out.jsonl").exists()
+    stage.run(stage.Options(**options, accept_edited=True))
+    assert (tmp_path / "out.jsonl").exists()

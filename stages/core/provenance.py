@@ -226,7 +226,10 @@ def digest(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         return ""
-    total = hashlib.sha256()
-    for item in sorted(item for item in path.rglob("*") if item.is_file() and item.name not in RECORDS):
-        total.update(f"{item.relative_to(path)}\0{digest(item)}\n".encode())
-    return total.hexdigest()
+    items = sorted(item for item in path.rglob("*") if item.is_file() and item.name not in RECORDS)
+    return digest_of_files({str(item.relative_to(path)): digest(item) for item in items})
+
+
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """The digest of a directory with files of these names and digests, in the order of their paths."""
+    return hashlib.sha256("".join(f"{name}\0{one}\n" for name, one in digests.items()).encode()).hexdigest()

@@ -17,7 +17,17 @@ from stages.core import jsonl, outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.options import PATH, WITHOUT_EFFECT, OptionGroup, above, at_least, at_most, following
 from stages.core.progress import warn
-from stages.core.provenance import Identity, identify, is_done, manifest, recorded
+from stages.core.provenance import (
+    Identity,
+    Inputs,
+    digest,
+    digest_of_files,
+    identify,
+    is_done,
+    manifest,
+    read_manifest,
+    recorded,
+)
 from stages.filter import passes
 from stages.filter.passes import Counts, Source
 from stages.filter.selection import Choice, Hardness, Tally, can_select, yield_table
@@ -56,6 +66,9 @@ class Options(OptionGroup):
     seed: Annotated[int, "seed of the draws of --max-per-problem, and of equally hard problems"] = 0
     keep_truncated: Annotated[bool, "keep successes that were cut at the token limit"] = False
     keep_duplicates: Annotated[bool, "keep every copy of a completion that was drawn more than once"] = False
+    accept_edited: Annotated[
+        bool, "use rollouts of a finished rl run that have been changed, added or removed since", WITHOUT_EFFECT
+    ] = False
     dry_run: Annotated[bool, "write nothing; print the yield by threshold as a table", WITHOUT_EFFECT] = False
 
     def __post_init__(self) -> None:
@@ -113,13 +126,16 @@ def run(options: Options) -> None:
         outputs.refuse_unwritable(options.out)
     sources = passes.sources(options.rollouts, options.step_range())
     _warn_of_running(options.rollouts)
+    inputs = recorded(_inputs(options))
+    if not options.accept_edited:
+        _refuse_edited(inputs)
     if options.dry_run:
         print(_yield(sources, options))
         return
     manifest_file = Path(options.out).with_suffix(".manifest.json")
 
     def identity() -> Identity:
-        return identify("filter", options, recorded(_inputs(options)))
+        return identify("filter", options, inputs)
 
     if is_done(options.out, manifest_file, identity):
         return
@@ -210,6 +226,20 @@ def _below(options: Options) -> str:
     if bound is None or options.hardest is not None or options.min_problems:
         return " and hard"
     return f", with a pass rate below {bound:g}" if bound < 1 else ""
+
+
+def _refuse_edited(inputs: Inputs) -> None:
+    """Raise InputError if the rollouts of a finished rl run are no longer those that it wrote, and name the file."""
+    for path, now in inputs.digests.items():
+        written = read_manifest(Path(path).with_name("manifest.json")).get("rollout_digests") or {}
+        if Path(path).name != "rollouts" or not written or digest_of_files(written) == now:
+            continue
+        there = {file.name: digest(file) for file in sorted(Path(path).iterdir())}
+        name = next(name for name in sorted({*there, *written}) if there.get(name) != written.get(name))
+        what = "is gone" if name not in there else "was changed" if name in written else "was added"
+        raise InputError(
+            f"{path}/{name} {what} since rl wrote its rollouts: restore it, or take them as they are: --accept-edited"
+        )
 
 
 def _warn_of_running(paths: list[str]) -> None:

@@ -172,4 +172,5 @@ def _finish(directory: "RunDir", identity: Identity, request: "Request", options
     }
     about: dict[str, Any] = {"changes": directory.changes} if directory.changes else {}
     about |= {"template_digest": asked_by(request.sets[TRAIN], request.template)}
+    about["rollout_digests"] = directory.rollout_digests()
     directory.finish(metrics, manifest(identity, counts, metrics["seconds"], **about))

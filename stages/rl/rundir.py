@@ -22,7 +22,7 @@ from stages.core import jsonl
 from stages.core.errors import InputError
 from stages.core.outputs import naming, read_json, whole_file, write_json
 from stages.core.progress import warn
-from stages.core.provenance import Identity, read_manifest
+from stages.core.provenance import Identity, digest, read_manifest
 from stages.core.records import Rollout
 from stages.core.tabular import append_tsv, read_tsv
 
@@ -200,6 +200,10 @@ class RunDir:
     def forget_state(self) -> None:
         """Remove what resuming needs: a finished run can't be made longer then."""
         shutil.rmtree(self.state, ignore_errors=True)
+
+    def rollout_digests(self) -> dict[str, str]:
+        """SHA-256 of each step's rollouts by file name, by which filter notices what was changed since."""
+        return {file.name: digest(file) for file in sorted(self.path.glob("rollouts/step_*.jsonl"))}
 
     def _rollouts(self, step: int) -> Path:
         return self.path / "rollouts" / f"{step_name(step)}.jsonl"
