@@ -79,6 +79,7 @@ def draw(options: Options, start_engine: StartEngine) -> None:
             deque(rollouts, maxlen=0)  # draws what it has to
             return
         jsonl.write(out, _counted(rollouts, counts))
+        warn(_summary(out, counts))
         if not is_piped:
             seconds = time.monotonic() - start
             outputs.write_json(manifest_file, provenance.manifest(identity, counts, seconds, **request.about))
@@ -86,8 +87,18 @@ def draw(options: Options, start_engine: StartEngine) -> None:
 
 def _counted(rollouts: Iterator[Rollout], counts: Counter[str]) -> Iterator[Rollout]:
     for rollout in rollouts:
+        is_truncated, no_answer = rollout["finish_reason"] == "length", rollout["verdict"] == "no_answer"
         counts.update(rollouts=1, tokens=rollout["num_tokens"], correct=int(rollout["reward"] >= 1))
+        counts.update(truncated=int(is_truncated), no_answer=int(no_answer))
         yield rollout
+
+
+def _summary(out: Path, counts: Counter[str]) -> str:
+    """What came of it, on one line."""
+    names = {"correct": "correct", "truncated": "truncated", "no_answer": "without an answer"}
+    shares = (f"{100 * counts[name] / counts['rollouts']:.1f} % {text}" for name, text in names.items())
+    where = "stdout" if str(out) == "-" else out
+    return f"{counts['rollouts']:,} rollouts in {where}: {', '.join(shares)}"
 
 
 def _read(options: Options, ranks: Ranks) -> Request:

@@ -1,6 +1,7 @@
 """The real engine against transformers: the same log-probabilities, whatever weights were handed over."""
 
 import json
+import re
 import shutil
 from itertools import pairwise
 from types import SimpleNamespace
@@ -118,6 +119,16 @@ def test_a_policy_that_vllm_does_not_know_or_cannot_hold_is_refused_in_one_line(
         with pytest.raises(InputError, match=f"vLLM .* does not start with it .*{reason}") as refused:
             VllmEngine(policy, EngineOptions(max_sequences=sequences), max_model_len=length)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_call_says_how_far_it_is_while_no_group_is_done(engine, prompts, monkeypatch, capsys):
+    engine.generate(prompts, seeded(4, 16, prompts))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(engine_module, "SILENCE_S", 0)
+    engine.generate(prompts, seeded(4, 16, prompts))
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"rloop: drawing: 0 of {len(prompts)} groups done, \d+ tokens so far, [\d,]+ tokens/s", first)
 
 
 @pytest.mark.slow

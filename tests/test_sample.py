@@ -263,13 +263,21 @@ def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, 
         file.write(json.dumps(problem(6) | {"id": "long", "problem": "1+" * 60 + "1=?"}) + "\n")
     draw(tiny_policy, problems, tmp_path / "out.jsonl")
     fault = "1 problems (long) leave no room for --max-tokens 32 in the policy's context of 128 tokens: they are left"
-    assert fault in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert fault in told
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["stage"] == "sample" and manifest["parameters"]["num_samples"] == 2
     assert manifest["inputs"] == {str(path): provenance.digest(path) for path in (problems, tiny_policy)}
     drawn = list(records.read(tmp_path / "out.jsonl", Rollout))
-    correct = sum(rollout["verdict"] == "correct" for rollout in drawn)
-    assert manifest["counts"] == {"rollouts": 12, "tokens": sum(r["num_tokens"] for r in drawn), "correct": correct}
+    correct, no_answer = (sum(r["verdict"] == verdict for r in drawn) for verdict in ("correct", "no_answer"))
+    truncated = sum(r["finish_reason"] == "length" for r in drawn)
+    assert manifest["counts"] == {
+        "rollouts": 12, "tokens": sum(r["num_tokens"] for r in drawn), "correct": correct, "truncated": truncated,
+        "no_answer": no_answer,
+    }  # fmt: skip
+    shares = [f"{100 * count / 12:.1f} %" for count in (correct, truncated, no_answer)]
+    end = "{} correct, {} truncated, {} without an answer\n".format(*shares)
+    assert told.endswith(f"12 rollouts in {tmp_path / 'out.jsonl'}: {end}")
     draw(tiny_policy, problems, tmp_path / "out.jsonl")
     assert "out.jsonl is done: the same options and inputs made it" in capsys.readouterr().err
     assert drawn == list(records.read(tmp_path / "out.jsonl", Rollout))

@@ -9,8 +9,9 @@ import gc
 import hashlib
 import logging
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from stages.core.errors import InputError, in_one_line
 from stages.core.lifetime import Stopped
 from stages.core.options import ROUNDING, OptionGroup, above, at_least, at_most, one_of
 from stages.core.policy import checkpoints
+from stages.core.progress import warn
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 MAX_BATCHED_TOKENS = 4096  # tokens in one pass of the engine on the CPU
 BLOCK_TOKENS = 32  # of the CPU's cache: the smallest it takes; only whole blocks of a prompt are shared by its samples
 MAX_SEQUENCES = 512  # at once, unless asked for otherwise: the largest batch that vLLM captures as a CUDA graph
+SILENCE_S = 30  # seconds without a finished group, after which a call says how far it is
 SEED_BITS = 62  # sample i of a prompt has the prompt's seed + i, which must stay a signed 64-bit number
 PROBE_TOKENS = 24
 PROBE_BOUNDS = {"float32": 1e-3}  # mean difference in nats a token between two ways to the same weights
@@ -324,7 +327,7 @@ class VllmEngine:
         asked = list(zip(prompts, sampling.seeds, strict=True))
         groups: list[list[Completion]] = [[] for _ in prompts]
         preemptions: dict[str, int] = {}
-        num_begun = 0
+        heartbeat, num_begun = _Heartbeat(len(asked)), 0
         try:
             while num_begun < len(asked) or core.has_unfinished_requests():
                 if self._any(should_stop()):
@@ -338,9 +341,11 @@ class VllmEngine:
                         continue
                     index = int(output.request_id)
                     groups[index] = self._completions(output.outputs)
+                    heartbeat.drawn(groups[index])
                     if on_group is not None and self.keeps:
                         on_group(index, groups[index])
                 self._note_preemptions(preemptions)
+                heartbeat.beat(self._under_way or {})
         finally:  # an interrupted call leaves nothing behind for the next one
             core.abort_request([str(index) for index in range(num_begun) if not groups[index]])
             if self.num_preemptions is not None and self.keeps:  # an engine of several ranks counts once
@@ -395,6 +400,31 @@ class VllmEngine:
             Completion(text, ids, list(output.logprobs.logprobs) if output.logprobs else [], str(output.finish_reason))
             for text, ids, output in zip(texts, token_ids, outputs, strict=True)
         ]
+
+
+class _Heartbeat:
+    """Says how far a call is whenever no group has been done for SILENCE_S: long completions take minutes."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self._num_prompts = num_prompts
+        self._num_done = self._num_tokens = 0
+        self._start = self._last = time.monotonic()
+
+    def drawn(self, completions: list[Completion]) -> None:
+        """Count a finished group."""
+        self._num_done += 1
+        self._num_tokens += sum(len(completion.token_ids) for completion in completions)
+        self._last = time.monotonic()
+
+    def beat(self, under_way: Mapping[str, Any]) -> None:
+        """Say a line if it is time; `under_way` are the scheduler's requests. Of several processes the first does."""
+        now = time.monotonic()
+        if now - self._last < SILENCE_S or not under_way or os.environ.get("RANK", "0") != "0":
+            return
+        tokens = self._num_tokens + sum(request.num_output_tokens for request in under_way.values())
+        speed = f"{tokens / max(1e-9, now - self._start):,.0f} tokens/s"
+        warn(f"drawing: {self._num_done} of {self._num_prompts} groups done, {tokens:,} tokens so far, {speed}")
+        self._last = now
 
 
 def _start(policy: Path, **options: Any) -> Any:

@@ -103,6 +103,8 @@ class Request:
 
     def start_engine(self, policy: Path, sleeps: bool = False) -> VllmEngine:
         """An engine with room for the longest prompt and completion; all ranks start theirs together."""
+        if self.ranks.is_first:
+            warn(f"starting the engine with {policy}")
         with self.ranks.raise_once():
             engine = VllmEngine(
                 policy,
