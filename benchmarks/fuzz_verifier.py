@@ -3,10 +3,12 @@
     python benchmarks/fuzz_verifier.py --seconds 300 --seed 1
     python benchmarks/fuzz_verifier.py --seconds 300 --answers problems.jsonl     the "answer" of each line, not ours
 
-Two searches, half of the time each. `border`: hostile text goes through the caller's half of the verifier, which may
-neither raise nor meet anything that it did not foresee; the slowest texts are told, and how the time of a repetition
-grows from 25 to 100 KB. `values`: answers are changed by mutations whose effect is known. One that changes the value
-must never be rewarded; of those that keep it, the share that still is gets counted. Exit code 1 if a fault was found.
+Three searches, a third of the time each. `border`: hostile text goes through the caller's half of the verifier, which
+may neither raise nor meet anything that it did not foresee; the slowest texts are told, and how the time of a
+repetition grows from 25 to 100 KB. `values`: answers are changed by mutations whose effect is known. One that changes
+the value must never be rewarded; of those that keep it, the share that still is gets counted. `trees`: random
+expressions of exact value (benchmarks/expressions.py) are held against a number; each wrong verdict is a fault. Exit
+code 1 if a fault was found.
 """
 
 import argparse
@@ -20,10 +22,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.core.grading.verifier import Verifier, comparison, grammar, notation, quantities
+from benchmarks import expressions
+from stages.core.grading.verifier import Verifier, comparison, grammar, notation
 from stages.core.grading.verifier.extraction import boxed, extract
 from stages.core.grading.verifier.latex import Refused
 from stages.core.records import Verdict
@@ -216,6 +220,10 @@ _SCALES = """
     permille ppm fold lakh crore mio bn pairs score squared cubed factorial grand doubled more less off
 """
 SCALES = _SCALES.split()
+_NO_UNITS = """
+    phi alpha delta choose repeating infinite nope nay dunno permute reversed flipped point hexa ought wrongs correctly
+"""
+NO_UNITS = _NO_UNITS.split()
 _DOUBTS = r"""
  is wrong¦ or not¦ maybe¦?¦ is not right¦ (wrong)¦ or more¦ at most¦ to start with, then more
 """
@@ -246,9 +254,23 @@ class Mutation(NamedTuple):
     apply: Callable[[random.Random, str], str | None]
 
 
+def exact(text: str) -> Fraction | None:
+    """The value of an expression in canonical LaTeX, if it is a rational number."""
+    tree = parsed(text)
+    return None if tree is None else grammar.exact(tree)
+
+
+def parsed(text: str) -> grammar.Tree | None:
+    """The tree of a text, if it is an expression."""
+    try:
+        return grammar.parse(text)
+    except Refused:
+        return None
+
+
 def is_plain_number(text: str) -> bool:
     """Whether a text is one number, and none of those that some operation leaves as they are (-2 to 2, and 10)."""
-    value = quantities.number(text) if NUMBER.fullmatch(text) else None
+    value = exact(text) if NUMBER.fullmatch(text) else None
     return value is not None and value not in (-2, -1, 0, 1, 2, 10)
 
 
@@ -259,12 +281,7 @@ def is_expression(text: str) -> bool:
     except Refused:
         return False
     commands = set(re.findall(r"\\[a-zA-Z]+", plain)) <= {"\\frac", "\\sqrt", "\\cdot", "\\pi"}
-    return (
-        commands
-        and len(plain) < 80
-        and not re.search(r"0|[|!_]", plain)
-        and grammar.judge(plain) is grammar.Kind.EXPRESSION
-    )
+    return commands and len(plain) < 80 and not re.search(r"0|[|!_]", plain) and parsed(plain) is not None
 
 
 def for_numbers(texts: Iterable[str]) -> Callable[[random.Random, str], str | None]:
@@ -314,7 +331,7 @@ def other_symbol(draw: random.Random, text: str) -> str | None:
 
 def other_value(draw: random.Random, text: str) -> str | None:
     """An expression plus one, doubled, or beside another number."""
-    if not is_expression(text) or quantities.number(notation.canonical(text)) is not None:
+    if not is_expression(text) or exact(notation.canonical(text)) is not None:
         return None
     return draw.choice(
         [
@@ -344,7 +361,7 @@ def beside(draw: random.Random, text: str) -> str | None:
     if not is_plain_number(text):
         return None
     other, sign, gap = draw.randint(3, 9), draw.choice(OPERATORS), draw.choice(["", " "])
-    value = quantities.number(text)
+    value = exact(text)
     if value is None or other in (value, 2 * value, value**2) or (sign in ("|", r"\mod", ",") and not gap):
         return None
     pair = [text, str(other)] if draw.random() < 0.7 or sign == r"\mod" else [str(other), text]
@@ -430,6 +447,8 @@ MUTATIONS = [
         False,
         for_numbers(f"%s{gap}{word}{end}" for word in SCALES for gap, end in ((" ", ""), ("\\text{ ", "}"))),
     ),
+    Mutation("word that is no unit", False, for_numbers(f"%s {word}" for word in NO_UNITS)),
+    Mutation("outer box", False, for_numbers([r"-\boxed{%s}", r"4, \boxed{%s}", r"x\ne\boxed{%s}", r"2\boxed{%s}"])),
     Mutation("word of doubt", False, for_numbers([*("%s" + d for d in DOUBTS), *(f"%s\\text{{{d}}}" for d in DOUBTS)])),
     Mutation("prefix", False, for_numbers(p + "%s" for p in PREFIXES)),
     Mutation("suffix", False, for_numbers("%s" + s for s in SUFFIXES)),
@@ -497,7 +516,7 @@ def search_values(answers: list[str], seconds: float, seed: int) -> list[str]:
     faults: dict[str, None] = {}
     counts: dict[str, Counter[Verdict]] = {mutation.name: Counter() for mutation in MUTATIONS}
     end = time.monotonic() + seconds
-    with Verifier(workers=1) as verifier:
+    with Verifier(workers=1, accept_unevaluated=True) as verifier:
         while time.monotonic() < end:
             batch = [next(made) for _ in range(500)]
             scores = verifier.verify([(f"\\boxed{{{mutant}}}", answer) for _, answer, mutant in batch])
@@ -513,10 +532,27 @@ def search_values(answers: list[str], seconds: float, seed: int) -> list[str]:
     return list(faults)
 
 
+def search_trees(seconds: float, seed: int) -> list[str]:
+    """Expressions that were misjudged, found in the time given."""
+    faults: list[str] = []
+    end = time.monotonic() + seconds
+    num = 0
+    with Verifier(workers=1, accept_unevaluated=True) as verifier:
+        while time.monotonic() < end:
+            num += 1000
+            pairs = list(expressions.pairs(seed * 10**6 + num, 1000))
+            scores = verifier.verify([(f"\\boxed{{{text}}}", answer) for answer, text, _ in pairs])
+            for (answer, text, is_equal), score in zip(pairs, scores, strict=True):
+                if (score.reward == 1.0) != is_equal:
+                    faults.append(f"tree: {text!r} is {score.verdict} for {answer!r}")
+    print(f"trees: {num} expressions, {len(faults)} misjudged")
+    return faults
+
+
 def main() -> None:
     """Search, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="of both searches together")
+    parser.add_argument("--seconds", type=float, default=60, help="of all searches together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--answers", action="append", help="a .jsonl file of problems whose answers are mutated")
     options = parser.parse_args()
@@ -526,8 +562,9 @@ def main() -> None:
         read = (json.loads(line)["answer"] for line in lines)
         answers = list(dict.fromkeys(boxed(answer) or answer for answer in read))
     print(f"{len(answers)} answers, seed {options.seed}")
-    faults = search_border(answers, options.seconds / 2, options.seed)
-    faults += search_values(answers, options.seconds / 2, options.seed)
+    faults = search_border(answers, options.seconds / 3, options.seed)
+    faults += search_values(answers, options.seconds / 3, options.seed)
+    faults += search_trees(options.seconds / 3, options.seed)
     print(f"\n{len(faults)} faults", *faults[:200], sep="\n  ")
     sys.exit(bool(faults))
 

@@ -13,9 +13,10 @@ from stages.core import outputs, provenance, records
 from stages.core.errors import InputError
 from stages.core.grading import verifier
 from stages.core.grading.ballots import Ballots
+from stages.core.grading.rewards import GradingOptions
 from stages.core.grading.verifier import Verifier
 from stages.core.lifetime import end_with_parent
-from stages.core.options import PATH, OptionGroup, at_least
+from stages.core.options import PATH, at_least
 from stages.core.outputs import read_json
 from stages.core.provenance import Identity, Inputs
 from stages.core.ranks import Ranks
@@ -29,7 +30,7 @@ BATCH = 4096  # rollouts given to the verifier at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(OptionGroup):
+class Options(GradingOptions):
     """What `rloop regrade` takes."""
 
     rollouts: Annotated[Path, "an eval output, or a file of rollouts", PATH]
@@ -60,7 +61,7 @@ def run(options: Options) -> None:
     changes = {name: Changes() for name in files}
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(options.out)))
-        with Verifier(bare=options.bare) as grader:
+        with Verifier(bare=options.bare, accept_unevaluated=options.accept_unevaluated) as grader:
             graded = [file for own in files.values() for kind, file in own.items() if kind != KL]
             verdicts = {file: grade(file, grader, ranks) for file in graded}
         if not ranks.is_first:
@@ -76,7 +77,7 @@ def run(options: Options) -> None:
 
 def _manifest(options: Options, ks: Sequence[int], former: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
     """What the evaluation's manifest said, but for what was graded anew."""
-    own = {"k": list(ks), "maj": options.maj, "select": options.select, "bare": options.bare}
+    own = {"k": list(ks), **{name: getattr(options, name) for name in ("maj", "select", "bare", "accept_unevaluated")}}
     identity = Identity(
         "regrade",
         {**former.get("parameters", {}), **own},
@@ -158,7 +159,8 @@ def _grade_share(file: Path, verifier: Verifier, ranks: Ranks) -> list[Verdict]:
             raise InputError(
                 f"--rollouts {file}: its rewards are not math-verify's (--reward): draw anew to change them"
             )
-        scores = verifier.submit([(rollout["completion"], rollout["answer"]) for rollout in batch]).result()
+        pairs = [(rollout["completion"], rollout["answer"]) for rollout in batch]
+        scores = verifier.submit(pairs, [rollout["prompt"] for rollout in batch]).result()
         verdicts += (score.verdict for score in scores)
     return verdicts
 

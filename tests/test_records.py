@@ -68,8 +68,8 @@ def test_a_count_is_never_negative(kind, record):
 def test_a_verdict_beyond_the_known_ones_is_refused():
     fault = records.checker(Rollout)({**ROLLOUT, "verdict": "maybe"})
     assert fault == (
-        "field 'verdict' of Rollout must be correct or wrong or no_answer or rejected or timeout or error, "
-        "found str 'maybe'"
+        "field 'verdict' of Rollout must be correct or unevaluated or wrong or no_answer or rejected or timeout or "
+        "error, found str 'maybe'"
     )
 
 

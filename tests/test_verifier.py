@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.grading import verifier as module
 from stages.core.grading.scores import Score
 from stages.core.grading.verifier import Verifier, comparison
+from stages.core.grading.verifier import verdicts as module
 
 ROOT = Path(__file__).parents[1]
 HARD = ("So it is \\boxed{\\sqrt{7+4\\sqrt{3}}}.", "2+\\sqrt{3}")
@@ -137,7 +137,7 @@ def test_what_the_caller_cannot_read_is_left_to_the_worker(
     def fail(*_: object) -> bool:
         raise KeyError(1)
 
-    monkeypatch.setattr(comparison, "equal", fail)
+    monkeypatch.setattr(comparison, "verdict", fail)
     verdicts = [score.verdict for score in verifier.verify([("\\boxed{7.25}", "7.25"), ("\\boxed{7.5}", "7.25")])]
     assert verdicts == ["correct", "wrong"]
     assert "could not be read" in caplog.text

@@ -41,7 +41,7 @@ import msgspec
 from stages.core import jsonl
 from stages.core.errors import InputError
 
-Verdict = Literal["correct", "wrong", "no_answer", "rejected", "timeout", "error"]
+Verdict = Literal["correct", "unevaluated", "wrong", "no_answer", "rejected", "timeout", "error"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -267,6 +267,7 @@ class LogRow(TypedDict):
     max_tokens: Annotated[int, Column("longest completion", "tokens")]
     truncated: Annotated[float, Column("share of rollouts that reached --max-tokens")]
     no_answer: Annotated[float, Column("share of rollouts without an answer")]
+    unevaluated: Annotated[float, Column("share of rollouts that equal the answer, but leave something to do")]
     timeouts: Annotated[int, Column("rollouts that the verifier gave up on", total="sum")]
     errors: Annotated[int, Column("rollouts on which a reward failed", total="sum")]
     rollout_tokens: Annotated[int, Column("length of all completions", "tokens", "sum")]

@@ -76,6 +76,7 @@ def row(outcome: StepOutcome, settings: Settings, far: float) -> LogRow:
         "max_tokens": max(lengths),
         "truncated": _mean([rollout["finish_reason"] == "length" for rollout in rollouts]),
         "no_answer": _mean([rollout["verdict"] == "no_answer" for rollout in rollouts]),
+        "unevaluated": _mean([rollout["verdict"] == "unevaluated" for rollout in rollouts]),
         "timeouts": sum(rollout["verdict"] == "timeout" for rollout in rollouts),
         "errors": sum(rollout["verdict"] == "error" for rollout in rollouts),
         "rollout_tokens": sum(lengths),

@@ -25,7 +25,7 @@ from stages.core.study.runs import iteration_of, num_steps, position_below
 
 ALL = "all"
 # parameters of an eval that comparable figures share
-SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "reward_digest", "kl_to")
+SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "accept_unevaluated", "reward_digest", "kl_to")
 
 
 def chosen(text: str) -> frozenset[int] | None:

@@ -45,7 +45,16 @@ MAX_TOLD = 10  # different messages that are told as they come
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(OptionGroup):
+class GradingOptions(OptionGroup):
+    """What a stage that has math-verify grade completions adds to its options."""
+
+    accept_unevaluated: Annotated[
+        bool, "reward what equals the answer but is not worked out, such as 3+4 for 7, or 2x=6 for x=3"
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(GradingOptions):
     """What a stage that scores completions adds to its options."""
 
     reward: Annotated[
@@ -93,6 +102,7 @@ class Rewards:
     """What scores completions."""
 
     each: tuple[Reward, ...] = (Reward(MATH_VERIFY, 1.0),)
+    accept_unevaluated: bool = False  # the Verifier's
 
     @property
     def are_own(self) -> bool:
@@ -120,13 +130,15 @@ class Rewards:
 
     def grader(self, bare: bool = False, has_scored: bool = False) -> "Grader":
         """What scores by them, a context manager; `bare` is the Verifier's."""
-        return OwnGrader(self, bare, has_scored) if self.are_own else Verifier(bare=bare)
+        if self.are_own:
+            return OwnGrader(self, bare, has_scored)
+        return Verifier(bare=bare, accept_unevaluated=self.accept_unevaluated)
 
 
 def read(options: RewardOptions) -> Rewards:
     """The rewards that are asked for. Raises InputError for a file that is not there, or no Python."""
     named = zip(options.reward, options.weights, strict=True)
-    rewards = Rewards(tuple(_read(text, weight) for text, weight in named))
+    rewards = Rewards(tuple(_read(text, weight) for text, weight in named), options.accept_unevaluated)
     for name, count in Counter(reward.name for reward in rewards.each).items():
         if count > 1:
             raise InputError(f"--reward {name} is given {count} times: name each once, and files of one name apart")
@@ -196,7 +208,7 @@ class OwnGrader:
         kind = Kind("the rewards", WORKER, (json.dumps(files),), _read_answer, _lost)
         self._pool: Pool[Answer] = Pool(kind, workers or default_workers())
         is_verified = len(self._names) < len(rewards.each)
-        self._verifier = Verifier(bare=bare) if is_verified else None
+        self._verifier = Verifier(bare=bare, accept_unevaluated=rewards.accept_unevaluated) if is_verified else None
         self._num_groups = self._num_failed = self._num_unscored = 0
         self._faults: Counter[str] = Counter()
 

@@ -1,189 +1,29 @@
-"""Completion and answer in, verdict and reward out: the memo and the pool of workers around the comparison.
+"""The verifier: whether a completion's answer is the problem's, and what that pays. This page tells the whole reading.
 
     with Verifier() as verifier:
-        batch = verifier.submit([("So it is \\\\boxed{\\\\frac12}.", "0.5")])    # returns at once
-        [Score(verdict="correct", reward=1.0, prediction="\\\\frac12")] = batch.result()
+        batch = verifier.submit([("So it is \\boxed{\\frac12}.", "0.5")])    # returns at once
+        [Score(verdict="correct", reward=1.0, prediction="\\frac12")] = batch.result()
 
-A completion is untrusted text. What `comparison` can decide on the text alone (numbers, words, choices, and lists,
-tuples, intervals and matrices of those) is decided here in microseconds; the rest goes to `algebra` in worker processes
-(`grading.workers`), under bounds of CPU time and memory (`grading.bounds`). No worker starts before one is needed.
+In the order in which it happens:
 
-Verdicts: `no_answer` there is nothing to compare; `rejected` over-long, over-deep, or refused before any algebra;
-`timeout` the bound of CPU time was hit; `error` memory ran out, or the algebra failed on our side; `wrong`, `correct`.
-Only `correct` is rewarded.
+1. `extraction` finds the answer in the completion: the last box, or a final line that names it. There is none
+   (`no_answer`) in a thought that never ends, behind a box that is cut off, or where a hedge follows at once.
+2. `verdicts` looks up its memo, and hands what text alone can't decide to a worker. Both go on as follows.
+3. `quantities.name_units` spells the words that answer or prompt name as units.
+4. `notation` brings the many spellings of one thing to plain LaTeX: Unicode, fractions, spaces, thousands, \\text.
+   What nobody can read, and what is too long or too deep, is refused (`rejected`).
+5. `forms` reads what kind of answer it is: a union, list, set, tuple, interval, relation, matrix, congruence, ratio, a
+   number in some base, words, or one value; brackets and signs outside of all brackets decide (`latex` finds them).
+6. A value is a number or expression with its unit, which `quantities` cuts off. `grammar` reads the expression to a
+   tree, in which each construct means one thing, and gives its exact value where that is rational. What the grammar
+   does not read is words, and equals the same words only.
+7. `comparison` holds the two forms against each other, part by part. Rational numbers are compared as fractions; for
+   other values `algebra`, in the worker, makes sympy's objects of the trees, and evaluates both to many digits at a few
+   points (`timeout`, `error` where it can't within bounds). Not equal is `wrong`.
+8. `pending` asks what is left to do in an answer that is equal: 3+4 for 7 is `unevaluated`, 7 is `correct`. Only
+   `correct` is rewarded, and `unevaluated` where that is accepted.
 """
 
-import importlib.metadata
-import os
-import sys
-import threading
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
-from typing import Any, cast
+from stages.core.grading.verifier.verdicts import VERSION, Batch, Verifier, default_workers
 
-from stages.core.grading.scores import Score
-from stages.core.grading.verifier.comparison import decide
-from stages.core.grading.verifier.extraction import extract
-from stages.core.grading.verifier.latex import MAX_LENGTH
-from stages.core.grading.workers import Job, Kind, Pool
-from stages.core.records import Problem, Verdict
-
-WORKER = "stages.core.grading.verifier.algebra"  # the module that a worker runs
-MAX_MEMO_BYTES = 256 * 2**20  # of the texts whose verdicts are kept: about a million short ones
-ENTRY_BYTES = 200  # of an entry beside its texts
-MAX_JOB = 16  # predictions sent to a worker at once, all for one answer, which is then parsed once
-
-VERSION = {
-    "grader": "4",
-    **{
-        name: importlib.metadata.version(name)
-        for name in ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
-    },
-}
-
-
-class Batch:
-    """Scores that are being worked out; `result` waits for them."""
-
-    def __init__(self, verifier: "Verifier", pending: list[tuple[str | None, Verdict | Future[Verdict]]]) -> None:
-        self._verifier = verifier
-        self._pending = pending
-        self._scores: list[Score] | None = None
-
-    def result(self) -> list[Score]:
-        """The scores in the order of the pairs."""
-        if self._scores is None:
-            self._scores = [self._score(*item) for item in self._pending]
-            self._verifier.counts.update(score.verdict for score in self._scores)
-        return self._scores
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `result` would return at once."""
-        return self._scores is not None or all(v.done() for _, v in self._pending if isinstance(v, Future))
-
-    @staticmethod
-    def _score(prediction: str | None, verdict: Verdict | Future[Verdict]) -> Score:
-        if isinstance(verdict, Future):
-            verdict = verdict.result()
-        return Score(verdict, 1.0 if verdict == "correct" else 0.0, prediction)
-
-
-def default_workers() -> int:
-    """The cores that this process may use, shared with the other ranks of its node, less one for itself; at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # as torchrun and accelerate set it
-    return max(1, min(8, cores // ranks - 1))
-
-
-class Verifier:
-    """Scores completions; a context manager, since it may hold worker processes.
-
-    `workers` bounds the processes (default: see `default_workers`). `bare` lets a completion without box and "Answer:"
-    line count by its bare final expression, for base models that know neither. `counts` holds how many scores of each
-    verdict were handed out.
-    """
-
-    def __init__(self, workers: int | None = None, bare: bool = False) -> None:
-        self.workers = workers if workers is not None else default_workers()
-        if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
-        read, lost = (lambda reply: cast(Verdict, reply.decode())), (lambda _, loss: cast(Verdict, loss.verdict))
-        self._pool: Pool[Verdict] = Pool(Kind("the verifier", WORKER, (), read, lost), self.workers)
-        self.bare = bare
-        self.counts: Counter[Verdict] = Counter()
-        self._memo: dict[tuple[str, str], Verdict | Future[Verdict]] = {}
-        self._memo_bytes = 0
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "Verifier":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-        """Score (completion, answer) pairs, in order."""
-        return self.submit(pairs).result()
-
-    def grade(self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Any) -> Batch:
-        """Begin to score the completions of one prompt, as `grading.rewards` does; only the answer decides here."""
-        return self.submit([(completion, problem["answer"]) for completion in completions])
-
-    def refuse_failed(self) -> None:
-        """Nothing: what can't be worked out is a verdict here."""
-
-    def submit(self, pairs: Sequence[tuple[str, str]]) -> Batch:
-        """Begin to score (completion, answer) pairs; returns without waiting for any algebra."""
-        pending: list[tuple[str | None, Verdict | Future[Verdict]]] = []
-        jobs: dict[str, Job[Verdict]] = {}
-        with self._lock:
-            for completion, answer in pairs:
-                prediction = extract(completion, self.bare)
-                if prediction is None:
-                    pending.append((None, "no_answer"))
-                elif len(prediction) > MAX_LENGTH:  # of which nothing is kept but its beginning
-                    pending.append((prediction[:MAX_LENGTH], "rejected"))
-                else:
-                    pending.append((prediction, self._find(answer, prediction, jobs)))
-            self._send(jobs.values())
-        return Batch(self, pending)
-
-    def parseable(self, answers: Sequence[str]) -> list[bool]:
-        """Whether each answer can be compared with anything at all; one that cannot never rewards a completion."""
-        pairs = [(answer, (extract(f"\\boxed{{{answer}}}") or "")[: MAX_LENGTH + 1]) for answer in answers]
-        return [verdict == "correct" for verdict in self.compare(pairs)]
-
-    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """The verdicts on (answer, prediction) pairs, in order: as `verify`, but nothing is extracted or counted."""
-        jobs: dict[str, Job[Verdict]] = {}
-        with self._lock:
-            verdicts = [self._find(answer, prediction, jobs) for answer, prediction in pairs]
-            self._send(jobs.values())
-        return [verdict.result() if isinstance(verdict, Future) else verdict for verdict in verdicts]
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the workers that run now: none until algebra is needed."""
-        return self._pool.pids
-
-    def close(self) -> None:
-        """End the workers; asking for a score that was not ready raises RuntimeError."""
-        self._pool.close()
-
-    def _find(self, answer: str, prediction: str, jobs: dict[str, Job[Verdict]]) -> Verdict | Future[Verdict]:
-        """The verdict from the memo or the text, or the promise of one, which is then in `jobs` or on its way."""
-        key = (answer, prediction)
-        if (known := self._memo.get(key)) is not None:
-            if isinstance(known, Future) and known.done() and known.exception() is None:
-                known = self._memo[key] = known.result()
-            return known
-        verdict: Verdict | Future[Verdict] | None = decide(answer, prediction)
-        if verdict is None:
-            verdict = Future()
-            job = jobs.setdefault(answer, Job(answer, []))
-            job.items.append(prediction)
-            job.futures.append(verdict)
-        self._remember(key, verdict)
-        return verdict
-
-    def _remember(self, key: tuple[str, str], verdict: Verdict | Future[Verdict]) -> None:
-        self._memo[key] = verdict
-        self._memo_bytes += _weight(key)
-        if self._memo_bytes > MAX_MEMO_BYTES:  # the older half goes; what is asked for again is worked out again
-            for old in list(self._memo)[: len(self._memo) // 2]:
-                self._memo_bytes -= _weight(old)
-                del self._memo[old]
-
-    def _send(self, jobs: Iterable[Job[Verdict]]) -> None:
-        self._pool.refuse_closed()
-        for job in jobs:
-            for start in range(0, len(job.items), MAX_JOB):
-                part = slice(start, start + MAX_JOB)
-                self._pool.send(Job(job.head, job.items[part], job.futures[part]))
-
-
-def _weight(key: tuple[str, str]) -> int:
-    """Bytes of a memo's entry; its answer is shared by many."""
-    return sys.getsizeof(key[1]) + ENTRY_BYTES
+__all__ = ["VERSION", "Batch", "Verifier", "default_workers"]

@@ -1,9 +1,9 @@
-"""The expensive half of the verifier: math-verify and sympy, in worker processes of their own, under bounds.
+"""The expensive half of the verifier: sympy and math-verify, in worker processes of their own, under bounds.
 
-math-verify's grammar (latex2sympy2_extended) reads an expression. Numbers then decide: both sides are evaluated to 30
-digits at a few fixed points, 100 digits where there is no variable (math-verify compares six decimals and simplifies
-for what differs, which is slower and calls sqrt(2)*1e-20 equal to sqrt(3)*1e-20). Only what cannot be evaluated goes
-to `math_verify.verify`, the answer first, as it wants them.
+Trees (`grammar`) become sympy's objects. Numbers then decide: both sides are evaluated to 30 digits at a few fixed
+points, and what agrees is held against each other until the difference has a digit or none is left (math-verify
+compares six decimals and simplifies what differs, which is slower and calls sqrt(2)*1e-20 equal to sqrt(3)*1e-20).
+Only what cannot be evaluated goes to `math_verify.verify`, the answer first, as it wants them.
 
 Each pair is under the bounds of `grading.bounds`: sympy can sit in C code that no handler interrupts.
 
@@ -11,113 +11,121 @@ Run as `python -m stages.core.grading.verifier.algebra DESCRIPTOR PARENT` by gra
 """
 
 import logging
-import re
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify import verify
 
 from stages.core.grading import bounds
 from stages.core.grading.bounds import Bounds, Deadline
 from stages.core.grading.verifier import comparison, grammar, quantities
-from stages.core.grading.verifier.latex import Refused, letters
+from stages.core.grading.verifier.grammar import Tree
 from stages.core.records import Verdict
 
-
-class _Unreadable(Exception):
-    """Text that is not an expression."""
+# --- from a tree to sympy ---------------------------------------------------------------------------------------------
 
 
-class _AnswerUnreadable(Exception):
-    """The answer itself is not an expression: nothing can be compared with it."""
+@lru_cache(4096)
+def build(tree: Tree) -> Any:
+    """The sympy object of a tree; decimals become fractions, odd roots of negative numbers are real."""
+    is_complex = "i" in grammar.names(tree, constants=True) - _bound(tree)
+    return sympy.real_root(_build(tree, partial(_symbol, real=not is_complex, bound=_bound(tree))))
 
 
-# --- comparing ----------------------------------------------------------------------------------------------------
+def _bound(tree: Tree) -> set[str]:
+    """The names that a sum, product, limit or integral in it ranges over."""
+    return {part.args[1].text for part in grammar.walk(tree) if part.op == "over"}
+
+
+_CONSTANTS = {r"\pi": sympy.pi, r"\infty": sympy.oo, "e": sympy.E, "i": sympy.I}
+
+
+def _symbol(name: str, real: bool, bound: set[str]) -> Any:
+    if name in _CONSTANTS and name not in bound:
+        return _CONSTANTS[name]
+    return sympy.Symbol(name, real=True) if real else sympy.Symbol(name)
+
+
+def _build(tree: Tree, symbol: Callable[[str], Any]) -> Any:
+    if tree.op == "number":
+        value = grammar.literal(tree.text)
+        if value is None:
+            raise ValueError(tree.text)
+        return sympy.Rational(value.numerator, value.denominator)
+    if tree.op == "name":
+        return symbol(tree.text)
+    args = [_build(arg, symbol) for arg in tree.args]
+    if tree.op == "over":
+        body, variable, *ends = args
+        over = _LARGE[tree.text]
+        return (over(body, variable, *ends) if tree.text == r"\lim" else over(body, (variable, *ends))).doit()
+    return _OPERATIONS[tree.text if tree.op == "call" else tree.op](*args)
+
+
+_LARGE = {r"\sum": sympy.Sum, r"\prod": sympy.Product, r"\int": sympy.Integral, r"\lim": sympy.Limit}
+_NAMED = r"""
+    + Add ! factorial binom binomial | Abs \lfloor floor \lceil ceiling \max Max \min Min \ln log \exp exp \sin sin
+    \cos cos \tan tan \cot cot \sec sec \csc csc \sinh sinh \cosh cosh \tanh tanh \coth coth
+    \arcsin asin \arccos acos \arctan atan
+"""
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "neg": operator.neg,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "mixed": operator.add,
+    "^": operator.pow,
+    "root": lambda order, value: sympy.root(value, order),
+    r"\gcd": lambda *args: reduce(sympy.gcd, args),
+    r"\lcm": lambda *args: reduce(sympy.lcm, args),
+    r"\lg": lambda arg: sympy.log(arg, 10),
+    r"\log": lambda arg, base=10: sympy.log(arg, base),
+    **{op: getattr(sympy, name) for op, name in zip(_NAMED.split()[::2], _NAMED.split()[1::2], strict=True)},
+}
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 def compare(answer: str, prediction: str) -> Verdict:
     """The verdict on a prediction, by algebra where needed; not bounded."""
-    try:
-        return "correct" if comparison.equal(answer, prediction, same) else "wrong"
-    except Refused:
-        return "rejected"
-    except _AnswerUnreadable:
-        return "error"
+    return comparison.verdict(answer, prediction, same)
 
 
-def same(kind: str, gold: str, pred: str) -> bool:
-    """Whether two expressions are equal ("value"), or have the same zeros or sign up to a constant factor."""
-    try:
-        left = parse(gold)
-    except _Unreadable as error:
-        raise _AnswerUnreadable(str(error)) from None
+def same(kind: str, gold: Tree, pred: Tree) -> bool:
+    """Whether two expressions are equal ("value"), or have the same zeros or sign up to a constant factor.
+
+    "decimal": whether the second is the first one rounded.
+    """
     if gold == pred:
         return True
-    try:
-        right = parse(pred)
-    except _Unreadable:
-        return False
+    left = build(gold)
     if kind == "decimal":
         value = _evaluate(left, {})
         return value is not None and _rounds(pred, value, min_digits=1)
+    right = build(pred)
     if kind == "value":
         return _same_value(left, right, gold, pred)
     return _same_up_to_factor(left, right, positive=kind == "inequality")
 
 
-@lru_cache(4096)
-def parse(text: str) -> Any:
-    """The sympy object of an expression in canonical LaTeX; decimals become fractions, i the imaginary unit.
-
-    Raises _Unreadable, and Refused for what no answer needs and would build a huge object.
-    """
-    if grammar.judge(text) is not grammar.Kind.EXPRESSION:
-        raise _Unreadable(text)
-    is_complex = "i" in letters(text)
-    text = re.sub(r"(\\[a-zA-Z]+)|([EI]|[ei](?=_))", _own_symbol, text)
-    text = re.sub(r"(\d+!)(?=\^)", r"(\1)", text)
-    try:
-        parsed = latex2sympy(
-            text,
-            is_real=not is_complex,
-            normalization_config=None,
-            conversion_config=ConversionConfig(lowercase_symbols=False),
-        )
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _Unreadable(text) from error
-    if not isinstance(parsed, sympy.Expr):
-        raise _Unreadable(text)
-    return _exact(parsed)
-
-
-def _own_symbol(match: re.Match[str]) -> str:
-    """E, I and e_1 as symbols of their own: to the parser they are the base of the logarithm and the imaginary unit."""
-    return match.group(1) or f"\\mathit{{{match.group(2)}}}"
-
-
-def _exact(expression: Any) -> Any:
-    """Floats as the fractions they were written as, the symbol i as the imaginary unit, \\sqrt[3]{-8} as -2."""
-    swaps = {item: sympy.Rational(str(item)) for item in expression.atoms(sympy.Float)}
-    swaps |= {item: sympy.I for item in expression.free_symbols if item.name == "i"}
-    return sympy.real_root(expression.xreplace(swaps))
-
-
-_SIGNS = [(1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1), (1, 1, -1)]  # of every third variable, by point
+_SIGNS = [(1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1), (1, 1, -1), (1, 1, 1), (1, 1, 1)]  # of every third variable
 _DIGITS = 30
 _DUST = sympy.Float(10) ** -25
 _NEEDED_POINTS = 3
-_FAR = sympy.Rational(100003, 7)  # so much further out, too, if a function has steps: max(5,x) is not 5 everywhere
+_FAR = sympy.Rational(100003, 7)  # beyond all numbers that an expression with steps has: max(5,x) is not 5 everywhere
 _STEPS = (sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.Mod, sympy.sign, sympy.Abs)
+_SLOW = (sympy.factorial, sympy.gamma, sympy.binomial, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)
 
 
 def _points(*sides: Any) -> list[dict[Any, Any]]:
-    """Where expressions are evaluated: five points of both signs, no two values alike, no integer; ten for steps."""
+    """Where expressions are evaluated: some points of both signs, no two values alike, no integer.
+
+    Where there are steps, as many beyond all their numbers, and within.
+    """
     symbols = sorted(set().union(*(side.free_symbols for side in sides)), key=lambda symbol: symbol.name)
     if not symbols:
         return [{}]
@@ -129,7 +137,9 @@ def _points(*sides: Any) -> list[dict[Any, Any]]:
         for k, signs in enumerate(_SIGNS)
     ]
     if any(side.has(*_STEPS) for side in sides):
-        points += [{symbol: value * _FAR for symbol, value in point.items()} for point in points]
+        numbers = [abs(number) for side in sides for number in side.atoms(sympy.Rational) if number]
+        scales = [_FAR * max([1, *numbers]), min([1, *numbers]) / _FAR]
+        points += [{symbol: value * scale for symbol, value in point.items()} for scale in scales for point in points]
     return points
 
 
@@ -145,37 +155,40 @@ def _close(left: Any, right: Any) -> bool:
     return bool(abs(left - right) <= scale * sympy.Float(10) ** -20)
 
 
-def _same_value(left: Any, right: Any, gold: str, pred: str) -> bool:
+def _same_value(left: Any, right: Any, gold: Tree, pred: Tree) -> bool:
     points = _points(left, right)
-    needed = _NEEDED_POINTS if len(points) == len(_SIGNS) else len(points)
+    needed = min(_NEEDED_POINTS, len(points)) if len(points) <= len(_SIGNS) else len(points) // 2
+    is_real = not left.has(sympy.I) and not right.has(sympy.I)
+    agreed = []
     for point in points:
         one, two = _evaluate(left, point), _evaluate(right, point)
-        if one is None or two is None:
-            continue
+        if one is None or two is None or (point and is_real and not (one.is_real and two.is_real)):
+            continue  # \sqrt{1/n} and 1/\sqrt{n} for negative n
         if not _close(one, two):
             if max(abs(one), abs(two)) < _DUST:  # rounding leaves it of a value that is exactly zero
                 return _agree_exactly(left.subs(point), right.subs(point))
             return not point and (_rounds(pred, one) or _rounds(gold, two))
-        needed -= 1
-        if not needed:
-            has_function = left.has(sympy.Function) or right.has(sympy.Function)
-            return bool(point and has_function) or _agree_exactly(left.subs(point), right.subs(point))
+        agreed.append(point)
+    if len(agreed) >= needed:
+        return _agree_exactly(left.subs(agreed[-1]), right.subs(agreed[-1]))
     return bool(verify(left, right, timeout_seconds=None))
 
 
 def _agree_exactly(left: Any, right: Any) -> bool:
     """For two numbers that agree to many digits: whether no difference remains that has a digit of its own."""
     difference = left.doit() - right.doit()
-    parts = difference.expand().evalf(5, maxn=1000).as_real_imag()
+    digits = 60 if difference.has(*_SLOW) else 1000
+    parts = difference.expand().evalf(5, maxn=digits).as_real_imag()
     return all(not part.is_Float or part._prec == 1 for part in parts)  # sympy marks a value lost in rounding with 1
 
 
-def _rounds(literal: str, value: Any, min_digits: int = 6) -> bool:
+def _rounds(literal: Tree, value: Any, min_digits: int = 6) -> bool:
     """Whether a decimal is a real value, rounded or cut: 3.14159265 for pi."""
-    if "." not in literal or not value.is_real:
+    sign, digits = ("-", literal.args[0]) if literal.op == "neg" else ("", literal)
+    if digits.op != "number" or "." not in digits.text or not value.is_real:
         return False
-    exact = sympy.Rational(value)
-    return quantities.is_rounding_of(literal, Fraction(int(exact.p), int(exact.q)), min_digits)
+    rational = sympy.Rational(value)
+    return quantities.is_rounding_of(sign + digits.text, Fraction(int(rational.p), int(rational.q)), min_digits)
 
 
 def _same_up_to_factor(left: Any, right: Any, positive: bool) -> bool:
@@ -187,37 +200,21 @@ def _same_up_to_factor(left: Any, right: Any, positive: bool) -> bool:
     return all(_close(ratio, ratios[0]) for ratio in ratios)
 
 
-# --- the worker ---------------------------------------------------------------------------------------------------
+# --- the worker -------------------------------------------------------------------------------------------------------
 
 
-_WARM_UP = (
-    "\\frac{1}{2}",
-    "\\sqrt{2}+3\\pi",
-    "2\\sqrt{3}-\\frac{\\sqrt{5}}{7}",
-    "x^{2}-3x+2",
-    "(x-1)(x+1)",
-    "\\sin(x)\\cos(2y)",
-    "e^{2x}\\ln(3)",
-    "\\log_{2}(3)",
-    "\\binom{5}{2}+4!",
-    "\\frac{a+b}{c-d}",
-    "-\\frac{3}{4}i",
-    "2^{10}\\cdot3",
-    "\\sqrt[3]{16}",
-    "\\frac{n(n+1)}{2}",
-    "\\lfloor\\frac{x}{2}\\rfloor",
-    "x_{1}+\\alpha",
-    "|x|",
-    "0.5x",
-)
+_WARM_UP = r"""
+    \frac{1}{2} \sqrt{2}+3\pi 2\sqrt{3}-\frac{\sqrt{5}}{7} x^{2}-3x+2 \sin(x)\cos(2y) e^{2x}\ln(3) \log_{2}(3) x_{1}!
+    \frac{a+b}{c-d} -\frac{3}{4}i \sqrt[3]{16} \lfloor\frac{x}{2}\rfloor |x|
+"""
 
 
 def main() -> None:
     """Serve the parent."""
     pipe = bounds.connected()
     logging.disable()
-    for text in _WARM_UP:  # the parser's tables fill as it reads; without this the first pairs take ten times as long
-        same("value", text, text + "+1")
+    for tree in filter(None, map(grammar.parse, _WARM_UP.split())):  # sympy's caches fill
+        same("value", tree, Tree("+", (tree, grammar.number("1"))))
     bounded = Bounds()
     bounded.limit_memory()
 

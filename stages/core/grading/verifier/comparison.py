@@ -1,11 +1,12 @@
-"""Whether a prediction is the answer, as far as text decides; a `Leaf` (core.verifier.algebra) says the rest.
+"""Whether a prediction is the answer, as far as text decides; a `Leaf` (grading.verifier.algebra) says the rest.
 
-Forms are compared part by part; only where two values are neither the same literal nor both numbers does a leaf have
-to say. Where math-verify alone errs, and what is done here instead:
+Forms are compared part by part; only where two values are not both rational numbers does a leaf have to say. Where
+math-verify alone errs, and what is done here instead:
 
-- It takes any number out of the text when a box does not parse: here the box or the "Answer:" line is all there is.
+- It takes any number out of the text when a box does not parse: here the box or the final line is all there is.
 - It cuts units off wrongly (6t is 6, "2 million" is 2, "2 is wrong" is 2): see quantities.split_unit.
 - It takes the last side of any equation (1=2 is 2): here only behind a name, and every other number must agree.
+- It adds numbers side by side (2(8) is 10), and drops primes and indices: see grammar.
 - It compares numbers by six decimals (6.63e-34 is 1.05e-34): here literals are exact fractions; a decimal of six or
   more digits also stands for the value that it rounds.
 - It ignores base subscripts, splits words into letters (east is seat), loses percentages under ANTLR before 4.13.
@@ -20,9 +21,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
-from stages.core.grading.verifier import extraction, forms, grammar, notation, quantities
+from stages.core.grading.verifier import extraction, forms, grammar, notation, pending, quantities
 from stages.core.grading.verifier.forms import (
     Approximation,
+    Congruence,
     Form,
     Matrix,
     Ordered,
@@ -35,10 +37,11 @@ from stages.core.grading.verifier.forms import (
     read,
     read_canonical,
 )
+from stages.core.grading.verifier.grammar import Tree
 from stages.core.grading.verifier.latex import MAX_LENGTH, Refused, letters
 from stages.core.records import Verdict
 
-Leaf = Callable[[Literal["value", "equation", "inequality", "decimal"], str, str], bool]
+Leaf = Callable[[Literal["value", "equation", "inequality", "decimal"], Tree, Tree], bool]
 
 
 class NeedsAlgebra(Exception):
@@ -61,27 +64,50 @@ def decide(answer: str, prediction: str) -> Verdict | None:
     try:
         if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(prediction):  # the same as below, ten times as fast
             return "correct" if int(answer.replace(",", "")) == int(prediction.replace(",", "")) else "wrong"
-        return "correct" if equal(answer, prediction, _ask) else "wrong"
+        return verdict(answer, prediction, _ask)
     except NeedsAlgebra:
         return None
-    except Refused:
-        return "rejected"
     except Exception:  # a fault of ours, which the worker meets again and calls `error`
         _log.exception("an answer could not be read here: %r as %r", prediction[:200], answer[:200])
         return None
 
 
-def _ask(*_: str) -> bool:
+def _ask(*_: object) -> bool:
     raise NeedsAlgebra
 
 
-def equal(answer: str, prediction: str, leaf: Leaf) -> bool:
-    """Whether a prediction is the answer. Raises Refused for a prediction or answer that is not looked into."""
+def verdict(answer: str, prediction: str, leaf: Leaf) -> Verdict:
+    """Whether a prediction is the answer, and if so, whether nothing is left to do for it."""
+    try:
+        return _verdict(answer, prediction, leaf)
+    except Refused:
+        return "rejected"
+
+
+def _verdict(answer: str, prediction: str, leaf: Leaf) -> Verdict:
     if "boxed" in answer:
-        answer = extraction.boxed(answer) or answer
+        inside = extraction.extract(answer) or answer
+        answer, prediction = inside, inside if prediction == answer else prediction
     if (letter := _choice(answer)) and (chosen := _choice(prediction, labelled=True)) is not None:
-        return chosen == letter
-    return _equal(read(answer), read(prediction), leaf)
+        return "correct" if chosen == letter else "wrong"
+    gold, pred = _outermost(read(answer)), _outermost(read(prediction))
+    gold = gold if gold == pred else _as_answer(gold)
+    if not _equal(gold, pred, leaf):
+        return "wrong"
+    return "unevaluated" if pending.is_unevaluated(gold, pred) else "correct"
+
+
+def _outermost(form: Form) -> Form:
+    """A set of one number as the number, where the set is all there is."""
+    alone = isinstance(form, Several) and form.braces and len(form.items) == 1
+    return form.items[0] if alone and isinstance(form.items[0], Value | Words | Relation) else form  # type: ignore[union-attr]
+
+
+def _as_answer(form: Form) -> Form:
+    """An answer that says "x is about 3.14", as x = 3.14: what is exact, nobody knows."""
+    if isinstance(form, Relation) and set(form.signs) <= {"=", r"\approx"} and is_name(form.members[0]):
+        return form._replace(signs=("=",) * len(form.signs))
+    return form
 
 
 _CAPITAL = re.compile("[A-Z]")
@@ -108,7 +134,7 @@ _OF_CHOICES = re.compile(  # texts that choices have, with such words in them
 @lru_cache(2048)
 def _choice(text: str, labelled: bool = False) -> str | None:
     """The letter of a multiple choice: B, (B), \\text{(B)}; labelled: also "(B) 5", "B. 5", "Option B"."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", notation.canonical(text)).strip()
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", notation.canonical(text)).strip()
     match = (_LABELLED if labelled else _CHOICE).fullmatch(text)
     letter = next(filter(None, match.groups()), None) if match else None
     rest = match.group("rest") if match and labelled else ""
@@ -122,12 +148,16 @@ def _equal(gold: Form, pred: Form, leaf: Leaf) -> bool:
         return _approximates(pred, leaf) and _equal(gold, pred.exact, leaf)
     if isinstance(gold, Approximation):
         return _equal(gold.exact, pred, leaf)
+    if isinstance(gold, Congruence) or isinstance(pred, Congruence):
+        return isinstance(gold, Congruence) and isinstance(pred, Congruence) and _congruent(gold, pred)
     if isinstance(gold, Words) or isinstance(pred, Words):
         return _words(gold) == _words(pred) != ""
     if isinstance(gold, Value) and isinstance(pred, Value):
         return _equal_values(gold, pred, leaf)
     if isinstance(gold, Several) or isinstance(pred, Several):
-        return _equal_several(gold, pred, leaf)
+        is_set = [isinstance(side, Several) and side.braces for side in (gold, pred)]
+        one_is_none = any(is_set) and not all(isinstance(side, Several) for side in (gold, pred))
+        return not one_is_none and _equal_several(gold, pred, leaf)
     if isinstance(gold, Relation) or isinstance(pred, Relation):
         return _equal_relations(gold, pred, leaf)
     if isinstance(gold, Ordered) and isinstance(pred, Ordered):
@@ -137,6 +167,11 @@ def _equal(gold: Form, pred: Form, leaf: Leaf) -> bool:
         same = len(gold.rows) == len(pred.rows)
         return same and _all([c for row in gold.rows for c in row], [c for row in pred.rows for c in row], leaf)
     return False
+
+
+def _congruent(gold: Congruence, pred: Congruence) -> bool:
+    same = (gold.name, gold.modulus) == (pred.name, pred.modulus)
+    return same and (gold.residue - pred.residue) % gold.modulus == 0
 
 
 def _words(item: Form) -> str:
@@ -157,7 +192,7 @@ def _approximates(item: Approximation, leaf: Leaf) -> bool:
         return False
     if exact.number is not None:
         return exact.number == decimal.number or quantities.is_rounding_of(decimal.text, exact.number, 1)
-    return leaf("decimal", exact.text, decimal.text)
+    return leaf("decimal", exact.tree, decimal.tree)
 
 
 def _all(golds: Iterable[Form], preds: Iterable[Form], leaf: Leaf) -> bool:
@@ -185,22 +220,13 @@ def _equal_values(gold: Value, pred: Value, leaf: Leaf) -> bool:
         return _equal_values(*whole, leaf) or _equal_values(_hundredth(gold), _hundredth(pred), leaf)
     if gold.number is not None and pred.number is not None:
         return gold.number == pred.number or _is_rounded(gold, pred) or _is_rounded(pred, gold)
-    if gold.text == pred.text:
-        return True
-    return leaf("value", _algebraic(gold), _algebraic(pred))
-
-
-def _algebraic(value: Value) -> str:
-    """The text of a value for algebra, which knows neither mixed numbers nor a base but ten."""
-    literal = value.number is None or re.fullmatch(r"[+-]?\s*[\d.]+", value.text)
-    return value.text if literal else str(value.number)
+    return gold.tree == pred.tree or leaf("value", gold.tree, pred.tree)
 
 
 def _hundredth(value: Value) -> Value:
     if not value.is_percent:
         return value
-    number = None if value.number is None else value.number / 100
-    return Value(f"\\frac{{{value.text}}}{{100}}", value.unit, False, number)
+    return forms.of_tree(Tree("/", (value.tree, grammar.number("100"))))._replace(unit=value.unit)
 
 
 def _is_rounded(exact: Value, decimal: Value) -> bool:
@@ -264,10 +290,15 @@ def _names(items: Iterable[Form]) -> set[str]:
 
 def _in_order(items: Sequence[Form]) -> list[Form]:
     """The values of named items by the alphabet of their names; other items as they are."""
-    if not all(isinstance(item, Relation) and item.signs == ("=",) and is_name(item.members[0]) for item in items):
+    named = [item for item in items if isinstance(item, Relation) and item.signs == ("=",) and is_name(item.members[0])]
+    if len(named) < len(items):
         return list(items)
-    named = sorted((item for item in items if isinstance(item, Relation)), key=lambda item: item.members[0])
+    if all(_LETTER.fullmatch(item.members[0]) for item in named):
+        named.sort(key=lambda item: item.members[0])
     return [read_canonical(item.members[1]) for item in named]
+
+
+_LETTER = re.compile(r"[a-zA-Z](?:_\{\w+\})?")
 
 
 def _equal_relations(gold: Form, pred: Form, leaf: Leaf) -> bool:
@@ -277,6 +308,8 @@ def _equal_relations(gold: Form, pred: Form, leaf: Leaf) -> bool:
         side = _side(gold, leaf)
         return side is not None and _equal(side, pred, leaf)
     assert isinstance(pred, Relation)
+    if isinstance(gold, Value) and _CAPITAL.fullmatch(gold.text) and _VARIABLE.fullmatch(pred.members[0]):
+        return False  # C = B chooses neither
     if (side := _side(pred, leaf)) is not None:
         return _equal(gold, side, leaf)
     if set(pred.signs) == {"="} and isinstance(gold, Value):  # 2+3=5: every member has to be the answer
@@ -285,34 +318,64 @@ def _equal_relations(gold: Form, pred: Form, leaf: Leaf) -> bool:
 
 
 def _equal_two_relations(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
-    if gold == pred and not any(grammar.judge(member) is grammar.Kind.BROKEN for member in gold.members):
+    if gold == pred and all(map(_is_whole, gold.members)):
         return True
     if set(gold.signs) == set(pred.signs) == {"="}:
-        return _equal_equations(gold, pred, leaf)
+        return _equal_chains(gold, pred, leaf) if len(gold.members) > 2 else _equal_equations(gold, pred, leaf)
     left, right = _interval(gold), _interval(pred)
     if left and right:
         return left[0] == right[0] and _equal(left[1], right[1], leaf)
     if len(gold.members) == len(pred.members) == 2:
-        return gold.signs == pred.signs and leaf("inequality", _difference(gold), _difference(pred))
+        one, two = _difference(gold), _difference(pred)
+        same_sign = pred.signs[0] in (gold.signs[0], _FLIPPED.get(gold.signs[0]))
+        kind: Literal["inequality", "equation"] = "inequality" if gold.signs[0] in _FLIPPED else "equation"
+        return same_sign and one is not None and two is not None and leaf(kind, one, two)
     same_signs = gold.signs == pred.signs
     return same_signs and _all(map(read_canonical, gold.members), map(read_canonical, pred.members), leaf)
+
+
+def _is_whole(member: str) -> bool:
+    try:
+        grammar.parse(member)
+    except Refused:
+        return False
+    return True
 
 
 def _equal_equations(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
     if is_name(gold.members[0]) and _name(gold.members[0]) == _name(pred.members[0]):
         left, right = _side(gold, leaf), _side(pred, leaf)
         return left is not None and right is not None and _equal(left, right, leaf)
-    pairs = len(gold.members) == len(pred.members) == 2
-    return pairs and leaf("equation", _difference(gold), _difference(pred))
+    one, two = _difference(gold), _difference(pred)
+    return len(pred.members) == 2 and one is not None and two is not None and leaf("equation", one, two)
 
 
-def _difference(relation: Relation) -> str:
-    left, right = map(_text, relation.members)
-    return f"({left})-({right})"
+def _equal_chains(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
+    """Whether a = b = c says the same: all members but those that are one value, in any order.
+
+    Of a named number's chain (S = ab = 6) name and number will do.
+    """
+    golds, preds = (_distinct(map(read_canonical, relation.members), leaf) for relation in (gold, pred))
+    is_number = not letters(gold.members[-1]) and not any(map(_LETTER.fullmatch, gold.members[1:-1]))
+    if is_number and len(preds) < len(golds):
+        golds = [golds[0], golds[-1]]
+    return _equal_several(Several(tuple(golds), True), Several(tuple(preds), True), leaf)
 
 
-def _text(member: str) -> str:
-    return forms.expression(quantities.split_unit(member)[0])
+def _distinct(items: Iterable[Form], leaf: Leaf) -> list[Form]:
+    distinct: list[Form] = []
+    for item in items:
+        if not any(_equal(other, item, leaf) for other in distinct):
+            distinct.append(item)
+    return distinct
+
+
+def _difference(relation: Relation) -> Tree | None:
+    """What is zero, or positive, where a relation of two members holds; None where one of them is no expression."""
+    sides = [forms.value(member) for member in relation.members[:: -1 if relation.signs[0] in ("<", r"\le") else 1]]
+    if not isinstance(sides[0], Value) or not isinstance(sides[1], Value):
+        return None
+    return Tree("+", (sides[0].tree, grammar.negative(sides[1].tree)))
 
 
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
@@ -335,7 +398,7 @@ def _side(relation: Relation, leaf: Leaf) -> Form | None:
     if not is_name(members[0]):
         return None
     last = read_canonical(members[-1])
-    if not all(grammar.judge(_text(member)) is grammar.Kind.EXPRESSION for member in members[1:-1]):
+    if not all(isinstance(forms.value(member), Value) for member in members[1:-1]):
         return None
     names, known = letters(members[0]), letters(members[-1])
     if any(names & letters(member) for member in members[1:-1]):  # y = 4x y = 3x: two relations, no chain

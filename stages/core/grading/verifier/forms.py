@@ -8,19 +8,21 @@ from itertools import repeat
 from typing import NamedTuple
 
 from stages.core.grading.verifier import grammar, latex, notation, quantities
+from stages.core.grading.verifier.grammar import Tree
 from stages.core.grading.verifier.latex import Refused
-from stages.core.grading.verifier.quantities import number
 
 MAX_SIGNS = 3  # plus-minus signs in one value: 8 values
 
 
 class Value(NamedTuple):
-    """An expression in canonical LaTeX; `number` where it is a literal (its factor and percent not yet applied)."""
+    """An expression, as canonical LaTeX and as a tree; its value where that is rational (percent not yet applied)."""
 
     text: str
-    unit: str
-    is_percent: bool
+    tree: Tree
     number: Fraction | None
+    unit: str = ""
+    is_percent: bool = False
+    base: int = 10
 
 
 class Words(NamedTuple):
@@ -38,7 +40,7 @@ class Ordered(NamedTuple):
 
 
 class Several(NamedTuple):
-    """1, 2 or {1,2} or a union: the order does not count."""
+    """1, 2 or {1,2} (with braces) or a union: the order does not count."""
 
     items: tuple["Form", ...]
     braces: bool
@@ -64,24 +66,35 @@ class Matrix(NamedTuple):
     rows: tuple[tuple["Form", ...], ...]
 
 
-Form = Value | Words | Ordered | Several | Relation | Approximation | Matrix
+class Congruence(NamedTuple):
+    """n \\equiv 3 \\pmod 7."""
+
+    name: str
+    residue: Fraction
+    modulus: int
+
+
+Form = Congruence | Value | Words | Ordered | Several | Relation | Approximation | Matrix
 _COMMA = frozenset([",", ";"])
 _UNION = frozenset([r"\cup"])
 _SIGNS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"])
-_COMMA_TWICE = re.compile(r"[+-]?(\d+),\1", re.ASCII)  # 5,5: twice the same, or five and a half?
+_COMMA_TWICE = re.compile(r"(\d+),\1", re.ASCII)  # 5,5: twice the same, or five and a half?
 _MATRIX = re.compile(
     r"\\begin\{((?:p|b|B|small)?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}(?:\^\{(T|\\top|\\text\{T\})\})?",
     re.DOTALL,
 )
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d )([1-9]\d{0,2}(?: \d{3})+)(?![\d /]|\s*\\frac)", re.ASCII)
-BASED = re.compile(
-    r"(?P<digits>\d[0-9A-Z]*|[A-Z]+\d[0-9A-Z]*)_\{\s*(?:\\text\{)?\s*(?:base)?\s*(?P<base>\w+?)\s*\}?\s*\}", re.ASCII
+_DIGITS = r"(?P<digits>\d[0-9A-Z]*|[A-Z]+\d[0-9A-Z]*)"
+_BASED = re.compile(  # 101_{2}, (101)_{(2)}, \\overline{101}_{\\text{base 2}}, 101\\text{ base two}
+    rf"(?:\(\s*|\\(?:overline|text)\{{\s*)?{_DIGITS}\s*[)}}]?\s*"
+    r"(?:_\{\s*\(?\s*(?:\\text\{)?\s*(?:base)?\s*(?P<index>\w+?)\s*\}?\s*\)?\s*\}"
+    r"|\(?\s*(?:\\text\{)?\s*\(?\s*(?:in\s*)?base\s*\}?\s*(?:\\text\{)?(?P<base>\w+?)\s*\}?\s*\)?\s*\}?)",
+    re.ASCII,
 )
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)(?:\s*:\s*\d+(?:\.\d+)?)+", re.ASCII)
 _TIME = re.compile(r"\d{1,2}:[0-5]\d", re.ASCII)
 _ELEMENT = re.compile(r"(?P<name>[a-zA-Z]|\\[a-z]+)\s*(?:\\in\s*\\mathbb\{R\})?")
-_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*\^\{\\circ\}")
 _WORD = re.compile(
     r"(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|(?i:yes|no|odd|all|any|not|the|of|is|to)|[B-DF-HJ-NP-TV-Z]{3,})(?![a-zA-Z])|^[B-DF-HJ-NP-TV-Z]{2}$"
 )
@@ -98,30 +111,53 @@ def read_canonical(text: str, depth: int = 1) -> Form:
     text = notation.strip_outer(text)
     if depth > 6:
         raise Refused("nested too deeply")
-    for reader in (_union, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
+    for reader in (_union, _congruence, _list, _braces, _plus_minus, _relation, _brackets, _matrix, _constant, _ratio):
         if (form := reader(text, depth)) is not None:
             return form
     return value(text)
 
 
-def _several(items: Iterable[Form], braces: bool) -> Form:
+def _several(items: Iterable[Form]) -> Form:
+    """A list, flat and without what is said twice; one item is itself."""
     flat: list[Form] = []
     for item in items:
         flat += item.items if isinstance(item, Several) and not item.braces else [item]
     unique = tuple(dict.fromkeys(flat))
-    return unique[0] if len(unique) == 1 else Several(unique, braces)
+    return unique[0] if len(unique) == 1 else Several(unique, False)
 
 
 def _union(text: str, depth: int) -> Form | None:
+    """Of sets: those that list their elements as one, then intervals and what else there is."""
     pieces, signs = latex.split(text, _UNION)
-    return _several((read_canonical(piece, depth + 1) for piece in pieces), False) if signs else None
+    if not signs:
+        return None
+    parts = [read_canonical(piece, depth + 1) for piece in pieces]
+    elements = [item for part in parts if isinstance(part, Several) and part.braces for item in part.items]
+    others = [part for part in parts if not (isinstance(part, Several) and part.braces)]
+    return _several([*others, *([Several(tuple(dict.fromkeys(elements)), True)] if elements else [])])
+
+
+_CONGRUENCE = re.compile(r"(?P<name>[^,;]+?)\\equiv(?P<residue>[^,;]+?)\\pmod\{(?P<modulus>[1-9]\d{0,8})\}", re.ASCII)
+
+
+def _congruence(text: str, _: int) -> Form | None:
+    match = _CONGRUENCE.fullmatch(text)
+    residue = value(match.group("residue").strip()) if match else None
+    if (
+        match is None
+        or not isinstance(residue, Value)
+        or residue.number is None
+        or not is_name(match.group("name").strip())
+    ):
+        return None
+    return Congruence(_spaceless(match.group("name")), residue.number, int(match.group("modulus")))
 
 
 def _list(text: str, depth: int) -> Form | None:
     pieces, signs = latex.split(text, _COMMA)
     if signs and _COMMA_TWICE.fullmatch(text):
         return Words(plain(text))
-    return _several(map(read_canonical, pieces, repeat(depth + 1)), False) if signs else None
+    return _several(map(read_canonical, pieces, repeat(depth + 1))) if signs else None
 
 
 def _join_thousands(text: str) -> str:
@@ -139,7 +175,8 @@ def _braces(text: str, depth: int) -> Form | None:
     if (built := _builder(inside, depth)) is not None:
         return built
     pieces, _ = latex.split(_bracketed_thousands(inside), _COMMA)
-    return _several((read_canonical(piece, depth + 1) for piece in pieces), True)
+    items = _several(read_canonical(piece, depth + 1) for piece in pieces)
+    return Several(items.items if isinstance(items, Several) and not items.braces else (items,), True)
 
 
 def _builder(inside: str, depth: int) -> Form | None:
@@ -176,7 +213,7 @@ def _plus_minus(text: str, depth: int) -> Form | None:
     variants = [text]
     for _ in range(count):
         variants = [re.sub(r"\\pm(?![a-zA-Z])", sign, item, count=1) for item in variants for sign in "+-"]
-    return _several((read_canonical(item, depth + 1) for item in variants), False)
+    return _several(read_canonical(item, depth + 1) for item in variants)
 
 
 def _relation(text: str, depth: int) -> Form | None:
@@ -191,9 +228,21 @@ def _relation(text: str, depth: int) -> Form | None:
         if not is_name(members[-2]):
             exact = read_canonical("=".join(members[:-1]), depth + 1)
             return Approximation(exact, read_canonical(members[-1], depth + 1))
-        if number(quantities.split_unit(members[-1])[0]) is not None:
+        if isinstance(decimal := value(members[-1]), Value) and decimal.number is not None:
             signs = [*signs[:-1], "="]
+    if signs == ["="] and (named := _each_named(members[0], members[1])):
+        return named
     return Relation(tuple(members), tuple(signs))
+
+
+def _each_named(names: str, values: str) -> Form | None:
+    """(x,y)=(1,2) as x=1, y=2."""
+    if not (names[:1] == "(" == values[:1] and names[-1:] == ")" == values[-1:]):
+        return None
+    left, right = (latex.split(side[1:-1], _COMMA)[0] for side in (names, values))
+    if not 1 < len(left) == len(right) or not all(map(is_name, left)) or any(map(is_name, right)):
+        return None
+    return Several(tuple(Relation(pair, ("=",)) for pair in zip(left, right, strict=True)), False)
 
 
 def _brackets(text: str, depth: int) -> Form | None:
@@ -212,14 +261,38 @@ def _brackets(text: str, depth: int) -> Form | None:
 
 
 def _matrix(text: str, depth: int) -> Form | None:
-    match = _MATRIX.fullmatch(text)
-    if match is None:
+    """Rows in brackets of any kind, and a number or name times that."""
+    match = _MATRIX.search(text)
+    if match is None or match.end() < len(text):
         return None
     rows = [row.split("&") for row in re.split(r"\\\\", match.group(2)) if row.strip()]
     if any(len(row) != len(rows[0]) for row in rows):
+        if match.start():
+            return None
         raise Refused("a ragged matrix")
     cells = tuple(tuple(read_canonical(cell, depth + 1) for cell in row) for row in rows)
-    return Matrix(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
+    matrix = Matrix(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
+    return matrix if not match.start() else _scaled(text[: match.start()], matrix)
+
+
+def _scaled(factor: str, matrix: Matrix) -> Form | None:
+    if factor.strip() == "-":
+        factor = "-1"
+    times = value(re.sub(r"\\(?:cdot|times)\s*$|\*\s*$", "", factor).strip())
+    cells = [cell for row in matrix.rows for cell in row]
+    if not isinstance(times, Value) or not all(isinstance(cell, Value) for cell in cells):
+        return None
+    return Matrix(tuple(tuple(_product(times, cell) for cell in row) for row in matrix.rows))
+
+
+def _product(times: Value, cell: Form) -> Form:
+    assert isinstance(cell, Value)
+    return of_tree(Tree("*", (times.tree, cell.tree)))
+
+
+def of_tree(tree: Tree) -> Value:
+    """The value that a tree is."""
+    return Value("", tree, grammar.exact(tree))
 
 
 def _constant(text: str, depth: int) -> Form | None:
@@ -239,8 +312,8 @@ def _ratio(text: str, depth: int) -> Form | None:
     if 0 in parts:
         return Words(text)
     if len(parts) == 2 and parts[0] % parts[1]:
-        return Value(f"\\frac{{{pieces[0]}}}{{{pieces[1]}}}", "", False, parts[0] / parts[1])
-    return Ordered(":", ":", tuple(Value(str(part / parts[0]), "", False, part / parts[0]) for part in parts))
+        return of_tree(Tree("/", (grammar.number(pieces[0]), grammar.number(pieces[1]))))
+    return Ordered(":", ":", tuple(of_number(part / parts[0]) for part in parts))
 
 
 def value(text: str) -> Form:
@@ -248,20 +321,25 @@ def value(text: str) -> Form:
     bare, unit, factor = quantities.split_unit(text)
     is_percent = bare.endswith("%")
     bare = expression(bare.removesuffix("%").strip())
-    if based := BASED.fullmatch(bare):
-        return _in_base(based.group("digits"), quantities.spelled_number(based.group("base")))
+    if based := _BASED.fullmatch(bare):
+        return _in_base(based.group("digits"), quantities.spelled_number(based.group("index") or based.group("base")))
     _check_commands(bare)
     if not bare or _WORD.search(bare):
         return Words(plain(text))
-    known = number(bare)
-    kind = grammar.judge(bare) if known is None else grammar.Kind.EXPRESSION
-    if kind is grammar.Kind.BROKEN:
-        raise Refused("an operator, argument or bracket without its other side")
-    if kind is grammar.Kind.ODD:
+    tree = grammar.parse(bare)
+    if tree is None:
         return Words(plain(text))
+    known = grammar.exact(tree)
     if factor == 1:
-        return Value(bare, unit, is_percent, known)
-    return Words(plain(text)) if known is None else Value(str(known * factor), unit, is_percent, known * factor)
+        return Value(bare, tree, known, unit, is_percent)
+    return Words(plain(text)) if known is None else of_number(known * factor)._replace(unit=unit, is_percent=is_percent)
+
+
+def of_number(number: Fraction) -> Value:
+    """The value that a number is."""
+    above, below = grammar.number(str(abs(number.numerator))), grammar.number(str(number.denominator))
+    tree = above if number.denominator == 1 else Tree("/", (above, below))
+    return Value(str(number), grammar.negative(tree) if number < 0 else tree, number)
 
 
 def _in_base(digits: str, base: str) -> Form:
@@ -271,7 +349,7 @@ def _in_base(digits: str, base: str) -> Form:
         return Words(plain(text))
     if any(int(digit, 36) >= int(base) for digit in digits):
         return Words(plain(text))
-    return Value(text, "", False, Fraction(int(digits, int(base))))
+    return of_number(Fraction(int(digits, int(base))))._replace(base=int(base))
 
 
 def _check_commands(text: str) -> None:
@@ -282,12 +360,8 @@ def _check_commands(text: str) -> None:
 
 
 def expression(text: str) -> str:
-    """What is left to algebra: thousands joined, angles in degrees as radians, no idle spaces."""
-    text = _SPACED_THOUSANDS.sub(_join, text)
-    text = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)
-    if not re.search(r"\d \d", text):
-        text = re.sub(r"(\\[a-zA-Z]+ (?=[a-zA-Z]))| ", r"\1", text)
-    return quantities.spelled_number(text)
+    """With thousands joined, and a number word as a number."""
+    return quantities.spelled_number(_SPACED_THOUSANDS.sub(_join, text))
 
 
 def _join(match: re.Match[str]) -> str:

@@ -7,6 +7,9 @@ MAX_LENGTH = 1000  # of an answer or prediction that is looked at, in characters
 MAX_WRITTEN = 2 * MAX_LENGTH  # of the same in canonical notation: below the 4,300 digits that int() and str() take
 MAX_ITEMS = 64  # of a list
 MAX_DEPTH = 24  # of brackets of all kinds, \\frac{}{} and the like included
+FUNCTIONS = """
+    arcsin arccos arctan sinh cosh tanh coth sin cos tan cot sec csc log ln lg exp sqrt gcd lcm max min det mod
+""".split()  # noqa: SIM905
 
 
 class Refused(Exception):

@@ -8,73 +8,43 @@ import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 
-from stages.core.grading.verifier.latex import MAX_DEPTH, MAX_LENGTH, MAX_WRITTEN, TOKEN, Refused, closing, depth_of
+from stages.core.grading.verifier.latex import (
+    FUNCTIONS,
+    MAX_DEPTH,
+    MAX_LENGTH,
+    MAX_WRITTEN,
+    TOKEN,
+    Refused,
+    closing,
+    depth_of,
+)
 from stages.core.grading.verifier.quantities import NUMBER_WORDS
 
-_FUNCTIONS = """
-    arcsin arccos arctan sinh cosh tanh coth sin cos tan cot sec csc log ln lg exp sqrt gcd lcm max min det
-    mod
-"""
-FUNCTIONS = _FUNCTIONS.split()
 _GREEK = """
     alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi
     psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
 """
-_SYMBOLS = {
-    **dict.fromkeys("−–—‐‑﹣", "-"),
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "∙": r"\cdot ",
-    "•": r"\cdot ",
-    "÷": r"\div ",
-    "π": r"\pi ",
-    "∞": r"\infty ",
-    "≤": r"\le ",
-    "⩽": r"\le ",
-    "≥": r"\ge ",
-    "⩾": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "∅": r"\emptyset ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}",
-    "ℚ": r"\mathbb{Q}",
-    "ℂ": r"\mathbb{C}",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "√": r"\sqrt ",
-    "∛": r"\sqrt[3] ",
-    "°": r"^\circ ",
-    "…": r"\ldots ",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "∠": r"\angle ",
-    "，": ",",
-    "。": ".",
-    "；": ";",
-    "∶": ":",
-    "、": ",",
-    "′": "'",
-    "“": '"',
-    "”": '"',
-    "’": "'",
-    **{
-        letter: f"\\{name} "
-        for letter, name in zip(
-            "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ",
-            _GREEK.split(),
-            strict=True,
-        )
-    },
+_SPELLINGS = r"""
+- −–—‐‑﹣ | \times × | \cdot ·⋅∙• | \div ÷ | \pi π | \infty ∞ | \le ≤⩽ | \ge ≥⩾ | \ne ≠ | \approx ≈ | \cup ∪ | \cap ∩
+\in ∈ | \emptyset ∅ | \mathbb{R} ℝ | \mathbb{Z} ℤ | \mathbb{N} ℕ | \mathbb{Q} ℚ | \mathbb{C} ℂ | \pm ± | \mp ∓ | \sqrt √
+\sqrt[3] ∛ | ^\circ ° | \ldots … | \langle ⟨ | \rangle ⟩ | \lfloor ⌊ | \rfloor ⌋ | \lceil ⌈ | \rceil ⌉ | \angle ∠
+, ，、 | . 。 | ; ； | : ∶ | ' ′’ | " “”
+"""
+
+
+def _rows(table: str) -> list[list[str]]:
+    """The rows of a table, | between them: what is written, and what for."""
+    return [row.split() for line in table.strip().splitlines() for row in line.split(" | ")]
+
+
+def _apart(command: str) -> str:
+    """A command with the space that keeps it from a letter behind it."""
+    return command + " " if command[-1].isalpha() and command not in (r"\frac", r"\binom") else command
+
+
+_SYMBOLS = {character: _apart(command) for command, characters in _rows(_SPELLINGS) for character in characters}
+_SYMBOLS |= {
+    letter: f"\\{name} " for letter, name in zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ", _GREEK.split(), strict=True)
 }
 _SYMBOL_TABLE = str.maketrans(_SYMBOLS)
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
@@ -93,23 +63,15 @@ _VERBAL = """
 """
 VERBAL = frozenset(_VERBAL.split())
 
-_OTHER_NAMES = {
-    **dict.fromkeys(["dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"], r"\frac"),
-    **dict.fromkeys(["dbinom", "tbinom"], r"\binom"),
-    **dict.fromkeys(["leq", "leqq", "leqslant"], r"\le "),
-    **dict.fromkeys(["geq", "geqq", "geqslant"], r"\ge "),
-    **dict.fromkeys(["dots", "cdots", "dotsc", "dotsb"], r"\ldots "),
-    "neq": r"\ne ",
-    "lt": "<",
-    "gt": ">",
-    "vert": "|",
-    "lbrace": r"\{",
-    "rbrace": r"\}",
-    "colon": ":",
-    "degree": r"^\circ ",
-    "varnothing": r"\emptyset ",
-}
+_OTHERS = r"""
+\frac dfrac tfrac cfrac nicefrac sfrac | \binom dbinom tbinom | \le leq leqq leqslant | \ge geq geqq geqslant | \ne neq
+\ldots dots cdots dotsc dotsb | < lt | > gt | \{ lbrace | \} rbrace | : colon | ^\circ degree
+\emptyset varnothing
+"""
+_OTHER_NAMES = {name: _apart(command) for command, *names in _rows(_OTHERS) for name in names}
+_OTHER_NAMES["vert"] = "|"
 
+_TEXT_UNIT = r"\\text\{[^{}]*\}(?:\^\{?\d\}?)?"
 # Applied in this order; each brings many spellings to one.
 _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\x0c(?=rac)", r"\\f"),  # a backslash lost to a string escape: form feed, tab and backspace are no answer's
@@ -131,6 +93,7 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         r"(?![a-zA-Z])|\\[hv]space\*?\{[^{}]*\}|~",
         " ",
     ),
+    (r"(\\(?:begin|end)\{[a-zA-Z]*matrix)\*\}(?:\[[lcr]\])?", r"\1}"),
     (r"\\([a-zA-Z]+)", lambda m: _OTHER_NAMES.get(m.group(1), m.group())),
     (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
@@ -141,6 +104,15 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (r"\\(?:mathrm|text(?:bf|it|rm|tt|sf|normal|up|md)?|mbox|hbox|mathsf|mathtt|emph)\s*\{", r"\\text{"),
     (r"\\(?:text|operatorname\*?)\s*\{\s*(%s)\s*\}" % "|".join(FUNCTIONS), r"\\\1 "),  # noqa: UP031
+    (
+        r"(?i)^(?:\\text\{\s*)?(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer\s+is\s*:?\s*(?:\}|(?=\s))",
+        "",
+    ),
+    (rf"\\frac\{{({_TEXT_UNIT})\}}\{{({_TEXT_UNIT})\}}", r"\1/\2"),
+    (
+        r"\(?\s*\\(?:pmod|bmod|mod)(?![a-zA-Z])\s*\{?\s*(\d+)\s*\}?\s*\)?|\(\s*(?:\\text\{\s*)?mod\s*\}?\s*(\d+)\s*\}?\s*\)",
+        lambda m: rf"\pmod{{{m.group(1) or m.group(2)}}}",
+    ),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
     (r"\\not\s*=|!=", r"\\ne "),
@@ -159,7 +131,7 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=[\w)\]}])\s*\*\*\s*(?=[\w({+-])", "^"),
     (r"(?i:\\text\{\s*(?:percent|per cent|pct)\s*\})|\\%|(?<=[\d\s}])(?i:percent|per cent|pct)(?![a-zA-Z])", "%"),
     (r"(?<=\d)\s*[eE]([+-]?\d{1,3})(?![\d.a-zA-Z])", r"\\cdot 10^{\1}"),
-    (r"(?<=\d)\.(?![\d\\])", ""),
+    (r"(?<=\d)\.(?![\d\\]|\(\d+\))", ""),
     (r"(?<![\d.])\.(?=\d)", "0."),
 ]
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
@@ -271,7 +243,7 @@ def _powers_and_roots(text: str) -> str:
         if match.start() < position or end is None:
             continue
         command = match.group()[:-1].strip()
-        out += [text[position : match.start()], command, "{", text[match.end() : end], "}"]
+        out += [text[position : match.start()], command, "{", _powers_and_roots(text[match.end() : end]), "}"]
         position = end + 1
     return "".join([*out, text[position:]])
 
