@@ -3,7 +3,6 @@
 A stage's `Options` declare what it takes (stages/core/options.py); no stage imports Typer.
 """
 
-import dataclasses
 import errno
 import inspect
 import os
@@ -11,7 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -80,16 +79,10 @@ def root(
 
 def command(run: Callable[..., Any]) -> Callable[..., None]:
     """A stage's `run` for Typer: its `Options` as options of the command line."""
-    groups = options.groups(run)
-
-    def call(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = made(group, {field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-        run(**given)
-
+    group = get_type_hints(run)["options"]
     debug = typer.Option("--debug", help="show the whole traceback of an error")
-    parameters = [*map(_parameter, options.declared(run).values()), _keyword("debug", Annotated[bool, debug], False)]
-    return ending_in_one_line(call, parameters, run.__doc__ or "")
+    parameters = [*map(_parameter, options.declared(group).values()), _keyword("debug", Annotated[bool, debug], False)]
+    return ending_in_one_line(lambda **given: run(made(group, given)), parameters, run.__doc__ or "")
 
 
 def made(group: type[OptionGroup], given: Mapping[str, Any]) -> OptionGroup:

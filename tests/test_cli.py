@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from rloop_cli import warm
 from rloop_cli.app import app
-from rloop_cli.commands import command
+from rloop_cli.commands import ending_in_one_line
 from stages import STAGES, load
 from stages.core import jsonl, lifetime, outputs
 
@@ -295,7 +295,7 @@ def test_ctrl_c_ends_in_one_line_that_says_what_is_kept_from_the_first_rank_alon
     for rank, shown in (("0", f"rloop: interrupted; {line}\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(typer.Exit) as ended:
-            command(run)(debug=False)
+            ending_in_one_line(run, [], "")()
         assert ended.value.exit_code == 130
         assert capsys.readouterr().err == shown
 

@@ -40,14 +40,14 @@ def test_the_loop_in_the_shell_fine_tunes_what_each_exploration_started_from_and
         values, faults = graph.parse(stage, words)
         assert not faults, f"rloop {shlex.join([stage, *words])}"
         read.append(values)
-    starts = [values["policy"] for stage, values in zip(stages, read, strict=True) if stage in ("rl", "rft")]
+    starts = [values.policy for stage, values in zip(stages, read, strict=True) if stage in ("rl", "rft")]
     assert starts == ["base", "base", "my runs/1/policy", "my runs/1/policy"]
-    assert read[-2]["policy"] == ["my runs/2/rl/checkpoints", "my runs/2/policy"]
-    assert read[1]["template"] == read[0]["template"] == "boxed"
+    assert read[-2].policy == ["my runs/2/rl/checkpoints", "my runs/2/policy"]
+    assert read[1].template == read[0].template == "boxed"
 
     _, again = run(tmp_path, "base", "train.jsonl", "valid.jsonl", "my runs", "3", RL="--steps 5")
     assert [stage for stage, *_ in again].count("rft") == 1, "what is there is not made again"
-    assert graph.parse("rl", again[1][1:])[0]["steps"] == 5
+    assert graph.parse("rl", again[1][1:])[0].steps == 5
 
 
 def test_the_loop_in_the_shell_ends_with_the_command_that_fails_and_says_what_it_takes(tmp_path):

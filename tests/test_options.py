@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
@@ -21,11 +21,9 @@ from stages.core.options import (
     at_least,
     at_most,
     below,
-    checked,
     declared,
     following,
     one_of,
-    values,
 )
 
 
@@ -36,19 +34,22 @@ class Some(OptionGroup):
     threads: Annotated[int, "how many at once", at_least(1), WITHOUT_EFFECT] = 1
 
 
-@checked
-def run(some: Some, out: Annotated[str, "where to", PATH], k: Annotated[list[int], "ks", below(9)] = [1]):  # noqa: B006
-    return values(run, locals())
+@dataclass(frozen=True, kw_only=True)
+class Whole(Some):
+    out: Annotated[str, "where to", PATH]
+    k: Annotated[list[int], "ks", below(9)] = field(default_factory=lambda: [1])
+    from_: Annotated[str, "a start"] = ""
 
 
-def test_options_of_dataclasses_stand_among_the_others_with_help_bounds_and_defaults():
-    found = declared(run)
-    assert list(found) == ["share", "kind", "threads", "out", "k"]
-    assert found["share"].help_with_rules == "a share (above 0, at most 1)"
-    assert found["kind"].rules[0].choices == ("big", "small")
-    assert found["k"].default == [1]
-    assert [name for name, option in found.items() if option.effect is not None] == ["threads", "out"]
-    assert [name for name, option in found.items() if option.effect is PATH] == ["out"]
+def test_options_stand_in_their_order_and_inherited_ones_after_them_with_help_bounds_and_defaults():
+    options = declared(Whole)
+    assert list(options) == ["out", "k", "from_", "share", "kind", "threads"]
+    assert options["share"].help_with_rules == "a share (above 0, at most 1)"
+    assert options["kind"].rules[0].choices == ("big", "small")
+    assert options["k"].default == [1]
+    assert options["from_"].flag == "--from"
+    assert [name for name, option in options.items() if option.effect is not None] == ["out", "threads"]
+    assert [name for name, option in options.items() if option.effect is PATH] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -69,13 +70,14 @@ def test_a_value_out_of_bounds_is_refused_in_the_flags_own_name(option, message)
     assert str(refused.value) == message
 
 
-def test_each_item_of_a_list_is_checked_before_the_stage_does_anything():
+def test_each_item_of_a_list_is_checked():
     with pytest.raises(InputError, match=r"^--k 9: must be below 9$"):
-        run(Some(), "o", k=[1, 9])
+        Whole(out="o", k=[1, 9])
 
 
 def test_values_are_all_options_as_they_were_given():
-    assert run(Some(threads=3), "o", k=[2]) == {"share": 0.5, "kind": "big", "threads": 3, "out": "o", "k": [2]}
+    given = {"share": 0.5, "kind": "big", "threads": 3, "out": "o", "k": [2], "from": ""}
+    assert Whole(out="o", threads=3, k=[2]).values == given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,6 @@ def test_the_command_line_shows_how_a_default_follows_and_leaves_it_to_the_group
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_default_of_every_stage_keeps_its_own_rules(stage):
-    for option in declared(load(stage).run).values():
+    for option in declared(load(stage).Options).values():
         if option.default is not inspect.Parameter.empty and not isinstance(option.default, Following):
             option.check(option.default)

@@ -45,9 +45,7 @@ def another(option):
     return Path("elsewhere") if option.type in (Path, Path | None) else "elsewhere"
 
 
-OPTIONS = [
-    (stage, name) for stage in STAGES if hasattr(load(stage), "Options") for name in declared(load(stage).Options)
-]
+OPTIONS = [(stage, name) for stage in STAGES for name in declared(load(stage).Options)]
 NOTHING = Inputs({}, {})
 
 
@@ -64,13 +62,21 @@ def test_an_option_with_effect_changes_what_an_output_is_and_no_other_option_doe
         assert change.startswith(f"{name.rstrip('_')} was ")
 
 
-MEMORY = ("memory_fraction", "max_sequences", "tensor_parallel", "compile")
+ENGINE = ("memory_fraction", "max_sequences", "tensor_parallel", "compile")
+UPDATE = ("tokens_per_microbatch", "gradient_checkpointing")
 
 
-def test_options_without_effect_are_few_and_known():
-    free = [(stage, name) for stage, name in OPTIONS if declared(load(stage).Options)[name].effect is WITHOUT_EFFECT]
-    assert set(free) <= {
-        *((stage, name) for stage in ("rl", "sample", "eval") for name in MEMORY),
+def with_effect(effect):
+    return {(stage, name) for stage, name in OPTIONS if declared(load(stage).Options)[name].effect is effect}
+
+
+def test_options_that_only_round_or_have_no_effect_are_few_and_known():
+    assert with_effect(ROUNDING) == {
+        *((stage, name) for stage in ("rl", "sample", "eval") for name in ENGINE),
+        *((stage, name) for stage in ("rl", "rft") for name in UPDATE),
+        ("rl", "exact"),
+    }
+    assert with_effect(WITHOUT_EFFECT) == {
         *(("rl", name) for name in ("save_every", "keep_state", "alarm_grad_norm", "mismatch_bound", "tracker")),
         *(("rl", name) for name in ("restart_if_changed", "valid", "valid_every", "valid_samples")),
         ("filter", "dry_run"),

@@ -17,18 +17,18 @@ MADE_FROM = ("rl", "rft", "merge")  # they write policies of the architecture of
 
 @dataclass(frozen=True)
 class Call:
-    """Stage `name` of the graph; the door makes it (rloop_cli/graph.py), the modules of this room read it.
+    """Stage `name` of the graph; graph.py makes it, the other modules of this room read it.
 
-    `stage` is the command, "" if it is none of ours, such as `hf download`. `values` are its options by name; `places`
-    are those that name what is read, by flag. `outs` are the paths that it makes, `launch` the words before the
-    command. `origin("--steps")` begins a fault: "params.yaml: rl.steps". `is_stale` if what lies at its outs is of
-    another command, by dvc.lock, such as of the params file that was used before.
+    `stage` is the command, "" if it is none of ours, such as `hf download`. `options` is its `Options`, None for
+    others; `paths` are the options that name what is read, by flag. `outs` are the paths that it makes, `launch` the
+    words before the command. `origin("--steps")` begins a fault: "params.yaml: rl.steps". `is_stale` if what lies at
+    its outs is of another command, by dvc.lock, such as of the params file that was used before.
     """
 
     name: str
     stage: str
-    values: Any
-    places: dict[str, list[str]]
+    options: Any
+    paths: dict[str, list[str]]
     outs: Sequence[str]
     launch: Sequence[str]
     origin: Callable[..., str]
@@ -38,7 +38,7 @@ class Call:
     def made(self) -> Iterator[PurePath]:
         """What is there once it has run."""
         yield from map(PurePath, self.outs)
-        if out := getattr(self.values, "out", None):
+        if out := getattr(self.options, "out", None):
             yield PurePath(out)
 
     def makes(self, path: str) -> bool:
@@ -74,7 +74,7 @@ def base_of(calls: Sequence[Call], policy: str) -> Base:
         return Base(Path(policy))
     above = maker(calls, policy)
     if above is not None and above.stage in MADE_FROM:
-        named = above.values.policy
+        named = above.options.policy
         return base_of(calls, named if isinstance(named, str) else named[0])
     if above is None:
         return _cached(policy, f"{policy}, which is taken for a hub id, is in no local cache")
@@ -97,9 +97,9 @@ def _cached(hub_id: str, waits_for: str) -> Base:
 
 def policies_of(call: Call, calls: Sequence[Call]) -> list[str]:
     """The policies that a call names, those of the evaluations it takes them from included."""
-    named = getattr(call.values, "policy", [])
+    named = getattr(call.options, "policy", [])
     names = [named] if isinstance(named, str) else list(named)
-    for output in map(str, getattr(call.values, "selected", [])):
+    for output in map(str, getattr(call.options, "selected", [])):
         if (other := maker(calls, output)) is not None and other.stage == "eval":
             names += policies_of(other, calls)
     return names

@@ -16,12 +16,12 @@ class Asked(NamedTuple):
     @property
     def sets(self) -> list[str]:
         """The files of the sets."""
-        return list(map(str, self.call.values.problems))
+        return list(map(str, self.call.options.problems))
 
     @property
     def samples(self) -> int:
         """Completions for each problem."""
-        return int(self.call.values.num_samples) + int(self.call.values.greedy)
+        return int(self.call.options.num_samples) + int(self.call.options.greedy)
 
 
 class Range(NamedTuple):
@@ -36,7 +36,7 @@ class Range(NamedTuple):
 
 def num_checkpoints(run: Call) -> int:
     """The checkpoints that a call of rl leaves; the last step always has one."""
-    return int(-(-run.values.steps // run.values.checkpoint_every))
+    return int(-(-run.options.steps // run.options.checkpoint_every))
 
 
 def evaluations(calls: Sequence[Call]) -> list[Asked]:
@@ -45,15 +45,15 @@ def evaluations(calls: Sequence[Call]) -> list[Asked]:
 
 
 def _asked(call: Call, calls: Sequence[Call]) -> Asked:
-    num_named = sum(_num_policies(name, calls) for name in call.values.policy)
+    num_named = sum(_num_policies(name, calls) for name in call.options.policy)
     fewest = most = num_named
-    for output in map(str, call.values.selected):
+    for output in map(str, call.options.selected):
         other = maker(calls, output)
         if other is None or other.stage != "eval":
             fewest, most = fewest + 1, most + 1  # one at least is selected; the rest is known when it is read
             continue
-        each = [_num_policies(name, calls) for name in other.values.policy]
-        counted = sum(each) if call.values.all_checkpoints else len(each)  # the last of each run, and what is no run
+        each = [_num_policies(name, calls) for name in other.options.policy]
+        counted = sum(each) if call.options.all_checkpoints else len(each)  # the last of each run, and what is no run
         fewest, most = fewest + counted, most + min(counted + 1, sum(each))
     return Asked(call, fewest, most)
 
@@ -79,7 +79,7 @@ def _total(asked: Sequence[Asked], of_policy: Callable[[Asked], int]) -> Range:
 
 
 def _limited(one: Asked, size: int) -> int:
-    return min(size, one.call.values.limit or size)
+    return min(size, one.call.options.limit or size)
 
 
 class Exploration(NamedTuple):
@@ -92,7 +92,7 @@ class Exploration(NamedTuple):
 
 def exploration(calls: Sequence[Call]) -> Exploration:
     """What rl does in the whole graph."""
-    runs = [call.values for call in calls if call.stage == "rl"]
+    runs = [call.options for call in calls if call.stage == "rl"]
     batches = [run.steps * run.problems_per_step * run.group_size for run in runs]
     most = sum(batch * run.max_rounds for batch, run in zip(batches, runs, strict=True))
     return Exploration(len(runs), sum(run.steps for run in runs), Range(sum(batches), most))

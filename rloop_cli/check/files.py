@@ -18,7 +18,7 @@ def faults(calls: Sequence[Call]) -> Iterator[str]:
     """A line for each file that is named, is not there, and is made by no stage."""
     missing: dict[str, str] = {}
     for call in calls:
-        for flag, path in ((flag, path) for flag, paths in call.places.items() for path in paths):
+        for flag, path in ((flag, path) for flag, paths in call.paths.items() for path in paths):
             if not _is_name(flag, path) and not Path(path).exists() and maker(calls, path) is None:
                 missing.setdefault(path, call.origin(flag, path))
         for file in launch_files(call) if call.stage else ():
@@ -41,7 +41,7 @@ def _is_name(flag: str, path: str) -> bool:
 
 
 def _reward_faults(call: Call) -> Iterator[str]:
-    for reward in getattr(call.values, "reward", []):
+    for reward in getattr(call.options, "reward", []):
         try:
             rewards.read(rewards.RewardOptions(reward=[reward]))
         except InputError as error:
@@ -49,7 +49,7 @@ def _reward_faults(call: Call) -> Iterator[str]:
 
 
 def _template_faults(call: Call) -> Iterator[str]:
-    name = getattr(call.values, "template", "chat")  # which only a tokenizer has
+    name = getattr(call.options, "template", "chat")  # which only a tokenizer has
     try:
         if name != "chat":
             templates.load(name)

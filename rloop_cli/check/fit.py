@@ -28,7 +28,7 @@ def process_faults(calls: Sequence[Call]) -> Iterator[str]:
     """What rl, rft, sample and eval refuse when they see how many processes there are."""
     for call in calls:
         number = launched(call).num_processes if call.stage else None
-        shared, batch = (getattr(call.values, name, 1) for name in ("tensor_parallel", "batch_size"))
+        shared, batch = (getattr(call.options, name, 1) for name in ("tensor_parallel", "batch_size"))
         if number and number % shared:
             yield (
                 f"{call.origin('--tensor-parallel')}: --tensor-parallel {shared}: must divide the number of processes, "
@@ -46,7 +46,7 @@ def policy_faults(calls: Sequence[Call]) -> Iterator[str]:
             continue
         for refuse in (_refuse_sharing, _refuse_adapters):
             try:
-                refuse(base, call.values)
+                refuse(base, call.options)
             except InputError as error:
                 yield f"{call.origin(str(error).split()[0])}: {error}"
 
@@ -79,7 +79,7 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
             continue
         if launch.num_processes is None:
             unknown[f"{' '.join(call.launch)} names no number of processes"] = None
-        elif call.values.dtype == "float32":
+        elif call.options.dtype == "float32":
             unknown[f"{call.stage} computes in float32, and the plan is for bfloat16"] = None
         else:
             plan = _plan(call, shape, launch, gpu_gib)
@@ -88,7 +88,7 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
 
 
 def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
-    options, number = call.values, launch.num_processes or 1
+    options, number = call.options, launch.num_processes or 1
     moments: dict[str, dict[str, float]] = {}
     if call.stage in ("rl", "rft") and launch.is_sharded:
         moments["updates"] = memory.sharded_update(shape, options, number)

@@ -3,7 +3,6 @@
 A fault is one line that names the section and key of the params file, or the stage of dvc.yaml.
 """
 
-import dataclasses
 import difflib
 import re
 import shlex
@@ -17,13 +16,14 @@ from typing import Any, NamedTuple
 
 import typer
 
+from rloop_cli import commands
 from rloop_cli.check.calls import Call
-from rloop_cli.commands import app, made
+from rloop_cli.commands import app
 from rloop_cli.launch import launcher
 from stages import STAGES, load
 from stages.core import options
 from stages.core.errors import InputError
-from stages.core.options import PATH
+from stages.core.options import PATH, Following, OptionGroup
 
 GRAPH, LOCK = Path("dvc.yaml"), Path("dvc.lock")
 _REFERENCE = re.compile(r"\$\{([^}]+)\}")
@@ -50,16 +50,13 @@ def read(params: Path) -> tuple[list[Call], list[str]]:
     for node in nodes:
         number = next((number for number, word in enumerate(node.words) if word in STAGES), len(node.words))
         launch, (stage, *words) = node.words[:number], node.words[number:] or [""]
-        origin, values = _origin(params, node), None
+        origin, made, own = _origin(params, node), None, Faults()
         if stage:
-            values, own = parse(stage, words)
-            faults += [f"{origin(flag)}: {fault}" for flag, fault in own]
-        if values is None:  # what it makes counts as made all the same
-            calls.append(Call(node.name, "", SimpleNamespace(), {}, node.outs, launch, origin, is_stale(node, locked)))
-        else:
-            places = dict(_places(stage, values))
-            stale = is_stale(node, locked)
-            calls.append(Call(node.name, stage, SimpleNamespace(**values), places, node.outs, launch, origin, stale))
+            made, own = parse(stage, words)
+        faults += [f"{origin(flag)}: {fault}" for flag, fault in own]
+        paths = dict(_paths(made)) if made else {}
+        stage = stage if made else ""  # what it makes counts as made all the same
+        calls.append(Call(node.name, stage, made, paths, node.outs, launch, origin, is_stale(node, locked)))
     return calls, list(dict.fromkeys(faults))
 
 
@@ -215,8 +212,8 @@ def _origin(params: Path, node: Node) -> Callable[..., str]:
 Faults = list[tuple[str, str]]  # (flag, what is wrong with it)
 
 
-def parse(stage: str, words: list[str]) -> tuple[dict[str, Any] | None, Faults]:
-    """What `run` of the stage would be called with, its groups of options spread; None if that can't be said.
+def parse(stage: str, words: list[str]) -> tuple[OptionGroup | None, Faults]:
+    """The options that the stage would be called with; None if that can't be said.
 
     What is refused is left out and the rest read again, so that each fault is found.
     """
@@ -225,7 +222,7 @@ def parse(stage: str, words: list[str]) -> tuple[dict[str, Any] | None, Faults]:
     above = group.make_context("rloop", [stage])
     while True:
         try:
-            values = group.commands[stage].make_context(stage, list(words), parent=above).params
+            given = group.commands[stage].make_context(stage, list(words), parent=above).params
             break
         except typer.TyperException as error:
             flag = getattr(error, "option_name", None) or next(
@@ -236,9 +233,9 @@ def parse(stage: str, words: list[str]) -> tuple[dict[str, Any] | None, Faults]:
             if len(fewer) == len(words):
                 return None, faults
             words = fewer
-    values.pop("debug", None)
-    refused = _refused(stage, values)
-    return (None if refused else values), faults + refused
+    given.pop("debug", None)
+    made, refused = _made(load(stage).Options, given)
+    return made, faults + refused
 
 
 def _without(words: list[str], flag: str) -> list[str]:
@@ -252,33 +249,27 @@ def _without(words: list[str], flag: str) -> list[str]:
     return kept
 
 
-def _refused(stage: str, values: Mapping[str, Any]) -> Faults:
-    """What the stage's own checks of its options refuse."""
-    run = load(stage).run
+def _made(group: type[OptionGroup], given: dict[str, Any]) -> tuple[OptionGroup | None, Faults]:
+    """The options of a stage, None if they are refused, and why: each option's own fault, or the group's first."""
     faults = []
-    for name, option in options.declared(run).items():
-        if isinstance(option.default, options.Following) and values[name] in (None, []):
-            continue
+    for name, option in options.declared(group).items():
         try:
-            option.check(values[name])
+            if not isinstance(option.default, Following):
+                option.check(given[name])
         except InputError as error:
             faults.append((option.flag, str(error)))
     if faults:
-        return faults
-    given = dict(values)
+        return None, faults
     try:
-        for name, group in options.groups(run).items():
-            given[name] = made(group, {field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-        getattr(load(stage), "check_options", lambda given: None)(given)
+        return commands.made(group, given), []
     except InputError as error:
-        return [(str(error).split()[0].rstrip(":"), str(error))]
-    return []
+        return None, [(str(error).split()[0].rstrip(":"), str(error))]
 
 
-def _places(stage: str, values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _paths(made: OptionGroup) -> Iterator[tuple[str, list[str]]]:
     """The options that name what is read, by flag."""
-    for name, option in options.declared(load(stage).run).items():
-        value = values[name]
+    for name, option in options.declared(type(made)).items():
+        value = getattr(made, name)
         paths = [str(item) for item in (value if isinstance(value, list) else [value]) if isinstance(item, str | Path)]
         if name not in ("out", "reward") and (option.effect is PATH or "Path" in str(option.type)) and any(paths):
             yield option.flag, list(filter(None, paths))

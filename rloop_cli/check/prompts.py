@@ -52,7 +52,7 @@ def seen(calls: Sequence[Call]) -> Seen:
             broken.setdefault(str(error), call.origin("--policy", base))
             continue
         for file in (file for file in _files(call) if is_there(calls, file)):
-            asking = Asking(base, call.values.template, call.values.max_tokens, file)
+            asking = Asking(base, call.options.template, call.options.max_tokens, file)
             if asking not in done:
                 done[asking] = _longest(whole, asking, call, tokenizer, context)
             if done[asking]:
@@ -76,7 +76,7 @@ def _reader(base: Path) -> tuple[Any, int]:
 
 
 def _files(call: Call) -> list[str]:
-    return [path for flag in ("--problems", "--valid") for path in call.places.get(flag, [])]
+    return [path for flag in ("--problems", "--valid") for path in call.paths.get(flag, [])]
 
 
 def _longest(whole: Seen, asking: Asking, call: Call, tokenizer: Any, context: int) -> int:
@@ -105,7 +105,7 @@ def _longest_of_each(calls: Sequence[Call], longest: Mapping[str, int], contexts
     for stage in dict.fromkeys(call.stage for call in calls):
         ours = [call for call in calls if call.stage == stage and longest.get(call.name)]
         for call in sorted(ours, key=lambda call: longest[call.name])[-1:]:
-            most = call.values.max_tokens
+            most = call.options.max_tokens
             prompt, context = longest[call.name] - most, contexts[call.name]
             yield f"{stage}: a prompt of {prompt:,} and max_tokens {most:,}, context {context:,}"
 

@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
 
 def estimates(calls: Sequence[Call], rollouts: Range | None, runs: Path) -> Iterator[str]:
     """Lines on the hours of rl and eval, each with the run it is reckoned from, or how to get one."""
-    training = [call.values for call in calls if call.stage == "rl"]
+    training = [call.options for call in calls if call.stage == "rl"]
     if any(call.is_stale and call.makes(str(runs)) and call.stage in ("", "toy") for call in calls):
         yield f"not known: what lies in {runs} is of another base policy"
         return
@@ -54,7 +54,7 @@ def estimates(calls: Sequence[Call], rollouts: Range | None, runs: Path) -> Iter
         yield "eval: not known before the sets are made"
     else:
         spans = dict.fromkeys(_span(number * one.seconds / one.num_rollouts) for number in rollouts)
-        given = {call.values.max_tokens for call in calls if call.stage == "eval"}
+        given = {call.options.max_tokens for call in calls if call.stage == "eval"}
         yield (
             f"eval: {' to '.join(spans)}, by {one.path}: {one.num_rollouts:,} rollouts in {one.seconds:,.0f} s, start "
             f"included{_other(one.max_tokens, given)}"

