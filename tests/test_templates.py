@@ -19,7 +19,7 @@ def chat_tokenizer(template: str = "[USER] {} [BOT]") -> SimpleNamespace:
     return SimpleNamespace(chat_template=template, apply_chat_template=apply, get_chat_template=lambda: template)
 
 
-@pytest.mark.parametrize("name", [name for name in templates.NAMES if name != "none"])
+@pytest.mark.parametrize("name", ["boxed", "qwen-math", "r1-zero", "dapo", "chat"])
 def test_a_problem_with_braces_and_placeholders_stands_in_the_prompt_unchanged_and_once(name):
     template = templates.load(name, chat_tokenizer())
     assert template.render(HOSTILE).count(HOSTILE) == 1
@@ -192,7 +192,10 @@ def test_a_file_without_exactly_one_place_for_the_problem_is_refused(tmp_path, t
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are():
-    with pytest.raises(InputError, match="neither one of boxed, qwen-math, r1-zero, dapo, none, chat nor a file"):
+    with pytest.raises(
+        InputError,
+        match=r"neither one of boxed, .*, chat, chat-thinking, chat-no-thinking nor a file",
+    ):
         templates.load("boxes")
 
 
@@ -200,7 +203,7 @@ def test_the_digest_follows_what_a_template_does_not_what_it_is_called(tmp_path)
     same, other = tmp_path / "same.txt", tmp_path / "other.txt"
     same.write_text(templates.DAPO_BEFORE + "{problem}" + templates.DAPO_AFTER)
     other.write_text(templates.DAPO_BEFORE + "{problem}" + templates.DAPO_AFTER + " Now.")
-    digests = {name: templates.load(name, chat_tokenizer()).digest for name in templates.NAMES}
+    digests = {name: templates.load(name, chat_tokenizer(THINKING)).digest for name in templates.NAMES}
     assert len(set(digests.values())) == len(templates.NAMES)
     assert templates.load(str(same)).digest == digests["dapo"]
     assert templates.load(str(other)).digest != digests["dapo"]
@@ -227,7 +230,7 @@ def test_messages_are_rendered_by_the_policys_chat_template(tiny_policy):
         "b": [ASK],
         "c": [ASK, {"role": "assistant", "content": "Let me see:"}],
     }
-    assert templates.render_chats(tokenizer, chats, "sums.jsonl") == {
+    assert templates.render_chats(tokenizer, chats, "sums.jsonl", {}) == {
         "a": f"[system]Be brief.[end][user]{HOSTILE}[end][assistant]",
         "b": f"[user]{HOSTILE}[end][assistant]",
         "c": f"[user]{HOSTILE}[end][assistant]Let me see:",
@@ -245,8 +248,31 @@ def test_messages_that_can_not_be_rendered_are_named_by_file_and_problem(tiny_po
     tokenizer = checkpoints.load_tokenizer(tiny_policy)
     tokenizer.chat_template = text
     with pytest.raises(InputError) as caught:
-        templates.render_chats(tokenizer, {"p1": [ASK]}, "sums.jsonl")
+        templates.render_chats(tokenizer, {"p1": [ASK]}, "sums.jsonl", {})
     assert str(caught.value).startswith(f"sums.jsonl: messages of problem p1: {fault}")
+
+
+THINKING = (  # as Qwen3's: thoughts are left out by an empty one
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+def test_a_policy_that_can_think_is_told_whether_to_in_problems_and_in_messages(tiny_policy):
+    tokenizer = checkpoints.load_tokenizer(tiny_policy)
+    tokenizer.chat_template = THINKING
+    chats = {"p1": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]}
+    digests = set()
+    for name, end in (("chat", ""), ("chat-thinking", ""), ("chat-no-thinking", "<think></think>")):
+        template = templates.load(name, tokenizer)
+        digests.add(template.digest)
+        assert template.render_all(["1 + 1?"]) == [f"<user>1 + 1?\n{templates.INSTRUCTION}<assistant>{end}"]
+        prompts = templates.render_chats(tokenizer, chats, "sums.jsonl", template.settings)
+        assert prompts == {"p1": f"<system>Be brief.<user>1 + 1?<assistant>{end}"}
+    assert len(digests) == 3
+    tokenizer.chat_template = CHAT
+    with pytest.raises(InputError, match="template chat-thinking: the policy's chat template knows no enable_thinking"):
+        templates.load("chat-thinking", tokenizer)
 
 
 class Beginning:

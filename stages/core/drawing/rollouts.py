@@ -148,7 +148,7 @@ def _texts(problems: Sequence[Problem], template: Template, tokenizer: Any, file
     texts = dict(zip((problem["id"] for problem in others), rendered, strict=True))
     texts |= {name: prompt for name, prompt in own.items() if isinstance(prompt, str)}
     chats = {name: prompt for name, prompt in own.items() if not isinstance(prompt, str)}
-    texts |= templates.render_chats(tokenizer, chats, file)
+    texts |= templates.render_chats(tokenizer, chats, file, template.settings)
     return [texts[problem["id"]] for problem in problems]
 
 

@@ -21,7 +21,7 @@ A rendered prompt may begin with the tokenizer's begin token, as chat templates 
 import hashlib
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +51,8 @@ BYTE_ORDER_MARK = "\ufeff"
 
 TemplateName = Annotated[
     str,
-    "prompt template: boxed, qwen-math, r1-zero, dapo, chat, none, or a file: the text of a prompt, in which {problem} "
+    "prompt template: boxed, qwen-math, r1-zero, dapo, chat (the policy's own; chat-thinking and chat-no-thinking "
+    "where it has the choice), none, or a file: the text of a prompt, in which {problem} "
     'stands once for the problem; before it, between two lines of ---, stop: ["\\nProblem:"] names texts that end a '
     "completion. A problem with a prompt of its own is asked that, and takes from the template its stop texts only",
 ]
@@ -69,7 +70,8 @@ class Template:
 
     `stop` holds texts that end a completion beside the tokenizer's own end tokens, and stay at its end: what was
     sampled is what is trained on. `end_tokens` sorts them for an engine. `digest` names the template by what it does,
-    whatever its `name`. A `program` is a policy's own chat template, which may fail or never end.
+    whatever its `name`. A `program` is a policy's own chat template, which may fail or never end; `settings` are what
+    it is told beside the messages.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Template:
     stop: tuple[str, ...]
     digest: str
     program: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def render_all(self, problems: Sequence[str]) -> list[str]:
         """Every problem's prompt; InputError if a program fails, or takes more than its share of time or memory."""
@@ -106,7 +109,8 @@ def load(name_or_path: str, tokenizer: Any = None) -> Template:
     qwen-math  Qwen2.5-Math's: the instruction is the system line, the problem is the user's turn
     r1-zero    R1-Zero's conversation, answer in \\boxed{} inside <answer> (Open-Reasoner-Zero's wording)
     dapo       the plain wrapper of DAPO-Math-17k, answer on a last line "Answer: ..."
-    chat       `tokenizer`'s own chat template, the user's turn being the problem and boxed's instruction
+    chat       `tokenizer`'s own chat template, the user's turn being the problem and boxed's instruction; of one that
+               can be told (Qwen3's), chat-thinking and chat-no-thinking say whether the policy is to think first
     none       the problem's text and nothing else
 
     Raises InputError for an unknown name, a file without {problem} or with a front matter that is none, or `chat`
@@ -114,21 +118,23 @@ def load(name_or_path: str, tokenizer: Any = None) -> Template:
     """
     if name_or_path in _TEXTS:
         return _pasted(name_or_path, *_TEXTS[name_or_path])
-    if name_or_path == "chat":
-        return _chat(tokenizer)
+    if name_or_path in CHATS:
+        return _chat(name_or_path, tokenizer)
     return _pasted(name_or_path, *_from_file(Path(name_or_path)))
 
 
-def render_chats(tokenizer: Any, chats: Mapping[str, Sequence[Message]], file: str) -> dict[str, str]:
+def render_chats(
+    tokenizer: Any, chats: Mapping[str, Sequence[Message]], file: str, settings: Mapping[str, Any]
+) -> dict[str, str]:
     """The prompt of each of a file's chats, by problem id: what the policy's chat template makes of the messages.
 
-    A last message of the assistant is left open for the policy to go on with. InputError if there is no chat template,
-    or for what `Template.render_all` raises it.
+    `settings` are those of the Template. A last message of the assistant is left open for the policy to go on with.
+    InputError if there is no chat template, or for what `Template.render_all` raises it.
     """
 
     def render(messages: Sequence[Message]) -> str:
         is_open = messages[-1]["role"] == "assistant"
-        how = {"add_generation_prompt": not is_open, "continue_final_message": is_open}
+        how = {"add_generation_prompt": not is_open, "continue_final_message": is_open, **settings}
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
 
     if not chats:
@@ -151,7 +157,12 @@ _TEXTS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # before the problem, a
     "dapo": (DAPO_BEFORE, DAPO_AFTER, ()),
     "none": ("", "", ()),
 }
-NAMES = (*_TEXTS, "chat")
+CHATS: dict[str, dict[str, Any]] = {
+    "chat": {},
+    "chat-thinking": {"enable_thinking": True},
+    "chat-no-thinking": {"enable_thinking": False},
+}
+NAMES = (*_TEXTS, *CHATS)
 
 
 def _pasted(name: str, before: str, after: str, stop: tuple[str, ...]) -> Template:
@@ -161,14 +172,18 @@ def _pasted(name: str, before: str, after: str, stop: tuple[str, ...]) -> Templa
     return Template(name, render, stop, _digest(before, after, *stop))
 
 
-def _chat(tokenizer: Any) -> Template:
-    source = _chat_source(tokenizer, "template chat", f"choose another of {_choices()}")
+def _chat(name: str, tokenizer: Any) -> Template:
+    source, settings = _chat_source(tokenizer, f"template {name}", f"choose another of {_choices()}"), CHATS[name]
+    for setting in settings:
+        if setting not in source:
+            raise InputError(f"template {name}: the policy's chat template knows no {setting}: take chat")
 
     def render(problem: str) -> str:
         turn = {"role": "user", "content": f"{problem}\n{INSTRUCTION}"}
-        return str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True, **settings))
 
-    return Template("chat", render, (), _digest(source, INSTRUCTION), program=True)
+    digest = _digest(source, INSTRUCTION, *(f"{key}={value}" for key, value in settings.items()))
+    return Template(name, render, (), digest, program=True, settings=settings)
 
 
 def _chat_source(tokenizer: Any, origin: str, remedy: str) -> str:
