@@ -228,7 +228,7 @@ def test_evaluations_without_their_runs_are_taken_as_they_are(graph, tmp_path, m
     (tmp_path / "away").mkdir()
     Path("runs/eval").rename("away/eval")
     monkeypatch.chdir(tmp_path / "away")
-    for options in ({}, {"runs": Path("nowhere")}):
+    for options in ({}, {"runs": [Path("nowhere")]}):
         assert table(capsys, evals=[Path("eval")], **options)[0] == WHOLE
     report.run(report.Options(ks=[2], evals=[Path("eval")]))
     assert Path("report.html").exists()
@@ -307,7 +307,7 @@ def test_what_lies_in_the_working_directory_changes_no_byte(graph, tmp_path, mon
         for name in ("runs/eval", "elsewhere/eval"):
             out, evals = tmp_path / f"of_{here}" / name.split("/")[0], [tmp_path / name]
             analyze.run(analyze.Options(evals=evals, out=out / "analysis"))
-            named = {"runs": tmp_path / "runs"} if name == "runs/eval" else {"evals": evals}
+            named = {"runs": [tmp_path / "runs"]} if name == "runs/eval" else {"evals": evals}
             report.run(report.Options(ks=[2], out=out / "page.html", **named))
         found.append(outcome(tmp_path / f"of_{here}"))
         shutil.rmtree(tmp_path / f"of_{here}")

@@ -11,6 +11,7 @@ import xml.etree.ElementTree
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -19,6 +20,7 @@ from stages.core import jsonl, outputs, tabular
 from stages.core.errors import InputError
 from stages.core.study import figures, runs
 from stages.report import browser, curves, page, study, summaries
+from stages.report import seeds as report_seeds
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> 1 + 1 = \\boxed{2}"
 VANILLA = [f"vanilla/rl/checkpoints/step_{step:06d}" for step in (2, 4)]
@@ -97,7 +99,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def make(root: Path, **options) -> None:
-    report.run(report.Options(**{"ks": [2, 4, 8], "runs": root} | options))
+    report.run(report.Options(**{"ks": [2, 4, 8], "runs": [root]} | options))
 
 
 def studied(root: Path) -> study.Study:
@@ -494,12 +496,87 @@ def test_the_set_that_checkpoints_are_chosen_on_is_left_out_of_an_average_of_its
     assert rows["Average without valid", "RLoop"]["avg@4"] == rows["far", "RLoop"]["avg@4"]
 
 
+@pytest.fixture(scope="module")
+def seeds(made, tmp_path_factory) -> list[Path]:
+    """Three directories of runs: in the second RL, and in the third RLoop, gets one problem more or fewer."""
+    directory = tmp_path_factory.mktemp("seeds")
+    roots = [Path(shutil.copytree(made, directory / str(number) / "runs")) for number in range(3)]
+    for root, policy, change in ((roots[1], VANILLA[1], 1), (roots[2], RLOOP[3], -1)):
+        for file in (root / "eval").glob("*/far/results.jsonl"):
+            rows = [row for _, row in jsonl.read(file)]
+            for row in rows[-1:]:
+                row["num_correct"] += change * (row["policy"] == f"runs/{policy}")
+            file.unlink()
+            jsonl.write(file, rows)
+    return roots
+
+
+def test_of_several_runs_means_and_differences_have_students_interval_over_them(seeds):
+    read = report_seeds.read([studied(root) for root in seeds], [2, 4], 0)
+    table = report_seeds.means(read.measured).set_index(["set", "method", "metric"])
+    values = np.array([0, 100 / 12, 0])  # RL on far, avg@4
+    half = 4.302653 * values.std(ddof=1) / 3**0.5
+    row = table.loc["far", "RL", "avg@4"]
+    assert [row["value"], row["low"], row["high"]] == pytest.approx(
+        [values.mean(), *(values.mean() + half * np.array([-1, 1]))]
+    )
+    apart = report_seeds.means(report_seeds.differences(read.measured)).set_index(["set", "method", "metric"])
+    gains = np.array([700 / 12, 600 / 12, 600 / 12])  # RLoop 7, 7 and 6 of 12 less RL 0, 1 and 0
+    row, half = apart.loc["far", "RLoop − RL", "avg@4"], 4.302653 * gains.std(ddof=1) / 3**0.5
+    assert [row["value"], row["high"] - row["value"]] == pytest.approx([gains.mean(), half])
+    assert table.loc["Average", "RL", "avg@4"]["value"] == pytest.approx((800 / 12 + values.mean()) / 2)
+    two = report_seeds.means(read.measured[read.measured["run"] != str(seeds[2])])
+    assert two["low"].isna().all() and (two["num_runs"] == 2).all(), "two runs have no interval"
+
+
+def test_what_a_method_cost_is_summed_up_to_its_policy(seeds):
+    read = report_seeds.read([studied(root) for root in seeds], [2, 4], 0)
+    lines = {
+        line["method"]: line
+        for line in report_seeds.frontier(report_seeds.means(read.measured), read.costs, ("avg@4", "pass@4"))
+    }
+    cost = {name: [line[key] for key in ("rollouts", "tokens", "hours")] for name, line in lines.items()}
+    assert cost["Base"] == [0, 0, 0]
+    assert cost["RL"] == pytest.approx([32, 4 * 180, 6 / 3600])
+    assert cost["RLoop"] == pytest.approx([32, 4 * 180 + 80, 7 / 3600])
+    assert cost["RLoop, last RL endpoint"] == pytest.approx([32, 4 * 180 + 40, 6.5 / 3600]), "not its last fine-tuning"
+    assert [name for name, line in lines.items() if line["on the frontier"]] == [
+        "RLoop",
+        "RLoop, last RL endpoint",
+        "RLoop, chosen",
+    ]
+
+
+def test_several_runs_have_a_page_tables_and_a_figure_of_the_frontier(seeds, tmp_path, capsys):
+    report.run(report.Options(runs=seeds, ks=[2, 4], out=tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert "RLoop against RL in avg@4: +" in page and "points over 3 runs" in page and page.count("<figure>") == 1
+    assert re.search(r"\| far \| RL \| 2\.8 ± 12\.0 \| ", (tmp_path / "results.md").read_text())
+    assert {row["run"] for row in read_tsv(tmp_path / "results.tsv")} == set(map(str, seeds))
+    assert {row["series"] for row in read_tsv(tmp_path / "figures/frontier.tsv")} >= {"Base", "RL", "RLoop"}
+    report.run(report.Options(runs=seeds, ks=[2, 4], table=True))
+    assert capsys.readouterr().out == (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runs": ["a", "b"]}, "--out: name the page"),
+        ({"runs": ["a", "a"], "table": True}, "--runs a: named twice"),
+        ({"runs": ["a", "b"], "table": True, "evals": ["c"]}, "--evals: leave it out"),
+    ],
+)
+def test_what_does_not_go_with_several_runs_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        report.Options(**options)
+
+
 def test_whatever_eval_measured_is_shown_and_a_policy_that_lacks_it_has_a_dash(tmp_path, capsys):
     row = {"problem_id": "a", "num_samples": 4, "num_correct": 2, "num_truncated": 0}
     votes = {"wrong_votes": [1, 1], "num_greedy_correct": 1}
     jsonl.write(tmp_path / "runs/eval/valid/results.jsonl", [row | {"policy": "x"}, row | votes | {"policy": "y"}])
     outputs.write_json(tmp_path / "runs/eval/valid/manifest.json", {"set": "valid", "parameters": {"k": [2]}})
-    report.run(report.Options(runs=tmp_path / "runs", table=True))
+    report.run(report.Options(runs=[tmp_path / "runs"], table=True))
     printed, said = capsys.readouterr()
     assert printed.splitlines()[0] == "| Set | Method | avg@4 | pass@2 | maj@2 | greedy |"
     assert re.search(r"\| x \| \S+ \| \S+ \| - \| - \|\n", printed) and "left out" not in said

@@ -7,7 +7,7 @@ over the sets, a file a method, so that `dvc metrics show` is a table of these; 
 """
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -35,7 +35,12 @@ INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 class Options(OptionGroup):
     """What `rloop report` takes."""
 
-    runs: Annotated[Path | None, "directory of runs; default: the one that --evals lie in, or else runs", PATH] = None
+    runs: Annotated[
+        list[Path],
+        "directory of runs; default: the one that --evals lie in, or else runs; several, such as those of five seeds, "
+        "give means over them",
+        PATH,
+    ] = field(default_factory=list)
     out: Annotated[
         Path | None,
         "page to write, with results.*, curves.tsv, metrics and figures beside it; default: report.html in --runs",
@@ -55,44 +60,75 @@ class Options(OptionGroup):
     seed: Annotated[int, "seed of the bootstrap"] = 0
     iterations: Annotated[str, "use only these iterations, as in '1 2 3'"] = lineage.ALL
 
+    def __post_init__(self) -> None:
+        """Raise InputError for options that do not go with several directories of runs."""
+        super().__post_init__()
+        if len(self.runs) > 1 and self.evals:
+            raise InputError("--evals: leave it out with several --runs; the evaluations are those in each")
+        if len(self.runs) > 1 and not (self.out or self.table or self.tsv):
+            raise InputError("--out: name the page to write about several --runs")
+        if twice := next((path for path in self.runs if self.runs.count(path) > 1), None):
+            raise InputError(f"--runs {twice}: named twice")
+
 
 def run(options: Options) -> None:
     """Write the results table, the figures and a page that shows them, from a directory of runs.
 
     What does not descend from the base and the runs as they are now is left out, and named.
 
+    With several --runs: means over them with intervals, from three on, differences within each, and what methods cost.
+
     Example: rloop report --runs loop --out loop/report.html
     """
-    from stages.report import summaries  # imports pandas
-    from stages.report.study import read
+    from stages.report.study import read  # imports pandas
 
     is_printed = options.table or options.tsv
-    study = read(options.runs, options.evals, options.valid, options.iterations, needed=is_printed)
-    wanted = options.ks or study.ks
-    if beyond := [f"pass@{k}" for k in wanted if k > study.num_samples > 0]:
-        study.left_out.append(f"{', '.join(beyond)}: some problems have {study.num_samples} samples only")
-    options = replace(options, ks=[k for k in wanted if k <= study.num_samples])
+    directories: list[Path | None] = [*options.runs] or [None]
+    needed = is_printed or len(directories) > 1
+    studies = [read(runs, options.evals, options.valid, options.iterations, needed) for runs in directories]
+    num_samples = min(study.num_samples for study in studies)
+    wanted = options.ks or sorted({k for study in studies for k in study.ks})
+    if beyond := [f"pass@{k}" for k in wanted if k > num_samples > 0]:
+        studies[0].left_out.append(f"{', '.join(beyond)}: some problems have {num_samples} samples only")
+    options = replace(options, ks=[k for k in wanted if k <= num_samples])
+    page = options.out or studies[0].runs / "report.html"
     if is_printed:
-        told = summaries.tell(study, options.ks, options.seed)
-        study.left_out += summaries.unlike(told.scores, told.chosen)
-        sys.stdout.write(summaries.tsv(told.rows) if options.tsv else summaries.markdown(told.rows, study.valid))
+        sys.stdout.write(_printed(studies, options))
     else:
-        page = options.out or study.runs / "report.html"
         with outputs.locked(page, page.parent / FIGURES, page.parent / METRICS):
-            _write(page, options, study)
-    for line in [*(f"left out: {line}" for line in study.left_out), *study.unequal()]:
-        warn(line)
+            _write(page, studies, options)
+    for study in studies:
+        for line in [*(f"left out: {line}" for line in study.left_out), *study.unequal()]:
+            warn(line)
     if not is_printed:
         print(f"rloop: wrote {page}", file=sys.stderr)
 
 
-def _write(page: Path, options: Options, study: "Study") -> None:
+def _printed(studies: Sequence["Study"], options: Options) -> str:
+    from stages.report import seeds, summaries
+
+    if len(studies) > 1:
+        read = seeds.read(studies, options.ks, options.seed)
+        _, texts, _ = seeds.content(read, options.ks, studies[0].num_samples)
+        return texts["results.tsv" if options.tsv else "results.md"]
+    told = summaries.tell(studies[0], options.ks, options.seed)
+    studies[0].left_out += summaries.unlike(told.scores, told.chosen)
+    return summaries.tsv(told.rows) if options.tsv else summaries.markdown(told.rows, studies[0].valid)
+
+
+def _write(page: Path, studies: Sequence["Study"], options: Options) -> None:
     from stages.core.study import figures
+    from stages.report import seeds
     from stages.report.page import render
 
     pictures = page.parent / FIGURES
     before = _refuse_strangers(pictures, [page, *(page.parent / name for name in BESIDE)])
-    content, texts, small, plotted = _content(study, options)
+    small: dict[str, Any] = {}
+    if len(studies) > 1:
+        read = seeds.read(studies, options.ks, options.seed)
+        content, texts, plotted = seeds.content(read, options.ks, studies[0].num_samples)
+    else:
+        content, texts, small, plotted = _content(studies[0], options)
     texts[page.name] = render(content)
     by_file = {f"{figures.file_name(method)}.json": metrics for method, metrics in small.items()}
     with outputs.whole_dir(pictures, replacing=True) as beside:

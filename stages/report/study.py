@@ -20,6 +20,7 @@ from stages.core.provenance import read_manifest
 from stages.core.study import metrics
 from stages.core.study.lineage import Lineage, chosen
 from stages.core.study.runs import (
+    BASE,
     RL,
     RLOOP,
     Evaluation,
@@ -35,6 +36,7 @@ from stages.core.tabular import read_tsv
 
 AVERAGE = "Average"  # over all sets, which it follows
 WITHOUT = f"{AVERAGE} without "  # the set that checkpoints are chosen on
+COST = ("rollouts", "tokens", "hours")
 KEYS = ["set", "policy", "problem_id", "num_samples"]
 
 
@@ -86,9 +88,23 @@ class Study:
             run, tuned = (self.runs / str(iteration) / part for part in ("rl", "policy"))
             rows += self._log(run, f"{RLOOP} {iteration}: RL", RLOOP, offset)
             offset += num_steps(run) if self.lineage.includes(run) else 0
-            rows += self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)
+            rows += [row | {"after": offset} for row in self._log(tuned, f"{RLOOP} {iteration}: RFT", "", 0)]
         rows += self._log(self.runs / "vanilla" / "rl", f"{RL}, all steps", RL, 0)
         return pd.DataFrame(rows, columns=None if rows else ["phase", "method", "step"])
+
+    def cost(self, position: Position, logs: pd.DataFrame) -> dict[str, float]:
+        """What a policy cost after the base: rollouts, tokens drawn and trained on, hours; NaN if no log tells."""
+        if position.method not in (BASE, RL, RLOOP):
+            return dict.fromkeys(COST, float("nan"))
+        own = logs[logs["phase"].str.startswith((f"{RLOOP} ",) if position.method == RLOOP else (f"{RL},",))]
+        after = own["after"] if "after" in own else own["step"] * float("nan")
+        is_tuned = (after < position.step) | (after.eq(position.step) & position.ends_iteration)
+        paid = own[(own["method"].eq(position.method) & (own["step"] <= position.step)) | is_tuned]
+        sums = paid.reindex(columns=["num_rollouts", "rollout_tokens", "update_tokens", "seconds"]).sum()
+        if position.step and paid.empty:
+            return dict.fromkeys(COST, float("nan"))
+        tokens = float(sums["rollout_tokens"] + sums["update_tokens"])
+        return dict(zip(COST, (float(sums["num_rollouts"]), tokens, float(sums["seconds"]) / 3600), strict=True))
 
     def _log(self, run: Path, phase: str, method: str, offset: int) -> list[dict[str, Any]]:
         read = read_tsv(run / "log.tsv") if self.lineage.includes(run) else []

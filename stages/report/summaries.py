@@ -7,7 +7,7 @@
 Figures are fractions here and percent on the page.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -22,6 +22,7 @@ PAIRS = (
     *((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT), (RL + CHOSEN, RLOOP + CHOSEN)),
     *((RL + CHOSEN, RL), (RLOOP + CHOSEN, RLOOP)),  # what a method loses after the checkpoint that was chosen
 )
+COMPARED = (f"{RLOOP} − {RL}", f"{RLOOP}{CHOSEN} − {RL}{CHOSEN}")  # in words, on top of the page
 COLUMNS = ["set", "policy", "metric", "num_problems", "num_samples", "value", "low", "high"]
 SECONDS = ["seconds", "generate_s", "verify_s", "update_s", "handover_s"]
 COSTS = ["steps", "num_rollouts", "rollout_tokens", "update_tokens", *SECONDS]
@@ -60,9 +61,13 @@ def methods(placed: Sequence[Position], best: Mapping[str, Position]) -> dict[st
         is_endpoint = position.method == RLOOP and not position.ends_iteration
         rows[RLOOP_ENDPOINT if is_endpoint else position.method] = position.policy
     rows |= {f"{method}{CHOSEN}": position.policy for method, position in best.items()}
+    return {name: rows[name] for name in in_order(rows)}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of methods in the order of the tables, each once."""
     known = (BASE, RL, RL + CHOSEN, RLOOP, RLOOP_ENDPOINT, RLOOP + CHOSEN)
-    order = [name for name in known if name in rows]
-    return {name: rows[name] for name in order + sorted(rows.keys() - order)}
+    return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def chosen_on(valid: str, metric: str, table: pd.DataFrame, placed: Sequence[Position]) -> dict[str, Position]:
@@ -234,8 +239,7 @@ def headline(rows: pd.DataFrame, apart: pd.DataFrame, wanted: Sequence[str]) -> 
     name = "".join(whole["set"].unique())
     num_sets = rows["set"].map(lambda each: not str(each).startswith(AVERAGE)).groupby(rows["set"], observed=True).any()
     where = f"on average over {num_sets.sum()} sets" if name == AVERAGE else f"on {name}"
-    pairs = (f"{RLOOP} − {RL}", f"{RLOOP}{CHOSEN} − {RL}{CHOSEN}")
-    here = apart[apart["policy"].isin(pairs) & (apart["set"] == name)]
+    here = apart[apart["policy"].isin(COMPARED) & (apart["set"] == name)]
     return [
         _leads(of_metric, f"{metric} {where}") + "".join(map(_ahead, here[here["metric"] == metric].to_dict("records")))
         for metric in wanted

@@ -116,6 +116,35 @@ def _plot(axes: Axes, label: str, rows: pd.DataFrame, colour: str) -> None:
         axes.plot(x[hollow], y[hollow], "D", color=colour, markersize=5, markerfacecolor="none")
 
 
+def points(name: str, title: str, caption: str, table: pd.DataFrame, labels: tuple[str, str]) -> Figure:
+    """A dot with its name for each row of a table with the columns series, x, y, and an interval of each if known.
+
+    x_low, x_high, y_low and y_high are the intervals; `labels` names the axes.
+    """
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(4.6, 3.4))
+        axes = canvas.add_axes((0.13, 0.14, 0.84, 0.77))
+        turns = iter(MORE_COLOURS * len(table))
+        for row in table.to_dict("records"):
+            colour = COLOURS.get(row["series"].partition(",")[0]) or next(turns)
+            for ends in ({"x": ("x_low", "x_high"), "y": ("y", "y")}, {"x": ("x", "x"), "y": ("y_low", "y_high")}):
+                axes.plot(*([row[end] for end in ends[axis]] for axis in "xy"), color=colour, alpha=0.3, linewidth=1)
+            axes.plot(row["x"], row["y"], "o", color=colour, markersize=5)
+            axes.annotate(
+                row["series"], (row["x"], row["y"]), (5, 4), textcoords="offset points", fontsize=8, color=colour
+            )
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.set_title(title)
+        axes.margins(0.12)
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    named = table.rename(
+        columns={
+            axis + end: label + end for axis, label in zip("xy", labels, strict=True) for end in ("", "_low", "_high")
+        }
+    )
+    return _render(Figure(name, title, caption, named.to_dict("records"), "", "", b""), canvas)
+
+
 def _drawable(values: "pd.Series[Any]") -> NDArray[Any]:
     """As floats, with a gap for what is on no scale: matplotlib's ticks overflow near the largest float."""
     floats = values.to_numpy(dtype=float)
