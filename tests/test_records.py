@@ -6,6 +6,7 @@ import pytest
 from stages.core import records
 from stages.core.errors import InputError
 from stages.core.records import Example, Problem, Result, Rollout
+from tests import files
 
 PROBLEM = {"id": "mine/1", "problem": "1 + 1?", "answer": "2", "source": "mine"}
 ROLLOUT = {
@@ -135,3 +136,8 @@ def test_records_open_in_one_line_of_pandas_and_datasets_as_the_readme_says(reco
     by_pandas, by_datasets = (line for line in readme if line.startswith(("pandas.", "datasets.")))
     assert eval(by_pandas, {"pandas": pandas}).to_dict("records") == lines
     assert eval(by_datasets, {"datasets": datasets}).to_list() == lines
+
+
+def test_the_page_on_files_is_made_from_the_declarations():
+    written = (Path(__file__).parents[1] / "docs/files.md").read_text()
+    assert written == files.page(), "python -m tests.files > docs/files.md"

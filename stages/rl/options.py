@@ -7,7 +7,7 @@ from typing import Annotated
 from stages.core.drawing.engine import MemoryFraction
 from stages.core.drawing.request import RequestOptions
 from stages.core.errors import InputError
-from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, above, at_least, at_most, below, one_of
+from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, above, at_least, at_most, below, following, one_of
 from stages.core.policy.adapters import LoraOptions
 
 
@@ -33,7 +33,7 @@ class Settings(RequestOptions, LoraOptions):
     reward_wrong: Annotated[float, "reward of any other completion in the advantage, by math-verify alone"] = -1.0
     overlong_buffer: Annotated[
         int, "tokens before max_tokens over which the overlong penalty grows; 0 is off", at_least(0)
-    ] = 512
+    ] = following("512, at most a quarter of --max-tokens", lambda options: min(512, options.max_tokens // 4))
     overlong_penalty: Annotated[float, "overlong penalty at max_tokens", at_least(0)] = 1.0
     advantage_eps: Annotated[float, "added to the group's standard deviation", at_least(0)] = 1e-6
     importance_cap: Annotated[
