@@ -124,17 +124,17 @@ def load(name_or_path: str, tokenizer: Any = None) -> Template:
 
 
 def render_chats(
-    tokenizer: Any, chats: Mapping[str, Sequence[Message]], file: str, settings: Mapping[str, Any]
+    tokenizer: Any, chats: Mapping[str, Sequence[Message]], file: str, settings: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """The prompt of each of a file's chats, by problem id: what the policy's chat template makes of the messages.
 
-    `settings` are those of the Template. A last message of the assistant is left open for the policy to go on with.
+    `settings` are those of the Template, if one takes part. A last message of the assistant is left open for the policy to go on with.
     InputError if there is no chat template, or for what `Template.render_all` raises it.
     """
 
     def render(messages: Sequence[Message]) -> str:
         is_open = messages[-1]["role"] == "assistant"
-        how = {"add_generation_prompt": not is_open, "continue_final_message": is_open, **settings}
+        how = {"add_generation_prompt": not is_open, "continue_final_message": is_open, **(settings or {})}
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
 
     if not chats:
