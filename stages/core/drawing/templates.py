@@ -128,8 +128,8 @@ def render_chats(
 ) -> dict[str, str]:
     """The prompt of each of a file's chats, by problem id: what the policy's chat template makes of the messages.
 
-    `settings` are those of the Template, if one takes part. A last message of the assistant is left open for the policy to go on with.
-    InputError if there is no chat template, or for what `Template.render_all` raises it.
+    `settings` are those of the Template, if one takes part. A last message of the assistant is left open for the policy
+    to go on with. InputError if there is no chat template, or for what `Template.render_all` raises it.
     """
 
     def render(messages: Sequence[Message]) -> str:
