@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,11 +13,12 @@ import pytest
 from rloop_cli import warm
 from stages import rft
 from stages.core import jsonl, provenance
-from stages.core.drawing.tokens import pack_ids
+from stages.core.drawing.tokens import pack_ids, pack_log_probs, unpack_ids, unpack_log_probs
 from stages.core.errors import CollapseError, InputError
 from stages.core.policy import checkpoints
 from stages.rft import card as cards
 from stages.rft import examples as ready
+from stages.rft import objective
 from tests import ranks
 
 TWO_PROCESSES = Path(rft.__file__).parents[2] / "configs" / "accelerate" / "cpu2.yaml"
@@ -284,6 +286,103 @@ def test_the_first_loss_and_gradient_are_those_of_the_completions_tokens_alone(f
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert row["tokens"] == count
+
+
+def weighted_by_hand(files, records, kl):
+    """The objective in plain torch, one token at a time, with the start policy itself as the policy."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(files.policy)
+    model = AutoModelForCausalLM.from_pretrained(files.policy)
+    start = AutoModelForCausalLM.from_pretrained(files.policy)
+    total, count = torch.tensor(0.0), 0
+    for record in records:
+        prompt, completion = tokenizer.encode(record["prompt"]), unpack_ids(record["token_ids"])
+        both = [one(torch.tensor([prompt + completion])).logits[0].softmax(-1) for one in (model, start)]
+        probs, before = both
+        ratio = 1.0
+        for position, (token, log_prob) in enumerate(
+            zip(completion, unpack_log_probs(record["log_probs"]), strict=True), len(prompt)
+        ):
+            ratio *= (before[position - 1, token].item() / math.exp(log_prob)) ** (1 / len(completion))
+        weight = record["weight"] * min(1.0, ratio)
+        for position, token in enumerate(completion, len(prompt)):
+            p = probs[position - 1, token]
+            total = total + (weight * -p.log() if weight >= 0 else -weight * p)
+            q = before[position - 1].detach()
+            total = total + kl * (q * (q / probs[position - 1]).log()).sum()
+            count += 1
+    return total / count, model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kl", [0.0, 0.7])
+def test_weights_by_likelihood_failures_and_the_kl_term_are_those_of_plain_torch(files, kl):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(files.policy)
+    records = []
+    for number, one in enumerate(EXAMPLES):
+        ids = [*tokenizer.encode(one["completion"]), tokenizer.eos_token_id]
+        log_probs = pack_log_probs([-1.0 - (number * 7 + i) % 5 for i in range(len(ids))])
+        weight = -0.5 if number % 4 == 0 else 1.0
+        records.append(one | {"token_ids": pack_ids(ids), "log_probs": log_probs, "weight": weight})
+    file = files.root / f"weighted{kl}.jsonl"
+    jsonl.write(file, records)
+    source = SimpleNamespace(policy=files.policy, examples=file)
+    options = {"batch_size": len(EXAMPLES), "likelihood_weights": True, "kl": kl, "tokens_per_microbatch": 200}
+    [row] = log_of(tune(source, files.root / f"weighted{kl}", **options))
+    loss, model = weighted_by_hand(files, records, kl)
+    loss.backward()
+    norm = sum(weight.grad.square().sum() for weight in model.parameters()).sqrt()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_an_example_weighs_the_geometric_mean_of_its_ratios_and_at_most_1():
+    assert objective.likelihood_weight([-1.0, -3.0], [-0.5, -1.5]) == pytest.approx(math.exp(-1.0))
+    assert objective.likelihood_weight([-0.5], [-9.0]) == 1.0
+    assert objective.likelihood_weight([], []) == 1.0
+
+
+def test_a_failure_costs_its_probability_and_its_gradient_is_bounded():
+    import torch
+
+    log_probs = torch.tensor([-0.1, -2.0, -80.0, -2.0], requires_grad=True)
+    losses = objective.token_losses(log_probs, torch.tensor([-0.5, -0.5, -0.5, 2.0]))
+    assert losses.tolist() == pytest.approx([0.5 * math.exp(-0.1), 0.5 * math.exp(-2), 0.0, 4.0])
+    losses.sum().backward()
+    assert log_probs.grad.tolist() == pytest.approx([0.5 * math.exp(-0.1), 0.5 * math.exp(-2), 0.0, -2.0])
+
+
+def test_the_kl_term_is_torchs_and_zero_for_the_start_policy_itself():
+    import torch
+
+    logits, start = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
+    expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (start, logits)))
+    assert torch.allclose(objective.kl_from_start(logits, start), expected, atol=1e-6)
+    assert objective.kl_from_start(start, start).abs().max() < 1e-6
+
+
+def test_weights_by_likelihood_need_a_log_prob_for_each_token():
+    known = example("1", "2") | {"token_ids": pack_ids([1, 2]), "log_probs": pack_log_probs([-1.0, -2.0])}
+    ready.check_log_probs([known])
+    for lacking in (example("1", "2"), known | {"log_probs": pack_log_probs([-1.0])}):
+        with pytest.raises(InputError, match="--likelihood-weights: an example of problem p has no log-prob"):
+            ready.check_log_probs([known, lacking])
+
+
+def test_the_base_is_fine_tuned_where_it_is_named_and_few_steps_are_warned_of(capsys):
+    paths = {"policy": "runs/2/policy", "examples": Path("examples.jsonl"), "out": Path("out")}
+    assert rft.Options(**paths, base="runs/0/policy", start="base").start_policy == "runs/0/policy"
+    assert rft.Options(**paths, base="runs/0/policy").start_policy == "runs/2/policy"
+    with pytest.raises(InputError, match="--start base: name the policy by --base"):
+        rft.Options(**paths, start="base")
+    rft._warn_of_few_steps(33, rft.Options(**paths, batch_size=8))
+    assert "33 examples make only 5 optimizer steps of 8" in capsys.readouterr().err
+    rft._warn_of_few_steps(33, rft.Options(**paths, batch_size=8, warn_below=5))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from stages.core import outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
-from stages.core.options import PATH, ROUNDING, at_least, at_most, below, one_of
+from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, at_least, at_most, below, one_of
 from stages.core.policy.adapters import LoraOptions
 from stages.core.progress import warn
 from stages.core.provenance import identify, is_done, manifest, recorded
@@ -60,7 +60,31 @@ class Options(LoraOptions):
     gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
         False
     )
+    start: Annotated[
+        str,
+        "which one is fine-tuned: --policy, or --base, as for examples of all iterations together",
+        one_of("policy", "base"),
+    ] = "policy"
+    base: Annotated[str, "the policy that the first iteration started from; needed with --start base", PATH] = ""
+    likelihood_weights: Annotated[
+        bool, "weigh each example by how likely it is under the start policy; needs rollouts with log-probs, as rl's"
+    ] = False
+    kl: Annotated[
+        float, "weight of KL(start policy || policy) on the completion tokens; doubles the memory", at_least(0)
+    ] = 0.0
+    warn_below: Annotated[int, "warn if there are fewer optimizer steps than this", at_least(0), WITHOUT_EFFECT] = 10
     seed: Annotated[int, "seed of the order of the examples", at_least(0), below(2**32)] = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for --start base without --base."""
+        super().__post_init__()
+        if self.start == "base" and not self.base:
+            raise InputError("--start base: name the policy by --base")
+
+    @property
+    def start_policy(self) -> str:
+        """The policy that is fine-tuned."""
+        return self.base if self.start == "base" else self.policy
 
 
 def run(options: Options) -> None:
@@ -95,6 +119,7 @@ def run(options: Options) -> None:
                 fine_tune(read.path, read.tokenizer, read.rows, options, out=None)
             return
         _say_left_out(read.left_out, read.max_tokens)
+        _warn_of_few_steps(len(read.rows), options)
         beside = stack.enter_context(outputs.whole_dir(options.out))
         tuned = fine_tune(read.path, read.tokenizer, read.rows, options, beside)
         seconds = time.perf_counter() - started
@@ -134,9 +159,9 @@ def _read(options: Options, ranks: Ranks) -> _Read:
 
     from stages.core.policy import adapters, checkpoints
     from stages.rft.card import base_of
-    from stages.rft.examples import check_ids, ending, tokenize_fitting
+    from stages.rft.examples import check_ids, check_log_probs, ending, tokenize_fitting
 
-    path, base = checkpoints.resolve(options.policy), base_of(options.policy)
+    path, base = checkpoints.resolve(options.start_policy), base_of(options.start_policy)
     checkpoints.check_shapes(path)
     adapters.check(path, options)
     tokenizer = checkpoints.load_tokenizer(path)
@@ -148,6 +173,8 @@ def _read(options: Options, ranks: Ranks) -> _Read:
         names = tabular.some(differing)
         warn(f"{len(differing)} examples ({names}) have another text than their token_ids: the tokens are trained on")
     end = ending(tokenizer, checkpoints.end_token_ids(path))
+    if options.likelihood_weights:
+        check_log_probs(examples)
     rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context, end)
     return _Read(path, base, tokenizer, examples, rows, left_out, options.max_tokens or context)
 
@@ -156,3 +183,12 @@ def _say_left_out(left_out: list[str], max_tokens: int) -> None:
     if left_out:
         names = tabular.some(left_out)
         warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({names})")
+
+
+def _warn_of_few_steps(num_examples: int, options: Options) -> None:
+    num_steps = options.epochs * -(-num_examples // options.batch_size)
+    if num_steps < options.warn_below:
+        warn(
+            f"{num_examples} examples make only {num_steps} optimizer steps of {options.batch_size}: choose more in "
+            "filter (--hardest, --min-problems), or lower --batch-size"
+        )

@@ -34,7 +34,7 @@ def card(
 
 # A policy fine-tuned by RLoop
 
-- **Base**: `{options.policy}`{f", from `{base}`" if base else ""}.
+- **Base**: `{options.start_policy}`{f", from `{base}`" if base else ""}.
 - **Method**: rejection fine-tuning: the base learns from completions that earned their reward, with the loss on the
   completion alone.
 - **Data**: {_data(options.examples, examples)}

@@ -5,11 +5,11 @@ Without torch: it takes a tokenizer and works on lists of integers.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stages.core.drawing import templates
-from stages.core.drawing.tokens import unpack_ids
+from stages.core.drawing.tokens import unpack_ids, unpack_log_probs
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.policy.checkpoints import IGNORED
@@ -25,6 +25,8 @@ class Row:
 
     input_ids: list[int]
     labels: list[int]
+    weight: float = 1.0  # negative for a failure
+    log_probs: list[float] = field(default_factory=list)  # of the completion's tokens when they were drawn, if known
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -81,7 +83,8 @@ def tokenize(tokenizer: Any, example: Example, end: Ending) -> Row:
         while completion_ids and completion_ids[-1] == last:
             completion_ids = completion_ids[:-1]
         completion_ids = [*completion_ids, last]
-    return Row(prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids)
+    weight, log_probs = example.get("weight", 1.0), unpack_log_probs(example.get("log_probs", ""))
+    return Row(prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids, weight, log_probs)
 
 
 def _completion_ids(tokenizer: Any, example: Example, prompt_ids: list[int]) -> list[int]:
@@ -146,6 +149,17 @@ def check_ids(tokenizer: Any, examples: Sequence[Example], vocabulary: int) -> l
             "tokenizer than the policy's; leave them out to train on the text"
         )
     return differing
+
+
+def check_log_probs(examples: Sequence[Example]) -> None:
+    """Raise InputError for the first example without a log-prob for each of its tokens."""
+    for example in examples:
+        ids, log_probs = example.get("token_ids", ""), example.get("log_probs", "")
+        if not ids or len(unpack_ids(ids)) != len(unpack_log_probs(log_probs)):
+            raise InputError(
+                f"--likelihood-weights: an example of problem {example['problem_id']} has no log-prob for each of its "
+                "tokens: take rollouts of rl, which keeps them"
+            )
 
 
 def order(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:

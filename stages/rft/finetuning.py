@@ -13,11 +13,12 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
@@ -33,6 +34,7 @@ from stages.core.progress import StepProgress
 from stages.core.ranks import process_state
 from stages.rft import Options
 from stages.rft.examples import Row, lr_share, microbatch_size, order
+from stages.rft.objective import kl_from_start, likelihood_weight, token_losses
 
 
 @dataclass
@@ -75,6 +77,8 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
     watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
     logging.disable_progress_bar()  # ours is the only one
     logging.set_verbosity_error()  # the trainer warns of changes to the configuration, which are undone below
+    start = _Start.load(path, options)
+    rows = start.weighted(rows) if options.likelihood_weights else rows
     model = checkpoints.load_model(path, torch.float32)
     adapters.attach(model, options, options.seed, uses_bfloat16(options.dtype))
     configs = copy.deepcopy((model.config, model.generation_config))
@@ -84,12 +88,14 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
             args=_config(options, size, share // size, scratch),
             train_dataset=_dataset(rows, steps, options.batch_size),
             processing_class=tokenizer,
-            data_collator=DataCollatorForLanguageModeling(pad_token_id=PADDING),
+            data_collator=_Collator(pad_token_id=PADDING),
             callbacks=[watch],
         )
         if not torch.cuda.is_available():  # in the place of the fused one that it has added
             heads.add_plain_head(trainer.model)
         trainer.schedule = (options.warmup_share, options.min_lr_share)
+        if options.kl or any(row.weight != 1 for row in rows):
+            trainer.start, trainer.kl = start, options.kl
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     assert len(watch.log) == len(steps), f"{len(watch.log)} steps were done, {len(steps)} planned"
@@ -139,6 +145,7 @@ def _config(options: Options, size: int, accumulation: int, scratch: str) -> SFT
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        remove_unused_columns=False,  # the weights
     )
 
 
@@ -150,7 +157,11 @@ def _dataset(rows: Sequence[Row], steps: Sequence[Sequence[int]], batch_size: in
     blank = Row([PADDING] * 2, [IGNORED] * 2)
     ordered = [row for step in steps for row in [*(rows[n] for n in step), *[blank] * (batch_size - len(step))]]
     return Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in ordered], "labels": [row.labels for row in ordered]}
+        {
+            "input_ids": [row.input_ids for row in ordered],
+            "labels": [row.labels for row in ordered],
+            "weights": [row.weight for row in ordered],
+        }
     )
 
 
@@ -164,10 +175,79 @@ def _padding_share(steps: Sequence[Sequence[int]], size: int) -> float:
     return 1.0 - used / padded
 
 
+class _Collator(DataCollatorForLanguageModeling):
+    """TRL's, with the weight of each example."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        return {**batch, "weights": torch.tensor([example["weights"] for example in examples])}
+
+
+class _Start:
+    """The start policy beside the one that is trained, for what is measured against it; no `model` if nothing is."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @classmethod
+    def load(cls, path: Path, options: Options) -> "_Start":
+        """The policy at `path`, without gradients, in the compute type."""
+        if not options.kl and not options.likelihood_weights:
+            return cls(None)
+        dtype = torch.bfloat16 if uses_bfloat16(options.dtype) else torch.float32
+        return cls(checkpoints.load_model(path, dtype).eval().requires_grad_(False).to(process_state().device))
+
+    @torch.no_grad()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(examples, tokens, vocabulary); padding stands on the right, where no token before it sees it."""
+        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def weighted(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with `likelihood_weight` as a factor of their weights; each process computes a share of them."""
+        state = process_state()
+        mine = range(state.process_index, len(rows), state.num_processes)
+        weights = {number: likelihood_weight(self._log_probs(rows[number]), rows[number].log_probs) for number in mine}
+        weights = dict(gather_object(list(weights.items())))
+        return [replace(row, weight=row.weight * weights[number]) for number, row in enumerate(rows)]
+
+    def _log_probs(self, row: Row) -> list[float]:
+        ids = torch.tensor([row.input_ids], device=self.model.device)
+        log_probs = self.logits(ids)[0, -row.num_labels - 1 : -1].float().log_softmax(-1)
+        return [float(value) for value in log_probs.gather(-1, ids[0, -row.num_labels :, None])[:, 0]]
+
+
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our schedule: transformers' own have no linear fall to a share of the peak."""
+    """TRL's trainer with our schedule: transformers' own have no linear fall to a share of the peak.
+
+    With a `start` its loss is that of objective.py: weights of examples, a KL term. Both are sums over the completion
+    tokens divided by the number of those of all processes.
+    """
 
     schedule: tuple[float, float]  # share of steps that warm up, share of the peak that the last step runs at
+    start: _Start | None = None
+    kl: float = 0.0
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        weights = inputs.pop("weights")
+        if self.start is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        mask = labels != IGNORED
+        of_token = weights[:, None].expand_as(mask)[mask]
+        if self.kl:
+            kept = {name: value for name, value in inputs.items() if name != "labels"}
+            logits = model(**kept, use_cache=False).logits[:, :-1][mask].float()
+            own = logits.log_softmax(-1).gather(-1, labels[mask][:, None])[:, 0]
+            kl = kl_from_start(logits, self.start.logits(inputs["input_ids"])[:, :-1][mask])
+            losses = token_losses(own, of_token) + self.kl * kl
+        else:
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            losses = token_losses(outputs.log_probs[mask], of_token)
+        loss = losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
