@@ -30,10 +30,11 @@ START = StartPolicy("start", Path(), "")
 class ScriptedEngine:
     """Answers problem i by `num_correct(i)` correct completions out of the group; the last group is done first."""
 
-    def __init__(self, num_correct):
+    def __init__(self, num_correct, max_sequences=8):
         self.num_correct = num_correct
         self.asked = []
         self.num_preemptions = 5
+        self.max_sequences = max_sequences
 
     def load(self, weights):
         pass
@@ -87,13 +88,19 @@ class RecordingTrainer:
     save_state = load_state = lambda self, path: None
 
 
-def explore(tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, start_mismatch=0.0, **options):
+def explore(
+    tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, start_mismatch=0.0, fit=8, **options
+):
     small = {"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0}
     settings = Settings(**{**small, "max_rounds": 3, **options})
     prompts = [
         Prompt({"id": f"p{i}", "problem": "", "answer": "7", "source": ""}, "", [i]) for i in range(num_problems)
     ]
-    engine, trainer, directory = ScriptedEngine(num_correct), trainer or RecordingTrainer(), RunDir(tmp_path / "rl")
+    engine, trainer, directory = (
+        ScriptedEngine(num_correct, fit),
+        trainer or RecordingTrainer(),
+        RunDir(tmp_path / "rl"),
+    )
     directory.begin(Identity("rl", {}, Inputs({}, {}), {}), False)
     assert directory.resume_step() == done
     trainer.engine = engine
@@ -341,6 +348,12 @@ def test_alarms_in_a_row_are_counted_on_by_a_resumed_run(tmp_path):
     with pytest.raises(CollapseError, match="start is the last policy saved before"):
         explore(tmp_path, lambda number: 1, trainer=trainer(), done=2, steps=9)
     assert len(RunDir(tmp_path / "rl").log_rows()) == 3
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0, 8), (3, 4)])
+def test_a_resumed_run_has_as_many_sequences_under_way_as_before_unless_others_are_asked_for(tmp_path, asked, used):
+    explore(tmp_path, lambda number: 1, steps=1, fit=8)
+    assert explore(tmp_path, lambda number: 1, steps=2, done=1, fit=4, max_sequences=asked).engine.max_sequences == used
 
 
 def test_a_resumed_run_is_held_against_the_difference_that_it_began_with(tmp_path):

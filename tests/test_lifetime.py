@@ -119,6 +119,16 @@ def test_a_launcher_s_echo_of_the_signal_ends_nothing_and_a_later_one_does(monke
     assert b"alive" not in done.stdout
 
 
+def test_the_first_ctrl_c_raises_a_flag_with_its_own_exit_code_and_the_second_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), lifetime.stop_signal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert (stop.received, stop.code) == (True, 130)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_the_launcher_s_time_is_its_own_setting(monkeypatch):
     assert lifetime.granted_s() is None
     monkeypatch.setattr(lifetime, "_is_launched", lambda: True)

@@ -1,4 +1,4 @@
-"""What a run saves of its policy: whole or absent, on a full disk too; from a damaged state it goes back to the last."""
+"""What a run saves of its policy: whole or absent, on a full disk too; from a damaged state it goes one back."""
 
 import resource
 from contextlib import contextmanager

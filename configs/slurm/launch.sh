@@ -17,6 +17,6 @@ exec srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit
     shift 2
     exec accelerate launch --config_file configs/accelerate/nodes-fsdp2.yaml \
         --num_machines "$SLURM_JOB_NUM_NODES" --num_processes $((SLURM_JOB_NUM_NODES * gpus)) \
-        --machine_rank "$SLURM_NODEID" --main_process_ip "$head_node" --main_process_port 29500 \
+        --machine_rank "$SLURM_NODEID" --main_process_ip "$head_node" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) \
         -m rloop_cli "$@"
 ' on-node "$head_node" "$gpus" "$@"

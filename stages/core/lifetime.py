@@ -1,5 +1,5 @@
 """When to stop: on SIGTERM, noticed between two steps of the engine, and when the process that started a stage dies.
-On Ctrl-C at once; `going_on` then says what is kept.
+On Ctrl-C at once, or within `stop_signal` as on SIGTERM; `going_on` then says what is kept.
 
 What sends SIGTERM kills a while later: torchelastic (`accelerate launch`, `torchrun`) after the seconds of
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT, 30 if that is not set, Slurm after KillWait, 30 by default.
@@ -24,10 +24,11 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Whether SIGTERM was received."""
+    """Whether SIGTERM or Ctrl-C was received, and the exit code that says which."""
 
     def __init__(self) -> None:
         self.received = False
+        self.code = TERMINATED
 
     def is_received(self) -> bool:
         """The same as a function, to pass as `should_stop`."""
@@ -36,23 +37,33 @@ class StopSignal:
 
 @contextmanager
 def stop_signal() -> Iterator[StopSignal]:
-    """Within the block SIGTERM only raises a flag; a second one, ECHO_S later, ends the process at once, as usual."""
+    """Within the block SIGTERM and Ctrl-C only raise a flag; a second one ends the process at once, as usual.
+
+    A second SIGTERM counts ECHO_S after the first, a second Ctrl-C at once. Where SIGINT is ignored it stays so.
+    """
     stop = StopSignal()
     first = 0.0
+    usual = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        usual[signal.SIGINT] = signal.default_int_handler
 
-    def receive(*_: object) -> None:
+    def receive(number: int, _: object) -> None:
         nonlocal first
         if not stop.received:
-            stop.received, first = True, time.monotonic()
+            stop.received, stop.code, first = True, 128 + number, time.monotonic()
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
         elif time.monotonic() - first > ECHO_S:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, receive)
+    for number in usual:
+        signal.signal(number, receive)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -35,13 +35,16 @@ def run(options: Options) -> None:
     """
     from stages.core.grading import verifier
     from stages.core.lifetime import end_with_parent, going_on
+    from stages.core.policy.acceleration import compute_exactly
     from stages.rl.rundir import RunDir
     from stages.rl.trainer import start_accelerator
 
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
     request = ranks.together(lambda: _read(options, ranks))
-    accelerator = start_accelerator(options, options.out)
+    if options.exact:
+        compute_exactly()
+    accelerator = ranks.together(lambda: start_accelerator(options, options.out))
     inputs, rounding = recorded([request.path, options.problems]), {"processes": ranks.num_ranks}
     identity = identify("rl", options, inputs, versions() | verifier.VERSION, rounding, **request.resolved)
     seen = {**identity.inputs.digests, **identity.versions, **request.seen}

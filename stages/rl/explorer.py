@@ -15,7 +15,7 @@ from stages.core.drawing.engine import Engine, Sampling
 from stages.core.drawing.rollouts import Group, Prompt
 from stages.core.errors import CollapseError, InputError, in_one_line
 from stages.core.grading.scores import Grader
-from stages.core.lifetime import TERMINATED, Stopped, StopSignal, granted_s
+from stages.core.lifetime import Stopped, StopSignal, granted_s
 from stages.core.policy.acceleration import memory_in_use
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import Ranks
@@ -93,12 +93,14 @@ class Explorer:
         """Do the steps from `done` + 1 on, writing everything below `directory`.
 
         Raises CollapseError when several steps in a row gave only non-finite updates, or drew far from what the
-        trainer computes, InputError when the user's rewards fail, and SystemExit(143) after SIGTERM; on all ranks.
+        trainer computes, InputError when the user's rewards fail, SystemExit after SIGTERM or Ctrl-C; on all ranks.
         """
         self.directory, self.saver = directory, Saver(directory, self.trainer, self.ranks)
         if done:
             state = self.saver.restore(done)
             self.drawing.cursor, self.start_mismatch = state.cursor, state.start_mismatch
+            if not self.settings.max_sequences:  # free memory may be another now, and the batches with it
+                self.engine.max_sequences = state.max_sequences
         rows, changes = self.ranks.on_first(lambda: (directory.log_rows()[-MAX_COLLAPSED_STEPS:], directory.changes))
         recent: deque[Mapping[str, Any]] = deque(rows, maxlen=MAX_COLLAPSED_STEPS)
         with StepProgress("rl", self.settings.steps, done, quiet=not self.ranks.is_first) as self.progress:
@@ -116,7 +118,7 @@ class Explorer:
                 if has_collapsed or _all_of(recent, _has_drifted):
                     raise CollapseError(self._why(step, has_collapsed))
                 if is_ending and step < self.settings.steps:
-                    self._end_terminated(f"after step {step}")
+                    self._end_stopped(f"after step {step}")
         if done == self.settings.steps:  # resumed with nothing to do: the last step may have no checkpoint yet
             self.saver.keep_checkpoint(done)
 
@@ -162,7 +164,7 @@ class Explorer:
             if self.saver.saved < step - 1:
                 self.saver.keep_state(step - 1, self._state())
             if isinstance(error, Stopped):
-                self._end_terminated(f"while step {step} was drawn, with {step - 1} steps done")
+                self._end_stopped(f"while step {step} was drawn, with {step - 1} steps done")
             raise
         self._warn_of_short_batch(step, groups)
         return groups
@@ -239,7 +241,7 @@ class Explorer:
         return float(self.settings.lr * min(1.0, step / max(1, self.settings.warmup_steps)))
 
     def _state(self) -> RunState:
-        return RunState(self.drawing.cursor, self.start_mismatch)
+        return RunState(self.drawing.cursor, self.start_mismatch, self.engine.max_sequences)
 
     def _save(self, step: int, with_checkpoint: bool, with_state: bool) -> None:
         """A checkpoint and the state to resume from, if they are due or the run ends here.
@@ -254,14 +256,14 @@ class Explorer:
         self.ranks.wait()
 
     def _is_stopped(self) -> bool:
-        """Whether any rank has received SIGTERM, so that all leave together."""
+        """Whether any rank is to stop, so that all leave together."""
         return any(self.ranks.gather(self.stop.received))
 
-    def _end_terminated(self, when: str) -> NoReturn:
+    def _end_stopped(self, when: str) -> NoReturn:
         self.ranks.wait()
         if self.ranks.is_first:
-            warn(f"terminated {when}; the same command goes on from there")
-        raise SystemExit(TERMINATED)
+            warn(f"stopped {when}; the same command goes on from there")
+        raise SystemExit(max(self.ranks.gather(self.stop.code if self.stop.received else 0)))
 
     def _why(self, step: int, has_collapsed: bool) -> str:
         """What made the last steps bad, and the last good policy."""

@@ -28,18 +28,20 @@ class RunState:
 
     cursor: Cursor
     start_mismatch: float
+    max_sequences: int = 0  # of the engine, since the batches of one decide how its floats are rounded
 
     def write(self, path: Path) -> None:
         """Write it to the directory of a state."""
         position, acceptance = self.cursor
-        values = {"position": position, "acceptance": asdict(acceptance), "start_mismatch": self.start_mismatch}
+        values = asdict(self) | {"cursor": {"position": position, "acceptance": asdict(acceptance)}}
         (path / NAME).write_bytes(orjson.dumps(values))
 
     @staticmethod
     def read(path: Path) -> "RunState":
         """What `write` wrote."""
         values = orjson.loads((path / NAME).read_bytes())
-        return RunState(Cursor(values["position"], Acceptance(**values["acceptance"])), values["start_mismatch"])
+        position, acceptance = values["cursor"]["position"], Acceptance(**values["cursor"]["acceptance"])
+        return RunState(Cursor(position, acceptance), values["start_mismatch"], values["max_sequences"])
 
 
 class Saver:

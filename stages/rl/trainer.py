@@ -111,6 +111,8 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        if self.ranks.is_first and self.dtype is torch.bfloat16 and not accelerator.is_fsdp2 and _has_experts(model):
+            warn("outside FSDP2 a mixture of experts computes its experts in float32: see configs/accelerate")
         acceleration.reduce_in_float32(accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
@@ -346,6 +348,11 @@ class Trainer:
         """The sums of all ranks together, the last one a maximum; on the CPU."""
         gathered = torch.stack(self.ranks.gather(sums.cpu()))
         return torch.cat([gathered[:, :-1].sum(0), gathered[:, -1].max()[None]])
+
+
+def _has_experts(model: Any) -> bool:
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def without_dropout(model: Any) -> None:

@@ -113,6 +113,7 @@ ShouldStop = Callable[[], bool]
 class Engine(Protocol):
     """What the stages need of an engine. Tests use a scripted one."""
 
+    max_sequences: int  # that it works on at once
     num_preemptions: int | None  # so far: sequences that lost their place in the cache and were computed again
 
     def sleep(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from stages.core.errors import InputError
 from stages.core.policy import adapters, checkpoints
 
 # Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
@@ -18,8 +20,27 @@ logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
 
 
 def uses_bfloat16(dtype: str) -> bool:
-    """Whether `--dtype` means bfloat16: either named, or auto on a GPU."""
-    return dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
+    """Whether `--dtype` means bfloat16: either named, or auto on a GPU.
+
+    Raises InputError for a GPU that has none, such as a V100 or T4, where it would be computed by other means, slowly.
+    """
+    on_gpu = torch.cuda.is_available()
+    is_meant = dtype == "bfloat16" or (dtype == "auto" and on_gpu)
+    if is_meant and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"--dtype {dtype}: {torch.cuda.get_device_name()} has no bfloat16: add --dtype float32")
+    return is_meant
+
+
+def compute_exactly() -> None:
+    """Let a GPU add up in a fixed order, in updates and, where vLLM has that mode, in the engine; before either starts.
+
+    The same work then gives the same bits, at some cost in speed. A CPU does so anyway.
+    """
+    if not torch.cuda.is_available():
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    torch.use_deterministic_algorithms(True)
 
 
 def memory_in_use() -> float:
