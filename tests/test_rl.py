@@ -205,6 +205,22 @@ def test_killed_terminated_and_made_longer_a_run_ends_bit_for_bit_as_if_nothing_
 
 
 @pytest.mark.slow
+def test_on_two_threads_too_a_run_made_longer_ends_bit_for_bit_as_one_in_one_go(toy, easy, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        arguments = command(toy / "policy", easy, tmp_path / out, "--steps", steps, "--checkpoint-every", 4)
+        done = subprocess.run(
+            [sys.executable, "-m", "rloop_cli", *arguments], cwd=ranks.ROOT, env=environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").glob("rollouts/*")]
+    for name in (*names, Path("checkpoints/step_000004/model.safetensors")):
+        assert filecmp.cmp(tmp_path / "whole" / name, tmp_path / "parts" / name, shallow=False), name
+    assert any(row["update_tokens"] for row in RunDir(tmp_path / "whole").log_rows())
+
+
+@pytest.mark.slow
 def test_in_bfloat16_too_a_hand_over_that_does_nothing_ends_in_one_line(toy, easy, tmp_path):
     log = tmp_path / "log"
     arguments = command(toy / "policy", easy, tmp_path / "rl", "--steps", 2, "--dtype", "bfloat16")

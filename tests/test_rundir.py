@@ -143,7 +143,7 @@ def test_from_a_damaged_state_a_run_goes_back_to_the_one_before_with_a_line(tmp_
     assert sorted(path.name for path in directory.path.glob("*/step_*")) == ["step_000001", "step_000001.jsonl"]
     damage(directory.state_dir(1) / name)
     before = files(directory.path)
-    with pytest.raises(InputError, match=r"state/step_000001.*restore it, or remove .*state to start over"):
+    with pytest.raises(InputError, match=r"state/step_000001.*restore it, or move .*rl away to start over"):
         directory.resume_step()
     assert files(directory.path) == before
 

@@ -146,7 +146,7 @@ class RunDir:
             if not (fault := _damage(self.state_dir(step))):
                 return step
             if step == steps[0]:
-                raise InputError(f"{fault}: restore it, or remove {self.state} to start over; nothing was changed")
+                raise InputError(f"{fault}: restore it, or move {self.path} away to start over; nothing was changed")
             warn(f"{fault}: going back to the state before it")
         return 0
 
