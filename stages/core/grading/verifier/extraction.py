@@ -69,11 +69,16 @@ def extract(completion: str, bare: bool = False, prompt: str = "") -> str | None
     What stands behind a thought (</think>) goes before the thought itself. A thought that never ends, whether it began
     here or in the prompt, holds no answer. With `bare`, the expression that ends the last line counts, too.
     """
-    thought, mark, rest = completion.rpartition("</think>")
-    if rest.rfind("<think>") >= 0 or (not mark and prompt.rfind("<think>") > prompt.rfind("</think>")):
+    texts: tuple[str, ...] = (completion,)
+    if "think>" in completion:
+        thought, mark, rest = completion.rpartition("</think>")
+        if "<think>" in rest:
+            return None
+        texts = (rest, thought) if mark else texts
+    if prompt and len(texts) == 1 and prompt.rfind("<think>") > prompt.rfind("</think>"):
         return None
     try:
-        for text in (rest, thought) if mark else (completion,):
+        for text in texts:
             for finder in (boxed, _final_line, _bare_expression) if bare else (boxed, _final_line):
                 if answer := finder(text):
                     return answer

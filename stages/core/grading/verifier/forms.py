@@ -88,7 +88,7 @@ _SPACED_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d )([1-9]\d{0,2}(?: \d{3})+)(?![
 _DIGITS = r"(?P<digits>\d[0-9A-Z]*|[A-Z]+\d[0-9A-Z]*)"
 _BASED = re.compile(  # 101_{2}, (101)_{(2)}, \\overline{101}_{\\text{base 2}}, 101\\text{ base two}
     rf"(?:\(\s*|\\(?:overline|text)\{{\s*)?{_DIGITS}\s*[)}}]?\s*"
-    r"(?:_\{\s*\(?\s*(?:\\text\{)?\s*(?:base)?\s*(?P<index>\w+?)\s*\}?\s*\)?\s*\}"
+    r"(?:_\{\s*\(?\s*(?:\\text\{)?\s*(?:base)?\s*\}?\s*(?P<index>\w+?)\s*\}?\s*\)?\s*\}"
     r"|\(?\s*(?:\\text\{)?\s*\(?\s*(?:in\s*)?base\s*\}?\s*(?:\\text\{)?(?P<base>\w+?)\s*\}?\s*\)?\s*\}?)",
     re.ASCII,
 )

@@ -105,9 +105,10 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:mathrm|text(?:bf|it|rm|tt|sf|normal|up|md)?|mbox|hbox|mathsf|mathtt|emph)\s*\{", r"\\text{"),
     (r"\\(?:text|operatorname\*?)\s*\{\s*(%s)\s*\}" % "|".join(FUNCTIONS), r"\\\1 "),  # noqa: UP031
     (
-        r"(?i)^(?:\\text\{\s*)?(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer\s+is\s*:?\s*(?:\}|(?=\s))",
+        r"(?i)^(?:\\text\{\s*)?(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer(?:\s+is\s*:?|\s*:)\s*(?:\}|(?=\s))",
         "",
     ),
+    (r"\\text\{([^{}^]*)\^\{?(-?\d)\}?\s*\}", r"\\text{\1}^{\2}"),  # m/s^2
     (rf"\\frac\{{({_TEXT_UNIT})\}}\{{({_TEXT_UNIT})\}}", r"\1/\2"),
     (
         r"\(?\s*\\(?:pmod|bmod|mod)(?![a-zA-Z])\s*\{?\s*(\d+)\s*\}?\s*\)?|\(\s*(?:\\text\{\s*)?mod\s*\}?\s*(\d+)\s*\}?\s*\)",

@@ -220,14 +220,16 @@ def _spell(words: list[str]) -> str:
         elif word.lower() in ("cubic", "cu", "cubed"):
             power = "^3"
         elif word[0] == "^":
-            out.append("^" + word.strip("^{} "))
+            power = word.strip("^{} ")
+            out[-1:] = [f"/{out[-1]}^{power[1:]}" if power[0] == "-" else f"{out[-1]}^{power}"] if out else []
+            power = ""
         elif word.lower() == "per":
             out.append("/")
         elif word.lower() not in ("of", "a", "each"):
             out.append((_singular(word) + power).removeprefix("^2").removeprefix("^3"))
             power = ""
     spelled = " ".join(part for part in out if part)
-    return re.sub(r"\s*([/^])\s*", r"\1", spelled)
+    return re.sub(r"\s*([/^])\s*", r"\1", spelled).replace("^1", "")
 
 
 def _singular(word: str) -> str:

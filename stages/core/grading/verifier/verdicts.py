@@ -156,7 +156,8 @@ class Verifier:
         self, answer: str, prediction: str, jobs: dict[str, Job[Verdict]], prompt: str = ""
     ) -> Verdict | Future[Verdict]:
         """The verdict from the memo or the text, or the promise of one, which is then in `jobs` or on its way."""
-        if len(answer) <= MAX_LENGTH >= len(prediction):
+        is_number = prediction[-1:].isdigit() and answer[-1:].isdigit()
+        if not is_number and len(answer) <= MAX_LENGTH >= len(prediction):
             answer, prediction = name_units(answer, prediction, prompt)
         key = (answer, prediction)
         if (known := self._memo.get(key)) is not None:
