@@ -346,8 +346,12 @@ def _equal_equations(gold: Relation, pred: Relation, leaf: Leaf) -> bool:
     if is_name(gold.members[0]) and _name(gold.members[0]) == _name(pred.members[0]):
         left, right = _side(gold, leaf), _side(pred, leaf)
         return left is not None and right is not None and _equal(left, right, leaf)
+    if len(pred.members) > 2:
+        return False
     one, two = _difference(gold), _difference(pred)
-    return len(pred.members) == 2 and one is not None and two is not None and leaf("equation", one, two)
+    if one is None or two is None:  # words on one side
+        return _all(map(read_canonical, gold.members), map(read_canonical, pred.members), leaf)
+    return leaf("equation", one, two)
 
 
 def _equal_chains(gold: Relation, pred: Relation, leaf: Leaf) -> bool:

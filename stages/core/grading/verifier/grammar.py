@@ -275,6 +275,8 @@ class _Reader:
     def _number(self, text: str) -> Tree:
         """A number, and the proper fraction of a mixed one."""
         tree = number(text)
+        if literal(text) is None:
+            raise _Odd  # 0.12\ldots
         if text.isdigit() and self._peek() == r"\frac":
             marks, (above, below) = [self._peek(n) for n in (1, 3, 4, 6)], (self._peek(2), self._peek(5))
             if marks == ["{", "}", "{", "}"] and above.isdigit() and below.isdigit():

@@ -127,7 +127,6 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         r"\\\1 ",
     ),
     (r"(?<![a-zA-Z\\])(?:infinity|infty|inf|oo)(?![a-zA-Z])", r"\\infty "),
-    (r"\+\s*\\infty", r"\\infty"),
     (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
     (r"(?<=[\w)\]}])\s*\*\*\s*(?=[\w({+-])", "^"),
     (r"(?i:\\text\{\s*(?:percent|per cent|pct)\s*\})|\\%|(?<=[\d\s}])(?i:percent|per cent|pct)(?![a-zA-Z])", "%"),
