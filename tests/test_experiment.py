@@ -1,4 +1,4 @@
-"""The experiments: a project for each seed and arm, what they share, and the tables of what is there."""
+"""The experiments: a project for each seed and arm, and what they share."""
 
 import importlib
 import shutil
@@ -45,11 +45,6 @@ def module(name, monkeypatch):
 @pytest.fixture
 def experiments(monkeypatch):
     return module("run", monkeypatch)
-
-
-@pytest.fixture
-def results(monkeypatch):
-    return module("results", monkeypatch)
 
 
 @pytest.fixture
@@ -143,41 +138,3 @@ def test_every_arm_passes_the_check_but_for_what_its_start_makes(experiments, tm
         monkeypatch.chdir(project.path)
         faults = CliRunner().invoke(app, ["check"]).stderr.splitlines()
         assert not [fault for fault in faults if "runs/0/" not in fault]
-
-
-def reported(project, methods):
-    """A project whose report holds avg@4 of each method on one set and on average."""
-    rows = [f"{name}\t{method}\t{value}\t0.0" for name in ("valid", "Average") for method, value in methods.items()]
-    (project / "runs").mkdir(parents=True)
-    (project / "runs/results.tsv").write_text("\n".join(["set\tmethod\tavg@4\tavg@4_low", *rows]) + "\n")
-
-
-def test_the_tables_are_means_over_seeds_and_differences_within_them(results, tmp_path):
-    for seed, of_rl in enumerate((10.0, 20.0, 60.0)):
-        own = {"Base": 5.0, "RL": of_rl, "RL, chosen": of_rl + 4, "RLoop, chosen": of_rl + 5}
-        reported(tmp_path / f"{seed}-hard", own | {"RLoop": of_rl + seed + 1, "RLoop, last RL endpoint": of_rl})
-        reported(tmp_path / f"{seed}-all", {"Base": 5.0, "RL": of_rl})
-    text = results.write(tmp_path, tmp_path / "out")
-    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines()
-            if "|" in line}  # fmt: skip
-    assert text.index("Average") < text.index("valid")
-    assert rows["Base"] == ["5.0 ± 0.0", "3"]
-    half = 4.302653 * 700**0.5 / 3**0.5  # Student's t of two degrees of freedom
-    assert rows["RL"] == [f"30.0 ± {half:.1f}", "3"], "once a seed, whatever the number of arms"
-    assert rows["RLoop hard − RL"] == ["+2.0 ± 2.5", "3"]
-    assert rows["RLoop hard, chosen − RL, chosen"] == ["**+1.0 ± 0.0**", "3"]
-    assert rows["RLoop hard, last RL endpoint − RL"] == ["+0.0 ± 0.0", "3"]
-    assert rows["RL, chosen − RL"] == ["**+4.0 ± 0.0**", "3"]
-    lines = (tmp_path / "out/measurements.tsv").read_text().splitlines()
-    assert "1\tvalid\tRLoop hard\tavg@4\t22" in lines
-    assert len(lines) == 1 + 2 * 6 * 3
-
-
-def test_two_seeds_have_no_interval(results):
-    assert results.mean([1.0, 2.0]) == "1.5"
-    assert results.mean([1.0, 2.0], signed=True) == "+1.5"
-
-
-def test_without_a_report_there_is_no_table(results, tmp_path):
-    with pytest.raises(InputError, match="holds no report yet"):
-        results.write(tmp_path, tmp_path / "out")
