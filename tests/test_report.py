@@ -37,6 +37,9 @@ COUNTS = {
 }
 
 
+CHOSEN = {"Base": "runs/0/policy", "RL": f"runs/{VANILLA[1]}", "RLoop": f"runs/{RLOOP[3]}"}
+
+
 def write_eval(root: Path, problem_set: str, group: str, policies: list[str]) -> None:
     rollouts, results = [], []
     for policy in policies:
@@ -278,8 +281,8 @@ def test_the_first_screen_says_who_leads_with_the_averages_and_their_way_over_st
     )
     chance = summaries.headline(told.rows, compared.assign(real=False), ["avg@4"])
     assert chance[0].endswith(", which may be chance.")
-    first = (made / "report.html").read_text().partition("<nav>")[0]
-    assert accuracy in first and first.count('<tr><th scope="row">') == 6 and first.count("<figure>") == 2
+    first = (made / "report.html").read_text().partition("</header>")[0]
+    assert accuracy in first and first.count('<tr><th scope="row">') == 6 and first.count("<figure>") == 3
     best = re.findall(r'class="best">([\d.]+)<', first)
     assert best == [f"{100 * value:.2f}" for value in (7.5 / 12, 11 / 12, 1, 1, 7.5 / 12, 11 / 12, 1)]
 
@@ -450,14 +453,14 @@ def test_a_missing_directory_of_runs_is_a_plain_error(tmp_path):
 
 def test_ledger_adds_up_phases_and_weighs_rloop_against_rl(made):
     lines = {line["phase"]: line for line in summaries.costs(studied(made).logs()).to_dict("records")}
-    assert lines["RLoop 1: RL"]["rollout_tokens"] == 200 and lines["RLoop 1: RFT"]["update_tokens"] == 40
-    counts = {"steps": 4, "num_rollouts": 32, "rollout_tokens": 400, "update_tokens": 400, "seconds": 7.0}
-    assert lines["RLoop, total"] == {"phase": "RLoop, total", "update_s": 1.0} | counts
+    assert lines["RLoop 1: RL"]["tokens drawn"] == 200 and lines["RLoop 1: RFT"]["tokens trained on"] == 40
+    counts = {"steps": 4, "rollouts": 32, "tokens drawn": 400, "tokens trained on": 400, "seconds": 7.0}
+    assert lines["RLoop, total"] == {"phase": "RLoop, total", "updates, s": 1.0} | counts
     assert lines["RLoop / RL"]["seconds"] == pytest.approx(7 / 6)
     short = studied(made).logs().assign(verify_s=0.001)
-    assert pd.isna(summaries.costs(short).set_index("phase").loc["RLoop / RL", "verify_s"]), "a quotient of noise"
-    assert lines["RLoop / RL"]["rollout_tokens"] == 1 and lines["RLoop / RL"]["update_tokens"] == 1.25
-    assert lines["RFT's share of RLoop"]["update_tokens"] == pytest.approx(80 / 400)
+    assert pd.isna(summaries.costs(short).set_index("phase").loc["RLoop / RL", "grading, s"]), "a quotient of noise"
+    assert lines["RLoop / RL"]["tokens drawn"] == 1 and lines["RLoop / RL"]["tokens trained on"] == 1.25
+    assert lines["RFT's share of RLoop"]["tokens trained on"] == pytest.approx(80 / 400)
 
 
 def test_differences_are_paired_by_problem_and_averaged_over_sets(made):
@@ -585,21 +588,30 @@ def test_whatever_eval_measured_is_shown_and_a_policy_that_lacks_it_has_a_dash(t
 def test_browser_keeps_the_problems_that_differ_most_and_a_mix_of_samples(made):
     evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
     found = runs.positions(evaluations["valid"].results, made)
-    built = {of_set["name"]: of_set for of_set in browser.build(evaluations, found, max_problems=2, max_samples=2)}
-    assert [problem["id"] for problem in built["valid"]["problems"]] == ["valid/0", "valid/1"]
-    assert built["valid"]["problems"][0]["rates"][0] == 0.25
-    verdicts = [[r["correct"] for r in of_policy] for of_policy in built["valid"]["problems"][0]["rollouts"]]
+    built = {of_set["name"]: of_set for of_set in browser.build(evaluations, found, CHOSEN, 2, 2)}
+    assert [problem["id"] for problem in built["valid"]["problems"]] == ["valid/1", "valid/0"]
+    assert built["valid"]["problems"][1]["rates"][0] == 0.25
+    verdicts = [[r["correct"] for r in of_policy] for of_policy in built["valid"]["problems"][1]["rollouts"]]
     labels = [policy["label"] for policy in built["valid"]["policies"]]
     assert labels == ["Base", "RL 2", "RL 4", "RLoop 2", "RLoop 2+rft", "RLoop 4", "RLoop 4+rft"]
     assert dict(zip(labels, verdicts, strict=True))["RL 4"] == [True, True]
     assert dict(zip(labels, verdicts, strict=True))["Base"] == [True, False]
 
 
+def test_problems_are_gained_or_lost_by_whether_any_sample_is_correct(made):
+    evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
+    rows = {(row["set"], row["RLoop against"]): list(row.values())[2:] for row in browser.gains(evaluations, CHOSEN)}
+    assert rows["valid", "RL"] == [1, 0, 2, 0], "problem 1: 2 of 4 against 0"
+    assert rows["far", "RL"] == [3, 0, 0, 0] and rows["far", "Base"] == [1, 0, 2, 0]
+    swapped = CHOSEN | {"RL": CHOSEN["RLoop"], "RLoop": CHOSEN["RL"]}
+    assert [row["lost"] for row in browser.gains(evaluations, swapped) if row["set"] == "far"] == [3, 2]
+
+
 def test_browser_stays_within_its_size(made, monkeypatch):
     monkeypatch.setattr(browser, "MAX_BYTES", 12_000)
     evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
     found = runs.positions(evaluations["valid"].results, made)
-    built = browser.build(evaluations, found, max_problems=3, max_samples=4)
+    built = browser.build(evaluations, found, CHOSEN, 3, 4)
     assert built and len(page.embedded(built)) < 14_000
 
 
@@ -655,21 +667,22 @@ def chromium(tmp_path):
 @pytest.mark.slow
 def test_page_can_be_clicked_through_in_a_browser(made, chromium):
     chromium.call("/url", {"url": (made / "report.html").as_uri()})
-    assert chromium.texts("#left-rollouts h3") == ["RL 4: 100 % correct"]
-    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+rft: 75 % correct"]
-    assert HOSTILE in chromium.texts("#left-rollouts pre")
+    columns = chromium.texts("#columns h3")
+    assert columns[0] == "Base: 0 % correct" and "RL 4: 0 % correct" in columns and len(columns) == 7
+    assert chromium.texts("#problem option") == ["valid/1", "valid/0", "valid/2"], "what was gained comes first"
     chromium.click("#set option:nth-child(2)")
     assert chromium.texts("#problem option") == ["far/0", "far/1", "far/2"]
-    chromium.click("#problem option:nth-child(3)")
-    assert chromium.texts("#answer") == ["3"]
-    assert chromium.texts("#right-rollouts h3") == ["RLoop 4+rft: 50 % correct"]
+    chromium.click('#kind option[value="gained Base"]')
+    assert chromium.texts("#problem option") == ["far/2"]
+    assert chromium.texts("#answer") == ["3"] and HOSTILE in chromium.texts("#columns pre")
     chromium.click("#verdicts option[value=wrong]")
-    assert chromium.texts("#right-rollouts pre") == [f"sample {sample} of {RLOOP[3]}" for sample in (2, 3)]
+    assert chromium.texts('[data-policy="6"] pre') == [f"sample {sample} of {RLOOP[3]}" for sample in (2, 3)]
     chromium.click('#rates circle[data-policy="5"]')
-    assert chromium.texts("#right-rollouts h3") == ["RLoop 4: 25 % correct"]
-    chromium.click("#left option:first-child")
-    assert chromium.texts("#left-rollouts h3") == ["Base: 0 % correct"]
-    assert chromium.texts("#chosen") == ["far: problem far/2"]
+    assert chromium.run("document.getElementById('columns').scrollLeft") > 0
+    chromium.click('#kind option[value="lost RL"]')
+    assert chromium.texts("#chosen") == ["far: none of this kind"] and chromium.texts("#columns h3") == []
+    chromium.click('#kind option[value=""]')
+    assert chromium.texts("#chosen") == ["far: problem far/0"]
     chromium.click("details summary")
     assert chromium.run("document.querySelector('details').open")
     assert chromium.run("document.title").startswith("RLoop")

@@ -172,7 +172,11 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     on_sets = tidy[~tidy["set"].isin([*study.averages])]
     order = [*(f"pass@{k}" for k in options.ks[-1:]), f"avg@{study.num_samples}"]
     resets = sorted({position.step for position in study.positions if position.ends_iteration})
-    first = [*curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order)]
+    percent = summaries.overall(rows).assign(**{part: 100 * rows[part] for part in ("value", "low", "high")})
+    first = [
+        *curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order),
+        *(curves.frontier(percent, (order[-1], order[0]), "problems") if len(order) > 1 else ()),
+    ]
     figures = {
         "RLoop against RL over steps": [*curves.of_evaluations(on_sets, resets, order[::-1])],
         "Over iterations": [*curves.of_iterations(on_sets)],
@@ -181,10 +185,14 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     }
     sections = {
         "Results": summaries.nested(rows),
+        "Gains and losses": browser.gains(study.evaluations, told.chosen),
+        "Rollouts": browser.build(
+            study.evaluations, study.positions, told.chosen, options.max_problems, options.max_samples
+        ),
         "Which differences are real": summaries.nested(apart.rename(columns={"policy": "method"})),
         **figures,
+        "Forgetting in numbers": _means(study),
         "Compute": summaries.costs(logs).to_dict("records"),
-        "Rollouts": browser.build(study.evaluations, study.positions, options.max_problems, options.max_samples),
         "Parameters": summaries.settings(study.settings()),
         "Not like for like": study.unequal(),
     }
@@ -225,6 +233,18 @@ def _missing(study: "Study", options: Options, sections: Mapping[str, Any]) -> l
     if study.evaluations and options.max_problems and options.max_samples:
         reasons |= {"Rollouts": "the evaluations hold no rollouts.jsonl"}
     return [f"{title}: {reason}" for title, reason in reasons.items() if not sections[title]]
+
+
+def _means(study: "Study") -> list[dict[str, Any]]:
+    """What analyze says of each run in numbers, in percent, in the words of its means.py."""
+    found = read_json(study.runs / "analysis" / "metrics.json")
+    runs = {run: means for run, means in found.items() if isinstance(means, dict) and "mean_forgetting" in means}
+    names = dict.fromkeys(name for means in runs.values() for name in means if "forgetting" in name)
+    return [
+        {"in percent": name.removeprefix("mean_").replace("_", " ")}
+        | {run: 100 * means[name] if name in means else float("nan") for run, means in runs.items()}
+        for name in names
+    ]
 
 
 def _analysis(study: "Study") -> list["Figure"]:

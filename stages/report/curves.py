@@ -10,7 +10,7 @@ from itertools import product
 import pandas as pd
 
 from stages.core.study import metrics
-from stages.core.study.figures import Figure, Panel, file_name, lines
+from stages.core.study.figures import Figure, Panel, file_name, lines, points
 from stages.core.study.runs import BASE, RL, RLOOP, Position, iteration_of, path_of
 from stages.report.study import AVERAGE
 
@@ -55,6 +55,19 @@ def of_evaluations(rows: pd.DataFrame, resets: Sequence[int], wanted: Sequence[s
             style = Panel(f"{metric} (%)", resets=resets, number="4", top=rows["high"].max())
             file = f"steps_{file_name(name)}_{metric.replace('@', '')}"
             yield lines(file, title, caption, _series(panel, "method"), style)
+
+
+def frontier(rows: pd.DataFrame, axes: tuple[str, str], over: str) -> Iterator[Figure]:
+    """Accuracy against coverage of every method, with intervals `over` what varies; none of a single method."""
+    parts = [rows[rows["metric"] == metric].set_index("method")[["value", "low", "high"]] for metric in axes]
+    names = ([axis + end for end in ("", "_low", "_high")] for axis in "xy")
+    both = pd.concat([part.set_axis(name, axis="columns") for part, name in zip(parts, names, strict=True)], axis=1)
+    table = both.dropna(subset=["x", "y"]).rename_axis("series").reset_index().astype({"series": str})
+    if len(table) > 1:
+        where = rows["set"].iloc[0]
+        title = f"Accuracy and coverage on {'average over the sets' if where == AVERAGE else where}"
+        caption = f"{title}: further up and to the right is better. Lines: 95 % intervals over {over}."
+        yield points("frontier", title, caption, table, (f"{axes[0]} (%)", f"{axes[1]} (%)"))
 
 
 def of_iterations(rows: pd.DataFrame) -> Iterator[Figure]:

@@ -28,32 +28,31 @@
   }
 
   const current = () => sets[byId("set").selectedIndex];
-  const problem = () => current().problems[byId("problem").selectedIndex];
+  const wanted = () => current().problems.filter((problem) => {
+    const [kind, other] = byId("kind").value.split(" ");
+    return !kind || (kind === "truncated" ? problem.truncated : problem.changes[other] === kind);
+  });
+  const problem = () => wanted()[byId("problem").selectedIndex];
+  const isShown = (rollout) => ({ all: true, correct: rollout.correct, wrong: !rollout.correct,
+    truncated: rollout.finish_reason === "length" })[byId("verdicts").value];
 
   function chooseSet() {
-    const { policies, problems } = current();
-    fill(byId("problem"), problems.map((p) => p.id), 0);
-    const last = (method) => policies.findLastIndex((policy) => policy.method === method);
-    const labels = policies.map((policy) => policy.label);
-    fill(byId("left"), labels, Math.max(last("RL"), 0));
-    fill(byId("right"), labels, last("RLoop") >= 0 ? last("RLoop") : labels.length - 1);
+    fill(byId("problem"), wanted().map((p) => p.id), 0);
     show();
   }
 
   function show() {
-    byId("chosen").textContent = `${current().name}: problem ${problem().id}`;
-    byId("problem-text").textContent = problem().prompt;
-    byId("answer").textContent = problem().answer;
-    drawRates();
-    for (const side of ["left", "right"]) showSide(side);
+    const one = problem();
+    byId("chosen").textContent = one ? `${current().name}: problem ${one.id}` : `${current().name}: none of this kind`;
+    byId("problem-text").textContent = one ? one.prompt : "";
+    byId("answer").textContent = one ? one.answer : "";
+    byId("rates").replaceChildren();
+    byId("columns").replaceChildren(...(one ? current().policies.map((policy, index) => column(one, policy, index)) : []));
+    if (one) drawRates();
   }
 
-  function showSide(side) {
-    const index = byId(side).selectedIndex, wanted = byId("verdicts").value;
-    const title = `${current().policies[index].label}: ${percent(problem().rates[index])} correct`;
-    const shown = problem().rollouts[index].filter(
-      (rollout) => wanted === "all" || rollout.correct === (wanted === "correct"));
-    const cards = shown.map((rollout) => {
+  function column(one, policy, index) {
+    const cards = one.rollouts[index].filter(isShown).map((rollout) => {
       const card = element("article", undefined, { class: rollout.correct ? "rollout correct" : "rollout" });
       const length = rollout.finish_reason === "length" ? ", truncated" : "";
       card.append(
@@ -62,10 +61,13 @@
       return card;
     });
     if (!cards.length) cards.push(element("p", "none of the samples kept here", { class: "note" }));
-    byId(`${side}-rollouts`).replaceChildren(element("h3", title), ...cards);
+    const made = element("section", undefined, { "data-policy": index });
+    made.append(element("h3", `${policy.label}: ${percent(one.rates[index])} correct`), ...cards);
+    return made;
   }
 
   function drawRates() {
+    if (!problem()) return;
     const { policies } = current(), { rates } = problem();
     const picture = byId("rates");
     const width = picture.clientWidth || 600, height = 190, left = 44, bottom = 30, top = 12;
@@ -81,17 +83,17 @@
     const methods = [...new Set(policies.map((policy) => policy.method))].filter((method) => method !== "Base");
     methods.forEach((method, turn) => {
       const colour = COLOURS[method] ?? "currentColor";
-      const way = policies.map((policy, index) => ({ ...policy, index, rate: rates[index] }))
+      const path = policies.map((policy, index) => ({ ...policy, index, rate: rates[index] }))
         .filter((point) => (point.method === method || point.method === "Base") && point.rate !== null);
-      parts.push(svg("polyline", { points: way.map((point) => `${x(point.step)},${y(point.rate)}`).join(" "), fill: "none",
+      parts.push(svg("polyline", { points: path.map((point) => `${x(point.step)},${y(point.rate)}`).join(" "), fill: "none",
         stroke: colour, "stroke-width": 2 }));
-      for (const point of way) {
+      for (const point of path) {
         const dot = svg("circle", { cx: x(point.step), cy: y(point.rate), r: 6, stroke: colour, "stroke-width": 2,
           fill: point.after_rft ? "var(--paper)" : colour, "data-policy": point.index });
         dot.append(svg("title", {}, `${point.label}: ${percent(point.rate)}`));
         dot.addEventListener("click", () => {
-          byId(method === "RL" ? "left" : "right").selectedIndex = point.index;
-          show();
+          const at = byId("columns").children[point.index];
+          byId("columns").scrollLeft = at.offsetLeft - byId("columns").offsetLeft;
         });
         parts.push(dot);
       }
@@ -102,7 +104,8 @@
 
   fill(byId("set"), sets.map((set) => set.name), 0);
   byId("set").addEventListener("change", chooseSet);
-  for (const id of ["problem", "left", "right", "verdicts"]) byId(id).addEventListener("change", show);
+  byId("kind").addEventListener("change", chooseSet);
+  for (const id of ["problem", "verdicts"]) byId(id).addEventListener("change", show);
   window.addEventListener("resize", drawRates);
   chooseSet();
 })();

@@ -15,9 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from stages.core.study import figures, metrics
+from stages.core.study import metrics
 from stages.core.study.figures import Figure
-from stages.report import summaries
+from stages.report import curves, summaries
 from stages.report.study import AVERAGE, COST, Study
 
 MIN_RUNS = 3
@@ -97,20 +97,6 @@ def frontier(rows: pd.DataFrame, costs: pd.DataFrame, axes: tuple[str, str]) -> 
     return lines
 
 
-def picture(rows: pd.DataFrame, axes: tuple[str, str], of: str) -> list[Figure]:
-    """Accuracy against coverage of every method; no figure if there are not two methods with both."""
-    whole = summaries.overall(rows)
-    parts = [whole[whole["metric"] == metric].set_index("method")[["value", "low", "high"]] for metric in axes]
-    names = ([axis + end for end in ("", "_low", "_high")] for axis in "xy")
-    both = pd.concat([part.set_axis(name, axis="columns") for part, name in zip(parts, names, strict=True)], axis=1)
-    table = both.dropna(subset=["x", "y"]).rename_axis("series").reset_index().astype({"series": str})
-    title = f"Accuracy and coverage on {''.join(whole['set'].astype(str).unique()[:1]).lower()}"
-    caption = f"{title}: further up and to the right is better. Lines: 95 % intervals over {of}."
-    if len(table) < 2:
-        return []
-    return [figures.points("frontier", title, caption, table, (f"{axes[0]} (%)", f"{axes[1]} (%)"))]
-
-
 def _cells(rows: pd.DataFrame, is_difference: bool) -> dict[str, dict[str, str]]:
     cells: dict[str, dict[str, str]] = {}
     for row in rows.to_dict("records"):
@@ -162,7 +148,7 @@ def content(seeds: Seeds, ks: Sequence[int], num_samples: int) -> tuple[dict[str
     """What the page shows, the texts of the files beside it, and the figures."""
     axes = (f"avg@{num_samples}", f"pass@{max(ks)}")
     table, apart = means(seeds.measured), means(differences(seeds.measured))
-    plotted = picture(table, axes, f"{len(seeds.names)} runs")
+    plotted = [*curves.frontier(summaries.overall(table), axes, f"{len(seeds.names)} runs")]
     sections: dict[str, Any] = {
         "Means over runs": lines_of(table),
         "Differences within runs": lines_of(apart, is_difference=True),

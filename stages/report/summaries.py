@@ -26,6 +26,16 @@ COMPARED = (f"{RLOOP} − {RL}", f"{RLOOP}{CHOSEN} − {RL}{CHOSEN}")  # in word
 COLUMNS = ["set", "policy", "metric", "num_problems", "num_samples", "value", "low", "high"]
 SECONDS = ["seconds", "generate_s", "verify_s", "update_s", "handover_s"]
 COSTS = ["steps", "num_rollouts", "rollout_tokens", "update_tokens", *SECONDS]
+WORDS = {  # for columns of log.tsv
+    "num_rollouts": "rollouts",
+    "rollout_tokens": "tokens drawn",
+    "update_tokens": "tokens trained on",
+    "generate_s": "drawing, s",
+    "verify_s": "grading, s",
+    "update_s": "updates, s",
+    "handover_s": "handing over weights, s",
+}
+SHARES = ("truncated",)  # beside the accuracies
 MIN_SECONDS = 1.0  # a ratio of shorter times would be noise
 
 
@@ -124,13 +134,17 @@ def summarise(
 
 
 def results(table: pd.DataFrame, chosen: Mapping[str, str]) -> pd.DataFrame:
-    """The accuracy and coverage of each method on each set, set by set, and whether it is the best there."""
-    rated = table[table["metric"].isin(metrics.accuracies(table["metric"].unique()))]
-    of_methods = [rated[rated["policy"] == policy].assign(method=method) for method, policy in chosen.items()]
-    rows = pd.concat([rated[:0], *of_methods]).sort_values("set", kind="stable", ignore_index=True)
+    """The accuracy and coverage of each method on each set, set by set, and whether it is the best there.
+
+    Beside them the SHARES, which know no best.
+    """
+    rated = metrics.accuracies(table["metric"].unique())
+    table = table[table["metric"].isin([*rated, *SHARES])]
+    of_methods = [table[table["policy"] == policy].assign(method=method) for method, policy in chosen.items()]
+    rows = pd.concat([table[:0], *of_methods]).sort_values("set", kind="stable", ignore_index=True)
     rows["percent"] = (100 * rows["value"]).round(2)
     best = rows.groupby(["set", "metric"], observed=True)["percent"].transform("max")
-    return rows.assign(best=rows["percent"] == best)
+    return rows.assign(best=(rows["percent"] == best) & rows["metric"].isin(rated))
 
 
 def nested(rows: pd.DataFrame) -> dict[str, Any]:
@@ -152,6 +166,7 @@ def markdown(rows: pd.DataFrame, valid: str) -> str:
     The set `valid` is marked if a checkpoint was chosen on it.
     """
     mark = {valid: f"{valid} (chosen on it)"} if rows["method"].str.endswith(CHOSEN).any() else {}
+    rows = rows[rows["metric"].isin(metrics.accuracies(rows["metric"].unique()))]
     names = metrics.in_order(rows["metric"].unique())
     lines = ["| Set | Method | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
     for name, of_set in nested(rows).items():
@@ -186,7 +201,7 @@ def tsv(rows: pd.DataFrame) -> str:
 def for_dvc(rows: pd.DataFrame) -> dict[str, Any]:
     """The results without intervals, in percent, for `dvc metrics`: {"RLoop": {"valid": {"avg@32": 48.0, ...}}}."""
     percents: dict[str, Any] = {}
-    for row in rows.to_dict("records"):
+    for row in rows[~rows["metric"].isin(SHARES)].to_dict("records"):
         percents.setdefault(row["method"], {}).setdefault(row["set"], {})[row["metric"]] = row["percent"]
     return percents
 
@@ -272,7 +287,8 @@ def costs(logs: pd.DataFrame) -> pd.DataFrame:
     rows = dict(of_rloop.iterrows()) | {f"{RLOOP}, total": total} | dict(alone.iterrows())
     rows |= {f"{RLOOP} / {RL}": _quotient(total, alone.sum(min_count=1))}
     rows |= {f"RFT's share of {RLOOP}": _quotient(tuning, total)}
-    return pd.DataFrame(rows).T.rename_axis("phase").dropna(axis="columns", how="all").dropna(how="all").reset_index()
+    table = pd.DataFrame(rows).T.rename_axis("phase").dropna(axis="columns", how="all").dropna(how="all").reset_index()
+    return table.rename(columns=WORDS)
 
 
 def _quotient(above: "pd.Series[Any]", below: "pd.Series[Any]") -> "pd.Series[Any]":

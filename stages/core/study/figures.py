@@ -94,6 +94,8 @@ def lines(name: str, title: str, caption: str, table: pd.DataFrame, style: Panel
         axes.set_title(title, pad=22 if len(series) > 1 else 6)
         if style.top is not None:
             axes.set_ylim(0, 1.04 * style.top or 1)
+        elif not style.log_scale and not (table["y"] < 0).any():
+            axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # the margin shows no share or length below zero
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:

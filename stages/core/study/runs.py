@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stages.core import records
 from stages.core.errors import InputError
@@ -65,7 +65,7 @@ class Evaluation(NamedTuple):
 
 
 def positions(policies: Iterable[str], root: str | Path | None = None, bases: Collection[str] = ()) -> list[Position]:
-    """Each policy's position, ordered by method and then along its path.
+    """Each policy's position, by method (the base, RL, RLoop, then other runs by name) and then along its path.
 
     `root` is the directory of runs: the lengths of the iterations, and what made the policies that end them, are read
     there, even if policies were evaluated under another path or from another working directory. Of `bases`, which are
@@ -77,7 +77,13 @@ def positions(policies: Iterable[str], root: str | Path | None = None, bases: Co
     if not any(position.method == BASE for position in placed):
         others = [position for position in placed if position.policy in bases and not position_below(position.policy)]
         placed = [Position(each.policy, BASE, 0, "0") if each in others[:1] else each for each in placed]
-    return sorted(placed, key=lambda each: (each.method, each.step, iteration_of(each.policy), each.ends_iteration))
+    return sorted(placed, key=_order)
+
+
+def _order(position: Position) -> tuple[Any, ...]:
+    known = (BASE, RL, RLOOP)
+    turn = known.index(position.method) if position.method in known else len(known)
+    return turn, position.method, position.step, iteration_of(position.policy), position.ends_iteration
 
 
 def root_of(evals: Iterable[Path], named: Path | None = None) -> Path | None:
