@@ -65,3 +65,16 @@ def test_a_compiled_engine_takes_new_weights_and_draws_what_an_eager_one_draws(
         assert torch.allclose(eager, ours, atol=1e-4)
     compiled.close()
     prefer_c()  # `engine` goes on
+
+
+def test_compiled_code_is_kept_for_policies_of_one_kind_wherever_they_lie(tiny_policy, other_policy, make_policy):
+    from vllm.engine.arg_utils import EngineArgs
+
+    kernels.key_by_content()
+    kernels.key_by_content()  # as every engine does
+    keys = []
+    for policy in (tiny_policy, other_policy, make_policy(intermediate_size=80)):
+        config = EngineArgs(model=str(policy), max_model_len=96, dtype="float32").create_engine_config()
+        keys.append(config.compute_hash())
+        assert config.model_config.model == str(policy)
+    assert keys[0] == keys[1] != keys[2]

@@ -431,6 +431,7 @@ class _Heartbeat:
 def _start(policy: Path, **options: Any) -> Any:
     import vllm
 
+    kernels.key_by_content()
     try:
         return vllm.LLM(model=str(policy), **options)
     except Exception as error:  # vLLM, torch and pydantic raise a dozen kinds, all of which mean that it does not start

@@ -57,3 +57,24 @@ def norms() -> dict[str, list[str]]:
 
 def _is_plain(x: Any, weight: Any) -> bool:
     return x.is_contiguous() and weight is not None and weight.dtype == x.dtype
+
+
+def key_by_content() -> None:
+    """Let vLLM's key of compiled code hold what a policy is, not where it lies: every start policy is of one kind.
+
+    Else each would be compiled anew, since its path is a part of the key.
+    """
+    from vllm.config import ModelConfig
+
+    by_path = ModelConfig.compute_hash
+    if by_path.__module__ == __name__:
+        return
+
+    def compute_hash(self: Any) -> str:
+        path, self.model = self.model, ""
+        try:
+            return by_path(self)
+        finally:
+            self.model = path
+
+    ModelConfig.compute_hash = compute_hash  # type: ignore[method-assign]
