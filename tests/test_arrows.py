@@ -151,7 +151,6 @@ def test_a_module_in_a_room_of_the_core_serves_its_room_or_two_others():
         for module, users in direct_users().items()
         if core_room(module) not in users and len(users) < 2 and module not in OF_THEIR_OWN
     }
-    alone.pop("stages.core.policy.memory", None)  # rl's use is to come
     assert not alone
 
 

@@ -176,3 +176,36 @@ def test_a_shared_engine_and_a_sharded_policy_of_32_b_take_what_the_tables_of_th
         cached = drawing["cache tokens (thousands)"] * 1000 * number / shared
         said = cell(f"| k = {shared} |").replace(",", "")
         assert cached == pytest.approx(int(said), rel=0.01) if said else cached < 0
+
+
+def test_the_plan_proposes_what_fits_and_says_what_to_change():
+    shape = plans.SHAPES["Qwen/Qwen2.5-0.5B"]
+    plain = several_gpus(gradient_checkpointing=False)
+    assert memory.fitting_tokens(shape, plain, 79) == 16384
+    tokens = memory.fitting_tokens(shape, plain, 22)
+    assert tokens == 4096
+    for number, fits in ((tokens, True), (2 * tokens, False)):
+        planned = memory.Update(0, False, number)
+        assert (memory.update(shape, planned)["sum"] <= 0.95 * 22) == fits
+    assert memory.update_advice(shape, plain, 79) is None
+    said = "an update takes 34.9 GiB by the plan, and the GPU has 22.0: --tokens-per-microbatch 4096 fits"
+    assert memory.update_advice(shape, plain, 22) == said
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "advice"),
+    [
+        (79, "--lora-rank 32 --tokens-per-microbatch 16384 fits"),
+        (30, "--lora-rank 32 --tokens-per-microbatch 8192 fits"),
+        (10, "no option makes it fit; share the policy among GPUs"),
+    ],
+)
+def test_a_policy_whose_weights_alone_do_not_fit_is_told_of_adapters_or_more_gpus(gpu_gib, advice):
+    said = memory.update_advice(plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus(), gpu_gib)
+    assert advice in said
+
+
+def test_without_a_gpu_a_micro_batch_by_the_plan_is_of_16384_tokens(tiny_policy):
+    options = several_gpus(tokens_per_microbatch=0)
+    assert not torch.cuda.is_available()
+    assert memory.plan_update(tiny_policy, options) == (16384, None)

@@ -90,10 +90,13 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
 def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
     options, number = call.options, launch.num_processes or 1
     moments: dict[str, dict[str, float]] = {}
-    if call.stage in ("rl", "rft") and launch.is_sharded:
-        moments["updates"] = memory.sharded_update(shape, options, number)
-    elif call.stage in ("rl", "rft"):
-        moments["updates"] = memory.update(shape, options)
+    if call.stage in ("rl", "rft"):
+        tokens = options.tokens_per_microbatch
+        if gpu_gib and not tokens:
+            tokens = memory.fitting_tokens(shape, options, gpu_gib, number, launch.is_sharded) or memory.LEAST_TOKENS
+        planned = memory.Update(options.lora_rank, options.gradient_checkpointing, tokens)
+        sharded = launch.is_sharded
+        moments["updates"] = memory.sharded_update(shape, planned, number) if sharded else memory.update(shape, planned)
     if call.stage == "rl" and number == 1 and gpu_gib:
         moments["draws"] = memory.generation(shape, options, gpu_gib)
     elif call.stage != "rft" and gpu_gib:

@@ -37,8 +37,11 @@ class Options(LoraOptions):
     lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
     batch_size: Annotated[int, "examples in an optimizer step, all processes together", at_least(1)] = 32
     tokens_per_microbatch: Annotated[
-        int, "most tokens, padding included, in one forward and backward pass", at_least(1), ROUNDING
-    ] = 16384
+        int,
+        "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md",
+        at_least(0),
+        ROUNDING,
+    ] = 0
     warmup_share: Annotated[float, "share of the steps over which the learning rate grows", at_least(0), at_most(1)] = (
         0.1
     )

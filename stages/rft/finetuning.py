@@ -10,6 +10,7 @@ written on the way: an epoch of RFT is short.
 
 import copy
 import math
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,10 +28,10 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from stages.core.errors import CollapseError, InputError
-from stages.core.policy import adapters, checkpoints, heads
+from stages.core.policy import adapters, checkpoints, heads, memory
 from stages.core.policy.acceleration import reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.policy.checkpoints import IGNORED, PADDING
-from stages.core.progress import StepProgress
+from stages.core.progress import StepProgress, warn
 from stages.core.ranks import process_state
 from stages.rft import Options
 from stages.rft.examples import Row, lr_share, microbatch_size, order
@@ -60,8 +61,12 @@ class Tuned:
 def size_of(path: Path, rows: Sequence[Row], options: Options, num_processes: int) -> int:
     """Examples in a micro-batch of one process."""
     vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
-    budget = heads.token_budget(options.tokens_per_microbatch, vocabulary)
+    budget = heads.token_budget(_planned(path, options, num_processes)[0], vocabulary)
     return microbatch_size(options.batch_size // num_processes, max(map(len, rows)), budget)
+
+
+def _planned(path: Path, options: Options, num_processes: int) -> tuple[int, str | None]:
+    return memory.plan_update(path, options, num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true")
 
 
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options, out: Path | None) -> Tuned:
@@ -72,6 +77,8 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options,
     """
     num_processes = process_state().num_processes
     share, size = options.batch_size // num_processes, size_of(path, rows, options, num_processes)
+    if out is not None and (advice := _planned(path, options, num_processes)[1]):
+        warn(advice)
     steps = order([len(row) for row in rows], options.batch_size, options.epochs, options.seed)
     counts = [sum(rows[number].num_labels for number in step) for step in steps]
     watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))

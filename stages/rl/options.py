@@ -51,8 +51,11 @@ class Settings(RequestOptions, LoraOptions):
         float, "a gradient norm above this is counted as an alarm in the log", WITHOUT_EFFECT
     ] = 50.0
     tokens_per_microbatch: Annotated[
-        int, "most tokens, padding included, in one forward and backward pass", at_least(1), ROUNDING
-    ] = 16384
+        int,
+        "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md",
+        at_least(0),
+        ROUNDING,
+    ] = 0
     gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
         False
     )

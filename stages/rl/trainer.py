@@ -23,7 +23,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from stages.core.errors import InputError, in_one_line
 from stages.core.lifetime import interrupts_wait
-from stages.core.policy import acceleration, adapters, checkpoints, heads
+from stages.core.policy import acceleration, adapters, checkpoints, heads, memory
 from stages.core.policy.batching import microbatches
 from stages.core.policy.checkpoints import IGNORED, PADDING
 from stages.core.progress import warn
@@ -103,7 +103,10 @@ class Trainer:
         if self._shares_prompts:
             prefixes.add_prefixes(model)
         vocabulary = model.config.get_text_config().vocab_size
-        self._token_budget = heads.token_budget(settings.tokens_per_microbatch, vocabulary)
+        tokens, advice = memory.plan_update(path, settings, accelerator.num_processes, accelerator.is_fsdp2)
+        if advice and self.ranks.is_first:
+            warn(advice)
+        self._token_budget = heads.token_budget(tokens, vocabulary)
         optimizer = torch.optim.AdamW(
             adapters.trained(model).values(),
             lr=0.0,

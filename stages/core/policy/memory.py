@@ -23,11 +23,22 @@ ASLEEP_OF_MANY = 4.0  # GiB, estimate: the same while it sleeps
 ENGINE_WORK = 2.0  # GiB, estimate: the engine's activations, logits of its sampler, CUDA graphs
 ENGINE_WORK_OF_MANY = 3.0  # GiB, estimate: the same for policies that need several GPUs
 TOLERANCE = 0.01  # of the number of weights: biases, or norms of queries, that the plan doesn't know
+MOST_TOKENS, LEAST_TOKENS = 16384, 512  # a micro-batch: without a plan, and the smallest that a plan proposes
+MARGIN = 0.95  # of a GPU's memory, that a plan may fill
 HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
 
 
 class Trains(Protocol):
     """What counts of the options of rl and rft."""
+
+    lora_rank: int
+    gradient_checkpointing: bool
+    tokens_per_microbatch: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """Options of an update, to reckon with others than those that were given."""
 
     lora_rank: int
     gradient_checkpointing: bool
@@ -177,7 +188,8 @@ def head_work(shape: Shape, tokens: int, rank: int = 0) -> int:
 
 def update(shape: Shape, options: Trains) -> dict[str, float]:
     """GiB by part while rl or rft updates with these options, and their sum."""
-    rank, checkpointing, tokens = options.lora_rank, options.gradient_checkpointing, options.tokens_per_microbatch
+    rank, checkpointing = options.lora_rank, options.gradient_checkpointing
+    tokens = options.tokens_per_microbatch or MOST_TOKENS
     layer = backward_work(shape, rank, checkpointing) * tokens
     parts = {name: size / GIB for name, size in held(shape, rank).items()}
     parts |= {
@@ -195,7 +207,7 @@ def sharded_layer(shape: Shape) -> int:
 
 def sharded_update(shape: Shape, options: Trains, num_gpus: int) -> dict[str, float]:
     """As `update`, under FSDP2 on `num_gpus`: each holds its part, gathers two layers (one ahead) and the head."""
-    tokens, layer = options.tokens_per_microbatch, (shape.linear + shape.vectors) / shape.layers
+    tokens, layer = options.tokens_per_microbatch or MOST_TOKENS, (shape.linear + shape.vectors) / shape.layers
     held_by_all = {name: size for name, size in held(shape, options.lora_rank).items() if name != "casts"}
     gradients = (
         0 if options.lora_rank else 2 + 4
@@ -245,3 +257,55 @@ def shared_generation(
     cache = parts["engine"] - 2 * shape.parameters / options.tensor_parallel / GIB - ENGINE_WORK_OF_MANY
     cached = cache * GIB / shape.cache_per_token * shared / 1000
     return parts | {"sum": sum(parts.values()), "cache tokens (thousands)": cached}
+
+
+def fitting_tokens(shape: Shape, options: Trains, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False) -> int:
+    """The most tokens a micro-batch, 16,384 or a half, a quarter, ... of it, that fit the memory; 0 if none do."""
+    tokens = MOST_TOKENS
+    while tokens >= LEAST_TOKENS:
+        tried = Update(options.lora_rank, options.gradient_checkpointing, tokens)
+        parts = sharded_update(shape, tried, num_gpus) if is_sharded else update(shape, tried)
+        if parts["sum"] <= MARGIN * gpu_gib:
+            return tokens
+        tokens //= 2
+    return 0
+
+
+def update_advice(
+    shape: Shape, options: Trains, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
+) -> str | None:
+    """What to change if an update with these options does not fit the memory by the plan; None if it fits."""
+    needed = (sharded_update(shape, options, num_gpus) if is_sharded else update(shape, options))["sum"]
+    if needed <= gpu_gib:
+        return None
+    said = f"an update takes {needed:.1f} GiB by the plan, and the GPU has {gpu_gib:.1f}"
+    if tokens := fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded):
+        return f"{said}: --tokens-per-microbatch {tokens} fits"
+    for flag, other in (
+        ("--gradient-checkpointing", Update(options.lora_rank, True, 0)),
+        ("--lora-rank 32", Update(32, options.gradient_checkpointing, 0)),
+        ("--lora-rank 32 --gradient-checkpointing", Update(32, True, 0)),
+    ):
+        if tokens := fitting_tokens(shape, other, gpu_gib, num_gpus, is_sharded):
+            return f"{said}: {flag} --tokens-per-microbatch {tokens} fits"
+    return f"{said}: no option makes it fit; share the policy among GPUs (configs/accelerate/gpu8-fsdp2.yaml)"
+
+
+def plan_update(policy: Path, options: Trains, num_gpus: int = 1, is_sharded: bool = False) -> tuple[int, str | None]:
+    """The tokens of a micro-batch on this machine, for 0 those of the plan, and `update_advice`.
+
+    Without a GPU, or for a policy that the plan is not for, 0 is 16,384, and there is no advice.
+    """
+    import torch
+
+    given = options.tokens_per_microbatch
+    try:
+        shape = read_shape(policy) if torch.cuda.is_available() else None
+    except InputError:
+        shape = None
+    if shape is None:
+        return given or MOST_TOKENS, None
+    gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    tokens = given or fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded) or LEAST_TOKENS
+    planned = Update(options.lora_rank, options.gradient_checkpointing, tokens)
+    return tokens, update_advice(shape, planned, gpu_gib, num_gpus, is_sharded)
