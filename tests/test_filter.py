@@ -540,3 +540,15 @@ def test_rollouts_that_are_not_those_that_rl_wrote_are_named_unless_accepted(tmp
     assert not (tmp_path / "out.jsonl").exists()
     stage.run(stage.Options(**options, accept_edited=True))
     assert (tmp_path / "out.jsonl").exists()
+
+
+def test_failures_of_the_hard_problems_come_with_a_negative_weight_at_most_so_many_a_problem(tmp_path, capsys):
+    rollouts = [rollout("hard", 1.0, "x"), *(rollout("hard", 0.0, str(number)) for number in range(9))]
+    rollouts += [rollout("hard", 0.0, "cut", "length"), rollout("easy", 1.0), *[rollout("never", 0.0)] * 3]
+    chosen = run(tmp_path, rollouts, max_pass_rate=0.5, failures=4, failure_weight=0.25)
+    assert "1 examples and 4 failures" in capsys.readouterr().err
+    assert chosen[0]["completion"] == "x" and "weight" not in chosen[0]
+    assert [(one["problem_id"], one["weight"]) for one in chosen[1:]] == [("hard", -0.25)] * 4
+    failed = {one["completion"] for one in chosen[1:]}
+    assert len(failed) == 4 and failed <= set("012345678")
+    assert run(tmp_path, rollouts, max_pass_rate=0.5) == chosen[:1]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,12 @@ class Options(OptionGroup):
     max_per_problem: Annotated[
         int, "keep at most N successes of a problem, drawn at random; 0 keeps all", at_least(0)
     ] = 0
+    failures: Annotated[
+        int, "also keep at most N failures of a hard problem, drawn at random, with a negative weight", at_least(0)
+    ] = 0
+    failure_weight: Annotated[
+        float, "the weight of a failure is minus this, beside 1 of a success", above(0), at_most(1)
+    ] = 0.1
     seed: Annotated[int, "seed of the draws of --max-per-problem, and of equally hard problems"] = 0
     keep_truncated: Annotated[bool, "keep successes that were cut at the token limit"] = False
     keep_duplicates: Annotated[bool, "keep every copy of a completion that was drawn more than once"] = False
@@ -165,7 +172,14 @@ def _yield(sources: list[Source], options: Options) -> str:
 
 def _count(sources: list[Source], options: Options) -> Counts:
     keep_truncated = options.keep_truncated or options.problems is not None
-    counts = Counts(options.policy, options.per_policy, options.step_range(), options.min_reward, keep_truncated)
+    counts = Counts(
+        options.policy,
+        options.per_policy,
+        options.step_range(),
+        options.min_reward,
+        keep_truncated,
+        options.failures > 0,
+    )
     counts.read(sources)
     return counts
 
@@ -192,9 +206,16 @@ def _choose(sources: list[Source], options: Options) -> dict[str, int]:
     tallies, hard = counts.tallies, _hard(counts.tallies, options)
     choice = Choice(options.seed, options.keep_duplicates)
     choice.add(passes.candidates(sources, counts.successes, {tally.number for tally in hard}))
-    chosen = choice.chosen(options.max_per_problem)
-    count = jsonl.write(options.out, passes.examples(sources, chosen, tallies))
-    print(_summary(tallies, hard, sum(choice.num_candidates().values()), count, options), file=sys.stderr)
+    written = [passes.examples(sources, choice.chosen(options.max_per_problem), tallies)]
+    if options.failures:
+        failed = Choice(options.seed, options.keep_duplicates)
+        failed.add(passes.candidates(sources, counts.failures, {tally.number for tally in hard}))
+        chosen = failed.chosen(options.failures)
+        written.append(passes.examples(sources, chosen, tallies, -options.failure_weight))
+    count = jsonl.write(options.out, chain(*written))
+    sizes = choice.num_candidates().values()
+    num_kept = sum(min(size, options.max_per_problem or size) for size in sizes)
+    print(_summary(tallies, hard, sum(sizes), num_kept, options, count - num_kept), file=sys.stderr)
     num_rollouts = sum(tally.num_rollouts for tally in tallies)
     return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
 
@@ -271,15 +292,23 @@ def _nothing_selected(tallies: Sequence[Tally], max_pass_rate: float | None) -> 
     return f"{fault}. The yield by threshold:\n{yield_table(tallies, max_pass_rate)}"
 
 
-def _summary(tallies: Sequence[Tally], hard: Sequence[Tally], num_distinct: int, count: int, options: Options) -> str:
+def _summary(
+    tallies: Sequence[Tally],
+    hard: Sequence[Tally],
+    num_distinct: int,
+    count: int,
+    options: Options,
+    num_failures: int,
+) -> str:
     num_correct = sum(tally.num_correct for tally in hard)
     num_usable = sum(tally.num_usable for tally in hard)
     num_rollouts = sum(tally.num_rollouts for tally in tallies)
+    failures = f" and {num_failures:,} failures" if options.failures else ""
     below = _below(options).replace(" and hard", " that are hard").lstrip(",")
     return (
         f"filter: {num_rollouts:,} rollouts of {len(tallies):,} problems; {num_correct:,} successes on {len(hard):,} "
         f"problems{below}; dropped {num_correct - num_usable:,} truncated, {num_usable - num_distinct:,} duplicates, "
-        f"{num_distinct - count:,} over the cap; {count:,} examples -> {_shown(options.out)}"
+        f"{num_distinct - count:,} over the cap; {count:,} examples{failures} -> {_shown(options.out)}"
     )
 
 

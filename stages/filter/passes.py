@@ -105,11 +105,12 @@ class Counts:
         steps: range | None = None,
         min_reward: float = 1.0,
         keep_truncated: bool = False,
+        keep_failures: bool = False,
     ):
         self.wanted, self.per_policy, self.steps = normpath(policy) if policy else "", per_policy, steps
-        self.min_reward, self.keep_truncated = min_reward, keep_truncated
+        self.min_reward, self.keep_truncated, self.keep_failures = min_reward, keep_truncated, keep_failures
         self.tallies: list[Tally] = []
-        self.successes = Positions()
+        self.successes, self.failures = Positions(), Positions()
         self._names: dict[str, dict[str, Tally]] = {}  # policy -> problem id -> tally
         self._of_run: dict[str, str] = {}
         self._questions: dict[str, int] = {}
@@ -129,7 +130,8 @@ class Counts:
     def _read(self, file: jsonl.LineSource, source: Source, index: int) -> Iterator[int]:
         """Count the rollouts of one file; yield the offset reached every so many lines."""
         steps, min_reward, keep_truncated = self.steps, self.min_reward, self.keep_truncated
-        add_success = self.successes.buffer.extend
+        keep_failures = self.keep_failures
+        add_success, add_failure = self.successes.buffer.extend, self.failures.buffer.extend
         policy, tallies = None, None
         for line, offset, rollout in records.scan(file, source.name, Rollout):
             if rollout["policy"] != policy:  # looked up only when it changes, since every line passes here
@@ -146,11 +148,12 @@ class Counts:
                     tally = self._first_tally(tallies, rollout, question, f"{source.name}:{line}")
                 tally.num_rollouts += 1
                 tally.num_correct += is_success
-                if is_success and (keep_truncated or rollout["finish_reason"] != "length"):
-                    tally.num_usable += 1
-                    add_success((index, offset, tally.number))
+                if (is_success or keep_failures) and (keep_truncated or rollout["finish_reason"] != "length"):
+                    tally.num_usable += is_success
+                    (add_success if is_success else add_failure)((index, offset, tally.number))
             if not line % FLUSH_LINES:
                 self.successes.flush()
+                self.failures.flush()
                 yield offset
 
     def _tallies_of(self, name: str, run: str, where: str) -> dict[str, Tally] | None:
@@ -197,9 +200,9 @@ def candidates(
 
 
 def examples(
-    sources: list[Source], chosen: Iterable[tuple[int, int, int]], tallies: Sequence[Tally]
+    sources: list[Source], chosen: Iterable[tuple[int, int, int]], tallies: Sequence[Tally], weight: float = 1.0
 ) -> Iterator[Example]:
-    """The rollouts at the chosen positions (source, offset, problem number), as examples."""
+    """The rollouts at the chosen positions (source, offset, problem number), as examples of a `weight`."""
     for (_, _, number), rollout in _revisit(sources, chosen):
         example = Example(
             problem_id=rollout["problem_id"],
@@ -207,6 +210,8 @@ def examples(
             completion=rollout["completion"],
             pass_rate=tallies[number].pass_rate,
         )
+        if weight != 1:
+            example["weight"] = weight
         for name in SAMPLED:
             if name in rollout:
                 example[name] = rollout[name]
