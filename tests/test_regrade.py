@@ -82,3 +82,17 @@ def test_sets_are_graded_again_side_by_side_and_a_file_alone(run, engines, tiny_
         assert read(tmp_path / again) == read(tmp_path / "out" / first)
     with pytest.raises(InputError, match=r"holds no rollouts\.jsonl"):
         regrade.run(Options(rollouts=tiny_policy, out=tmp_path / "two"))
+
+
+def test_what_is_not_worked_out_counts_only_where_that_is_accepted(tmp_path):
+    whole = {"sample": 0, "step": 0, "policy": "p", "prompt": "What is 3+4?", "answer": "7", "num_tokens": 9}
+    texts = {"p0": "\\boxed{7}", "p1": "\\boxed{3+4}"}
+    rows = [whole | {"problem_id": name, "completion": text} for name, text in texts.items()]
+    jsonl.write(
+        tmp_path / "drawn.jsonl", (row | {"reward": 1.0, "verdict": "correct", "finish_reason": "stop"} for row in rows)
+    )
+    for accepts, verdicts in ((False, ["correct", "unevaluated"]), (True, ["correct", "correct"])):
+        out = tmp_path / str(accepts)
+        regrade.run(Options(rollouts=tmp_path / "drawn.jsonl", out=out, accept_unevaluated=accepts))
+        assert [row["verdict"] for row in read(out)] == verdicts
+        assert [row["reward"] for row in read(out)] == [1.0 if verdict == "correct" else 0.0 for verdict in verdicts]
