@@ -96,6 +96,16 @@ def test_what_is_not_correct_keeps_the_verdict_of_math_verify(mine):
     assert [score.reward for score in scores] == [0.5, 0.5, 1.5]
 
 
+def test_what_is_not_worked_out_is_rewarded_only_where_that_is_accepted(mine):
+    for weights in ([], [1.0]):
+        names = ["math-verify", f"{mine}:short"][: 2 - bool(weights)]
+        for accepts, verdict in ((False, "unevaluated"), (True, "correct")):
+            asked = RewardOptions(reward=names, reward_weight=weights, accept_unevaluated=accepts)
+            with rewards.read(asked).grader() as grader:
+                [score] = ask(grader, "So it is \\boxed{3+4}").result()
+            assert score.verdict == verdict
+
+
 FAULTS = {
     "raise": ("error", "it raised ValueError: no way (line 16)"),
     "exit": ("error", "it raised SystemExit: 3 (line 18)"),

@@ -1,15 +1,10 @@
 """Whether a prediction is the answer, as far as text decides; a `Leaf` (grading.verifier.algebra) says the rest.
 
-Forms are compared part by part; only where two values are not both rational numbers does a leaf have to say. Where
-math-verify alone errs, and what is done here instead:
-
-- It takes any number out of the text when a box does not parse: here the box or the final line is all there is.
-- It cuts units off wrongly (6t is 6, "2 million" is 2, "2 is wrong" is 2): see quantities.split_unit.
-- It takes the last side of any equation (1=2 is 2): here only behind a name, and every other number must agree.
-- It adds numbers side by side (2(8) is 10), and drops primes and indices: see grammar.
-- It compares numbers by six decimals (6.63e-34 is 1.05e-34): here literals are exact fractions; a decimal of six or
-  more digits also stands for the value that it rounds.
-- It ignores base subscripts, splits words into letters (east is seat), loses percentages under ANTLR before 4.13.
+Forms are compared part by part; only where two values are not both rational numbers does a leaf have to say. Beside
+what grammar and quantities mend, math-verify alone takes any number out of a text that it can't read and the last side
+of any equation (1=2 is 2; here only behind a name, and every other number must agree), compares six decimals (6.63e-34
+is 1.05e-34; here fractions, and a decimal of six or more digits stands for the value that it rounds), ignores bases,
+and splits words into letters (east is seat).
 
 Where convention decides: 50% equals 0.5 and, for want of a percent sign on the other side, 50; (1,2) equals "1, 2" in
 this order; an answer with a unit equals the same number without one, but not one with another unit.
