@@ -184,11 +184,11 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "Training": [*curves.overfitting(on_sets, logs, options.valid, order), *curves.of_logs(logs, resets)],
     }
     sections = {
-        "Results": summaries.nested(rows),
         "Gains and losses": browser.gains(study.evaluations, told.chosen),
         "Rollouts": browser.build(
             study.evaluations, study.positions, told.chosen, options.max_problems, options.max_samples
         ),
+        "Results": summaries.nested(rows),
         "Which differences are real": summaries.nested(apart.rename(columns={"policy": "method"})),
         **figures,
         "Forgetting in numbers": _means(study),

@@ -97,7 +97,8 @@
         });
         parts.push(dot);
       }
-      parts.push(svg("text", { x: left + 90 * turn, y: height - 6, "font-size": 13, fill: colour }, `● ${method}`));
+      const name = method.length > 12 ? `${method.slice(0, 11)}…` : method;
+      parts.push(svg("text", { x: left + 105 * turn, y: height - 6, "font-size": 13, fill: colour }, `● ${name}`));
     });
     picture.replaceChildren(...parts);
   }

@@ -45,6 +45,7 @@ STYLE: Any = {
 }
 OWN_SCALE = ("similarity", "differential_forgetting")  # the other matrices are shares of problems
 MAX_DRAWN = 1e100
+MAX_NAME = 24
 MAX_MARKED = 40  # a line with more points than this has no marks
 MAX_WRITTEN = 12  # a matrix with more rows than this shows colours only, and every second or third label
 
@@ -109,7 +110,7 @@ def lines(name: str, title: str, caption: str, table: pd.DataFrame, style: Panel
 
 def _plot(axes: Axes, label: str, rows: pd.DataFrame, colour: str) -> None:
     x, y = _drawable(rows["x"]), _drawable(rows["y"])
-    axes.plot(x, y, color=colour, linewidth=1.6, label=label)
+    axes.plot(x, y, color=colour, linewidth=1.6, label=_short(label))
     if "low" in rows and rows["low"].notna().any():
         axes.fill_between(x, _drawable(rows["low"]), _drawable(rows["high"]), color=colour, alpha=0.15, linewidth=0)
     if len(rows) <= MAX_MARKED:
@@ -132,9 +133,9 @@ def points(name: str, title: str, caption: str, table: pd.DataFrame, labels: tup
             for ends in ({"x": ("x_low", "x_high"), "y": ("y", "y")}, {"x": ("x", "x"), "y": ("y_low", "y_high")}):
                 axes.plot(*([row[end] for end in ends[axis]] for axis in "xy"), color=colour, alpha=0.3, linewidth=1)
             axes.plot(row["x"], row["y"], "o", color=colour, markersize=5)
-            axes.annotate(
-                row["series"], (row["x"], row["y"]), (5, 4), textcoords="offset points", fontsize=8, color=colour
-            )
+            at, side = ((-5, 4), "right") if row["x"] > table["x"].mean() else ((5, 4), "left")
+            how: Any = {"xytext": at, "textcoords": "offset points", "ha": side, "fontsize": 7.5, "color": colour}
+            axes.annotate(_short(row["series"]), (row["x"], row["y"]), **how)
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.set_title(title)
         axes.margins(0.12)
@@ -145,6 +146,11 @@ def points(name: str, title: str, caption: str, table: pd.DataFrame, labels: tup
         }
     )
     return _render(Figure(name, title, caption, named.to_dict("records"), "", "", b""), canvas)
+
+
+def _short(name: str) -> str:
+    """A name as a legend has room for it."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def _drawable(values: "pd.Series[Any]") -> NDArray[Any]:
