@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from stages import STAGES, load
 from stages.core import options
-from stages.core.errors import CollapseError, InputError
+from stages.core.errors import CollapseError, InputError, in_one_line
 from stages.core.options import Following, Option, OptionGroup
 
 RUN_ERROR = 1
@@ -27,6 +27,8 @@ REFUSED = (  # by the machine, so no bug of ours
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ENOMEM),
 )
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
+MEMORY = ("--tokens-per-microbatch", "--memory-fraction", "--max-sequences")  # what stages can do with less of it
 EXAMPLE_WIDTH = 72  # with its indent fits a terminal of 80 columns, so that nothing wraps it
 
 
@@ -96,8 +98,8 @@ def ending_in_one_line(
 ) -> Callable[..., None]:
     """`work` for Typer, with these parameters and the help `text`, and an error of the user's as one line.
 
-    Raises typer.Exit: 2 for an InputError, a missing permission or a full disk; 1 for a CollapseError; 130 for Ctrl-C.
-    Any other exception is a bug of ours and passes on as a traceback.
+    Raises typer.Exit: 2 for an InputError, a missing permission, a full disk or memory; 1 for a CollapseError; 130 for
+    Ctrl-C. Any other exception is a bug of ours and passes on as a traceback.
     """
 
     def call(debug: bool = False, **given: Any) -> None:
@@ -115,6 +117,12 @@ def ending_in_one_line(
             if error.errno not in REFUSED:
                 raise
             _fail(f"{error.filename or 'writing'}: {error.strerror}", USER_ERROR, debug)
+        except (MemoryError, RuntimeError) as error:
+            if type(error).__name__ not in OUT_OF_MEMORY:  # torch's is not imported for its name alone
+                raise
+            lower = [flag for flag in MEMORY if flag.strip("-").replace("-", "_") in given]
+            remedy = f": lower {', '.join(lower)}" if lower else ""
+            _fail(f"out of memory ({in_one_line(error)}){remedy}", USER_ERROR, debug)
 
     call.__doc__ = _with_copyable_example(text)
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -258,6 +258,23 @@ def test_what_the_disk_refuses_is_one_line_and_code_2(monkeypatch, rollouts, cod
     assert (run.exit_code, run.output) == (2, "rloop: place/file: the disk says no\n")
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch calls its own."""
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"), MemoryError()])
+def test_out_of_memory_is_one_line_with_the_options_of_the_stage_that_lower_it(monkeypatch, tmp_path, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("stages.sample.draw", fail)
+    options = ("--policy", "p", "--problems", "p.jsonl", "--out", str(tmp_path / "out"))
+    run = CliRunner().invoke(app, ["sample", *options])
+    assert run.exit_code == 2
+    (line,) = run.output.splitlines()
+    assert line.startswith("rloop: out of memory (") and line.endswith("lower --memory-fraction, --max-sequences")
+
+
 def test_a_run_gone_wrong_is_one_line_and_code_1(monkeypatch, rollouts):
     from stages.core.errors import CollapseError
 
