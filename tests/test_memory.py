@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -156,6 +157,19 @@ def test_on_eight_gpus_the_plan_comes_to_the_sums_of_the_docs():
     assert f"| **sum** | | **{drawing['sum']:.0f}** |" in docs
     assert "22.3 GiB hold 417,000 tokens" in docs
     assert drawing["cache tokens (thousands)"] == pytest.approx(417, rel=0.01)
+
+
+def test_the_paper_s_configuration_fits_eight_gpus_as_it_and_the_docs_say():
+    path = ROOT / "configs/qwen2.5-math-7b.yaml"
+    given = yaml.safe_load(path.read_text())["rl"]
+    names = ("gradient_checkpointing", "tokens_per_microbatch", "memory_fraction")
+    shape, options = plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus(**{name: given[name] for name in names})
+    updating = memory.sharded_update(shape, options, 8)["sum"]
+    drawing = memory.shared_generation(shape, options, 79, 8, is_sharded=True)
+    docs = (ROOT / "docs/memory-many-gpus.md").read_text()
+    assert max(updating, drawing["sum"]) < 0.95 * 79
+    assert f"{updating:.1f} of 79 GiB" in path.read_text() and f"{updating:.1f} GiB in all" in docs
+    assert f"{drawing['cache tokens (thousands)']:.0f},000 tokens of cache" in docs
 
 
 @pytest.mark.parametrize(("number", "fraction", "column"), [(8, 0.35, 0), (16, 0.6, 1), (32, 0.75, 2)])

@@ -31,9 +31,14 @@ HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
 class Trains(Protocol):
     """What counts of the options of rl and rft."""
 
-    lora_rank: int
-    gradient_checkpointing: bool
-    tokens_per_microbatch: int
+    @property
+    def lora_rank(self) -> int: ...
+
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+
+    @property
+    def tokens_per_microbatch(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,14 @@ class Update:
 class Draws(Protocol):
     """What counts of the options of rl, sample and eval; `lora_rank` is rl's."""
 
-    lora_rank: int
-    memory_fraction: float
-    tensor_parallel: int
+    @property
+    def lora_rank(self) -> int: ...
+
+    @property
+    def memory_fraction(self) -> float: ...
+
+    @property
+    def tensor_parallel(self) -> int: ...
 
 
 @dataclass(frozen=True)
