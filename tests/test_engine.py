@@ -260,6 +260,25 @@ def test_as_many_sequences_are_under_way_as_fit_at_half_of_the_longest_length():
     assert fitting(1000, 2198) == 1
 
 
+@pytest.mark.slow
+def test_settings_of_sampling_that_a_policy_names_change_nothing_and_unknown_ids_are_named(
+    engine, tiny_policy, prompts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)  # `engine` needs the groups
+    policy = shutil.copytree(tiny_policy, tmp_path / "policy")
+    settings = {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 2.0, "max_new_tokens": 1}
+    file = policy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    told = VllmEngine(policy, max_model_len=96)
+    assert told.generate(prompts, seeded(4, 16, prompts)) == engine.generate(prompts, seeded(4, 16, prompts))
+    assert capsys.readouterr().err == ""
+    told._num_known = 1  # as if the tokenizer had one token alone
+    for _ in range(2):
+        told.generate(prompts, seeded(4, 16, prompts))
+    assert capsys.readouterr().err.count("samples ids that its tokenizer lacks") == 1
+    told.close()
+
+
 @pytest.fixture
 def start_small(tiny_policy, monkeypatch):
     """Start engines with a cache of 1,024 tokens, for about ten sequences."""

@@ -184,6 +184,8 @@ class VllmEngine:
         self._num_probe_tokens = min(PROBE_TOKENS, max_model_len - 1)
         self._vocabulary = checkpoints.load_config(policy).get_text_config().vocab_size
         self.tokenizer = checkpoints.load_tokenizer(policy)
+        self._num_known = len(self.tokenizer)
+        self._is_told = False
         self._llm = _start(
             policy,
             dtype=dtype,
@@ -396,11 +398,23 @@ class VllmEngine:
     def _completions(self, outputs: list[Any]) -> list[Completion]:
         outputs = sorted(outputs, key=lambda output: output.index)
         token_ids = [list(output.token_ids) for output in outputs]
+        if self._vocabulary > self._num_known:
+            self._tell_of_unknown(token_ids)
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [
             Completion(text, ids, list(output.logprobs.logprobs) if output.logprobs else [], str(output.finish_reason))
             for text, ids, output in zip(texts, token_ids, outputs, strict=True)
         ]
+
+    def _tell_of_unknown(self, token_ids: list[list[int]]) -> None:
+        """Say once that ids were sampled which stand for no text, as those of a padded vocabulary may be."""
+        unknown = [token for ids in token_ids for token in ids if token >= self._num_known]
+        if unknown and not self._is_told:
+            self._is_told = True
+            warn(
+                f"the policy samples ids that its tokenizer lacks, such as {unknown[0]}: its vocabulary is padded from "
+                f"{self._num_known} to {self._vocabulary}; they stand for no text and stay in the token ids"
+            )
 
 
 class _Heartbeat:
