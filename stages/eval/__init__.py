@@ -89,7 +89,7 @@ def run(options: Options) -> None:
     whatever the order of the problems, the other policies and the number of processes, up to the rounding of floats in
     the engine's batches.
 
-    With --selected the policies of one evaluation are asked on other sets: every checkpoint on the validation set,
+    With --selected the policies of one evaluation are evaluated on other sets: all checkpoints on the validation set,
     say, and then only those on the test sets that it left standing.
 
     With --kl-to every policy is compared with a base on completions that it drew itself: both are run over the first
@@ -110,9 +110,8 @@ def draw(options: Options, start_engine: StartEngine) -> None:
     request = ranks.together(lambda: _read(options, ranks))
     num_scored = options.kl_samples if options.kl_to else 0
     base = ranks.together(lambda: divergence.checked(options.kl_to, num_scored, options.temperature, request))
-    inputs = ranks.together(
-        lambda: provenance.recorded([*options.problems, *request.policies.values(), *([base] if base else [])])
-    )
+    sources = [*options.problems, *request.policies.values(), *([base] if base else [])]
+    inputs = ranks.together(lambda: provenance.recorded(sources))
     ranks.together(lambda: selection.refuse_changed(options.selected, inputs.digests))
     decides = provenance.versions() | verifier.VERSION
     resolved = request.resolved | ({"kl_to": inputs.digests[str(base)]} if base else {})
@@ -143,12 +142,11 @@ def draw(options: Options, start_engine: StartEngine) -> None:
 
 def _sets(kinds: Mapping[str, Drawing], directory: Path, options: Options) -> dict[str, Drawn]:
     """Every set at one temperature, which its name ends with if there are several; `kinds` are by file."""
-    temperature = kinds[ROLLOUTS].temperature
-    suffix = f"@{temperature:g}" if len(options.temperature) > 1 else ""
+    suffix = f"@{kinds[ROLLOUTS].temperature:g}" if len(options.temperature) > 1 else ""
     return {
         f"{name}{suffix}": Drawn(
             {file: drawing.stored(each, name, directory) for file, each in kinds.items()},
-            temperature,
+            kinds[ROLLOUTS].temperature,
             Ballots(options.bare) if options.maj else None,
         )
         for name in kinds[ROLLOUTS].request.sets

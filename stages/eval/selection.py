@@ -20,22 +20,22 @@ def added(named: Sequence[str], evals: Sequence[Path], all_checkpoints: bool) ->
 def policies_of(output: Path, all_checkpoints: bool) -> list[str]:
     """The policies of the eval output: the one that it selected, the last checkpoint of each run, those of no run.
 
-    With `all_checkpoints`, everything that it asked. Raises InputError if it is no eval output, or selected nothing.
+    With `all_checkpoints`, everything that it policies. Raises InputError if it is no eval output, or selected nothing.
     """
     manifest = read_manifest(output / "manifest.json")
-    asked = manifest.get("policies")
-    if not isinstance(asked, list) or not (output / "metrics.json").is_file():
+    policies = manifest.get("policies")
+    if not isinstance(policies, list) or not (output / "metrics.json").is_file():
         raise InputError(f"--selected {output}: no manifest.json of an eval there; name the --out of a finished eval")
     if all_checkpoints:
-        return asked
+        return policies
     chosen = read_json(output / "metrics.json").get("selected")
     best = chosen.get("policy") if isinstance(chosen, dict) else None
-    if best not in asked:
+    if best not in policies:
         raise InputError(
             f"--selected {output}: it selected no policy; evaluate with --select avg@32, or add --all-checkpoints"
         )
-    last = ends(asked)
-    return [policy for policy in asked if policy == best or policy in last]
+    last = ends(policies)
+    return [policy for policy in policies if policy == best or policy in last]
 
 
 def refuse_changed(evals: Sequence[Path], inputs: Mapping[str, str]) -> None:

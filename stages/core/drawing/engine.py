@@ -327,16 +327,16 @@ class VllmEngine:
         """
         self._llm.reset_prefix_cache()
         core: Any = self._llm.llm_engine
-        asked = list(zip(prompts, sampling.seeds, strict=True))
+        pairs = list(zip(prompts, sampling.seeds, strict=True))
         groups: list[list[Completion]] = [[] for _ in prompts]
         preemptions: dict[str, int] = {}
-        heartbeat, num_begun = _Heartbeat(len(asked)), 0
+        heartbeat, num_begun = _Heartbeat(len(pairs)), 0
         try:
-            while num_begun < len(asked) or core.has_unfinished_requests():
+            while num_begun < len(pairs) or core.has_unfinished_requests():
                 if self._any(should_stop()):
                     raise Stopped
-                while num_begun < len(asked) and core.get_num_unfinished_requests() < self.max_sequences:
-                    prompt, seed = asked[num_begun]
+                while num_begun < len(pairs) and core.get_num_unfinished_requests() < self.max_sequences:
+                    prompt, seed = pairs[num_begun]
                     core.add_request(str(num_begun), {"prompt_token_ids": prompt}, self._params(sampling, seed))
                     num_begun += 1
                 for output in core.step():
