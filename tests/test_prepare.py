@@ -397,7 +397,6 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         ("a.jsonl", '{"text": "a", "answer": "1"}\n', "a.jsonl:1: no column named problem or question or prompt among"),
         ("a.jsonl", '{"problem": "a", "gold": "1"}\n', "name one with --answer-column"),
         ("a.jsonl", '{"problem": 3, "answer": "1"}\n', "a.jsonl:1: a problem must be a text"),
-        ("a.jsonl", '{"problem": [{"role": "user"}, {"role": "user"}], "answer": "1"}\n', "one user turn, found 2"),
         ("a.jsonl", "", "holds no rows"),
         ("a.jsonl", '{"problem": "a", "answer": ""}\n', "no problem is left"),
         ("a.json", "[1]", "row 0: expected an object, found int"),
@@ -476,3 +475,54 @@ def test_a_dash_writes_problems_to_stdout_and_the_table_elsewhere(tmp_path, monk
     captured = capfdbinary.readouterr()
     assert json.loads(captured.out)["answer"] == "1"
     assert b"rows read" in captured.err
+
+
+GOOD = '{"problem": "1 + 1?", "answer": "2"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bom.jsonl", "\ufeff" + GOOD + "\n"),
+        ("blank.jsonl", GOOD + "\n\n \n"),
+        ("lines.ndjson", GOOD + "\n"),
+        ("wrapped.json", '{"version": 1, "data": [' + GOOD + "]}"),
+        ("pretty.json", json.dumps({"data": [json.loads(GOOD)]}, indent=2)),
+        ("bars.csv", "problem | answer\n1 + 1?|2\n"),
+    ],
+)
+def test_files_as_people_have_them_are_read(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert [problem["answer"] for problem in run(tmp_path, str(tmp_path / name))] == ["2"]
+
+
+def test_a_packed_file_is_known_by_its_content_and_a_huge_document_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(GOOD.encode()))
+    assert len(run(tmp_path, str(tmp_path / "packed.jsonl"))) == 1
+    monkeypatch.setattr(sources, "MAX_JSON_BYTES", 2**20)
+    (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b"[" + b" " * 2**21 + b"]"))
+    with pytest.raises(InputError, match=r"bomb\.json\.gz: a JSON document of more than 1 MiB: save it as JSON lines"):
+        run(tmp_path, str(tmp_path / "bomb.json.gz"), out="bomb.jsonl")
+
+
+@pytest.mark.parametrize(("value", "answer"), [("['18']", "18"), ('["x"]', "x"), (["3"], "3"), ("[1, 2]", "[1, 2]")])
+def test_a_list_of_one_answer_is_unpacked_as_a_text_too(value, answer):
+    assert curation.answer_text(value, False, "here") == answer
+
+
+def test_several_answers_end_the_call_or_are_left_out_and_counted(tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", *rows_of("1", "['2', '3']", ["4", "5"]))
+    with pytest.raises(InputError, match=r"mine\.jsonl:2: 2 answers"):
+        run(tmp_path, path)
+    assert [problem["answer"] for problem in run(tmp_path, path, skip_bad=True)] == ["1"]
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert manifest["counts"]["rows"] == 3 and manifest["counts"]["bad"] == 2
+    assert [place.rpartition("/")[2] for place in manifest["ids"]["bad"]] == ["mine.jsonl:2", "mine.jsonl:3"]
+
+
+def test_of_a_chat_with_a_system_message_the_last_user_turn_is_the_problem(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "1 + 1?"}]  # fmt: skip
+    path = write_jsonl(tmp_path / "mine.jsonl", {"prompt": chat, "solution": "2"})
+    assert run(tmp_path, path)[0]["problem"] == "1 + 1?"
+    assert run(tmp_path, path, out="b.jsonl", problem_column="prompt[-1].content")[0]["problem"] == "1 + 1?"

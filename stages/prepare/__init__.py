@@ -5,7 +5,7 @@ To choose by difficulty or language, filter the rows first and give the file as 
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,13 +33,15 @@ class Options(OptionGroup):
     source: Annotated[
         str,
         "a preset (dapo-17k, aime-2024, minerva-math, omni-math, math-500, gsm8k-train, gsm8k-test), a hub id, or a "
-        "local .jsonl, .json, .csv (comma, semicolon or tab), .tsv or .parquet, or one of these with .gz",
+        "local .jsonl, .ndjson, .json, .csv (comma, semicolon, tab or |), .tsv or .parquet, also as gzip",
     ]
     out: Annotated[
         str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PATH
     ]
     from_: Annotated[str, "read a preset or hub id from this local file, with the hub's columns", PATH] = ""
-    problem_column: Annotated[str, f"column of the problem, such as prompt[0].content; {PROBLEM_DEFAULT}"] = ""
+    problem_column: Annotated[
+        str, f"column of the problem, such as prompt or prompt[-1].content; {PROBLEM_DEFAULT}"
+    ] = ""
     answer_column: Annotated[
         str, f"column of the answer, or of a solution with the answer in its last \\boxed{{}}; {ANSWER_DEFAULT}"
     ] = ""
@@ -55,6 +57,9 @@ class Options(OptionGroup):
     decontaminate: Annotated[list[str], "drop the problems that this file of problems also holds; repeatable", PATH] = (
         field(default_factory=list)
     )
+    skip_bad: Annotated[
+        bool, "leave out rows whose problem or answer cannot be read, and count them, instead of ending"
+    ] = False
     drop_unparseable: Annotated[
         bool, "drop the problems whose answer the verifier cannot read; no rollout of theirs is ever rewarded"
     ] = False
@@ -110,9 +115,13 @@ def _inputs(read: Sequence[Source]) -> Inputs:
 def _curate(origin: Source, others: list[Source], options: Options) -> curation.Curated:
     """The problems to write; InputError if none is left."""
     limit, seed, drop_unparseable = options.limit, options.seed, options.drop_unparseable
-    rows = _rows(origin, options.problem_column, options.answer_column, options.keep_column)
+    bad: list[str] = []
+    takers = _rows(origin, options.problem_column, options.answer_column, options.keep_column)
+    rows = _readable(takers, bad if options.skip_bad else None)
     with Verifier() as grader:
         curated = curation.collect(rows, origin.name, partial(_same_answer, grader))
+        curated.counts.update({"rows": len(bad), "bad": len(bad)} if bad else {})
+        curated.ids |= {"bad": bad} if bad else {}
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
             curation.choose(curated, limit, seed)
@@ -125,8 +134,21 @@ def _curate(origin: Source, others: list[Source], options: Options) -> curation.
     return curated
 
 
-def _rows(source: Source, problem_column: str, answer_column: str, keep: list[str]) -> Iterator[curation.Row]:
-    """What is taken of every row; the first row decides which columns these are."""
+def _readable(rows: Iterator[Callable[[], curation.Row]], bad: list[str] | None) -> Iterator[curation.Row]:
+    """The rows that can be read; what is wrong with the others goes into `bad`, or is raised if that is None."""
+    for row in rows:
+        try:
+            yield row()
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.append(str(error).partition(": ")[0])
+
+
+def _rows(
+    source: Source, problem_column: str, answer_column: str, keep: list[str]
+) -> Iterator[Callable[[], curation.Row]]:
+    """How to take what is needed of every row; the first row decides which columns these are."""
     id_column = None
     for where, row in _shown(sources.rows(source)):
         if id_column is None:
@@ -135,12 +157,18 @@ def _rows(source: Source, problem_column: str, answer_column: str, keep: list[st
             id_column = sources.id_column(row)
             keep = sources.kept_columns(row, keep, where)
             _say_columns(problem_column, answer_column, id_column)
-        yield curation.Row(
-            curation.problem_text(sources.value(row, problem_column, where), where),
-            curation.answer_text(sources.value(row, answer_column, where), source.is_integers, where),
-            str(row[id_column]) if row.get(id_column) is not None else "",
-            curation.kept_fields({name: sources.value(row, name, where) for name in keep}, where),
-        )
+        yield partial(_row, source, row, where, problem_column, answer_column, id_column, keep)
+
+
+def _row(
+    source: Source, row: sources.Row, where: str, problem: str, answer: str, own_id: str, keep: list[str]
+) -> curation.Row:
+    return curation.Row(
+        curation.problem_text(sources.value(row, problem, where), where),
+        curation.answer_text(sources.value(row, answer, where), source.is_integers, where),
+        str(row[own_id]) if row.get(own_id) is not None else "",
+        curation.kept_fields({name: sources.value(row, name, where) for name in keep}, where),
+    )
 
 
 def _say_columns(problem: str, answer: str, own_id: str) -> None:

@@ -3,6 +3,7 @@
 Reads and writes no files: it decides what a row's values mean, which problems are the same, and which to keep.
 """
 
+import ast
 import hashlib
 import re
 import unicodedata
@@ -28,6 +29,7 @@ MAX_WORDS = 12  # an answer of more is named as one that may be a worked solutio
 MAX_SHOWN = 5  # ids of a kind in the printed table; the manifest has them all
 TITLES = {
     "rows": "rows read",
+    "bad": "dropped: rows that cannot be read",
     "empty_problem": "dropped: no problem",
     "empty_answer": "dropped: no answer",
     "duplicate": "dropped: copies of another row",
@@ -39,6 +41,7 @@ TITLES = {
     "problems": "problems",
     "mended": "of all, with a lost \\frac mended",
 }
+_LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)  # of texts: [1, 2] may be an interval
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _INTEGER_WITH_POINT = re.compile(r"([+-]?[0-9]+)\.0*")
 _LAYOUT = re.compile(r"\\left|\\right|[^\w+\-*/()=<>^]|_")
@@ -70,9 +73,9 @@ def problem_text(value: Any, where: str) -> str:
 
 def _user_turn(messages: Sequence[Any], where: str) -> Any:
     turns = [turn.get("content") for turn in messages if isinstance(turn, Mapping) and turn.get("role") == "user"]
-    if len(turns) != 1:
-        raise InputError(f"{where}: expected messages with one user turn, found {len(turns)}")
-    return turns[0]
+    if not turns:
+        raise InputError(f"{where}: expected messages with a user turn, found none")
+    return turns[-1]
 
 
 def answer_text(value: Any, is_integers: bool, where: str) -> str:
@@ -81,8 +84,7 @@ def answer_text(value: Any, is_integers: bool, where: str) -> str:
     The answer of a worked solution follows its last "####" (GSM8K, thousands separators dropped) or is in its last
     \\boxed{}. Integers lose leading zeros and a plus sign: AIME's "025" is 25. With `is_integers`, "70.0" is 70.
     """
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    value = _unpacked(value, where)
     if value is None or (isinstance(value, float | Decimal) and value != value):
         return ""
     if isinstance(value, float | Decimal):
@@ -97,6 +99,23 @@ def answer_text(value: Any, is_integers: bool, where: str) -> str:
     if is_integers and (match := _INTEGER_WITH_POINT.fullmatch(text)):
         text = match[1]
     return _plain_integer(text) if _INTEGER.fullmatch(text) else text
+
+
+def _unpacked(value: Any, where: str) -> Any:
+    """The one answer of a list, also of one that a CSV file holds as a text: 18 of ['18'].
+
+    Raises InputError for several, of which nobody says whether all are asked for or any.
+    """
+    if isinstance(value, str) and _LIST.fullmatch(value.strip()):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            return value
+    if not isinstance(value, list) or not value:
+        return value
+    if len(value) > 1:
+        raise InputError(f"{where}: {len(value)} answers, {value!r:.60}: write them as one, such as 2, 3 or {{2, 3}}")
+    return value[0]
 
 
 def _plain_integer(text: str) -> str:

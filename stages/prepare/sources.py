@@ -4,6 +4,7 @@
 into 25, 0.10 into 0.1 and integers beyond 64 bits into floats, and none names the line of a fault.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -23,11 +24,12 @@ from stages.core import jsonl
 from stages.core.errors import InputError
 
 Row = Mapping[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 GZIP = ".gz"  # may follow each of these
-SEPARATORS = ",;\t"  # of a .csv: the one that cuts its header into most columns
+SEPARATORS = ",;\t|"  # of a .csv: the one that cuts its header into most columns
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer")
+ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "solution")
+MAX_JSON_BYTES = 2**29  # of one JSON document, which takes several times as much memory when it is read
 MAX_HEADER = 2**16  # characters of it that are looked at
 BATCH_ROWS = 1000
 ID_COLUMNS = ("unique_id", "id")
@@ -107,9 +109,11 @@ def _suffix(path: Path) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked if it is a .gz; InputError if it cannot be."""
+    """The bytes of a file, unpacked if it is a gzip file by its content; InputError if it cannot be."""
     with jsonl.opened(path) as file:
-        if path.suffix.lower() != GZIP:
+        is_packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not is_packed and path.suffix.lower() != GZIP:
             yield file
             return
         try:
@@ -177,18 +181,28 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     with _opened(path) as file:
         lines = iter(partial(file.readline, jsonl.MAX_LINE_BYTES + 1), b"")
         for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            jsonl.parse_line(line, where)  # strictly; then again, for the exact numbers
-            yield where, _parse_exactly(line, where)
+            where, line = f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                jsonl.parse_line(line, where)  # strictly; then again, for the exact numbers
+                yield where, _parse_exactly(line, where)
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
     with _opened(path) as file:
-        data = file.read()
-    if not data.lstrip().startswith(b"["):
-        yield from _json_lines(path)
-        return
-    for number, row in enumerate(_parse_exactly(data, str(path))):
+        data = file.read(MAX_JSON_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+    if len(data) > MAX_JSON_BYTES:
+        raise InputError(f"{path}: a JSON document of more than {MAX_JSON_BYTES // 2**20} MiB: save it as JSON lines")
+    if not data.lstrip().startswith(b"[") and _is_object(data.lstrip().partition(b"\n")[0]):
+        rows = _wrapped(_parse_exactly(data, str(path))) if _is_object(data) else None
+        if rows is None:
+            yield from _json_lines(path)
+            return
+    else:
+        document = _parse_exactly(data, str(path))
+        rows = document if isinstance(document, list) else _wrapped(document)
+    if rows is None:
+        raise InputError(f"{path}: expected a list of objects, one object a line, or an object that holds one list")
+    for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise InputError(f"{path} row {number}: expected an object, found {type(row).__name__}")
         try:
@@ -196,6 +210,19 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         except UnicodeEncodeError as error:  # "\\ud800", half a character, passes as JSON
             raise InputError(f"{path} row {number}: not valid UTF-8 ({error.reason})") from None
         yield f"{path} row {number}", row
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _wrapped(document: Any) -> list[Any] | None:
+    """The rows of {"data": [{...}, ...]}: the one list of objects that an object holds."""
+    lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return lists[0] if len(lists) == 1 and len(document) - len(lists) <= 3 and "problem" not in document else None
 
 
 def _parse_exactly(text: bytes, where: str) -> Any:
@@ -213,6 +240,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             header = file.readline()
             file.seek(0)
             reader = csv.DictReader(file, strict=True, delimiter=_separator(path, header))
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
                 raise InputError(f"{path}:1: two columns are called {twice[0]!r}: rename one")
             for row in reader:
@@ -234,6 +262,7 @@ def _separator(path: Path, header: str) -> str:
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
     ".tsv": _csv,
