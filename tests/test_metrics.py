@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 
 from stages.core.errors import InputError
-from stages.core.study import metrics
+from stages.core.study import metrics, scoring
 
 
 def result(problem: str, num_correct: int, num_samples: int = 4, policy: str = "p", **extra: int) -> dict:
@@ -167,3 +167,17 @@ def test_results_that_are_not_one_policys_on_distinct_problems_are_refused(resul
 def test_importing_metrics_loads_neither_numpy_nor_torch():
     code = "import sys, stages.core.study.metrics; sys.exit(bool({'numpy', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_of_many_policies_the_differences_from_the_first_and_the_best_are_shown_and_the_rest_counted():
+    results = [
+        result(f"{i}", (i + k) % 5, policy=name)
+        for k, name in enumerate(("base", "a\nb", "c", "d", "e"))
+        for i in range(4)
+    ]
+    measured = scoring.measure([row | {"verdicts": {}} for row in results], ks=(1,))
+    shown = scoring.difference_table(measured).splitlines()
+    assert [line.split("  ")[0] for line in shown[1:-2]] == [
+        "a\\nb - base", "c - base", "d - base", "e - base", "c - a\\nb", "d - a\\nb", "e - a\\nb",
+    ]  # fmt: skip
+    assert shown[-1] == "3 more differences are in metrics.json"

@@ -574,6 +574,39 @@ def test_what_does_not_go_with_several_runs_is_refused(options, message):
         report.Options(**options)
 
 
+def test_a_run_that_goes_on_is_shown_with_how_far_it_is(made, tmp_path, capsys, monkeypatch):
+    copy = Path(shutil.copytree(made, tmp_path / "runs"))
+    (copy / "2/rl/manifest.json").unlink()
+    outputs.write_json(copy / "2/rl/state/run.json", {"parameters": {"steps": 4802}, "inputs": {}})
+    rounds = iter([None, KeyboardInterrupt])
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 60
+        if ends := next(rounds):
+            raise ends
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        make(copy, watch=60, max_problems=0)
+    assert capsys.readouterr().err.count("under way: 2/rl: 2 of 4802 steps, 2 h left") == 2
+    page = (copy / "report.html").read_text()
+    assert "Under way: 2/rl: 2 of 4802 steps, 2 h left." in page
+    assert '<meta http-equiv="refresh" content="60">' in page
+
+
+def test_a_table_for_a_closed_output_is_refused_and_a_name_with_a_line_break_stays_in_its_line(
+    tmp_path, capsys, monkeypatch
+):
+    row = {"problem_id": "a", "num_samples": 4, "num_correct": 2, "num_truncated": 0}
+    jsonl.write(tmp_path / "runs/eval/valid/results.jsonl", [row | {"policy": "a\nb|c"}])
+    options = report.Options(runs=[tmp_path / "runs"], ks=[2], table=True)
+    report.run(options)
+    assert "| valid | a\\nb\\|c | " in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(InputError, match="standard output is closed"):
+        report.run(options)
+
+
 def test_whatever_eval_measured_is_shown_and_a_policy_that_lacks_it_has_a_dash(tmp_path, capsys):
     row = {"problem_id": "a", "num_samples": 4, "num_correct": 2, "num_truncated": 0}
     votes = {"wrong_votes": [1, 1], "num_greedy_correct": 1}

@@ -48,6 +48,7 @@ def aligned(rows: Sequence[Sequence[str]], sides: str = "") -> str:
 
     words = {"l": "left", "r": "right"}
     sides = sides or "l" + "r" * (len(rows[0]) - 1)
+    rows = [list(map(one_line, row)) for row in rows]
     text = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=[words[side] for side in sides])
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -71,3 +72,8 @@ def _numbers(names: Sequence[str], line: str, where: str) -> dict[str, float]:
         return {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
     except ValueError as error:
         raise InputError(f"{where}: {error}: restore the line, or remove it") from None
+
+
+def one_line(text: str) -> str:
+    r"""`text` in a cell of a table: a line break or another control character becomes its escape, such as \n."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -7,6 +7,7 @@ over the sets, a file a method, so that `dvc metrics show` is a table of these; 
 """
 
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -59,6 +60,12 @@ class Options(OptionGroup):
     max_samples: Annotated[int, "samples of each problem and policy in the browser of rollouts", at_least(0)] = 4
     seed: Annotated[int, "seed of the bootstrap"] = 0
     iterations: Annotated[str, "use only these iterations, as in '1 2 3'"] = lineage.ALL
+    watch: Annotated[
+        int,
+        "write the page again every N seconds until Ctrl-C, and have it reload; 0 writes it once",
+        at_least(0),
+        WITHOUT_EFFECT,
+    ] = 0
 
     def __post_init__(self) -> None:
         """Raise InputError for options that do not go with several directories of runs."""
@@ -80,6 +87,14 @@ def run(options: Options) -> None:
 
     Example: rloop report --runs loop --out loop/report.html
     """
+    while True:
+        _report(options)
+        if not options.watch:
+            return
+        time.sleep(options.watch)
+
+
+def _report(options: Options) -> None:
     from stages.report.study import read  # imports pandas
 
     is_printed = options.table or options.tsv
@@ -93,12 +108,15 @@ def run(options: Options) -> None:
     options = replace(options, ks=[k for k in wanted if k <= num_samples])
     page = options.out or studies[0].runs / "report.html"
     if is_printed:
+        if sys.stdout is None:
+            raise InputError("standard output is closed: --table and --tsv print to it")
         sys.stdout.write(_printed(studies, options))
     else:
         with outputs.locked(page, page.parent / FIGURES, page.parent / METRICS):
             _write(page, studies, options)
     for study in studies:
-        for line in [*(f"left out: {line}" for line in study.left_out), *study.unequal()]:
+        under_way = [f"under way: {line}" for line in study.under_way()]
+        for line in [*under_way, *(f"left out: {line}" for line in study.left_out), *study.unequal()]:
             warn(line)
     if not is_printed:
         print(f"rloop: wrote {page}", file=sys.stderr)
@@ -200,6 +218,8 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     notes = [*(f"Left out: {line}." for line in study.left_out), *study.unequal()]
     content = {
         "name": str(study.runs),
+        "under_way": study.under_way(),
+        "watch": options.watch,
         "headline": summaries.headline(rows, apart, order),
         "whole": summaries.nested(summaries.overall(rows)),
         "first": first,

@@ -159,6 +159,8 @@ def content(seeds: Seeds, ks: Sequence[int], num_samples: int) -> tuple[dict[str
     page = {
         "name": f"{len(seeds.names)} runs",
         "headline": headline(apart, axes),
+        "under_way": [],
+        "watch": 0,
         "whole": {},
         "first": [],
         "valid": "",

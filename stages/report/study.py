@@ -36,6 +36,7 @@ from stages.core.tabular import read_tsv
 
 AVERAGE = "Average"  # over all sets, which it follows
 WITHOUT = f"{AVERAGE} without "  # the set that checkpoints are chosen on
+PACE = 20  # steps that say how fast a run is
 COST = ("rollouts", "tokens", "hours")
 KEYS = ["set", "policy", "problem_id", "num_samples"]
 
@@ -150,6 +151,20 @@ class Study:
         steps = f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"
         return self.lineage.unequal(self._homes) + [steps] * bool(differ)
 
+    def under_way(self) -> list[str]:
+        """A line for each rl run that is not finished: how far it is, and the time left at its pace."""
+        lines = []
+        for run in sorted(path.parent.parent for path in self.runs.glob("*/rl/state/run.json")):
+            wanted = (read_manifest(run / "state/run.json").get("parameters") or {}).get("steps", 0)
+            rows = read_tsv(run / "log.tsv")
+            done = int(max((row["step"] for row in rows if "step" in row), default=0))
+            if (run / "manifest.json").exists() or not isinstance(wanted, int) or done >= wanted:
+                continue
+            paces = [row["seconds"] for row in rows[-PACE:] if "seconds" in row]
+            left = f", {_duration((wanted - done) * sum(paces) / len(paces))} left" if paces else ""
+            lines.append(f"{run.relative_to(self.runs).as_posix()}: {done} of {wanted} steps{left}")
+        return lines
+
     def stale(self, directory: Path, content: dict[str, Any]) -> str:
         """Why a file of an analysis is not shown: its evaluations or policies are not those that count now."""
         for path, digest in (read_manifest(directory / "manifest.json").get("inputs") or {}).items():
@@ -159,6 +174,13 @@ class Study:
         policies = [*content.get("policies", ()), *(row.get("policy", "") for row in rows)]
         named = (policy for several in policies for policy in several.split(" | "))
         return next((fault for policy in named if (fault := self.lineage.fault_of_policy(policy))), "")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str, needed: bool) -> Study:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from stages.core import tabular
 from stages.core.study import metrics
 from stages.core.study.runs import BASE, RL, RLOOP, Position
 from stages.report.study import AVERAGE, KEYS, Study
@@ -171,8 +172,9 @@ def markdown(rows: pd.DataFrame, valid: str) -> str:
     lines = ["| Set | Method | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
     for name, of_set in nested(rows).items():
         for index, (method, cells) in enumerate(of_set.items()):
+            name_of_method = tabular.one_line(method).replace("|", "\\|")
             texts = " | ".join(map(_percent, cells.values()))
-            lines.append(f"| {'' if index else mark.get(name, name)} | {method} | {texts} |")
+            lines.append(f"| {'' if index else mark.get(name, name)} | {name_of_method} | {texts} |")
     return "\n".join(lines) + "\n"
 
 

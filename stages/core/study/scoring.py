@@ -31,6 +31,7 @@ from stages.core.records import Divergence, Result, Rollout
 from stages.core.study import metrics
 from stages.core.tabular import aligned
 
+MAX_POLICIES = 4  # with more of them not every pair is shown
 ROLLOUTS, GREEDY, KL = "rollouts.jsonl", "greedy.jsonl", "kl.jsonl"
 
 
@@ -224,15 +225,22 @@ def summary_table(measured: dict[str, Any]) -> str:
 
 
 def difference_table(measured: dict[str, Any]) -> str:
-    """A line a pair of policies: the paired difference of each metric; a star marks those that are real."""
-    pairs = measured["differences"]
+    """A line a pair of policies: the paired difference of each metric; a star marks those that are real.
+
+    Of more than MAX_POLICIES only the pairs with the first policy, such as the base, and with the best.
+    """
+    pairs, policies = measured["differences"], measured["policies"]
     names = metrics.accuracies(next(iter(pairs.values())))
+    best = max(policies, key=lambda name: policies[name][names[0]]["value"])
+    told = {next(iter(policies)), best} if len(policies) > MAX_POLICIES else set(policies)
     rows = [["difference", *names]]
-    for pair, differences in pairs.items():
-        cells = (differences[name] for name in names)
-        rows.append([pair, *(percent(cell, sign="+") + (" *" if cell["real"] else "  ") for cell in cells)])
+    for both, (pair, differences) in zip(combinations(policies, 2), pairs.items(), strict=True):
+        if told.intersection(both):
+            cells = (differences[name] for name in names)
+            rows.append([pair, *(percent(cell, sign="+") + (" *" if cell["real"] else "  ") for cell in cells)])
     note = "* real: the 95 % interval of the paired difference excludes zero (each pair on its own)"
-    return f"{aligned(rows)}\n{note}"
+    more = len(pairs) + 1 - len(rows)
+    return f"{aligned(rows)}\n{note}" + (f"\n{more} more differences are in metrics.json" if more else "")
 
 
 def metric_names(summary: Mapping[str, Any]) -> list[str]:
