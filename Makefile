@@ -23,10 +23,10 @@ ACTIVE_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := # what is imported is compiled once, and kept
 
-.PHONY: demo parts loop baseline plan test check gpu-check clean
+.PHONY: .dvc/scm demo parts loop baseline plan test check gpu-check clean
 .DEFAULT_GOAL := demo
 
-demo: .venv/installed
+demo: .venv/installed .dvc/scm
 	@dvc status --quiet || $(MAKE) --no-print-directory parts
 	dvc repro
 	@echo
@@ -51,7 +51,7 @@ baseline:
 stage-%:
 	$(REPRO) $*
 
-plan: .venv/installed # without --force-downstream DVC stops at the first thing that is not made yet
+plan: .venv/installed .dvc/scm # without --force-downstream DVC stops at the first thing that is not made yet
 	dvc repro --dry --force-downstream
 
 test: .venv/installed
@@ -67,6 +67,10 @@ gpu-check:
 
 clean:
 	rm -rf .venv
+
+# DVC wants a git repository, or to be told that there is none, as in an unpacked archive.
+.dvc/scm: .venv/installed
+	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "RLoop needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

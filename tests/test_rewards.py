@@ -11,6 +11,7 @@ from stages.core.drawing.rollouts import Prompt
 from stages.core.errors import InputError
 from stages.core.grading import rewards
 from stages.core.grading.rewards import OwnGrader, RewardOptions
+from stages.core.grading.workers import needed
 
 EXAMPLES = Path(__file__).parents[1] / "examples/rewards"
 PROBLEM = {"id": "p1", "problem": "3+4=?", "answer": "7", "source": "sums", "target": 5}
@@ -268,3 +269,8 @@ def test_the_example_of_a_csv_file_matches_its_answers_and_the_others(tmp_path):
     ):
         columns = {name: [value] for name, value in problems[country].items()}
         assert example("csv_match.py")(prompts=[""], completions=[text], completion_ids=[[]], **columns) == [expected]
+
+
+def test_a_reward_sees_what_it_needs_of_the_environment_and_no_secret():
+    given = {"PATH": "/bin", "LC_ALL": "C", "HF_TOKEN": "secret", "OPENAI_API_KEY": "secret", "RLOOP_JUDGE": "url"}
+    assert needed(given) == {"PATH": "/bin", "LC_ALL": "C", "RLOOP_JUDGE": "url"}

@@ -194,9 +194,9 @@ def test_a_file_without_exactly_one_place_for_the_problem_is_refused(tmp_path, t
 def test_an_unknown_name_is_refused_with_the_names_there_are():
     with pytest.raises(
         InputError,
-        match=r"neither one of boxed, .*, chat, chat-thinking, chat-no-thinking nor a file",
+        match=r"neither one of boxed, .*, chat, chat-thinking, chat-no-thinking nor a file \(did you mean boxed\?\)$",
     ):
-        templates.load("boxes")
+        templates.load("Boxed")
 
 
 def test_the_digest_follows_what_a_template_does_not_what_it_is_called(tmp_path):

@@ -18,6 +18,7 @@ exact prompt can always be read back. Problems are inserted as they are: braces,
 A rendered prompt may begin with the tokenizer's begin token, as chat templates do: `policy.encode` adds no second one.
 """
 
+import difflib
 import hashlib
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -202,7 +203,9 @@ def _chat_source(tokenizer: Any, origin: str, remedy: str) -> str:
 def _from_file(path: Path) -> tuple[str, str, tuple[str, ...]]:
     """The text before {problem}, the text after it, and the stop texts."""
     if not path.is_file():
-        raise InputError(f"template {path}: neither one of {_choices()} nor a file")
+        near = difflib.get_close_matches(str(path).lower(), NAMES, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"template {path}: neither one of {_choices()} nor a file{meant}")
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")  # the end of line that editors add
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe
@@ -30,6 +30,10 @@ DEADLINE_SIGNALS = (signal.SIGXCPU, signal.SIGPROF)  # what a worker dies of tha
 MAX_ATTEMPTS = 2  # a worker that something else killed takes no reply along: its job is tried once more
 
 T = TypeVar("T")
+
+
+INHERITED = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "CONDA_PREFIX")
+PREFIXES = ("LC_", "PYTHON", "LD_", "DYLD_", "OMP_", "MKL_", "OPENBLAS_", "RLOOP_")  # RLOOP_: for rewards of one's own
 
 
 class Loss(NamedTuple):
@@ -105,6 +109,11 @@ class Pool(Generic[T]):
         while not self._jobs.empty():
             if (job := self._jobs.get()) is not None:
                 _fail(job, RuntimeError(f"{self._kind.name} was closed before the reply was there"))
+
+
+def needed(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a worker is given of the environment: no keys and tokens, for it reads what a policy has written."""
+    return {name: value for name, value in environment.items() if name in INHERITED or name.startswith(PREFIXES)}
 
 
 def _fail(job: Job[T], error: Exception) -> None:
@@ -199,12 +208,12 @@ class _Tender(Generic[T]):
         if self._process is not None and self._process.poll() is not None:
             self._stop()
         if self._process is None or self._pipe is None:
-            root = str(Path(__file__).resolve().parents[2])
+            root = str(Path(__file__).resolve().parents[3])
             paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
             self._pipe, theirs = Pipe()
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
             with theirs:
-                self._process = self._open(theirs, os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+                self._process = self._open(theirs, needed(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)})
             if self._ended:  # `end` may have looked for a process to kill just before there was one
                 self._process.kill()
             self._await_ready(self._pipe)
