@@ -20,7 +20,7 @@ def added(named: Sequence[str], evals: Sequence[Path], all_checkpoints: bool) ->
 def policies_of(output: Path, all_checkpoints: bool) -> list[str]:
     """The policies of the eval output: the one that it selected, the last checkpoint of each run, those of no run.
 
-    With `all_checkpoints`, everything that it policies. Raises InputError if it is no eval output, or selected nothing.
+    With `all_checkpoints`, all of them. Raises InputError if it is no eval output, or selected nothing.
     """
     manifest = read_manifest(output / "manifest.json")
     policies = manifest.get("policies")
