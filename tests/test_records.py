@@ -90,6 +90,15 @@ def test_a_duplicate_problem_id_is_an_error_that_names_both_lines(tmp_path):
         records.read_problems(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("mine.csv", "problem,answer\n1+1,2\n"), ("mine.jsonl", '{"problem": "1+1", "answer": "2"}\n')]
+)
+def test_a_file_that_prepare_has_not_made_is_refused_with_the_command_that_makes_one(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"; rloop prepare --source .*{name} makes a file of problems"):
+        records.read_problems(tmp_path / name)
+
+
 CHAT = [{"role": "system", "content": ""}, {"role": "user", "content": "1 + 1?", "name": "Ann"}]
 
 

@@ -312,7 +312,7 @@ def read_problems(path: str | Path) -> list[Problem]:
     """All problems of `path`; InputError for a duplicate id, an ill-formed prompt, or a file without any."""
     seen: dict[str, int] = {}
     problems = []
-    for number, problem in enumerate(read(path, Problem), 1):
+    for number, problem in enumerate(_said_how_to_make(path), 1):
         if problem["id"] in seen:
             first = seen[problem["id"]]
             raise InputError(f"{path}:{number}: problem id {problem['id']!r} was already used on line {first}")
@@ -321,6 +321,17 @@ def read_problems(path: str | Path) -> list[Problem]:
         seen[problem["id"]] = number
         problems.append(problem)
     return problems
+
+
+def _said_how_to_make(path: str | Path) -> Iterator[Problem]:
+    """The problems of `path`; the error for a file of another form, or of rows as others have them, names prepare."""
+    try:
+        yield from read(path, Problem)
+    except InputError as error:
+        is_of_others = Path(path).suffix != ".jsonl" or "of Problem is missing" in str(error)
+        if not Path(path).is_file() or not is_of_others:
+            raise
+        raise InputError(f"{error}; rloop prepare --source {path} makes a file of problems") from None
 
 
 def prompt_fault(prompt: Any) -> str | None:
