@@ -607,6 +607,20 @@ def test_a_table_for_a_closed_output_is_refused_and_a_name_with_a_line_break_sta
         report.run(options)
 
 
+def test_sets_at_several_temperatures_are_averaged_and_chosen_on_apart(made, tmp_path, capsys):
+    for group in ("base", "loop", "vanilla"):
+        for name, at in ((name, at) for name in ("valid", "far") for at in ("0.6", "1")):
+            rows = [
+                row | {"temperature": float(at)} for _, row in jsonl.read(made / f"eval/{group}/{name}/results.jsonl")
+            ]
+            jsonl.write(tmp_path / f"runs/eval/{group}/{name}@{at}/results.jsonl", rows)
+    found = studied(tmp_path / "runs")
+    assert found.averages == {f"Average@{at}": [f"valid@{at}", f"far@{at}"] for at in ("0.6", "1")}
+    assert (found.valid, found.temperatures) == ("valid@0.6", "0.6, 1")
+    make(tmp_path / "runs", table=True)
+    assert "| valid@0.6 (chosen on it) | Base | 25.00" in capsys.readouterr().out
+
+
 def test_whatever_eval_measured_is_shown_and_a_policy_that_lacks_it_has_a_dash(tmp_path, capsys):
     row = {"problem_id": "a", "num_samples": 4, "num_correct": 2, "num_truncated": 0}
     votes = {"wrong_votes": [1, 1], "num_greedy_correct": 1}

@@ -182,7 +182,6 @@ def _refuse_strangers(pictures: Path, files: Collection[Path]) -> list[str]:
 def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], list["Figure"]]:
     """What the page shows, the texts of the files beside it, each method's metrics for DVC, and all figures."""
     from stages.report import browser, curves, summaries
-    from stages.report.study import AVERAGE
 
     told, logs = summaries.tell(study, options.ks, options.seed), study.logs()
     rows, apart = told.rows, summaries.differences(told.scores, study.averages, told.chosen, seed=options.seed)
@@ -192,7 +191,7 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     resets = sorted({position.step for position in study.positions if position.ends_iteration})
     percent = summaries.overall(rows).assign(**{part: 100 * rows[part] for part in ("value", "low", "high")})
     first = [
-        *curves.of_evaluations(tidy[tidy["set"] == AVERAGE], resets, order),
+        *curves.of_evaluations(tidy[tidy["set"].isin([*study.averages][:1])], resets, order),
         *(curves.frontier(percent, (order[-1], order[0]), "problems") if len(order) > 1 else ()),
     ]
     figures = {
@@ -220,6 +219,7 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "name": str(study.runs),
         "under_way": study.under_way(),
         "watch": options.watch,
+        "temperatures": study.temperatures,
         "headline": summaries.headline(rows, apart, order),
         "whole": summaries.nested(summaries.overall(rows)),
         "first": first,

@@ -161,6 +161,7 @@ def content(seeds: Seeds, ks: Sequence[int], num_samples: int) -> tuple[dict[str
         "headline": headline(apart, axes),
         "under_way": [],
         "watch": 0,
+        "temperatures": "",
         "whole": {},
         "first": [],
         "valid": "",

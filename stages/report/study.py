@@ -25,6 +25,7 @@ from stages.core.study.runs import (
     RLOOP,
     Evaluation,
     Position,
+    at_temperature,
     evals_below,
     find_evals,
     num_steps,
@@ -55,11 +56,23 @@ class Study:
 
     @property
     def averages(self) -> dict[str, list[str]]:
-        """The averages and their sets: over all, and over those that no checkpoint is chosen on."""
-        sets = list(self.evaluations)
-        others = [name for name in sets if name != self.valid]
-        averages = {AVERAGE: sets, f"{WITHOUT}{self.valid}": others if len(others) < len(sets) else []}
-        return {name: own for name, own in averages.items() if len(own) > 1}
+        """Averages and their sets: over all, and over those that no checkpoint is chosen on, at each temperature."""
+        averages: dict[str, list[str]] = {}
+        valid, _ = at_temperature(self.valid)
+        for name in self.evaluations:
+            own, temperature = at_temperature(name)
+            averages.setdefault(f"{AVERAGE}{temperature}", []).append(name)
+            if own != valid:
+                averages.setdefault(f"{WITHOUT}{valid}{temperature}", []).append(name)
+        is_asked = self.valid in self.evaluations
+        several = {name: sets for name, sets in averages.items() if len(sets) > 1}
+        return {name: sets for name, sets in several.items() if is_asked or not name.startswith(WITHOUT)}
+
+    @property
+    def temperatures(self) -> str:
+        """The temperatures of the samples behind the results, such as "0.6, 1"; "" if no result tells."""
+        rows: Iterator[Any] = (row for each in self.evaluations.values() for of in each.results.values() for row in of)
+        return ", ".join(f"{value:g}" for value in sorted({row["temperature"] for row in rows if "temperature" in row}))
 
     @property
     def ks(self) -> list[int]:
@@ -198,7 +211,10 @@ def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str,
         left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
     lineage = Lineage(runs if runs.is_dir() else None, directories, chosen(iterations))
     by_set = read_evals(directories, lineage.keeps)
-    evaluations = {name: by_set[name] for name in sorted(by_set, key=lambda name: (name != valid, name))}
+    evaluations = {
+        name: by_set[name] for name in sorted(by_set, key=lambda name: (at_temperature(name)[0] != valid, name))
+    }
+    valid = next((name for name in evaluations if at_temperature(name)[0] == valid), valid)
     if evaluations and valid not in evaluations:
         others = ", ".join(evaluations)
         left_out.append(f"all by the validation set: no evaluation of {valid} (--valid), only of {others}")

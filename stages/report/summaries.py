@@ -247,7 +247,8 @@ def unlike(scores: pd.DataFrame, chosen: Mapping[str, str]) -> list[str]:
 
 def overall(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the average over sets, or of the first set if there is none."""
-    return rows[rows["set"] == (AVERAGE if (rows["set"] == AVERAGE).any() else rows["set"].min())]
+    averages = [name for name in rows["set"].unique() if str(name).startswith(AVERAGE)]
+    return rows[rows["set"] == (averages[0] if averages else rows["set"].min())]
 
 
 def headline(rows: pd.DataFrame, apart: pd.DataFrame, wanted: Sequence[str]) -> list[str]:
@@ -255,7 +256,7 @@ def headline(rows: pd.DataFrame, apart: pd.DataFrame, wanted: Sequence[str]) -> 
     whole = overall(rows)
     name = "".join(whole["set"].unique())
     num_sets = rows["set"].map(lambda each: not str(each).startswith(AVERAGE)).groupby(rows["set"], observed=True).any()
-    where = f"on average over {num_sets.sum()} sets" if name == AVERAGE else f"on {name}"
+    where = f"on average over {num_sets.sum()} sets" if name.startswith(AVERAGE) else f"on {name}"
     here = apart[apart["policy"].isin(COMPARED) & (apart["set"] == name)]
     return [
         _leads(of_metric, f"{metric} {where}") + "".join(map(_ahead, here[here["metric"] == metric].to_dict("records")))

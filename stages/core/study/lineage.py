@@ -21,7 +21,7 @@ from typing import Any
 from stages.core import provenance
 from stages.core.errors import InputError
 from stages.core.provenance import read_manifest, stamp
-from stages.core.study.runs import iteration_of, num_steps, position_below
+from stages.core.study.runs import at_temperature, iteration_of, num_steps, position_below
 
 ALL = "all"
 # parameters of an eval that comparable figures share
@@ -206,7 +206,7 @@ class Lineage:
 
     def _problems(self, directory: Path) -> str:
         """The path of an evaluation's problems as its manifest names it; "" if there is none."""
-        name = self._set_name(directory)
+        name, _ = at_temperature(self._set_name(directory))
         paths = (path for path in _inputs(self._manifests[directory]) if path.endswith(".jsonl"))
         return next((path for path in paths if name and Path(path).stem == name), "")
 

@@ -223,6 +223,13 @@ def evals_below(directory: Path) -> list[Path]:
     return sorted(path for path in directories if not any(part.endswith(".partial") for part in path.parts))
 
 
+def at_temperature(name: str) -> tuple[str, str]:
+    """A set's own name and, if it was evaluated at several temperatures, "@" and which: ("valid", "@0.6")."""
+    own, mark, temperature = name.rpartition("@")
+    is_number = mark and temperature.replace(".", "", 1).isdecimal()
+    return (own, mark + temperature) if is_number else (name, "")
+
+
 def set_name(directory: Path) -> str:
     """A problem set's name: by the eval's manifest, or else the eval's directory, as in runs/eval/1/valid."""
     return str(read_json(directory / "manifest.json").get("set") or directory.name)
