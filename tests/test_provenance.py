@@ -81,7 +81,8 @@ def test_options_that_only_round_or_have_no_effect_are_few_and_known():
         *(("rl", name) for name in ("save_every", "keep_state", "alarm_grad_norm", "mismatch_bound", "tracker")),
         *(("rl", name) for name in ("restart_if_changed", "valid", "valid_every", "valid_samples")),
         *(("filter", name) for name in ("dry_run", "accept_edited")),
-        *(("report", name) for name in ("table", "tsv")),
+        *(("report", name) for name in ("table", "tsv", "watch")),
+        ("rft", "warn_below"),
     }
 
 
