@@ -1,4 +1,4 @@
-"""How much is done: steps and rollouts of RL, and which policies are asked which sets."""
+"""How much is done: steps and rollouts of RL, and which policies are evaluated on which sets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 from rloop_cli.check.calls import Call, maker
 
 
-class Asked(NamedTuple):
-    """How many policies one call asks its sets, at least and at most."""
+class EvalCall(NamedTuple):
+    """How many policies one call evaluates on its sets, at least and at most."""
 
     call: Call
     fewest: int
@@ -39,12 +39,12 @@ def num_checkpoints(run: Call) -> int:
     return int(-(-run.options.steps // run.options.checkpoint_every))
 
 
-def evaluations(calls: Sequence[Call]) -> list[Asked]:
-    """Every call of eval that draws, with the number of policies that it asks."""
-    return [_asked(call, calls) for call in calls if call.stage == "eval"]
+def evaluations(calls: Sequence[Call]) -> list[EvalCall]:
+    """Every call of eval that draws, with the number of policies that it evaluates."""
+    return [_eval_call(call, calls) for call in calls if call.stage == "eval"]
 
 
-def _asked(call: Call, calls: Sequence[Call]) -> Asked:
+def _eval_call(call: Call, calls: Sequence[Call]) -> EvalCall:
     num_named = sum(_num_policies(name, calls) for name in call.options.policy)
     fewest = most = num_named
     for output in map(str, call.options.selected):
@@ -55,7 +55,7 @@ def _asked(call: Call, calls: Sequence[Call]) -> Asked:
         each = [_num_policies(name, calls) for name in other.options.policy]
         counted = sum(each) if call.options.all_checkpoints else len(each)  # the last of each run, and what is no run
         fewest, most = fewest + counted, most + min(counted + 1, sum(each))
-    return Asked(call, fewest, most)
+    return EvalCall(call, fewest, most)
 
 
 def _num_policies(name: str, calls: Sequence[Call]) -> int:
@@ -64,21 +64,23 @@ def _num_policies(name: str, calls: Sequence[Call]) -> int:
     return num_checkpoints(run) if run is not None and run.stage == "rl" else 1
 
 
-def pairs(asked: Sequence[Asked]) -> Range:
+def pairs(evaluations: Sequence[EvalCall]) -> Range:
     """Policies times sets."""
-    return _total(asked, lambda one: len(one.sets))
+    return _total(evaluations, lambda one: len(one.sets))
 
 
-def rollouts(asked: Sequence[Asked], sizes: Mapping[str, int]) -> Range:
+def rollouts(evaluations: Sequence[EvalCall], sizes: Mapping[str, int]) -> Range:
     """Completions to draw, by the number of problems of each set."""
-    return _total(asked, lambda one: one.samples * sum(_limited(one, sizes[file]) for file in one.sets))
+    return _total(evaluations, lambda one: one.samples * sum(_limited(one, sizes[file]) for file in one.sets))
 
 
-def _total(asked: Sequence[Asked], of_policy: Callable[[Asked], int]) -> Range:
-    return Range(sum(one.fewest * of_policy(one) for one in asked), sum(one.most * of_policy(one) for one in asked))
+def _total(evaluations: Sequence[EvalCall], of_policy: Callable[[EvalCall], int]) -> Range:
+    return Range(
+        sum(one.fewest * of_policy(one) for one in evaluations), sum(one.most * of_policy(one) for one in evaluations)
+    )
 
 
-def _limited(one: Asked, size: int) -> int:
+def _limited(one: EvalCall, size: int) -> int:
     return min(size, one.call.options.limit or size)
 
 

@@ -41,7 +41,7 @@ def process_faults(calls: Sequence[Call]) -> Iterator[str]:
 def policy_faults(calls: Sequence[Call]) -> Iterator[str]:
     """Adapters that a policy has no layers for, and engines that can't be shared by so many."""
     for call in calls:
-        base = base_of(calls, asked[0]).path if (asked := policies_of(call, calls)) else None
+        base = base_of(calls, named[0]).path if (named := policies_of(call, calls)) else None
         if base is None:
             continue
         for refuse in (_refuse_sharing, _refuse_adapters):
@@ -66,9 +66,9 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
     found: dict[str, Plan] = {}
     unknown: dict[str, None] = {}
     for call in calls:
-        if call.stage not in ("rl", "rft", "sample", "eval") or not (asked := policies_of(call, calls)):
+        if call.stage not in ("rl", "rft", "sample", "eval") or not (named := policies_of(call, calls)):
             continue
-        base = base_of(calls, asked[0]).path
+        base = base_of(calls, named[0]).path
         if base is None:
             continue
         launch = launched(call)

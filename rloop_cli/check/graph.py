@@ -82,10 +82,10 @@ def resolve(params: Path) -> tuple[list[Node], list[str]]:
 
     given, graph, launch = _yaml(params), _yaml(GRAPH), launcher(params)
     nodes, faults, lost = [], [f"{params}: {fault}" for fault in _no_texts(given, graph)], dict[str, list[str]]()
-    with tempfile.TemporaryDirectory() as place:
-        shutil.copy(params, Path(place) / "params.yaml")
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copy(params, Path(directory) / "params.yaml")
         try:
-            definitions = _definitions(graph, place)
+            definitions = _definitions(graph, directory)
         except DvcException as error:
             raise InputError(f"{GRAPH}: {' '.join(str(error).split())}") from None
         for name, definition in graph.get("stages", {}).items():
@@ -105,14 +105,14 @@ def resolve(params: Path) -> tuple[list[Node], list[str]]:
     return nodes, [*faults, *(f"{params}: {fault}" for fault in _missing(lost, given))]
 
 
-def _definitions(graph: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """DVC's definitions of the stages of a graph, with the params.yaml in the directory `place`."""
+def _definitions(graph: Mapping[str, Any], directory: str) -> dict[str, Any]:
+    """DVC's definitions of the stages of a graph, with the params.yaml in `directory`."""
     from dvc.config import Config
     from dvc.fs import LocalFileSystem
     from dvc.parsing import DataResolver
 
     config = Config(".dvc") if Path(".dvc").is_dir() else {"parsing": {"bool": "boolean_optional", "list": "append"}}
-    resolver: Any = DataResolver(SimpleNamespace(fs=LocalFileSystem(), config=config), place, dict(graph))
+    resolver: Any = DataResolver(SimpleNamespace(fs=LocalFileSystem(), config=config), directory, dict(graph))
     return dict(resolver.definitions)
 
 

@@ -17,7 +17,7 @@ from stages.core.policy import checkpoints
 SHOWN_CHARS = 300
 
 
-class Asking(NamedTuple):
+class Rendering(NamedTuple):
     """A file of problems, put by a template to what descends from `base`."""
 
     base: Path
@@ -40,7 +40,7 @@ class Seen:
 
 def seen(calls: Sequence[Call]) -> Seen:
     """Render and count the prompts of every call that draws, as far as policies and problems are there."""
-    whole, done, broken = Seen(), dict[Asking, int](), dict[str, str]()
+    whole, done, broken = Seen(), dict[Rendering, int](), dict[str, str]()
     reader, contexts = cache(_reader), dict[str, int]()
     for call in calls:
         base = _base(call, calls) if call.stage in ("rl", "sample", "eval") else None
@@ -52,11 +52,11 @@ def seen(calls: Sequence[Call]) -> Seen:
             broken.setdefault(str(error), call.origin("--policy", base))
             continue
         for file in (file for file in _files(call) if is_there(calls, file)):
-            asking = Asking(base, call.options.template, call.options.max_tokens, file)
-            if asking not in done:
-                done[asking] = _longest(whole, asking, call, tokenizer, context)
-            if done[asking]:
-                whole.longest[call.name] = max(whole.longest.get(call.name, 0), done[asking])
+            rendering = Rendering(base, call.options.template, call.options.max_tokens, file)
+            if rendering not in done:
+                done[rendering] = _longest(whole, rendering, call, tokenizer, context)
+            if done[rendering]:
+                whole.longest[call.name] = max(whole.longest.get(call.name, 0), done[rendering])
                 contexts[call.name] = context
     whole.faults += [f"{origin}: {error}" for error, origin in broken.items()]
     whole.lines += _longest_of_each(calls, whole.longest, contexts)
@@ -65,8 +65,8 @@ def seen(calls: Sequence[Call]) -> Seen:
 
 def _base(call: Call, calls: Sequence[Call]) -> Path | None:
     """The policy that is there and has the tokenizer of those that the call asks."""
-    asked = policies_of(call, calls)
-    return base_of(calls, asked[0]).path if asked else None
+    named = policies_of(call, calls)
+    return base_of(calls, named[0]).path if named else None
 
 
 def _reader(base: Path) -> tuple[Any, int]:
@@ -79,25 +79,25 @@ def _files(call: Call) -> list[str]:
     return [path for flag in ("--problems", "--valid") for path in call.paths.get(flag, [])]
 
 
-def _longest(whole: Seen, asking: Asking, call: Call, tokenizer: Any, context: int) -> int:
+def _longest(whole: Seen, rendering: Rendering, call: Call, tokenizer: Any, context: int) -> int:
     """Tokens of the longest prompt of one file and its completion; 0, and a fault in `whole`, if there is none."""
     try:
-        template = templates.load(asking.template, tokenizer)
-        problems = records.read_problems(Path(asking.file))
-        whole.sizes[asking.file] = len(problems)
-        prompts, left_out = make_prompts(problems, template, tokenizer, asking.max_tokens, context, asking.file)
+        template = templates.load(rendering.template, tokenizer)
+        problems = records.read_problems(Path(rendering.file))
+        whole.sizes[rendering.file] = len(problems)
+        prompts, left_out = make_prompts(problems, template, tokenizer, rendering.max_tokens, context, rendering.file)
     except InputError as error:
         flag = _flag(error)
-        whole.faults.append(f"{call.origin(flag, None if flag else asking.file)}: {error}")
+        whole.faults.append(f"{call.origin(flag, None if flag else rendering.file)}: {error}")
         return 0
     whole.first = whole.first or prompts[0].text
     if left_out:
-        said = f"{asking.file}: {no_room(left_out, asking.max_tokens, context)}"
+        said = f"{rendering.file}: {no_room(left_out, rendering.max_tokens, context)}"
         if call.stage == "eval":
             whole.faults.append(f"{call.origin('--max-tokens')}: {said}: lower it, or remove them")
         else:
             whole.notes.append(f"{said}: {call.stage} leaves them out")
-    return max(len(prompt.token_ids) for prompt in prompts) + asking.max_tokens
+    return max(len(prompt.token_ids) for prompt in prompts) + rendering.max_tokens
 
 
 def _longest_of_each(calls: Sequence[Call], longest: Mapping[str, int], contexts: Mapping[str, int]) -> Iterator[str]:

@@ -71,16 +71,16 @@ def _exploration(calls: Sequence[Call]) -> Iterator[str]:
 
 
 def _evaluations(calls: Sequence[Call], seen: Seen) -> Iterator[str]:
-    asked = counts.evaluations(calls)
-    if asked:
+    evaluated = counts.evaluations(calls)
+    if evaluated:
         known = _rollouts(calls, seen)
         said = "as many rollouts as the sets say, once they are made" if known is None else f"{known} rollouts"
-        yield f"{len(asked)} calls, {counts.pairs(asked)} policies x sets, {said}"
+        yield f"{len(evaluated)} calls, {counts.pairs(evaluated)} policies x sets, {said}"
 
 
 def _rollouts(calls: Sequence[Call], seen: Seen) -> Range | None:
     """Completions of all evaluations; None if a set is not there to be counted."""
-    asked = counts.evaluations(calls)
-    if any(file not in seen.sizes for one in asked for file in one.sets):
+    evaluated = counts.evaluations(calls)
+    if any(file not in seen.sizes for one in evaluated for file in one.sets):
         return None
-    return counts.rollouts(asked, seen.sizes)
+    return counts.rollouts(evaluated, seen.sizes)

@@ -94,8 +94,8 @@ def refuse_unwritable(path: str | Path) -> None:
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         raise InputError(f"{path} cannot be written: {above} is no directory that you may write to")
-    for place in (above, path) if path.is_dir() else (above,):
-        probe = place / _unfinished_name(path, "probing")
+    for directory in (above, path) if path.is_dir() else (above,):
+        probe = directory / _unfinished_name(path, "probing")
         with _writing(path):
             try:
                 probe.write_bytes(b"-")
