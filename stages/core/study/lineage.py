@@ -301,8 +301,7 @@ class Lineage:
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The inputs that a manifest names, as path -> digest."""
     inputs = manifest.get("inputs")
-    named = inputs if isinstance(inputs, dict) else {}
-    return {str(manifest.get(path, path)): digest for path, digest in named.items()}  # until rl and rft name paths
+    return inputs if isinstance(inputs, dict) else {}
 
 
 def _names(manifest: Mapping[str, Any]) -> list[str]:
