@@ -23,7 +23,7 @@ class Explored(NamedTuple):
     max_tokens: int
 
 
-class Drawn(NamedTuple):
+class PastEval(NamedTuple):
     """An evaluation: its rollouts and the seconds for all of them, the engine's start included."""
 
     path: Path
@@ -86,7 +86,7 @@ def _explored(log: Path, record: dict[str, Any]) -> Explored | None:
     return Explored(log.parent, len(rows), seconds, tokens, batch, given["max_tokens"])
 
 
-def drawn(runs: Path) -> Drawn | None:
+def drawn(runs: Path) -> PastEval | None:
     """The evaluation below `runs` with the most rollouts."""
     found = []
     for file in sorted(runs.glob("eval/**/manifest.json")):
@@ -97,5 +97,5 @@ def drawn(runs: Path) -> Drawn | None:
         parts = [record, *map(read_manifest, file.parent.glob("*/manifest.json"))]
         number = sum(part.get("counts", {}).get("rollouts", 0) for part in parts)
         if number and record.get("seconds"):
-            found.append(Drawn(file.parent, number, record["seconds"], record["parameters"]["max_tokens"]))
+            found.append(PastEval(file.parent, number, record["seconds"], record["parameters"]["max_tokens"]))
     return max(found, key=lambda one: one.num_rollouts, default=None)
