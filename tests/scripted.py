@@ -59,11 +59,12 @@ class ScriptedEngine:
 class Engines(list):
     """Starts scripted engines where a stage would start vLLM's, and keeps them.
 
-    The next one dies after `dies_after` groups, and says `fault` of swapping weights.
+    The next one, and no other, dies after `dies_after` groups; each says `fault` of swapping weights.
     """
 
     dies_after = fault = None
 
     def __call__(self, request, policy):
         self.append(ScriptedEngine(policy, self.dies_after, self.fault))
+        self.dies_after = None
         return self[-1]

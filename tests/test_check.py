@@ -26,7 +26,10 @@ def project(tmp_path, monkeypatch):
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    return json.loads(json.dumps(yaml.safe_load((ROOT / "params.yaml").read_text())))  # no section is another's alias
+    params = json.loads(json.dumps(yaml.safe_load((ROOT / "params.yaml").read_text())))  # no section is another's alias
+    params["rl"] |= {"steps": 30, "checkpoint_every": 30}
+    params["vanilla"]["steps"] = 90
+    return params
 
 
 @pytest.fixture
@@ -181,7 +184,7 @@ def test_what_no_stage_makes_and_is_not_there_is_named_once_each(project):
 @pytest.mark.slow
 def test_what_another_params_file_has_made_is_not_held_against_this_one(made):
     assert sections(checked(made))["prompt"] == '"1+1="'
-    command = "rloop toy --out runs/0 --seed 0 --num_test 75"
+    command = " ".join(["rloop toy --out runs/0", *(f"--{name} {value}" for name, value in made["toy"]["0"].items())])
     lock = {"schema": "2.0", "stages": {"toy@0": {"cmd": command, "outs": [{"path": "runs/0"}]}}}
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
     assert sections(checked(made))["prompt"] == '"1+1="', "it is what this graph's own command has made"

@@ -99,7 +99,6 @@ def test_an_interrupted_call_goes_on_where_it_stopped(run, engines, tiny_policy,
     with pytest.raises(KeyboardInterrupt, match="what was drawn is kept: the same command draws the rest"):
         run(both, problems, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    engines.dies_after = None
     run(both, problems, tmp_path / "out")
     assert len(engines[-1].asked) == NUM_PROBLEMS - 5
     assert engines[-1].num_loads == 1  # the finished policy's weights are not even read
@@ -151,7 +150,6 @@ def interrupted(run, engines, tiny_policy, problems, tmp_path):
     engines.dies_after = 5
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "out")
-    engines.dies_after = None
     return engines
 
 
@@ -409,7 +407,6 @@ def test_majorities_are_the_same_at_once_after_an_interruption_and_by_grading_ag
     engines.dies_after = 5
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "later")
-    engines.dies_after = None
     run([tiny_policy], problems, tmp_path / "later", maj=True)  # what was drawn without counts
     assert len(engines[-1].asked) == NUM_PROBLEMS - 5
     run([tiny_policy], problems, tmp_path / "without")
@@ -455,7 +452,6 @@ def test_greedy_completions_go_on_where_they_stopped_and_are_graded_again(
     engines.dies_after = groups_before
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "later", greedy=True)
-    engines.dies_after = None
     run([tiny_policy], problems, tmp_path / "later", greedy=True)
     assert len(engines[-1].asked) == 2 * NUM_PROBLEMS - groups_before
     regrade.run(regrade.Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
@@ -531,7 +527,6 @@ def test_a_temperature_that_is_added_keeps_what_was_drawn_at_another(run, engine
     engines.dies_after = 5
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "out")
-    engines.dies_after = None
     run([tiny_policy], problems, tmp_path / "out", temperature=[1.0, 0.6])
     assert len(engines[-1].asked) == 2 * NUM_PROBLEMS - 5
 
