@@ -205,6 +205,17 @@ def test_one_s_own_rewards_enter_the_advantage_as_they_are_without_what_none_app
     assert [rollout.advantage for rollout in batch[:3]] == pytest.approx(dapo.advantages([0.5, 1.0, 2.5], 1e-6))
 
 
+def test_a_reward_that_is_the_same_over_a_whole_step_is_named_once(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def thinks(completions, **_):\n    return [float('<think>' in text) for text in completions]\n"
+        "def number(completions, **_):\n    return list(map(float, range(len(completions))))\n"
+    )
+    explore(tmp_path, lambda number: 1, steps=2, max_rounds=1, reward=[f"{file}:thinks", f"{file}:number"])
+    said = capsys.readouterr().err
+    assert said.count("so it teaches nothing") == said.count("step 1: the reward mine.py:thinks is 0 for all") == 1
+
+
 def test_rewards_that_fail_on_some_groups_are_counted_and_on_a_whole_step_end_the_run_in_one_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

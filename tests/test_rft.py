@@ -146,6 +146,15 @@ def test_ids_of_another_tokenizer_are_refused_and_an_edited_text_is_named(thinke
         ready.check_ids(thinker, [example("1", "2") | {"token_ids": pack_ids([99])}], 99)
 
 
+def test_examples_with_ids_of_a_padded_vocabulary_are_left_out_and_named(thinker):
+    good = example("1", "3") | {"token_ids": pack_ids(thinker.encode("3"))}
+    padded = example("1", "3") | {"token_ids": pack_ids([*thinker.encode("3"), len(thinker)]), "problem_id": "padded"}
+    assert ready.check_ids(thinker, [good, padded], len(thinker) + 8) == []
+    assert ready.without_unknown(thinker, [good, padded, example("1", "2")]) == ([good, example("1", "2")], ["padded"])
+    with pytest.raises(InputError, match="each of 1 examples holds tokens that the policy's tokenizer lacks"):
+        ready.without_unknown(thinker, [padded])
+
+
 def test_an_example_longer_than_the_bound_is_left_out_whole_and_named():
     short, long = example("a", "b"), example("a", "b" * 9) | {"problem_id": "long"}
     rows, left_out = ready.tokenize_fitting(Letters(), [long, short], 4, END)

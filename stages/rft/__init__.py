@@ -162,7 +162,7 @@ def _read(options: Options, ranks: Ranks) -> _Read:
 
     from stages.core.policy import adapters, checkpoints
     from stages.rft.card import base_of
-    from stages.rft.examples import check_ids, check_log_probs, ending, tokenize_fitting
+    from stages.rft.examples import check_ids, check_log_probs, ending, tokenize_fitting, without_unknown
 
     path, base = checkpoints.resolve(options.start_policy), base_of(options.start_policy)
     checkpoints.check_shapes(path)
@@ -175,6 +175,10 @@ def _read(options: Options, ranks: Ranks) -> _Read:
     if differing and ranks.is_first:
         names = tabular.some(differing)
         warn(f"{len(differing)} examples ({names}) have another text than their token_ids: the tokens are trained on")
+    examples, unknown = without_unknown(tokenizer, examples)
+    if unknown and ranks.is_first:
+        names = tabular.some(unknown)
+        warn(f"{len(unknown)} examples ({names}) are left out: they hold ids that stand for no text in the tokenizer")
     end = ending(tokenizer, checkpoints.end_token_ids(path))
     if options.likelihood_weights:
         check_log_probs(examples)

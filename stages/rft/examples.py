@@ -122,6 +122,22 @@ def tokenize_fitting(
     return rows, left_out
 
 
+def without_unknown(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
+    """The examples whose sampled tokens the tokenizer has, and the problem ids of the others.
+
+    A padded vocabulary has ids that stand for no text, and at temperature 1 one is sampled now and then.
+    """
+    kept, left_out = [], []
+    for example in examples:
+        if "token_ids" in example and max(unpack_ids(example["token_ids"]), default=0) >= len(tokenizer):
+            left_out.append(example["problem_id"])
+        else:
+            kept.append(example)
+    if not kept:
+        raise InputError(f"each of {len(examples)} examples holds tokens that the policy's tokenizer lacks")
+    return kept, left_out
+
+
 def check_ids(tokenizer: Any, examples: Sequence[Example], vocabulary: int) -> list[str]:
     """The problem ids of examples whose text is not that of their token_ids: edited texts, say.
 

@@ -150,6 +150,12 @@ def applicable(group: Group, values: Sequence[T]) -> list[T]:
     return [value for value, score in zip(values, group.scores, strict=True) if score.applies]
 
 
+def rewards_by_name(groups: Sequence[Group]) -> dict[str, list[float]]:
+    """Each summand of the user's own rewards, on the rollouts that it applies to; {} by math-verify alone."""
+    parts = [score.parts for group in groups for score in group.scores if score.parts]
+    return {name: [one for part in parts if (one := part[name]) is not None] for name in (parts[0] if parts else ())}
+
+
 def shaped_rewards(group: Group, settings: Settings) -> list[float]:
     """The rewards as they enter the advantage: math-verify's on the scale of the options, one's own as they are.
 

@@ -22,7 +22,7 @@ from stages.core.ranks import Ranks
 from stages.core.records import LogRow, Rollout
 from stages.rl import agreement, dapo, steplog
 from stages.rl.agreement import Bound, Difference
-from stages.rl.drawing import Clock, Drawing, StepGroups, applicable, shaped_rewards
+from stages.rl.drawing import Clock, Drawing, StepGroups, applicable, rewards_by_name, shaped_rewards
 from stages.rl.options import Settings
 from stages.rl.rundir import RunDir
 from stages.rl.saving import RunState, Saver
@@ -66,6 +66,7 @@ class Explorer:
         self.last_valid = ""  # for the progress line: the last measurement of the validation set
         self.num_short = 0  # steps of this process whose batch was not full; the first gives a warning
         self.warned_of_grace = False
+        self.constant: set[str] = set()  # rewards of one's own that were named for being the same over a whole step
 
     def check_hand_over(self) -> Difference:
         """Show that the engine takes the weights it is given, and computes with them what the trainer does.
@@ -167,6 +168,7 @@ class Explorer:
                 self._end_stopped(f"while step {step} was drawn, with {step - 1} steps done")
             raise
         self._warn_of_short_batch(step, groups)
+        self._warn_of_constant_rewards(step, groups.drawn)
         return groups
 
     @contextmanager
@@ -179,6 +181,18 @@ class Explorer:
                 f"out of memory while {doing} ({in_one_line(error)}): lower {remedy}; the state of step "
                 f"{self.saver.saved} is saved, from which the run then goes on"
             ) from error
+
+    def _warn_of_constant_rewards(self, step: int, drawn: Sequence[Group]) -> None:
+        """Name each of the user's own rewards once that is the same for all that a step drew: it teaches nothing."""
+        for name, values in rewards_by_name(drawn).items():
+            if len(set(values)) != 1 or name in self.constant:
+                continue
+            self.constant.add(name)
+            if self.ranks.is_first:
+                warn(
+                    f"step {step}: the reward {name} is {values[0]:g} for all rollouts, so it teaches nothing; does it "
+                    "look for what stands in the prompt, such as <think>? (a reward gets the prompt, too)"
+                )
 
     def _trainable(self, group: Group) -> list[TokenRollout]:
         """The completions with their advantages among those of the group that a reward applies to."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 from stages.core.drawing.rollouts import Group
 from stages.core.records import LogRow, columns
 from stages.rl import validation
-from stages.rl.drawing import StepGroups, applicable, shaped_rewards
+from stages.rl.drawing import StepGroups, applicable, rewards_by_name, shaped_rewards
 from stages.rl.options import Settings
 from stages.rl.trainer import UpdateStats
 from stages.rl.validation import NOT_MEASURED, Measured
@@ -112,9 +112,7 @@ def metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 def _mean_rewards(groups: Sequence[Group], settings: Settings) -> dict[str, float]:
     """The mean reward as it enters the advantage, then of each of one's own where it applies."""
-    parts = [score.parts for group in groups for score in group.scores if score.parts]
-    names = parts[0] if parts else ()
-    by_name = {name: _mean([one for part in parts if (one := part[name]) is not None]) for name in names}
+    by_name = {name: _mean(values) for name, values in rewards_by_name(groups).items()}
     shaped = [reward for group in groups for reward in shaped_rewards(group, settings)]
     return {"reward": _mean(shaped), **{f"rewards/{name}": mean for name, mean in by_name.items()}}
 
