@@ -41,6 +41,24 @@ def test_a_constant_group_has_advantages_of_exactly_zero(reward):
     assert dapo.advantages([reward] * 7, 1e-6) == [0.0] * 7
 
 
+def test_centred_advantages_are_plain_deviations_whatever_their_spread():
+    assert dapo.centred([1.0, 0.0, 0.0, 0.0], 1e-6) == [0.75, -0.25, -0.25, -0.25]
+    assert dapo.centred([0.1] * 3, 1e-6) == [0.0] * 3
+
+
+@pytest.mark.parametrize("right", [1, 3, 7])
+def test_maxrl_s_advantages_give_the_gradient_of_the_log_of_the_pass_rate(right):
+    """Of a policy over 8 answers, the first `right` of which are correct; each is sampled once."""
+    logits = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    rewards = [1.0] * right + [0.0] * (8 - right)
+    log_probs = logits.log_softmax(0)
+    log_probs[:right].exp().sum().log().backward()
+    expected, logits.grad = logits.grad.clone(), None
+    advantages = torch.tensor(dapo.per_success(rewards, 0.0), dtype=torch.float64)
+    (logits.log_softmax(0) * advantages).mean().backward()
+    assert torch.allclose(logits.grad, expected)
+
+
 def loss_by_hand(log_probs, old, advantage, mask, low, high, weights):
     total, held_low, held_high = 0.0, 0, 0
     for i, row in enumerate(log_probs):

@@ -230,6 +230,14 @@ def test_rewards_that_fail_on_some_groups_are_counted_and_on_a_whole_step_end_th
     assert not list(tmp_path.glob("all/rl/rollouts/*"))
 
 
+@pytest.mark.parametrize(("advantage", "first"), [("centred", 0.75), ("maxrl", 3.0)])
+def test_another_advantage_is_a_choice(tmp_path, advantage, first):
+    run = explore(tmp_path, lambda number: 1, advantage=advantage, reward_wrong=0.0, advantage_eps=0.0)
+    assert [rollout.advantage for rollout in run.trainer.batches[0][:4]] == pytest.approx([first] + [-first / 3] * 3)
+    with pytest.raises(InputError, match="--advantage maxrl divides by the mean reward"):
+        Settings(advantage="maxrl", overlong_buffer=0)
+
+
 def test_advantages_reach_the_trainer_in_the_order_of_the_completions(tmp_path):
     batch = explore(tmp_path, lambda number: 1).trainer.batches[0]
     first = [rollout.advantage for rollout in batch[:GROUP]]

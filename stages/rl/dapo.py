@@ -44,6 +44,27 @@ def advantages(rewards: Sequence[float], eps: float) -> list[float]:
     return [(reward - mean) / (std + eps) for reward in rewards]
 
 
+def centred(rewards: Sequence[float], eps: float) -> list[float]:
+    """reward - mean: without the division, which weighs nearly solved and nearly unsolved problems up.
+
+    Dr. GRPO (Liu et al., 2025, arXiv 2503.20783). `eps` plays no part.
+    """
+    mean = math.fsum(rewards) / len(rewards)
+    return [reward - mean if is_informative(rewards) else 0.0 for reward in rewards]
+
+
+def per_success(rewards: Sequence[float], eps: float) -> list[float]:
+    """(reward - mean) / (mean + eps): the gradient of the log of the pass rate, of rewards of 0 or more.
+
+    MaxRL (arXiv 2602.02710): with rewards of 0 and 1 the mean over a group is that over its successes, less a baseline.
+    """
+    mean = math.fsum(rewards) / len(rewards)
+    return [deviation / (mean + eps) for deviation in centred(rewards, eps)]
+
+
+ADVANTAGES = {"dapo": advantages, "centred": centred, "maxrl": per_success}
+
+
 class TokenLoss(NamedTuple):
     """Sums over the tokens of a micro-batch; all but `loss` are without gradient."""
 

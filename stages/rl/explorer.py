@@ -197,7 +197,8 @@ class Explorer:
     def _trainable(self, group: Group) -> list[TokenRollout]:
         """The completions with their advantages among those of the group that a reward applies to."""
         completions = applicable(group, group.completions)
-        values = dapo.advantages(applicable(group, shaped_rewards(group, self.settings)), self.settings.advantage_eps)
+        rewards = applicable(group, shaped_rewards(group, self.settings))
+        values = dapo.ADVANTAGES[self.settings.advantage](rewards, self.settings.advantage_eps)
         return [
             TokenRollout(group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage)
             for completion, advantage in zip(completions, values, strict=True)

@@ -9,6 +9,7 @@ from stages.core.drawing.request import RequestOptions
 from stages.core.errors import InputError
 from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, above, at_least, at_most, below, following, one_of
 from stages.core.policy.adapters import LoraOptions
+from stages.rl import dapo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,13 @@ class Settings(RequestOptions, LoraOptions):
         int, "tokens before max_tokens over which the overlong penalty grows; 0 is off", at_least(0)
     ] = following("512, at most a quarter of --max-tokens", lambda options: min(512, options.max_tokens // 4))
     overlong_penalty: Annotated[float, "overlong penalty at max_tokens", at_least(0)] = 1.0
-    advantage_eps: Annotated[float, "added to the group's standard deviation", at_least(0)] = 1e-6
+    advantage: Annotated[
+        str,
+        "a rollout's advantage: its reward less the group's mean, over the standard deviation (dapo), as it is "
+        "(centred), or over the mean (maxrl)",
+        one_of(*dapo.ADVANTAGES),
+    ] = "dapo"
+    advantage_eps: Annotated[float, "added to what the advantage is divided by", at_least(0)] = 1e-6
     importance_cap: Annotated[
         float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off", at_least(0)
     ] = 2.0
@@ -104,6 +111,11 @@ class Settings(RequestOptions, LoraOptions):
         if self.overlong_buffer > self.max_tokens:
             raise InputError(
                 f"--overlong-buffer {self.overlong_buffer}: must be at most --max-tokens {self.max_tokens}"
+            )
+        if self.advantage == "maxrl" and (min(self.reward_correct, self.reward_wrong) < 0 or self.overlong_buffer):
+            raise InputError(
+                "--advantage maxrl divides by the mean reward, so none may be below 0: give --reward-wrong 0 and "
+                "--overlong-buffer 0"
             )
 
 
