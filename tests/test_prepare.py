@@ -1,8 +1,10 @@
 import csv
 import gzip
 import json
+import lzma
 import random
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -138,7 +140,8 @@ def test_without_a_network_a_preset_says_how_to_use_a_local_file(tmp_path, monke
 @pytest.mark.parametrize(
     ("suffix", "separator"),
     [("jsonl", ""), ("json", ""), ("csv", ","), ("csv", ";"), ("csv", "\t"), ("tsv", "\t"), ("parquet", ""),
-     ("jsonl.gz", ""), ("json.gz", ""), ("csv.gz", ";"), ("TSV.GZ", "\t"), ("parquet.gz", "")],
+     ("jsonl.gz", ""), ("json.gz", ""), ("csv.gz", ";"), ("TSV.GZ", "\t"), ("parquet.gz", ""), ("jsonl.xz", ""),
+     ("csv.zst", ","), ("parquet.zst", ""), ("arrow", "")],
 )  # fmt: skip
 def test_local_files_of_every_kind_give_the_same_problems(tmp_path, suffix, separator):
     rows = [
@@ -154,9 +157,14 @@ def test_local_files_of_every_kind_give_the_same_problems(tmp_path, suffix, sepa
             writer = csv.DictWriter(file, rows[0], delimiter=separator)
             writer.writeheader()
             writer.writerows(rows)
+    elif suffix == "arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    packed.write_bytes(gzip.compress(path.read_bytes()) if suffix.lower().endswith("gz") else path.read_bytes())
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": partial(pyarrow.compress, codec="zstd", asbytes=True)}
+    packed.write_bytes(pack.get(suffix.lower().rpartition(".")[2], bytes)(path.read_bytes()))
     problems = run(tmp_path, "aime-2024", from_=str(packed))
     assert [(one["id"], one["problem"], one["answer"]) for one in problems] == [
         (f"aime-2024/{60 + number}", text, answer)
@@ -409,8 +417,8 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         ("a.parquet", "no parquet", "a.parquet: not a parquet file"),
         ("a.txt", "a", "must end in one of .jsonl"),
         ("a.txt.gz", "a", "must end in one of .jsonl"),
-        ("a.csv.gz", "problem,answer\n", "a.csv.gz: not a whole gzip file"),
-        ("a.jsonl.gz", "\x1f", "a.jsonl.gz: not a whole gzip file"),
+        ("a.csv.gz", "problem,answer\n", "a.csv.gz: not a whole gz file"),
+        ("a.jsonl.gz", "\x1f", "a.jsonl.gz: not a whole gz file"),
         ("a.tsv", "problem\tanswer\nb\n", "a.tsv:2: expected 2 fields"),
     ],
 )
@@ -503,6 +511,29 @@ def test_a_packed_file_is_known_by_its_content_and_a_huge_document_is_refused(tm
     (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b"[" + b" " * 2**21 + b"]"))
     with pytest.raises(InputError, match=r"bomb\.json\.gz: a JSON document of more than 1 MiB: save it as JSON lines"):
         run(tmp_path, str(tmp_path / "bomb.json.gz"), out="bomb.jsonl")
+
+
+def test_shards_are_read_by_a_directory_a_pattern_and_as_datasets_saves_them(tmp_path):
+    import datasets
+
+    rows = [json.loads(GOOD) | {"problem": f"1 + {number}?", "answer": str(1 + number)} for number in range(4)]
+    (tmp_path / "shards").mkdir()
+    for number in (1, 0):
+        write_jsonl(tmp_path / f"shards/part-{number}.jsonl", *rows[2 * number : 2 * number + 2])
+    (tmp_path / "shards/notes.txt").write_text("no rows")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    for number, source in enumerate(("shards", "shards/*.jsonl", "saved")):
+        problems = run(tmp_path, str(tmp_path / source), out=f"{number}.jsonl")
+        assert [problem["answer"] for problem in problems] == ["1", "2", "3", "4"]
+    with pytest.raises(InputError, match="holds no file whose name ends in one of"):
+        run(tmp_path, str(tmp_path / "shards/*.csv"), out="none.jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_a_packed_file_that_was_cut_is_named(tmp_path, suffix):
+    (tmp_path / f"cut.jsonl{suffix}").write_bytes(sources.PACKED[suffix] + b"nonsense")
+    with pytest.raises(InputError, match=rf"cut\.jsonl{suffix}: not a whole {suffix[1:]} file"):
+        run(tmp_path, str(tmp_path / f"cut.jsonl{suffix}"))
 
 
 @pytest.mark.parametrize(("value", "answer"), [("['18']", "18"), ('["x"]', "x"), (["3"], "3"), ("[1, 2]", "[1, 2]")])

@@ -33,7 +33,8 @@ class Options(OptionGroup):
     source: Annotated[
         str,
         "a preset (dapo-17k, aime-2024, minerva-math, omni-math, math-500, gsm8k-train, gsm8k-test), a hub id, or a "
-        "local .jsonl, .ndjson, .json, .csv (comma, semicolon, tab or |), .tsv or .parquet, also as gzip",
+        "local .jsonl, .ndjson, .json, .csv (comma, semicolon, tab or |), .tsv, .parquet or .arrow, packed as .gz, "
+        ".xz or .zst, or a directory or a pattern of such files",
     ]
     out: Annotated[
         str, "the problems, a new JSONL file, or - for stdout; FILE.manifest.json is written beside it", PATH
@@ -107,8 +108,8 @@ def run(options: Options) -> None:
 
 def _inputs(read: Sequence[Source]) -> Inputs:
     """Files by their digests, data sets of the hub by their revisions."""
-    files = recorded(each.path for each in read if each.path)
-    revisions = {each.hub_id: sources.revision(each) for each in read if not each.path}
+    files = recorded(path for each in read for path in each.paths)
+    revisions = {each.hub_id: sources.revision(each) for each in read if not each.paths}
     return files._replace(digests=files.digests | revisions)
 
 

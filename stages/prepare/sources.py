@@ -9,7 +9,10 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import re
+import shutil
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +28,13 @@ from stages.core import jsonl
 from stages.core.errors import InputError
 
 Row = Mapping[str, Any]
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-GZIP = ".gz"  # may follow each of these
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = {
+    ".gz": b"\x1f\x8b",
+    ".xz": b"\xfd7zXZ\x00",
+    ".zst": b"\x28\xb5\x2f\xfd",
+}  # may follow each
+NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`, beside its rows
 SEPARATORS = ",;\t|"  # of a .csv: the one that cuts its header into most columns
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "solution")
@@ -37,7 +46,7 @@ ID_COLUMNS = ("unique_id", "id")
 
 @dataclass(frozen=True)
 class Source:
-    """What to read: `path` if it is local, else `hub_id` with its `config` and `split`.
+    """What to read: the files `paths` if it is local, else `hub_id` with its `config` and `split`.
 
     `name` begins the ids of its problems; `is_integers` says that every answer is one, so that "70.0" is 70.
     """
@@ -47,7 +56,7 @@ class Source:
     config: str = ""
     split: str = "train"
     is_integers: bool = False
-    path: Path | None = None
+    paths: tuple[Path, ...] = ()
 
 
 PRESETS = {
@@ -65,17 +74,17 @@ PRESETS = {
 
 
 def find(name: str, file: str = "", config: str = "", split: str = "", option: str = "--source") -> Source:
-    """The source that a user means by `name`: a preset, a local file or a hub id; read from `file` if it is given.
+    """The source that a user means by `name`: a preset, local files or a hub id; read from `file` if it is given.
+
+    Local files are one, those of a directory (of shards, or as `save_to_disk` writes it), or what a pattern matches.
 
     Raises InputError, which names the `option`, if it is none of them, or if a local file is asked for a config
     or a split.
     """
-    if name not in PRESETS and Path(name).is_dir():
-        raise InputError(f"{option} {name} is a directory: name a file in it")
     if name in PRESETS:
         source = PRESETS[name]
-    elif _suffix(Path(name)) in SUFFIXES or Path(name).is_file():
-        source = Source(Path(Path(name).name.removesuffix(GZIP)).stem, path=_local(name))
+    elif _suffix(Path(name)) in SUFFIXES or Path(name).exists() or "*" in name:
+        source = Source(Path(_unpacked(Path(name))).stem.strip("*-_.") or "problems", paths=_local(name))
     elif "/" in name:
         source = Source(name, name)
     else:
@@ -83,9 +92,9 @@ def find(name: str, file: str = "", config: str = "", split: str = "", option: s
             f"{option} {name}: neither a preset ({', '.join(PRESETS)}) nor a file nor a hub id such as org/name"
         )
     if file:
-        source = _replace(source, path=_local(file))
-    if source.path is not None and (config or split):
-        raise InputError(f"{source.path}: a local file has neither --config nor --split")
+        source = _replace(source, paths=_local(file))
+    if source.paths and (config or split):
+        raise InputError(f"{source.paths[0]}: a local file has neither --config nor --split")
     return _replace(source, config=config or source.config, split=split or source.split)
 
 
@@ -93,45 +102,76 @@ def _replace(source: Source, **changes: Any) -> Source:
     return Source(**{**vars(source), **changes})
 
 
-def _local(file: str) -> Path:
-    path = Path(file)
+def _local(name: str) -> tuple[Path, ...]:
+    """The files that `name` stands for, in the order of their names; InputError if there are none that can be read."""
+    path = Path(name)
+    if path.is_dir() or "*" in name:
+        within = path.glob("*") if path.is_dir() else path.parent.glob(path.name)
+        files = sorted(file for file in within if file.is_file() and _suffix(file) in SUFFIXES)
+        files = [file for file in files if file.name not in NO_ROWS]
+        if not files:
+            raise InputError(f"{name}: holds no file whose name ends in one of {', '.join(SUFFIXES)}")
+        return tuple(files)
     if not path.is_file():
-        raise InputError(f"{file}: no such file")
+        raise InputError(f"{name}: no such file")
     if _suffix(path) not in SUFFIXES:
-        raise InputError(f"{file}: its name must end in one of {', '.join(SUFFIXES)}, or in that and {GZIP}")
-    return path
+        packed = ", ".join(PACKED)
+        raise InputError(f"{name}: its name must end in one of {', '.join(SUFFIXES)}, or in that and one of {packed}")
+    return (path,)
 
 
 def _suffix(path: Path) -> str:
     """The suffix that says how to read it: ".csv" of "a.CSV" and of "a.csv.gz"."""
-    return Path(path.name.lower().removesuffix(GZIP)).suffix
+    return Path(_unpacked(path)).suffix.lower()
+
+
+def _unpacked(path: Path) -> str:
+    """The name of a file without the suffix that says how it is packed."""
+    return path.stem if path.suffix.lower() in PACKED else path.name
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked if it is a gzip file by its content; InputError if it cannot be."""
+    """The bytes of a file, unpacked if its content or its name says that it is packed; InputError if it cannot be."""
     with jsonl.opened(path) as file:
-        is_packed = file.read(2) == b"\x1f\x8b"
+        begin = file.read(8)
         file.seek(0)
-        if not is_packed and path.suffix.lower() != GZIP:
+        by_content = next((kind for kind, magic in PACKED.items() if begin.startswith(magic)), "")
+        kind = by_content or path.suffix.lower()
+        if kind not in PACKED:
             yield file
             return
         try:
-            with gzip.open(file) as unpacked:
-                yield unpacked  # type: ignore[misc]
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: not a whole gzip file ({error})") from None
+            with _unpacking(file, kind) as unpacked:
+                yield unpacked
+        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise InputError(f"{path}: not a whole {kind[1:]} file ({error})") from None
+
+
+def _unpacking(file: BinaryIO, kind: str) -> Any:
+    if kind != ".zst":
+        return gzip.open(file) if kind == ".gz" else lzma.open(file)
+    import pyarrow  # has the decoder that Python lacks, but its stream can't be read from the begin again
+
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - whoever reads it closes it
+    try:
+        shutil.copyfileobj(pyarrow.CompressedInputStream(file, "zstd"), unpacked)
+    except OSError as error:
+        raise EOFError(str(error)) from None
+    unpacked.seek(0)
+    return unpacked
 
 
 def rows(source: Source) -> Iterator[tuple[str, Row]]:
     """Yield (place such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
-    stream = _READERS[_suffix(source.path)](source.path) if source.path is not None else _hub(source)
+    files = (_READERS[_suffix(path)](path) for path in source.paths)
+    stream = chain.from_iterable(files) if source.paths else _hub(source)
     empty = True
     for row in stream:
         empty = False
         yield row
     if empty:
-        raise InputError(f"{source.path or source.hub_id}: holds no rows")
+        raise InputError(f"{source.paths[0] if source.paths else source.hub_id}: holds no rows")
 
 
 def revision(source: Source) -> str:
@@ -175,6 +215,20 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                 yield f"{path} row {number}", row
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file ({str(error).partition('.')[0]})") from None
+
+
+def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+
+    try:
+        with _opened(path) as file:
+            data = file.read()
+        is_stream = not data.startswith(b"ARROW1")  # as `datasets` writes
+        reader = pyarrow.ipc.open_stream(data) if is_stream else pyarrow.ipc.open_file(data)
+        for number, row in enumerate(reader.read_all().to_pylist()):
+            yield f"{path} row {number}", row
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not an arrow file ({str(error).partition('.')[0]})") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -267,6 +321,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".arrow": _arrow,
 }
 
 
