@@ -19,7 +19,7 @@ from stages.core.errors import InputError
 from stages.core.grading.verifier import Verifier
 from stages.core.policy import checkpoints
 from stages.core.records import Rollout
-from stages.rft.examples import tokenize
+from stages.rft.examples import ending, tokenize
 from stages.sample import Options
 from tests.scripted import Engines
 
@@ -341,7 +341,7 @@ FOUR_SHOT = Path(__file__).parents[1] / "examples/templates/four-shot.txt"
 
 
 @pytest.mark.slow
-def test_after_four_shots_completions_end_at_the_stop_text_which_rft_teaches_with_the_end_token(make_policy, tmp_path):
+def test_after_four_shots_completions_end_at_the_stop_text_which_rft_teaches_as_it_was_sampled(make_policy, tmp_path):
     """The policy writes at random in the example's own words, of which the stop text is one."""
     template = templates.load(str(FOUR_SHOT))
     [stop] = template.stop
@@ -357,13 +357,14 @@ def test_after_four_shots_completions_end_at_the_stop_text_which_rft_teaches_wit
     rollouts = list(records.read(tmp_path / "out.jsonl", Rollout))
     prompts = [template.render(problem(0)["problem"]), owns["p1"], "(1+2)=?"]
     assert [rollout["prompt"] for rollout in rollouts] == [prompt for prompt in prompts for _ in range(16)]
-    tokenizer = checkpoints.load_tokenizer(policy)
+    tokenizer, ends = checkpoints.load_tokenizer(policy), checkpoints.end_token_ids(policy)
     for prompt in prompts:
         stopped = [rollout for rollout in rollouts if rollout["prompt"] == prompt and stop in rollout["completion"]]
         assert len(stopped) > 2
         for rollout in stopped:
             assert rollout["completion"].index(stop) == len(rollout["completion"]) - len(stop)
             assert rollout["finish_reason"] == "stop"
-            row = tokenize(tokenizer, {"problem_id": "p", "pass_rate": 0.0, **rollout})
+            row = tokenize(tokenizer, {"problem_id": "p", "pass_rate": 0.0, **rollout}, ending(tokenizer, ends))
             taught = [token for token in row.labels if token != checkpoints.IGNORED]
-            assert tokenizer.decode(taught) == rollout["completion"] + tokenizer.eos_token
+            told = tokenizer.decode(taught, skip_special_tokens=True)
+            assert told == rollout["completion"], "what was sampled, which the stop text ended"

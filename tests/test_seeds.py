@@ -94,6 +94,7 @@ def engine(keeps=True):
     kind = VllmEngine if keeps else Follower
     made = kind.__new__(kind)
     made._asleep = made.sleeps = False
+    made._vocabulary = made._num_known = 9
     made._under_way = made.num_preemptions = None
     made.max_sequences = 2
     made.tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: ["\\boxed{7}"] * len(ids))

@@ -107,7 +107,7 @@ def test_a_run_whose_ranks_share_an_engine_stops_when_one_of_them_is_told_to_and
     first, second = said(place)
     assert codes == [128 + signal.SIGTERM] * 2, first + second
     done = len(RunDir(place / "two").log_rows())
-    assert first.count("terminated") == 1 and "terminated" not in second
+    assert first.count("stopped while") + first.count("stopped after") == 1 and "stopped" not in second
     codes, (first, second) = together(place, *run, "two", *SHARED, "--steps", done + 1)
     assert codes == [0, 0] and f"going on after step {done}" in first, first + second
     alone(place, *run, "one", "--steps", done + 1)
@@ -143,7 +143,7 @@ def test_a_run_whose_ranks_see_different_problems_ends_on_all(place):
     codes = launched.finish(launched.start(run, place, elsewhere))
     assert codes == [2, 2]
     text = (place / "log-0").read_text() + (elsewhere / "log-1").read_text()
-    assert text.count("\n") == 1 and "sees another problems than rank 0" in text
+    assert text.count("\n") == 1 and "sees another sums.jsonl than rank 0" in text
     assert not (place / "out").exists()
 
 

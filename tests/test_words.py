@@ -176,4 +176,4 @@ def test_no_set_that_the_start_makes_holds_a_problem_of_another(tmp_path, monkey
     stage, *arguments = shlex.split((tmp_path / "log").read_text().splitlines()[-1])
     values, faults = graph.parse(stage, arguments)
     assert not faults
-    assert (stage, values["policy"], str(values["out"])) == ("rft", "a-base", "policy")
+    assert (stage, values.policy, str(values.out)) == ("rft", "a-base", "policy")

@@ -159,12 +159,11 @@ def _check_keeps_text(path: Path, tokenizer: Any) -> None:
 
     Only characters that are tokens by themselves count, as they are or as bytes: the toy's has no letters.
     """
-    text = tokenizer.decode(_ids(tokenizer, PROBE), **PLAIN)
-    if text == PROBE:
+    if _round_trip(path, tokenizer, PROBE) == PROBE:
         return
     known = tokenizer.get_vocab().keys()
     probe = "".join(char for char in PROBE if not known.isdisjoint(_forms(char)))
-    text = tokenizer.decode(_ids(tokenizer, probe), **PLAIN)
+    text = _round_trip(path, tokenizer, probe)
     if text != probe:
         raise InputError(
             f"policy {path}: its tokenizer loses text: {probe!r} comes back as {text!r}; if tokenizer.json itself is "
@@ -172,8 +171,9 @@ def _check_keeps_text(path: Path, tokenizer: Any) -> None:
         )
 
 
-def _ids(tokenizer: Any, text: str) -> Any:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _round_trip(path: Path, tokenizer: Any, text: str) -> str:
+    with _reading(path, "the tokenizer does not load"):
+        return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], **PLAIN))
 
 
 def _forms(char: str) -> set[str]:
