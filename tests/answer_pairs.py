@@ -143,6 +143,7 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"8\text{ hours}", r"8\text{ minutes}", F),
         (r"\frac34\text{ cup}", r"\frac{3}{4}", T),
         (r"8\text{ m/s}", r"8\frac{\text{m}}{\text{s}}", T),
+        ("m/s", r"\frac{\text{m}}{\text{s}}", T),
         (r"8\text{ m/s}^2", r"8\,\frac{\mathrm{m}}{\mathrm{s}^2}", T),
         (r"8\text{ m/s}", r"8\frac{\text{s}}{\text{m}}", F),
         (r"8\text{ gizmos}", r"8\text{ gizmos}", T),

@@ -59,6 +59,15 @@ def test_what_is_left_to_do_is_not_rewarded_unless_that_is_accepted(
     assert {score.verdict for score in verifier.verify(rows)} == {"correct"}
 
 
+def test_a_multiple_of_a_matrix_is_an_answer_and_a_sum_within_one_is_not() -> None:
+    answer = r"\begin{pmatrix}2&0\\0&2\end{pmatrix}"
+    multiple = r"\boxed{2\begin{pmatrix}1&0\\0&1\end{pmatrix}}"
+    left = (r"\boxed{\begin{pmatrix}1+1&0\\0&2\end{pmatrix}}", r"\boxed{(1+1)\begin{pmatrix}1&0\\0&1\end{pmatrix}}")
+    with Verifier(workers=1) as strict:
+        scores = strict.verify([(completion, answer) for completion in (multiple, *left)])
+    assert [score.verdict for score in scores] == ["correct", "unevaluated", "unevaluated"]
+
+
 def test_an_echo_of_an_arithmetic_problem_pays_nothing() -> None:
     made = [(answer, text) for answer, text, is_equal in expressions.pairs(9, 300) if is_equal]
     sums = [(answer, text) for answer, text in made if re.search(r"[+−]|\\cdot|\\times|\\div|\d\(", text)]

@@ -61,9 +61,10 @@ class Approximation(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Rows of a matrix, whatever its brackets."""
+    """Rows of a matrix, whatever its brackets; of a scaled one each cell is the product of the factor and a cell."""
 
     rows: tuple[tuple["Form", ...], ...]
+    is_scaled: bool = False
 
 
 class Congruence(NamedTuple):
@@ -282,7 +283,7 @@ def _scaled(factor: str, matrix: Matrix) -> Form | None:
     cells = [cell for row in matrix.rows for cell in row]
     if not isinstance(times, Value) or not all(isinstance(cell, Value) for cell in cells):
         return None
-    return Matrix(tuple(tuple(_product(times, cell) for cell in row) for row in matrix.rows))
+    return Matrix(tuple(tuple(_product(times, cell) for cell in row) for row in matrix.rows), is_scaled=True)
 
 
 def _product(times: Value, cell: Form) -> Form:

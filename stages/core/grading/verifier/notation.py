@@ -110,6 +110,7 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (r"\\text\{([^{}^]*)\^\{?(-?\d)\}?\s*\}", r"\\text{\1}^{\2}"),  # m/s^2
     (rf"\\frac\{{({_TEXT_UNIT})\}}\{{({_TEXT_UNIT})\}}", r"\1/\2"),
+    (r"\\text\{([a-zA-Z]+)\}/\\text\{([a-zA-Z]+)\}", r"\\text{\1/\2}"),
     (
         r"\(?\s*\\(?:pmod|bmod|mod)(?![a-zA-Z])\s*\{?\s*(\d+)\s*\}?\s*\)?|\(\s*(?:\\text\{\s*)?mod\s*\}?\s*(\d+)\s*\}?\s*\)",
         lambda m: rf"\pmod{{{m.group(1) or m.group(2)}}}",

@@ -61,7 +61,10 @@ def _of_form(form: Form) -> frozenset[str]:
     if isinstance(form, Several | Ordered):
         return _NOTHING.union(*map(_of_form, form.items))
     if isinstance(form, Matrix):
-        return _NOTHING.union(*(_of_form(cell) for row in form.rows for cell in row))
+        cells = [cell for row in form.rows for cell in row]
+        if form.is_scaled:  # 2 times a matrix is a way of writing one
+            return _NOTHING.union(*(_of_value(part) for cell in cells for part in cell.tree.args))  # type: ignore[union-attr]
+        return _NOTHING.union(*map(_of_form, cells))
     return _NOTHING
 
 
