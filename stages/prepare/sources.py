@@ -107,8 +107,7 @@ def _local(name: str) -> tuple[Path, ...]:
     path = Path(name)
     if path.is_dir() or "*" in name:
         within = path.glob("*") if path.is_dir() else path.parent.glob(path.name)
-        files = sorted(file for file in within if file.is_file() and _suffix(file) in SUFFIXES)
-        files = [file for file in files if file.name not in NO_ROWS]
+        files = sorted(file for file in within if _holds_rows(file))
         if not files:
             raise InputError(f"{name}: holds no file whose name ends in one of {', '.join(SUFFIXES)}")
         return tuple(files)
@@ -118,6 +117,10 @@ def _local(name: str) -> tuple[Path, ...]:
         packed = ", ".join(PACKED)
         raise InputError(f"{name}: its name must end in one of {', '.join(SUFFIXES)}, or in that and one of {packed}")
     return (path,)
+
+
+def _holds_rows(path: Path) -> bool:
+    return path.is_file() and _suffix(path) in SUFFIXES and path.name not in NO_ROWS
 
 
 def _suffix(path: Path) -> str:

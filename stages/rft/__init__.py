@@ -17,6 +17,7 @@ from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
 from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, at_least, at_most, below, one_of
 from stages.core.policy.adapters import LoraOptions
+from stages.core.policy.batching import TokensPerMicrobatch
 from stages.core.progress import warn
 from stages.core.provenance import identify, is_done, manifest, recorded
 from stages.core.ranks import Ranks
@@ -36,12 +37,7 @@ class Options(LoraOptions):
     epochs: Annotated[int, "times that every example is seen", at_least(1)] = 1
     lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
     batch_size: Annotated[int, "examples in an optimizer step, all processes together", at_least(1)] = 32
-    tokens_per_microbatch: Annotated[
-        int,
-        "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md",
-        at_least(0),
-        ROUNDING,
-    ] = 0
+    tokens_per_microbatch: TokensPerMicrobatch = 0
     warmup_share: Annotated[float, "share of the steps over which the learning rate grows", at_least(0), at_most(1)] = (
         0.1
     )

@@ -9,6 +9,7 @@ from stages.core.drawing.request import RequestOptions
 from stages.core.errors import InputError
 from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, above, at_least, at_most, below, following, one_of
 from stages.core.policy.adapters import LoraOptions
+from stages.core.policy.batching import TokensPerMicrobatch
 from stages.rl import dapo
 
 
@@ -57,12 +58,7 @@ class Settings(RequestOptions, LoraOptions):
     alarm_grad_norm: Annotated[
         float, "a gradient norm above this is counted as an alarm in the log", WITHOUT_EFFECT
     ] = 50.0
-    tokens_per_microbatch: Annotated[
-        int,
-        "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md",
-        at_least(0),
-        ROUNDING,
-    ] = 0
+    tokens_per_microbatch: TokensPerMicrobatch = 0
     gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
         False
     )
