@@ -187,7 +187,7 @@ def final(stage: Callable[[], str]) -> str:
 
 def main(names: list[str]) -> None:
     """Print the table, a line an architecture."""
-    importlib.import_module("rloop_cli.imports")  # once for all the processes
+    importlib.import_module("tests.imports")  # once for all the processes
     print("| architecture | rft | sample | eval | rl |\n|---|---|---|---|---|")
     for name in names or ARCHITECTURES:
         with tempfile.TemporaryDirectory() as place:

@@ -8,7 +8,6 @@ accelerate offers FSDP on GPUs only; the sharding itself runs on the CPU, too. S
 goes its usual way from what the launcher puts into the environment.
 """
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -25,14 +24,13 @@ from accelerate.utils import DistributedType
 from pytest import MonkeyPatch
 from trl.trainer.utils import add_fused_lm_head
 
-from rloop_cli import warm
 from rloop_cli.app import main as rloop
-from rloop_cli.app import prepare_libraries
 from stages import rl
 from stages.core.policy import heads
 from stages.core.policy.adapters import trained
 from stages.core.ranks import STEP_LIMIT
 from stages.rl.trainer import Trainer, start_accelerator
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = (
@@ -51,9 +49,7 @@ def start(arguments, *directories):
     """Start `rloop ARGUMENTS` as one gloo rank in each of `directories`, forked; each writes to log-<rank> there."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    prepare_libraries()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([warm.IMPORTS])
+    context = warm.context()
     processes = []
     for rank, directory in enumerate(directories):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(directories), "MASTER_PORT": port}

@@ -14,11 +14,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rloop_cli import warm
 from rloop_cli.app import app
 from rloop_cli.commands import ending_in_one_line
 from stages import STAGES, load
 from stages.core import jsonl, lifetime, outputs
+from tests import warm
 
 ROLLOUT = {
     "problem_id": "p/1",

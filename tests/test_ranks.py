@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rloop_cli import warm
 from stages.core import jsonl, records
 from stages.core.ranks import Ranks
 from stages.core.records import Divergence, Rollout
 from tests import ranks as launched
+from tests import warm
 
 
 @pytest.fixture(autouse=True)

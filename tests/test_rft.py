@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from rloop_cli import warm
 from stages import rft
 from stages.core import jsonl, provenance
 from stages.core.drawing.tokens import pack_ids, pack_log_probs, unpack_ids, unpack_log_probs
@@ -19,7 +18,7 @@ from stages.core.policy import checkpoints
 from stages.rft import card as cards
 from stages.rft import examples as ready
 from stages.rft import objective
-from tests import ranks
+from tests import ranks, warm
 
 TWO_PROCESSES = Path(rft.__file__).parents[2] / "configs" / "accelerate" / "cpu2.yaml"
 WORDS = [*"0123456789+-*()=,", "[L]", "[P]", "\\boxed{", "}"]

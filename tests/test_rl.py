@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from rloop_cli import warm
 from stages import rl
 from stages.core import jsonl, lifetime, records
 from stages.core.drawing.engine import VllmEngine
@@ -22,7 +21,7 @@ from stages.core.drawing.rollouts import OWN_PROMPTS
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.rl.rundir import RunDir
-from tests import ranks
+from tests import ranks, warm
 
 TIMINGS = ("seconds", "handover_s", "update_s", "generate_s", "verify_s", "valid_s", "tokens_per_s")
 SMALL = (  # noqa: SIM905

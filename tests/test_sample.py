@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from rloop_cli import warm
 from stages import sample
 from stages.core import jsonl, provenance, records
 from stages.core.drawing import sampling, templates
@@ -21,6 +20,7 @@ from stages.core.policy import checkpoints
 from stages.core.records import Rollout
 from stages.rft.examples import ending, tokenize
 from stages.sample import Options
+from tests import warm
 from tests.scripted import Engines
 
 HOW = {"template": "none", "max_tokens": 32}

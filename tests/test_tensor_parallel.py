@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from rloop_cli import warm
 from stages.core import jsonl, records
 from stages.core.drawing import sampling
 from stages.core.drawing.request import RequestOptions, read_request
@@ -18,6 +17,7 @@ from stages.core.ranks import Ranks
 from stages.core.records import Rollout
 from stages.rl.rundir import RunDir
 from tests import ranks as launched
+from tests import warm
 
 HOW = ("--template", "none", "--max-tokens", 48)
 RL = (*HOW, "--problems-per-step", 6, "--group-size", 8, "--overlong-buffer", 0, "--lr", 1e-4, "--minibatches", 1)

@@ -1,4 +1,4 @@
-"""The stages' heavy imports. Only `rloop_cli.warm` imports this module, once for many commands."""
+"""The stages' heavy imports. Only the fork server of `tests.warm` imports this module, once for many commands."""
 
 from stages.core.drawing.engine import configure
 
