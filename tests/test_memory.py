@@ -150,8 +150,8 @@ def several_gpus(**changes):
 
 def test_on_eight_gpus_the_plan_comes_to_the_sums_of_the_docs():
     shape, options = plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus()
-    updating = memory.sharded_update(shape, options, 8)
-    drawing = memory.shared_generation(shape, options, 79, 8, is_sharded=True)
+    updating = memory.update(shape, options, 8, is_sharded=True)
+    drawing = memory.generation(shape, options, 79, 8, is_sharded=True)
     docs = (ROOT / "docs/memory-many-gpus.md").read_text()
     assert f"| **sum within the layers** | | **{updating['sum'] - updating['context']:.1f}** |" in docs
     assert f"| **sum** | | **{drawing['sum']:.0f}** |" in docs
@@ -164,8 +164,8 @@ def test_the_paper_s_configuration_fits_eight_gpus_as_it_and_the_docs_say():
     given = yaml.safe_load(path.read_text())["rl"]
     names = ("gradient_checkpointing", "tokens_per_microbatch", "memory_fraction")
     shape, options = plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus(**{name: given[name] for name in names})
-    updating = memory.sharded_update(shape, options, 8)["sum"]
-    drawing = memory.shared_generation(shape, options, 79, 8, is_sharded=True)
+    updating = memory.update(shape, options, 8, is_sharded=True)["sum"]
+    drawing = memory.generation(shape, options, 79, 8, is_sharded=True)
     docs = (ROOT / "docs/memory-many-gpus.md").read_text()
     assert max(updating, drawing["sum"]) < 0.95 * 79
     assert f"{updating:.1f} of 79 GiB" in path.read_text() and f"{updating:.1f} GiB in all" in docs
@@ -183,10 +183,10 @@ def test_a_shared_engine_and_a_sharded_policy_of_32_b_take_what_the_tables_of_th
 
     for tokens, row in ((16384, "| **sum** | **89"), (4096, "| with 4,096 tokens")):
         options = several_gpus(tokens_per_microbatch=tokens)
-        assert f"{memory.sharded_update(shape, options, number)['sum']:.1f}" == cell(row)
+        assert f"{memory.update(shape, options, number, is_sharded=True)['sum']:.1f}" == cell(row)
     for shared in (2, 4, 8):
         options = several_gpus(memory_fraction=fraction, tensor_parallel=shared)
-        drawing = memory.shared_generation(shape, options, 79, number, is_sharded=True)
+        drawing = memory.generation(shape, options, 79, number, is_sharded=True)
         cached = drawing["cache tokens (thousands)"] * 1000 * number / shared
         said = cell(f"| k = {shared} |").replace(",", "")
         assert cached == pytest.approx(int(said), rel=0.01) if said else cached < 0
@@ -199,7 +199,7 @@ def test_the_plan_proposes_what_fits_and_says_what_to_change():
     tokens = memory.fitting_tokens(shape, plain, 22)
     assert tokens == 4096
     for number, fits in ((tokens, True), (2 * tokens, False)):
-        planned = memory.Update(0, False, number)
+        planned = memory.TrainingOptions(tokens_per_microbatch=number)
         assert (memory.update(shape, planned)["sum"] <= 0.95 * 22) == fits
     assert memory.update_advice(shape, plain, 79) is None
     said = "an update takes 34.9 GiB by the plan, and the GPU has 22.0: --tokens-per-microbatch 4096 fits"

@@ -94,15 +94,11 @@ def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
         tokens = options.tokens_per_microbatch
         if gpu_gib and not tokens:
             tokens = memory.fitting_tokens(shape, options, gpu_gib, number, launch.is_sharded) or memory.LEAST_TOKENS
-        planned = memory.Update(options.lora_rank, options.gradient_checkpointing, tokens)
-        sharded = launch.is_sharded
-        moments["updates"] = memory.sharded_update(shape, planned, number) if sharded else memory.update(shape, planned)
-    if call.stage == "rl" and number == 1 and gpu_gib:
-        moments["draws"] = memory.generation(shape, options, gpu_gib)
-    elif call.stage != "rft" and gpu_gib:
-        moments["draws"] = memory.shared_generation(
-            shape, options, gpu_gib, number, launch.is_sharded, trains=call.stage == "rl"
-        )
+        planned = memory.with_tokens(options, tokens)
+        moments["updates"] = memory.update(shape, planned, number, launch.is_sharded)
+    if call.stage != "rft" and gpu_gib:
+        trains = call.stage == "rl"
+        moments["draws"] = memory.generation(shape, options, gpu_gib, number, launch.is_sharded, trains)
     return Plan(call, moments, 2 * shape.parameters / getattr(options, "tensor_parallel", 1) / memory.GIB)
 
 

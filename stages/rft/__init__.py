@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from stages.core import outputs, records, tabular
 from stages.core.errors import InputError
 from stages.core.lifetime import end_with_parent
-from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, at_least, at_most, below, one_of
-from stages.core.policy.adapters import LoraOptions
-from stages.core.policy.batching import TokensPerMicrobatch
+from stages.core.options import PATH, WITHOUT_EFFECT, at_least, at_most, below, one_of
+from stages.core.policy.memory import TrainingOptions
 from stages.core.progress import warn
 from stages.core.provenance import identify, is_done, manifest, recorded
 from stages.core.ranks import Ranks
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LoraOptions):
+class Options(TrainingOptions):
     """What `rloop rft` takes; by default the paper's one epoch, the rest as usual for small sets of examples."""
 
     policy: Annotated[str, "start policy: a checkpoint directory or a hub id", PATH]
@@ -37,7 +36,6 @@ class Options(LoraOptions):
     epochs: Annotated[int, "times that every example is seen", at_least(1)] = 1
     lr: Annotated[float, "peak learning rate of AdamW", at_least(0)] = 1e-5
     batch_size: Annotated[int, "examples in an optimizer step, all processes together", at_least(1)] = 32
-    tokens_per_microbatch: TokensPerMicrobatch = 0
     warmup_share: Annotated[float, "share of the steps over which the learning rate grows", at_least(0), at_most(1)] = (
         0.1
     )
@@ -51,14 +49,6 @@ class Options(LoraOptions):
     max_tokens: Annotated[
         int, "longer examples, prompt included, are left out; 0 is the policy's context", at_least(0)
     ] = 0
-    dtype: Annotated[
-        str,
-        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
-        one_of("auto", "float32", "bfloat16"),
-    ] = "auto"
-    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
-        False
-    )
     start: Annotated[
         str,
         "which one is fine-tuned: --policy, or --base, as for examples of all iterations together",

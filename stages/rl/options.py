@@ -8,13 +8,12 @@ from stages.core.drawing.engine import MemoryFraction
 from stages.core.drawing.request import RequestOptions
 from stages.core.errors import InputError
 from stages.core.options import PATH, ROUNDING, WITHOUT_EFFECT, above, at_least, at_most, below, following, one_of
-from stages.core.policy.adapters import LoraOptions
-from stages.core.policy.batching import TokensPerMicrobatch
+from stages.core.policy.memory import TrainingOptions
 from stages.rl import dapo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RequestOptions, LoraOptions):
+class Settings(TrainingOptions, RequestOptions):
     """The section `rl` of params.yaml: all but paths. The defaults are the paper's, or DAPO's where it is silent."""
 
     steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
@@ -58,15 +57,6 @@ class Settings(RequestOptions, LoraOptions):
     alarm_grad_norm: Annotated[
         float, "a gradient norm above this is counted as an alarm in the log", WITHOUT_EFFECT
     ] = 50.0
-    tokens_per_microbatch: TokensPerMicrobatch = 0
-    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
-        False
-    )
-    dtype: Annotated[
-        str,
-        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
-        one_of("auto", "float32", "bfloat16"),
-    ] = "auto"
     memory_fraction: MemoryFraction = 0.5
     mismatch_bound: Annotated[
         float,

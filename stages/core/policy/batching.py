@@ -2,16 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Annotated
 
-from stages.core.options import ROUNDING, at_least
-
-TokensPerMicrobatch = Annotated[
-    int,
-    "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md",
-    at_least(0),
-    ROUNDING,
-]
 PASS = 16  # a pass costs, whatever it holds, about as much as this part of the tokens that a micro-batch may hold
 
 

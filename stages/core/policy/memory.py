@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from stages.core.errors import InputError
+from stages.core.options import ROUNDING, at_least, one_of
 from stages.core.outputs import read_json
 from stages.core.policy import checkpoints
+from stages.core.policy.adapters import LoraOptions
 
 GIB = 2**30
 CONTEXT = 1.5  # GiB, estimate: CUDA context, allocator's fragments, what a sleeping engine keeps
@@ -28,26 +30,24 @@ MARGIN = 0.95  # of a GPU's memory, that a plan may fill
 HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
 
 
-class Trains(Protocol):
-    """What counts of the options of rl and rft."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(LoraOptions):
+    """What a stage that trains adds to its options, and what the memory of an update hangs on."""
 
-    @property
-    def lora_rank(self) -> int: ...
-
-    @property
-    def gradient_checkpointing(self) -> bool: ...
-
-    @property
-    def tokens_per_microbatch(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Update:
-    """Options of an update, to reckon with others than those that were given."""
-
-    lora_rank: int
-    gradient_checkpointing: bool
-    tokens_per_microbatch: int
+    tokens_per_microbatch: Annotated[
+        int,
+        "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md",
+        at_least(0),
+        ROUNDING,
+    ] = 0
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass to save memory", ROUNDING] = (
+        False
+    )
+    dtype: Annotated[
+        str,
+        "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
+        one_of("auto", "float32", "bfloat16"),
+    ] = "auto"
 
 
 class Draws(Protocol):
@@ -196,8 +196,10 @@ def head_work(shape: Shape, tokens: int, rank: int = 0) -> int:
     return tile + 2 * 4 * shape.hidden * tokens + (0 if rank else 4 * shape.embedding)
 
 
-def update(shape: Shape, options: Trains) -> dict[str, float]:
-    """GiB by part while rl or rft updates with these options, and their sum."""
+def update(shape: Shape, options: TrainingOptions, num_gpus: int = 1, is_sharded: bool = False) -> dict[str, float]:
+    """GiB by part while rl or rft updates with these options, and their sum; on each of `num_gpus` the same."""
+    if is_sharded:
+        return _sharded_update(shape, options, num_gpus)
     rank, checkpointing = options.lora_rank, options.gradient_checkpointing
     tokens = options.tokens_per_microbatch or MOST_TOKENS
     layer = backward_work(shape, rank, checkpointing) * tokens
@@ -215,8 +217,8 @@ def sharded_layer(shape: Shape) -> int:
     return 8 * shape.mlp + 29 * shape.hidden
 
 
-def sharded_update(shape: Shape, options: Trains, num_gpus: int) -> dict[str, float]:
-    """As `update`, under FSDP2 on `num_gpus`: each holds its part, gathers two layers (one ahead) and the head."""
+def _sharded_update(shape: Shape, options: TrainingOptions, num_gpus: int) -> dict[str, float]:
+    """Under FSDP2: each GPU holds its part, gathers two layers (one ahead) and the head."""
     tokens, layer = options.tokens_per_microbatch or MOST_TOKENS, (shape.linear + shape.vectors) / shape.layers
     held_by_all = {name: size for name, size in held(shape, options.lora_rank).items() if name != "casts"}
     gradients = (
@@ -235,73 +237,70 @@ def sharded_update(shape: Shape, options: Trains, num_gpus: int) -> dict[str, fl
     return parts | {"sum": sum(parts.values())}
 
 
-def generation(shape: Shape, options: Draws, gpu_gib: float) -> dict[str, float]:
-    """GiB by part while the engine draws, their sum, and the tokens (thousands) that its cache holds."""
-    engine = options.memory_fraction * gpu_gib
-    weights = 2 * shape.parameters / GIB
-    trainer = held(shape, options.lora_rank)
-    parts = {
-        "engine": engine,
-        "trainer": (trainer["weights"] + trainer["moments"]) / GIB,
-        "hand-over": 2 * 2 * shape.embedding / GIB,
-        "context": CONTEXT,
-    }
-    cache = engine - weights - ENGINE_WORK
-    return parts | {"sum": sum(parts.values()), "cache tokens (thousands)": cache * GIB / shape.cache_per_token / 1000}
-
-
-def shared_generation(
-    shape: Shape, options: Draws, gpu_gib: float, num_gpus: int, is_sharded: bool, trains: bool = True
+def generation(
+    shape: Shape, options: Draws, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False, trains: bool = True
 ) -> dict[str, float]:
-    """As `generation`, on several GPUs, of which `tensor_parallel` share an engine.
+    """GiB by part while the engine draws, their sum, and the tokens (thousands) that its cache holds.
 
-    The trainer's part is a share of it if it `is_sharded`, and none in eval and sample, which do not train.
+    On several GPUs `tensor_parallel` of them share an engine. The trainer's part is a share of it if it `is_sharded`,
+    and none in eval and sample, which do not train.
     """
+    is_alone = trains and num_gpus == 1
     parts = {"engine": options.memory_fraction * gpu_gib}
     if trains:
         trainer = held(shape, options.lora_rank)
         own = (trainer["weights"] + trainer["moments"]) / (num_gpus if is_sharded else 1)
         parts |= {"trainer": own / GIB, "hand-over": 2 * 2 * shape.embedding / GIB}
-    parts |= {"context": CONTEXT_OF_MANY}
+    parts |= {"context": CONTEXT if is_alone else CONTEXT_OF_MANY}
     shared = min(options.tensor_parallel, shape.kv_heads)  # fewer key/value heads than GPUs are held several times over
-    cache = parts["engine"] - 2 * shape.parameters / options.tensor_parallel / GIB - ENGINE_WORK_OF_MANY
+    work = ENGINE_WORK if is_alone else ENGINE_WORK_OF_MANY
+    cache = parts["engine"] - 2 * shape.parameters / options.tensor_parallel / GIB - work
     cached = cache * GIB / shape.cache_per_token * shared / 1000
     return parts | {"sum": sum(parts.values()), "cache tokens (thousands)": cached}
 
 
-def fitting_tokens(shape: Shape, options: Trains, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False) -> int:
+def fitting_tokens(
+    shape: Shape, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
+) -> int:
     """The most tokens a micro-batch, 16,384 or a half, a quarter, ... of it, that fit the memory; 0 if none do."""
     tokens = MOST_TOKENS
     while tokens >= LEAST_TOKENS:
-        tried = Update(options.lora_rank, options.gradient_checkpointing, tokens)
-        parts = sharded_update(shape, tried, num_gpus) if is_sharded else update(shape, tried)
-        if parts["sum"] <= MARGIN * gpu_gib:
+        if update(shape, with_tokens(options, tokens), num_gpus, is_sharded)["sum"] <= MARGIN * gpu_gib:
             return tokens
         tokens //= 2
     return 0
 
 
+def with_tokens(options: TrainingOptions, tokens: int) -> TrainingOptions:
+    """What counts of `options` here, with another micro-batch."""
+    rank, checkpointing = options.lora_rank, options.gradient_checkpointing
+    return TrainingOptions(lora_rank=rank, gradient_checkpointing=checkpointing, tokens_per_microbatch=tokens)
+
+
 def update_advice(
-    shape: Shape, options: Trains, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
+    shape: Shape, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
 ) -> str | None:
     """What to change if an update with these options does not fit the memory by the plan; None if it fits."""
-    needed = (sharded_update(shape, options, num_gpus) if is_sharded else update(shape, options))["sum"]
+    needed = update(shape, options, num_gpus, is_sharded)["sum"]
     if needed <= gpu_gib:
         return None
     said = f"an update takes {needed:.1f} GiB by the plan, and the GPU has {gpu_gib:.1f}"
     if tokens := fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded):
         return f"{said}: --tokens-per-microbatch {tokens} fits"
-    for flag, other in (
-        ("--gradient-checkpointing", Update(options.lora_rank, True, 0)),
-        ("--lora-rank 32", Update(32, options.gradient_checkpointing, 0)),
-        ("--lora-rank 32 --gradient-checkpointing", Update(32, True, 0)),
+    for flag, rank, checkpointing in (
+        ("--gradient-checkpointing", options.lora_rank, True),
+        ("--lora-rank 32", 32, options.gradient_checkpointing),
+        ("--lora-rank 32 --gradient-checkpointing", 32, True),
     ):
+        other = TrainingOptions(lora_rank=rank, gradient_checkpointing=checkpointing)
         if tokens := fitting_tokens(shape, other, gpu_gib, num_gpus, is_sharded):
             return f"{said}: {flag} --tokens-per-microbatch {tokens} fits"
     return f"{said}: no option makes it fit; share the policy among GPUs (configs/accelerate/gpu8-fsdp2.yaml)"
 
 
-def plan_update(policy: Path, options: Trains, num_gpus: int = 1, is_sharded: bool = False) -> tuple[int, str | None]:
+def plan_update(
+    policy: Path, options: TrainingOptions, num_gpus: int = 1, is_sharded: bool = False
+) -> tuple[int, str | None]:
     """The tokens of a micro-batch on this machine, for 0 those of the plan, and `update_advice`.
 
     Without a GPU, or for a policy that the plan is not for, 0 is 16,384, and there is no advice.
@@ -317,5 +316,4 @@ def plan_update(policy: Path, options: Trains, num_gpus: int = 1, is_sharded: bo
         return given or MOST_TOKENS, None
     gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB
     tokens = given or fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded) or LEAST_TOKENS
-    planned = Update(options.lora_rank, options.gradient_checkpointing, tokens)
-    return tokens, update_advice(shape, planned, gpu_gib, num_gpus, is_sharded)
+    return tokens, update_advice(shape, with_tokens(options, tokens), gpu_gib, num_gpus, is_sharded)
