@@ -1,20 +1,22 @@
 import io
 import math
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import orjson
 import pytest
 
 from stages import filter as stage
-from stages.core import jsonl, outputs
+from stages.core import jsonl, outputs, provenance
 from stages.core.errors import InputError
 from stages.core.provenance import digest
 from stages.core.records import Example, read, read_problems
-from stages.filter import passes
+from stages.filter import descent, passes
 from stages.filter.selection import Choice, Positions, Tally, yield_table
 
 
@@ -142,6 +144,94 @@ def test_rollouts_of_another_template_are_refused_across_policies_too(tmp_path):
     rollouts = [rollout("a", 1.0), rollout("a", 1.0, prompt="another") | {"policy": "q"}]
     with pytest.raises(InputError, match="problem a has another prompt or answer than before"):
         run(tmp_path, rollouts, per_policy=True)
+
+
+def made(output, stage, *inputs):
+    """Write the manifest of an output of `stage` that was made from `inputs`, as every stage does."""
+    inputs = provenance.recorded(inputs)
+    file = output.with_suffix(".manifest.json") if output.suffix else output / "manifest.json"
+    outputs.write_json(file, {"stage": stage, "inputs": inputs.digests, "stamps": inputs.stamps})
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """Three iterations: in i problem a is solved in 1 of i + 1 rollouts, b always; the second ends with merge."""
+    monkeypatch.chdir(tmp_path)
+    jsonl.write("runs/0/policy/model.jsonl", [{"weights": 0}])
+    jsonl.write("runs/0/train.jsonl", [{"id": "a"}])
+    for i in (1, 2, 3):
+        rl, start = Path(f"runs/{i}/rl"), Path(f"runs/{i - 1}/policy")
+        given = [rollout("a", 1.0, f"a{i}"), *[rollout("a", 0.0)] * i, rollout("b", 1.0, "b")]
+        jsonl.write(rl / "rollouts/step_000001.jsonl", [one | {"policy": str(start)} for one in given])
+        jsonl.write(rl / "checkpoints/step_000001/model.jsonl", [{"weights": f"rl {i}"}])
+        made(rl, "rl", start, "runs/0/train.jsonl")
+        examples, policy = Path(f"runs/{i}/examples.jsonl"), Path(f"runs/{i}/policy")
+        jsonl.write(policy / "model.jsonl", [{"weights": i}])
+        if i == 2:
+            made(policy, "merge", start, rl / "checkpoints/step_000001")
+            continue
+        if i == 1:
+            stage.run(stage.Options(rollouts=[str(rl)], out=str(examples), max_pass_rate=0.6))
+            made(policy, "rft", "runs/0/policy", examples)
+    return tmp_path
+
+
+def test_accumulated_are_the_rollouts_of_every_iteration_back_to_the_base(chain, capsys):
+    """b is always solved, so not hard; a has 1 of 2, of 3 and of 4."""
+    capsys.readouterr()
+    stage.run(stage.Options(rollouts=["runs/3/rl"], out="all.jsonl", max_pass_rate=0.6, accumulate=True))
+    chosen = [(one["problem_id"], one["completion"], one["pass_rate"]) for one in read("all.jsonl", Example)]
+    assert chosen == [("a", "a1", 1 / 2), ("a", "a2", 1 / 3), ("a", "a3", 1 / 4)]
+    said = capsys.readouterr().err
+    assert "rollouts of 3 iterations: 3 of runs/1/rl, 4 of runs/2/rl, 5 of runs/3/rl\n" in said
+    by_hand = [f"runs/{i}/rl" for i in (1, 2, 3)]
+    stage.run(stage.Options(rollouts=by_hand, out="by-hand.jsonl", max_pass_rate=0.6, per_policy=True))
+    assert Path("all.jsonl").read_bytes() == Path("by-hand.jsonl").read_bytes()
+    manifest = orjson.loads(Path("all.manifest.json").read_bytes())
+    assert manifest["rollouts"] == by_hand and manifest["counts"]["rollouts"] == 12
+    stage.run(stage.Options(rollouts=["runs/1/rl"], out="first.jsonl", max_pass_rate=0.6, accumulate=True))
+    assert [one["completion"] for one in read("first.jsonl", Example)] == ["a1"]
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_descends_from_the_run_that_wrote_it(chain):
+    made(Path("runs/3/rl"), "rl", "runs/1/rl/checkpoints/step_000001", "runs/0/train.jsonl")
+    assert descent.with_earlier(["runs/3/rl"]) == ["runs/1/rl", "runs/3/rl"]
+    assert descent.with_earlier(["runs/3/rl", "runs/1/rl"]) == ["runs/1/rl", "runs/3/rl"], "none counts twice"
+
+
+def test_accumulating_ends_where_examples_are_not_from_rl_and_says_so(chain, capsys):
+    Path("runs/1/examples.manifest.json").unlink()
+    assert descent.with_earlier(["runs/3/rl"]) == ["runs/2/rl", "runs/3/rl"]
+    assert "goes back no further than runs/1/examples.jsonl" in capsys.readouterr().err
+
+
+def of_another_template(file):
+    jsonl.write(file.with_suffix(".new"), [rollout("a", 1.0, prompt="another", policy="runs/0/policy")] * 3)
+    file.with_suffix(".new").replace(file)
+    for examples in file.parents[2].glob("examples.*"):
+        examples.unlink()
+    stage.run(stage.Options(rollouts=["runs/1/rl"], out="runs/1/examples.jsonl", max_pass_rate=1))
+    made(Path("runs/1/policy"), "rft", "runs/0/policy", "runs/1/examples.jsonl")
+    made(Path("runs/2/rl"), "rl", "runs/1/policy", "runs/0/train.jsonl")
+    made(Path("runs/2/policy"), "merge", "runs/1/policy", "runs/2/rl/checkpoints/step_000001")
+    made(Path("runs/3/rl"), "rl", "runs/2/policy", "runs/0/train.jsonl")
+
+
+@pytest.mark.parametrize(("path", "change", "fault"), [
+    ("runs/1/rl/rollouts/step_000001.jsonl", lambda file: file.write_bytes(file.read_bytes() * 2),
+     "runs/1/examples.jsonl was made from another runs/1/rl/rollouts than the one that is there now: make it anew"),
+    ("runs/0/policy/model.jsonl", lambda file: file.write_text("{}"),
+     "runs/1/policy was made from another runs/0/policy than the one that is there now"),
+    ("runs/2/policy", shutil.rmtree, "runs/3/rl was made from runs/2/policy, which is not there"),
+    ("runs/2/rl/manifest.json", Path.unlink, "runs/2/rl has no manifest.json that names its start policy"),
+    ("runs/1/rl/rollouts/step_000001.jsonl", of_another_template, "problem a has another prompt or answer than before"),
+])  # fmt: skip
+def test_rollouts_of_another_chain_or_template_are_not_accumulated(chain, path, change, fault):
+    change(chain / path)
+    with pytest.raises(InputError, match=fault) as caught:
+        stage.run(stage.Options(rollouts=["runs/3/rl"], out="all.jsonl", max_pass_rate=1, accumulate=True))
+    assert "\n" not in str(caught.value)
+    assert not list(chain.glob("*all*"))
 
 
 @pytest.mark.parametrize(("steps", "kept"), [("1:2", [1, 2]), ("3:", [3, 4]), (":3", [1, 2, 3]), ("2:2", [2])])
@@ -396,6 +486,12 @@ def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
         ({"steps": "5"}, "--steps 5: must be two numbers in order"),
         ({"steps": "2:9"}, "--steps: no rollout is of one of these steps"),
         ({"policy": "p", "per_policy": True}, "--policy and --per-policy exclude each other"),
+        ({"policy": "p", "accumulate": True}, "--policy and --accumulate exclude each other"),
+        ({"problems": Path("p.jsonl"), "accumulate": True}, "--accumulate gives a problem several pass rates"),
+        (
+            {"accumulate": True},
+            "--accumulate: rollouts.jsonl is no rl output, of which the start policy is known: name",
+        ),
         ({"out": ""}, "--out is missing"),
         ({"out": "rollouts.jsonl"}, "already holds something"),
         ({"rollouts": ["missing.jsonl"]}, "missing.jsonl: no such file"),

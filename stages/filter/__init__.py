@@ -30,6 +30,7 @@ from stages.core.provenance import (
     recorded,
 )
 from stages.filter import passes
+from stages.filter.descent import with_earlier
 from stages.filter.passes import Counts, Source
 from stages.filter.selection import Choice, Hardness, Tally, can_select, yield_table
 
@@ -44,6 +45,11 @@ class Options(OptionGroup):
     policy: Annotated[str, "use only the rollouts of this policy; needed where there are several"] = ""
     per_policy: Annotated[
         bool, "use the rollouts of several policies, such as those of several iterations, with pass rates of their own"
+    ] = False
+    accumulate: Annotated[
+        bool,
+        "also use the rollouts of the iterations before, found by the manifests of the rl outputs, with pass rates of "
+        "their own",
     ] = False
     steps: Annotated[str, "use only the rollouts of these steps of RL, both included: 1:100, 50: or :50"] = ""
     max_pass_rate: Annotated[
@@ -83,10 +89,11 @@ class Options(OptionGroup):
         super().__post_init__()
         if not self.out and not self.dry_run:
             raise InputError("--out is missing: name a file, or - for stdout, or ask for --dry-run")
-        if self.policy and self.per_policy:
-            raise InputError("--policy and --per-policy exclude each other")
-        if self.per_policy and self.problems is not None:
-            raise InputError("--per-policy gives a problem several pass rates: leave it out with --problems")
+        several = "--accumulate" if self.accumulate else "--per-policy"
+        if self.policy and self.takes_several:
+            raise InputError(f"--policy and {several} exclude each other")
+        if self.problems is not None and self.takes_several:
+            raise InputError(f"{several} gives a problem several pass rates: leave it out with --problems")
         self.step_range()
 
     def step_range(self) -> range | None:
@@ -100,6 +107,11 @@ class Options(OptionGroup):
                 f"--steps {self.steps}: must be two numbers in order, such as 1:100, of which one may lack"
             )
         return steps
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether the rollouts of several policies count, each with pass rates of its own."""
+        return self.per_policy or self.accumulate
 
     @property
     def hardness(self) -> Hardness:
@@ -120,7 +132,8 @@ def run(options: Options) -> None:
     --max-pass-rate 1 --max-per-problem n. So that late iterations don't starve, --hardest .3 takes the hardest 30 % of
     the solved problems whatever their pass rates, and --max-pass-rate .1 --hardest .3 as many where fewer are below .1.
 
-    Examples of all iterations together: --rollouts loop/1/rl --rollouts loop/2/rl --per-policy.
+    Examples of all iterations together: --rollouts loop/3/rl --accumulate finds those before by the manifests, back to
+    the base; by hand it is --rollouts loop/1/rl --rollouts loop/2/rl --per-policy.
 
     With --problems, the file that the rollouts are of, its hard problems are written instead of examples, for rl:
     those below --max-pass-rate that were solved at least once, each with its pass rate.
@@ -131,9 +144,10 @@ def run(options: Options) -> None:
     if not options.dry_run and options.out != "-":
         outputs.refuse_no_file(options.out)
         outputs.refuse_unwritable(options.out)
-    sources = passes.sources(options.rollouts, options.step_range())
-    _warn_of_running(options.rollouts)
-    inputs = recorded(_inputs(options))
+    rollouts = with_earlier(options.rollouts) if options.accumulate else options.rollouts
+    sources = passes.sources(rollouts, options.step_range())
+    _warn_of_running(rollouts)
+    inputs = recorded(_inputs(rollouts, options.problems))
     if not options.accept_edited:
         _refuse_edited(inputs)
     if options.dry_run:
@@ -149,15 +163,14 @@ def run(options: Options) -> None:
     with outputs.claimed(options.out, manifest_file):
         counts = (_choose if options.problems is None else _choose_problems)(sources, options)
         if options.out != "-":
-            record = manifest(identity(), counts, time.monotonic() - start, rollouts=options.rollouts)
+            record = manifest(identity(), counts, time.monotonic() - start, rollouts=rollouts)
             outputs.write_json(manifest_file, record)
 
 
-def _inputs(options: Options) -> list[Path]:
+def _inputs(rollouts: list[str], problems: Path | None) -> list[Path]:
     """What the output is made from: of an rl output its rollouts; standard input leaves none."""
-    rollouts = [Path(path, "rollouts") if Path(path).is_dir() else Path(path) for path in options.rollouts]
-    problems = [options.problems] if options.problems else []
-    return [path for path in [*rollouts, *problems] if str(path) != "-"]
+    paths = [Path(path, "rollouts") if Path(path).is_dir() else Path(path) for path in rollouts]
+    return [path for path in [*paths, *([problems] if problems else [])] if str(path) != "-"]
 
 
 def _yield(sources: list[Source], options: Options) -> str:
@@ -174,13 +187,16 @@ def _count(sources: list[Source], options: Options) -> Counts:
     keep_truncated = options.keep_truncated or options.problems is not None
     counts = Counts(
         options.policy,
-        options.per_policy,
+        options.takes_several,
         options.step_range(),
         options.min_reward,
         keep_truncated,
         options.failures > 0,
     )
     counts.read(sources)
+    if options.accumulate:
+        numbers = ", ".join(f"{number:,} of {run}" for run, number in counts.num_of_run.items())
+        print(f"filter: rollouts of {len(counts.num_of_run)} iterations: {numbers}", file=sys.stderr)
     return counts
 
 

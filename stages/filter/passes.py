@@ -5,6 +5,7 @@ Between them only the positions of the successes are kept, on disk, and the coun
 
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ class Counts:
         self.min_reward, self.keep_truncated, self.keep_failures = min_reward, keep_truncated, keep_failures
         self.tallies: list[Tally] = []
         self.successes, self.failures = Positions(), Positions()
+        self.num_of_run: Counter[str] = Counter()  # rollouts that were read, by the rl output that they are of
         self._names: dict[str, dict[str, Tally]] = {}  # policy -> problem id -> tally
         self._of_run: dict[str, str] = {}
         self._questions: dict[str, int] = {}
@@ -132,7 +134,7 @@ class Counts:
         steps, min_reward, keep_truncated = self.steps, self.min_reward, self.keep_truncated
         keep_failures = self.keep_failures
         add_success, add_failure = self.successes.buffer.extend, self.failures.buffer.extend
-        policy, tallies = None, None
+        policy, tallies, line = None, None, 0
         for line, offset, rollout in records.scan(file, source.name, Rollout):
             if rollout["policy"] != policy:  # looked up only when it changes, since every line passes here
                 policy = rollout["policy"]
@@ -155,6 +157,7 @@ class Counts:
                 self.successes.flush()
                 self.failures.flush()
                 yield offset
+        self.num_of_run[source.run] += line
 
     def _tallies_of(self, name: str, run: str, where: str) -> dict[str, Tally] | None:
         """The tallies of a policy; None if its rollouts don't count; InputError for a second one if none was named."""
