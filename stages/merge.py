@@ -133,7 +133,8 @@ def _write(stored: Sequence[_Stored], weights: Sequence[float], out: Path) -> in
     with StepProgress("merge", len(plan.filename_to_tensors)) as progress:
         for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
             averaged = {name: _average_rows(stored, weights, name, dtypes[name]) for name in names}
-            save_file(averaged, out / file, metadata={"format": "pt"})
+            with checkpoints.writing_weights(out / file):
+                save_file(averaged, out / file, metadata={"format": "pt"})
             (out / file).chmod(outputs.default_mode())
             progress.step(number, file)
     if plan.is_sharded:

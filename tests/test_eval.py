@@ -120,7 +120,9 @@ def kept(place):
         return {problem_id: groups.get(problem_id)[0]["sample"] for problem_id in sorted(groups.problem_ids)}
 
 
-@pytest.mark.parametrize("broken", [b"", b"\0\0\0\n", b"17\n", b"[]\n", b"[17]\n", b"[{}]\n", b'[{"problem_id":"b"\n'])
+@pytest.mark.parametrize(
+    "broken", [b"", b"\0\0\0\n", b"17\n", b"[]\n", b'[5,[{"problem_id":"b","sample":0}]]\n', b'[5,[{"pro\n']
+)
 def test_what_a_crash_or_a_hand_has_broken_is_drawn_again(tmp_path, broken):
     path = write(tmp_path, "a")
     path.write_bytes(path.read_bytes() + broken + b'[{"problem_id":"c","sample":7}]\n'[: 40 if broken else 20])

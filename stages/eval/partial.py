@@ -1,7 +1,8 @@
 """What an interrupted evaluation has drawn so far: groups of rollouts by policy, and the settings behind them.
 
     .OUT.partial/settings.json                           what every group depends on, but for policy and problem
-    .OUT.partial/t1-<problems>-<policy>-<engine>.jsonl   a policy's groups at temperature 1, a line each, as they come
+    .OUT.partial/t1-<problems>-<policy>-<engine>.jsonl   a policy's groups at temperature 1, a line each, as they come,
+                                                         [CRC-32, [rollout, ...]], by which damage shows
     .OUT.partial/greedy-t0-<problems>-...                the same for --greedy
     .OUT.partial/tokens<n>-t1-<problems>-...             with --kl-to: token ids of the first n samples of each group
     .OUT.partial/kl<n>-<base>-t1-<problems>-...          and their Divergences
@@ -11,6 +12,7 @@ repeated call may name more of them, and those that have changed are drawn anew.
 of them are read, so a repeated call may have more ranks or fewer.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -85,14 +87,15 @@ class Groups:
         """The rollouts of a problem, by sample, or what else its line holds."""
         file, start = self._found[problem_id]
         file.seek(start)
-        return orjson.loads(file.readline())
+        return _records_of(file.readline())
 
 
 class Writer:
     """Adds groups to the file of one engine, from which a broken line and all after it are dropped first."""
 
     def __init__(self, directory: Path, stem: str, engine: int) -> None:
-        self._file = (directory / f"{stem}-{engine}.jsonl").open("a+b")
+        self._path = directory / f"{stem}-{engine}.jsonl"
+        self._file = self._path.open("a+b")
         self._file.seek(0)
         self._file.truncate(max((end for _, _, end in _whole_lines(self._file)), default=0))
 
@@ -100,12 +103,15 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with outputs.naming(self._path):
+            self._file.close()
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep the rollouts of one problem, or what else there is of it, with its id."""
-        self._file.write(orjson.dumps(records, option=orjson.OPT_APPEND_NEWLINE))
-        self._file.flush()
+        body = orjson.dumps(records)
+        with outputs.naming(self._path):
+            self._file.write(b"[%d,%s]\n" % (zlib.crc32(body), body))
+            self._file.flush()
 
 
 class Keeper:
@@ -166,7 +172,9 @@ def _whole_lines(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
 
 def _problem_of(line: bytes) -> str:
     """The id of the problem whose rollouts a line holds; "" for a broken line."""
-    try:
-        return orjson.loads(line)[0]["problem_id"]
-    except (orjson.JSONDecodeError, LookupError, TypeError):
-        return ""
+    number, _, body = line[1:-2].partition(b",")
+    return _records_of(line)[0]["problem_id"] if number == b"%d" % zlib.crc32(body) else ""
+
+
+def _records_of(line: bytes) -> list[Any]:
+    return orjson.loads(line)[1]

@@ -393,22 +393,31 @@ def as_saved(weights: Iterable[tuple[str, "torch.Tensor"]], model: Any) -> Itera
         yield from revert_weight_conversion(model, dict(layer)).items()
 
 
+@contextmanager
+def writing_weights(path: Path) -> Iterator[None]:
+    """Turn safetensors' own error of the block, which it has even for a full disk, into an InputError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"{path}: the weights cannot be written ({error})") from None
+
+
 def save(model: Any, tokenizer: Any, path: Path, state: dict[str, "torch.Tensor"] | None = None) -> None:
     """Write model and tokenizer to the directory `path` in the form that transformers and vLLM load.
 
     config.json names the type of the weights in `state`, which may be another than the model's. What ends a completion
     and how to sample stay as in the policy that the model was loaded from, whatever a trainer made of them.
     """
-    from safetensors import SafetensorError
     from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     settings, model.generation_config = model.generation_config, GenerationConfig()  # some that load can't be saved
     try:
-        model.save_pretrained(path, state_dict=state, safe_serialization=True)
-    except SafetensorError as error:  # safetensors' own error, even for a full disk
-        raise InputError(f"{path}: the weights cannot be written ({error})") from None
+        with writing_weights(path):
+            model.save_pretrained(path, state_dict=state, safe_serialization=True)
     finally:
         model.generation_config = settings
     if state is not None:
