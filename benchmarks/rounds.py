@@ -31,7 +31,7 @@ GROUP_SIZE, MAX_ROUNDS = 16, 10
 SHARES = (0.25, 0.4, 0.5, 0.6)
 
 
-class Group(NamedTuple):
+class Simulated(NamedTuple):
     lengths: list[int]
     is_informative: bool
 
@@ -53,7 +53,7 @@ class Rank:
         self._running: list[tuple[int, int]] = []  # (pass in which it ends, group)
         self._waiting: deque[tuple[int, int]] = deque()
 
-    def add(self, number: int, group: Group, now: float = 0.0) -> None:
+    def add(self, number: int, group: Simulated, now: float = 0.0) -> None:
         passes = int((now - self.clock) / self._pass_s) if self._running else 0
         self._passes += passes
         self.clock = self.clock + passes * self._pass_s if self._running else now
@@ -86,13 +86,13 @@ class Rank:
         return PASS_S + SEQUENCE_S * len(self._running)
 
 
-def stream(share: float, luck: random.Random) -> Iterator[Group]:
+def stream(share: float, luck: random.Random) -> Iterator[Simulated]:
     while True:
         lengths = [max(1, min(MAX_TOKENS, round(luck.lognormvariate(MU, SIGMA)))) for _ in range(GROUP_SIZE)]
-        yield Group(lengths, luck.random() < share)
+        yield Simulated(lengths, luck.random() < share)
 
 
-def round_s(groups: list[Group], ranks: int, room: int) -> float:
+def round_s(groups: list[Simulated], ranks: int, room: int) -> float:
     """Seconds until the last rank is done; groups are dealt as rl deals them."""
     times = []
     for number in range(ranks):
@@ -105,7 +105,9 @@ def round_s(groups: list[Group], ranks: int, room: int) -> float:
     return max(times)
 
 
-def by_rounds(problems: Iterator[Group], batch: int, ranks: int, room: int, steps: int, ahead: bool) -> Iterator[Step]:
+def by_rounds(
+    problems: Iterator[Simulated], batch: int, ranks: int, room: int, steps: int, ahead: bool
+) -> Iterator[Step]:
     """Steps as rl goes through them."""
     acceptance = Acceptance()
     for _ in range(steps):
@@ -118,9 +120,9 @@ def by_rounds(problems: Iterator[Group], batch: int, ranks: int, room: int, step
         yield Step(seconds, rounds.num_rounds, batch - rounds.num_missing, rounds.num_drawn)
 
 
-def by_refilling(share: float, problems: Iterator[Group], batch: int, ranks: int, room: int) -> Step:
+def by_refilling(share: float, problems: Iterator[Simulated], batch: int, ranks: int, room: int) -> Step:
     engines = [Rank(room) for _ in range(ranks)]
-    groups: list[Group] = []
+    groups: list[Simulated] = []
     left: Counter[int] = Counter()  # sequences that each group under way waits for
     num_kept, now = 0, 0.0
     while num_kept < batch:

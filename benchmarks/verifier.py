@@ -22,7 +22,7 @@ from math_verify import parse, verify
 from stages.core import records
 from stages.core.grading.verifier import VERSION, Verifier
 
-Pair = tuple[str, str]  # completion, answer
+Graded = tuple[str, str]  # completion, answer
 WORKING = (
     "Let us look at the given condition first. We write $x^2 - 5x + 6 = 0$, so that $(x-2)(x-3) = 0$, and put this "
     "back into the sum $\\sum_{k=1}^{n} k = \\frac{n(n+1)}{2}$ to see what is left over in each of the cases. "
@@ -87,7 +87,7 @@ MIXED = [integer] * 48 + [fraction] * 14 + [surd] * 10 + [multiple_of_pi] * 6 + 
 MIXED += [interval] * 3 + [polynomial] * 6 + [day] * 2
 
 
-def completions(kinds: list[Callable[..., tuple[str, list[str]]]], problems: int, samples: int) -> list[list[Pair]]:
+def completions(kinds: list[Callable[..., tuple[str, list[str]]]], problems: int, samples: int) -> list[list[Graded]]:
     """For each problem its pairs; a wrong one is right for another problem of the kind."""
     draw = random.Random(7)
     groups = []
@@ -106,7 +106,7 @@ def working(draw: random.Random) -> str:
     return "".join(WORKING.replace("5x", f"{draw.randint(2, 999)}x") for _ in range(8))
 
 
-def slices(groups: list[list[Pair]], size: int = 20) -> Iterator[list[Pair]]:
+def slices(groups: list[list[Graded]], size: int = 20) -> Iterator[list[Graded]]:
     """The pairs of `size` problems at a time, shuffled as an engine hands them out."""
     for start in range(0, len(groups), size):
         part = [item for group in groups[start : start + size] for item in group]
@@ -114,7 +114,7 @@ def slices(groups: list[list[Pair]], size: int = 20) -> Iterator[list[Pair]]:
         yield part
 
 
-def plain(pairs: list[Pair]) -> list[float]:
+def plain(pairs: list[Graded]) -> list[float]:
     """math-verify as its README uses it."""
     return [float(verify(parse(f"\\boxed{{{answer}}}"), parse(text))) for text, answer in pairs]
 
@@ -128,7 +128,7 @@ def cpu_s(pids: list[int]) -> float:
     return total
 
 
-def compare(name: str, groups: list[list[Pair]], verifier: Verifier) -> None:
+def compare(name: str, groups: list[list[Graded]], verifier: Verifier) -> None:
     """Run both sides over the same slices, and print a line of the table."""
     seconds = {"plain": 0.0, "verifier": 0.0}
     count = agreed = 0
@@ -160,7 +160,7 @@ def main() -> None:
         plain([("\\boxed{\\sqrt{2}+x}", "x+\\sqrt{3}")] * 3 + [("\\boxed{(1,x^2)}", "[1,\\pi]")])
         print(f"{'workload':<34}{'pairs':>7}{'plain/s':>9}{'verifier/s':>11}{'ratio':>9}{'agree':>10}")
         if options.rollouts:
-            groups: dict[str, list[Pair]] = {}
+            groups: dict[str, list[Graded]] = {}
             for rollout in records.read(options.rollouts, records.Rollout):
                 groups.setdefault(rollout["problem_id"], []).append((rollout["completion"], rollout["answer"]))
             compare(options.rollouts[-33:], list(groups.values()), verifier)

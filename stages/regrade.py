@@ -23,7 +23,7 @@ from stages.core.ranks import Ranks
 from stages.core.records import Divergence, Rollout, Verdict
 from stages.core.study import scoring
 from stages.core.study.metrics import KS
-from stages.core.study.scoring import GREEDY, KL, ROLLOUTS, Drawn, Tally
+from stages.core.study.scoring import GREEDY, KL, ROLLOUTS, Drawn, ResultCounter
 from stages.core.tabular import aligned
 
 BATCH = 4096  # rollouts given to the verifier at once
@@ -125,10 +125,10 @@ def _drawn(
 
 def _ks(file: Path) -> list[int]:
     """The usual k of pass@k that a file's rollouts allow, or else the smallest number of samples of a problem."""
-    tally = Tally()
+    counter = ResultCounter()
     for rollout in records.read(file, Rollout):
-        tally.add(rollout)
-    fewest = min((result["num_samples"] for result in tally.results), default=1)
+        counter.add(rollout)
+    fewest = min((result["num_samples"] for result in counter.results), default=1)
     return [k for k in KS if k <= fewest] or [fewest]
 
 
@@ -136,7 +136,7 @@ class Changes:
     """What regrading changed: verdicts by (policy, old, new), and the results before."""
 
     def __init__(self) -> None:
-        self.before = Tally()
+        self.before = ResultCounter()
         self.verdicts: Counter[tuple[str, str, str]] = Counter()
 
     def add(self, old: Rollout, new: Rollout) -> None:

@@ -10,7 +10,7 @@ import pytest
 from stages import eval as evaluation
 from stages.core.policy import checkpoints
 from stages.toy import arithmetic
-from tests.scripted import Engines
+from tests.scripted import ScriptedEngines
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and in what it starts
 
@@ -81,7 +81,7 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def engines():
     """Starts the scripted engines of a test, and keeps them."""
-    return Engines()
+    return ScriptedEngines()
 
 
 @pytest.fixture

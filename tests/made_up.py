@@ -8,7 +8,7 @@ from stages import eval as evaluation
 from stages import filter as filtering
 from stages.core import jsonl, outputs, provenance
 from stages.core.provenance import Identity
-from tests.scripted import Engines
+from tests.scripted import ScriptedEngines
 
 STEPS = 2
 HOW = {"template": "none", "max_tokens": 32}
@@ -92,4 +92,4 @@ class Runs:
         """An evaluation, by an engine that answers by rule."""
         shutil.rmtree(f"runs/eval/{name}", ignore_errors=True)
         asked = {"policy": list(policies), "problems": [Path(problems)], "out": Path(f"runs/eval/{name}")}
-        evaluation.draw(evaluation.Options(**asked, num_samples=4, k=[2], **HOW), Engines())
+        evaluation.draw(evaluation.Options(**asked, num_samples=4, k=[2], **HOW), ScriptedEngines())

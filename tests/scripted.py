@@ -56,7 +56,7 @@ class ScriptedEngine:
         return Completion(text, token_ids, [], luck.choice(["stop", "stop", "length"]))
 
 
-class Engines(list):
+class ScriptedEngines(list):
     """Starts scripted engines where a stage would start vLLM's, and keeps them.
 
     The next one, and no other, dies after `dies_after` groups; each says `fault` of swapping weights.

@@ -1,6 +1,7 @@
 """The arrows of the house: rloop_cli -> a stage -> its own room and stages.core, and no other way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import stages
 
 ROOT = Path(stages.__file__).parents[1]
+TREES = ("stages", "rloop_cli", "tests", "benchmarks", "experiments", "examples")
 DOOR = sorted((ROOT / "rloop_cli").glob("*.py"))
 CHECK = sorted((ROOT / "rloop_cli" / "check").glob("*.py"))
 STAGES = {name: sorted([*(ROOT / "stages" / name).rglob("*.py"), *(ROOT / "stages").glob(f"{name}.py")])
@@ -47,6 +49,15 @@ def imported(path, types=True):
             assert node.level == 0, f"{path}: imports are absolute here"
             modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return modules
+
+
+def named_kinds(path):
+    """(name, meaning) of every class of the file and every alias of a type; two aliases of one type mean the same."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            yield node.name, f"{name(path)}:{node.lineno}"
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0].id, ast.unparse(node.value)
 
 
 def within(module, *packages):
@@ -186,3 +197,13 @@ def test_every_function_is_typed_and_what_is_public_and_not_trivial_says_what_it
         assert typed, f"{name(path)}:{node.lineno}: {node.name} has no return type"
     for node in to_be_described(path):
         assert ast.get_docstring(node), f"{name(path)}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_a_class_name_means_one_thing_in_the_whole_tree():
+    meanings = {}
+    for path in (path for tree in TREES for path in (ROOT / tree).rglob("*.py")):
+        for kind, meaning in named_kinds(path):
+            if re.fullmatch(r"[A-Z]\w*[a-z]\w*", kind) and kind != "Options":
+                meanings.setdefault(kind, set()).add(meaning)
+    assert len(meanings) > 200
+    assert not {kind: sorted(several) for kind, several in meanings.items() if len(several) > 1}

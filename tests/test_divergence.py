@@ -11,7 +11,7 @@ from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.records import Divergence, Result, Rollout
 from stages.core.study.lineage import Lineage
-from stages.eval.divergence import Completion, divergences, token_kl
+from stages.eval.divergence import UnscoredCompletion, divergences, token_kl
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_the_mean_over_what_a_policy_writes_is_the_divergence_of_all_that_it_cou
             log_probs[model] = (after_prompt[:, None] + model(longer).logits[:, -1].log_softmax(-1)).double()
     chance = log_probs[own].exp()
     exact = float((chance * (log_probs[own] - log_probs[base])).sum())
-    written = [Completion("p", 0, prompt, [one, two]) for one in range(size) for two in range(size)]
+    written = [UnscoredCompletion("p", 0, prompt, [one, two]) for one in range(size) for two in range(size)]
     along = torch.tensor(divergences(own, base, written, 1.0)).reshape(size, size)
     assert exact > 0.05, "the two are different enough to tell"
     assert float((chance * along).sum()) == pytest.approx(exact, rel=1e-4)

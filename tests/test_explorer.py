@@ -27,7 +27,7 @@ GROUP = 4
 START = StartPolicy("start", Path(), "")
 
 
-class ScriptedEngine:
+class NumberedEngine:
     """Answers problem i by `num_correct(i)` correct completions out of the group; the last group is done first."""
 
     def __init__(self, num_correct, max_sequences=8):
@@ -97,7 +97,7 @@ def explore(
         Prompt({"id": f"p{i}", "problem": "", "answer": "7", "source": ""}, "", [i]) for i in range(num_problems)
     ]
     engine, trainer, directory = (
-        ScriptedEngine(num_correct, fit),
+        NumberedEngine(num_correct, fit),
         trainer or RecordingTrainer(),
         RunDir(tmp_path / "rl"),
     )
@@ -385,7 +385,7 @@ def test_a_resumed_run_is_held_against_the_difference_that_it_began_with(tmp_pat
     assert [row["mismatch_alarms"] for row in rows] == [0] * 5
 
 
-class TakingEngine(ScriptedEngine):
+class TakingEngine(NumberedEngine):
     """An engine whose log-probabilities are those of its weights, a row of logits; `takes` says which it accepts."""
 
     def __init__(self, takes):

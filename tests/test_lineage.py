@@ -13,7 +13,7 @@ from stages.core import jsonl, outputs, provenance
 from stages.core.errors import InputError
 from stages.core.study import lineage, runs
 from tests.made_up import HOW, Runs
-from tests.scripted import Engines
+from tests.scripted import ScriptedEngines
 
 pytestmark = pytest.mark.slow  # each writes reports, with their figures
 
@@ -151,7 +151,9 @@ def test_a_policy_from_examples_or_rollouts_of_before_is_left_out(graph, capsys)
 def test_examples_from_rollouts_that_sample_drew_from_a_policy_of_before_are_left_out(graph, capsys):
     drawn, examples = Path("runs/2/drawn.jsonl"), Path("runs/2/examples.jsonl")
     train = Path("runs/0/train.jsonl")
-    sample.draw(sample.Options(policy=[WHOLE["RL"]], problems=train, out=drawn, num_samples=64, **HOW), Engines())
+    sample.draw(
+        sample.Options(policy=[WHOLE["RL"]], problems=train, out=drawn, num_samples=64, **HOW), ScriptedEngines()
+    )
     examples.unlink()
     filtering.run(filtering.Options(rollouts=[str(drawn)], out=str(examples), max_pass_rate=1.0))
     graph.rft("2", "runs/1/policy")

@@ -376,7 +376,7 @@ def test_problems_that_another_file_holds_are_dropped_with_their_ids(tmp_path):
 
 
 def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked(tmp_path, monkeypatch):
-    class Verifier:
+    class DigitsVerifier:
         def __enter__(self):
             return self
 
@@ -386,7 +386,7 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         def parseable(self, answers):
             return [answer.isdigit() for answer in answers]
 
-    monkeypatch.setattr(prepare, "Verifier", Verifier)
+    monkeypatch.setattr(prepare, "Verifier", DigitsVerifier)
     monkeypatch.setattr(prepare, "CHECKED_AT_ONCE", 2)
     path = write_jsonl(tmp_path / "mine.jsonl", *[{**row, "id": row["answer"]} for row in rows_of("1", "2", "3", "x")])
     assert len(run(tmp_path, path)) == 4

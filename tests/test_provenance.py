@@ -101,7 +101,7 @@ def test_what_was_read_and_what_decides_rewards_and_samples_count_too():
 
 
 @dataclass(frozen=True, kw_only=True)
-class Some(OptionGroup):
+class Rounded(OptionGroup):
     lr: Annotated[float, "learning rate"] = 0.1
     memory: Annotated[float, "share of a GPU's memory", ROUNDING] = 0.9
     shown: Annotated[bool, "what is shown", WITHOUT_EFFECT] = False
@@ -109,8 +109,8 @@ class Some(OptionGroup):
 
 def test_what_only_rounds_is_told_apart_from_what_decides_and_from_what_has_no_effect():
     packages = {"python": "3.12.3", "torch": "2.11", "sympy": "1.14"}
-    before = identify("rl", Some(), NOTHING, packages, {"processes": 8})
-    rounded = identify("rl", Some(memory=0.6), NOTHING, packages | {"torch": "2.13"}, {"processes": 4})
+    before = identify("rl", Rounded(), NOTHING, packages, {"processes": 8})
+    rounded = identify("rl", Rounded(memory=0.6), NOTHING, packages | {"torch": "2.13"}, {"processes": 4})
     assert rounded.digest == before.digest
     assert rounded.differences(before.record) == []
     assert rounded.roundings(before.record) == [
@@ -118,9 +118,9 @@ def test_what_only_rounds_is_told_apart_from_what_decides_and_from_what_has_no_e
         "processes was 8, is now 4",
         "torch was 2.11, is now 2.13",
     ]
-    shown = identify("rl", Some(shown=True), NOTHING, packages, {"processes": 8})
+    shown = identify("rl", Rounded(shown=True), NOTHING, packages, {"processes": 8})
     assert (shown.digest, shown.differences(before.record), shown.roundings(before.record)) == (before.digest, [], [])
-    other = identify("rl", Some(lr=0.2), NOTHING, packages | {"sympy": "1.13"}, {"processes": 8})
+    other = identify("rl", Rounded(lr=0.2), NOTHING, packages | {"sympy": "1.13"}, {"processes": 8})
     assert other.digest != before.digest
     assert other.differences(before.record) == ["lr was 0.1, is now 0.2", "sympy was 1.14, is now 1.13"]
     assert other.roundings(before.record) == []
@@ -130,10 +130,10 @@ def test_a_finished_output_of_the_same_identity_is_done_and_any_other_is_named(t
     out, record = tmp_path / "out", tmp_path / "out.manifest.json"
 
     def done(stage="rl", **options):
-        return is_done(out, record, lambda: identify(stage, Some(**options), NOTHING))
+        return is_done(out, record, lambda: identify(stage, Rounded(**options), NOTHING))
 
     assert not done()
-    outputs.write_json(record, provenance.manifest(identify("rl", Some(), NOTHING), {}, 1.0))
+    outputs.write_json(record, provenance.manifest(identify("rl", Rounded(), NOTHING), {}, 1.0))
     assert not done(), "a manifest alone is no output"
     out.touch()
     assert done()

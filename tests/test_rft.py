@@ -45,7 +45,7 @@ class Letters:
         return {"input_ids": [ord("^"), *ids] if add_special_tokens else ids}
 
 
-class Words:
+class SentencePieces:
     """A tokenizer in SentencePiece's way: `_` before the first word of a text, whatever the text begins with."""
 
     bos_token, eos_token_id = None, "</s>"
@@ -86,7 +86,7 @@ def test_a_row_is_the_engines_prompt_then_the_completion_then_one_end_token(
 
 
 def test_a_tokenizer_that_marks_the_begin_of_a_text_puts_no_space_between_prompt_and_completion():
-    row = ready.tokenize(Words(), example("a b", "c d"), ready.Ending("</s>", frozenset(["</s>"])))
+    row = ready.tokenize(SentencePieces(), example("a b", "c d"), ready.Ending("</s>", frozenset(["</s>"])))
     assert row.input_ids == ["_", "a", "_", "b", "c", "_", "d", "</s>"]
 
 

@@ -12,7 +12,7 @@ from stages.core.grading.verifier import Verifier
 ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest")
 
 
-class Words:
+class WordTokenizer:
     """A tokenizer with one token a word."""
 
     bos_token = None
@@ -35,7 +35,7 @@ def problem(number, text="one two"):
 
 
 def prompts(count):
-    return make_prompts([problem(i) for i in range(count)], ASK, Words(), 4, 100)[0]
+    return make_prompts([problem(i) for i in range(count)], ASK, WordTokenizer(), 4, 100)[0]
 
 
 def test_a_prompt_is_the_rendered_problem_and_its_tokens():
@@ -45,30 +45,30 @@ def test_a_prompt_is_the_rendered_problem_and_its_tokens():
 
 def test_a_problem_that_leaves_no_room_for_the_completion_is_left_out_by_name():
     problems = [problem(0), problem(1, "one two three"), problem(2)]
-    kept, left_out = make_prompts(problems, ASK, Words(), 6, context=10)
+    kept, left_out = make_prompts(problems, ASK, WordTokenizer(), 6, context=10)
     assert ([prompt.problem["id"] for prompt in kept], left_out) == (["p0", "p2"], ["p1"])
 
 
 @pytest.mark.parametrize(("max_tokens", "message"), [(10, "context of 10 tokens"), (7, "shortest prompt has 4 tokens")])
 def test_completions_that_never_fit_are_refused(max_tokens, message):
     with pytest.raises(InputError, match=message):
-        make_prompts([problem(0)], ASK, Words(), max_tokens, context=10)
+        make_prompts([problem(0)], ASK, WordTokenizer(), max_tokens, context=10)
 
 
 def test_an_empty_prompt_is_refused_by_its_problem():
     with pytest.raises(InputError, match="problem p1 gives an empty prompt: remove it, or name another --template"):
-        make_prompts([problem(0), problem(1, "")], Template("none", str, (), "digest"), Words(), 6, context=10)
+        make_prompts([problem(0), problem(1, "")], Template("none", str, (), "digest"), WordTokenizer(), 6, context=10)
 
 
 def test_a_problem_s_own_prompt_goes_before_the_template_and_is_taken_as_it_is():
     own = problem(1) | {"prompt": " {problem} as\n it is "}
-    kept, _ = make_prompts([problem(0), own, problem(2) | {"prompt": None}], ASK, Words(), 4, 100)
+    kept, _ = make_prompts([problem(0), own, problem(2) | {"prompt": None}], ASK, WordTokenizer(), 4, 100)
     assert [prompt.text for prompt in kept] == ["Q one two A", " {problem} as\n it is ", "Q one two A"]
     assert asked_by(kept, ASK) == "digest"
     assert asked_by(kept[1:2], ASK) == OWN_PROMPTS
     blank = problem(1) | {"prompt": " "}
     with pytest.raises(InputError, match=r"a\.jsonl: problem p1 gives an empty prompt: .* write its prompt as a text"):
-        make_prompts([blank], ASK, Words(), 4, 100, "a.jsonl")
+        make_prompts([blank], ASK, WordTokenizer(), 4, 100, "a.jsonl")
 
 
 def test_groups_come_in_the_order_of_the_prompts_with_the_verifiers_rewards():

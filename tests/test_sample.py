@@ -21,7 +21,7 @@ from stages.core.records import Rollout
 from stages.rft.examples import ending, tokenize
 from stages.sample import Options
 from tests import warm
-from tests.scripted import Engines
+from tests.scripted import ScriptedEngines
 
 HOW = {"template": "none", "max_tokens": 32}
 
@@ -34,7 +34,7 @@ def read_all(policies, files, num_samples=2, **options):
 
 def draw(policy, problems, out, engines=None, num_samples=2, **options):
     options = Options(policy=[str(policy)], problems=problems, out=out, num_samples=num_samples, **HOW | options)
-    sample.draw(options, engines or Engines())
+    sample.draw(options, engines or ScriptedEngines())
 
 
 CHAT = "{% for message in messages %}({{ message.content }}){% endfor %}{% if add_generation_prompt %}=?{% endif %}"
@@ -239,7 +239,7 @@ def test_messages_are_asked_of_policies_with_one_chat_template_and_no_others(tin
 
 def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy, problems):
     request = read_all([tiny_policy, other_policy], [problems], 3)
-    engines = Engines()
+    engines = ScriptedEngines()
     with Verifier() as verifier:
         rollouts = list(sampling.rollouts(request, engines, verifier))
     expected = [(str(p), f"p{n}", s) for p in (tiny_policy, other_policy) for n in range(6) for s in range(3)]
@@ -252,10 +252,10 @@ def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy,
 def test_many_problems_are_drawn_in_parts_without_changing_a_sample(tiny_policy, problems, monkeypatch):
     request = read_all([tiny_policy], [problems], 3)
     with Verifier() as verifier:
-        whole = list(sampling.rollouts(request, Engines(), verifier))
+        whole = list(sampling.rollouts(request, ScriptedEngines(), verifier))
         monkeypatch.setattr(sampling, "MAX_COMPLETIONS", 7)
         assert [len(part) for part in sampling.parts(request, request.sets["sums"])] == [2, 2, 2]
-        assert list(sampling.rollouts(request, Engines(), verifier)) == whole
+        assert list(sampling.rollouts(request, ScriptedEngines(), verifier)) == whole
 
 
 def test_sample_writes_a_file_and_names_what_is_too_long(tiny_policy, problems, tmp_path, capsys):
@@ -296,14 +296,14 @@ def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_star
 ):
     policies = [tiny_policy, make_policy(seed=3), make_policy(seed=4)]
     request = read_all(policies, [problems])
-    engines = Engines()
+    engines = ScriptedEngines()
     engines.fault = fault
     with Verifier() as verifier:
         drawn = list(sampling.rollouts(request, engines, verifier))
         expected = []
         for policy in policies:
             alone = read_all([policy], [problems])
-            expected += sampling.rollouts(alone, Engines(), verifier)
+            expected += sampling.rollouts(alone, ScriptedEngines(), verifier)
     assert drawn == expected
     assert len(engines) == num_starts
     assert sum(engine.num_checks for engine in engines) == 1
@@ -312,7 +312,7 @@ def test_weights_are_swapped_where_the_engine_shows_that_it_can_and_else_it_star
 
 
 def test_tied_and_untied_policies_have_an_engine_each(tiny_policy, tied_policy, problems):
-    started = Engines()
+    started = ScriptedEngines()
     engines = sampling.Engines(read_all([tiny_policy], [problems]), started)
     first = engines.holding(tiny_policy)
     assert engines.holding(tied_policy) is not first

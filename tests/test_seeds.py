@@ -45,7 +45,7 @@ class RecordingCore:
         assert not names
 
 
-class Trainer:
+class IdleTrainer:
     """Learns nothing."""
 
     def weights(self):
@@ -124,7 +124,7 @@ def explore(tmp_path, monkeypatch):
             accelerator = SimpleNamespace(mixed_precision="no", log=lambda row, step: None)
             with Verifier() as verifier:
                 explorer = Explorer(settings, Ranks(shared, rank, num_ranks), accelerator, engines[rank], verifier,
-                                    Trainer(), prompts, Sampling(GROUP, 8, log_probs=False),
+                                    IdleTrainer(), prompts, Sampling(GROUP, 8, log_probs=False),
                                     StartPolicy("start", Path(), origin))  # fmt: skip
                 explorer.run(directory, done)
 

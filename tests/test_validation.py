@@ -20,7 +20,7 @@ from stages.core.ranks import ALONE, Ranks
 from stages.rl import Settings, validation
 from stages.rl.explorer import Explorer
 from stages.rl.rundir import RunDir
-from tests.test_explorer import GROUP, START, RecordingTrainer, ScriptedEngine
+from tests.test_explorer import GROUP, START, NumberedEngine, RecordingTrainer
 
 K = 4
 FIRST = 100  # problems from this number on are those of the validation set
@@ -35,7 +35,7 @@ def explore(path, valid=True, trainer=None, stop=None, done=0, num_correct=None,
     small = {"steps": 3, "problems_per_step": 2, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0}
     settings = Settings(**{**small, "valid_every": 2, "valid_samples": K, **options})
     trainer = trainer or RecordingTrainer()
-    engine = ScriptedEngine(
+    engine = NumberedEngine(
         lambda number: (
             (num_correct or (lambda updates: min(K, updates)))(len(trainer.batches)) if number >= FIRST else 1
         )
@@ -126,7 +126,7 @@ def test_sigterm_while_the_start_policy_is_measured_begins_no_step(tmp_path):
     assert explore(tmp_path).rows[0]["valid_start"] == 0
 
 
-class Meeting(Ranks):
+class RanksInTurn(Ranks):
     """Ranks that run one after another; `others` is what they have to add."""
 
     others: ClassVar = ()
@@ -141,7 +141,7 @@ def test_each_engine_draws_a_share_and_the_shares_make_the_whole():
     with Verifier() as verifier:
         for rank in range(0, 6, 2):  # two ranks an engine, of which the first keeps what it draws
             engine = SeedKeepingEngine(lambda number: number % (K + 1))
-            parts.append(many.measure(Meeting(2, rank, 6), engine, verifier, lambda: False))
+            parts.append(many.measure(RanksInTurn(2, rank, 6), engine, verifier, lambda: False))
             asked += zip(engine.asked, engine.seeds, strict=True)
         alone = many.measure(ALONE, engine, verifier, lambda: False)
     assert sum(parts) == pytest.approx(alone)
@@ -149,7 +149,7 @@ def test_each_engine_draws_a_share_and_the_shares_make_the_whole():
     assert sorted(asked) == [(number, seed_of(3, f"p{number}")) for number in range(7)]
 
 
-class SeedKeepingEngine(ScriptedEngine):
+class SeedKeepingEngine(NumberedEngine):
     def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
         self.seeds = sampling.seeds
         super().generate(prompts, sampling, on_group, should_stop)
@@ -160,14 +160,14 @@ def test_one_rank_that_stops_leaves_the_measurement_empty_on_all(monkeypatch):
         raise Stopped
 
     some = validation.of(prompts(range(2)), Sampling(GROUP, 8), Settings(valid_samples=K))
-    ranks, engine = Meeting(1, 1, 2), ScriptedEngine(lambda number: K)
+    ranks, engine = RanksInTurn(1, 1, 2), NumberedEngine(lambda number: K)
     with Verifier() as verifier:
-        monkeypatch.setattr(Meeting, "others", (float(K),))
+        monkeypatch.setattr(RanksInTurn, "others", (float(K),))
         assert some.measure(ranks, engine, verifier, lambda: False) == (K + K) / (2 * K)
-        monkeypatch.setattr(Meeting, "others", (math.nan,))
+        monkeypatch.setattr(RanksInTurn, "others", (math.nan,))
         assert math.isnan(some.measure(ranks, engine, verifier, lambda: False))
         engine.generate = stopped
-        monkeypatch.setattr(Meeting, "others", (float(K),))
+        monkeypatch.setattr(RanksInTurn, "others", (float(K),))
         assert math.isnan(some.measure(ranks, engine, verifier, lambda: False))
 
 

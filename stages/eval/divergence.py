@@ -67,7 +67,7 @@ def _vocabulary(path: Path) -> int:
     return int(checkpoints.load_config(path).get_text_config().vocab_size)
 
 
-class Completion(NamedTuple):
+class UnscoredCompletion(NamedTuple):
     """A completion to score: of which problem and sample, and its tokens."""
 
     problem_id: str
@@ -109,11 +109,11 @@ def _score(
             progress.step(num_done, name)
 
 
-def _drawn(directory: Path, stem: str, prompts: dict[str, list[int]]) -> list[Completion]:
+def _drawn(directory: Path, stem: str, prompts: dict[str, list[int]]) -> list[UnscoredCompletion]:
     """The completions whose tokens are kept, of these problems, given with the tokens of their prompts."""
     with Groups(directory, stem) as groups:
         return [
-            Completion(problem_id, sample, token_ids, record["token_ids"])
+            UnscoredCompletion(problem_id, sample, token_ids, record["token_ids"])
             for problem_id, token_ids in prompts.items()
             for sample, record in enumerate(groups.get(problem_id))
         ]
@@ -127,7 +127,7 @@ class _Models:
         self._loaded: dict[Path, Any] = {}
         self._budget = min(TOKEN_BUDGET, MAX_LOGITS // _vocabulary(base))
 
-    def score(self, policy: str, completions: Sequence[Completion]) -> Iterator[list[Divergence]]:
+    def score(self, policy: str, completions: Sequence[UnscoredCompletion]) -> Iterator[list[Divergence]]:
         """The Divergences of a policy's completions, problem by problem."""
         own, base = (self._model(path) for path in (self._request.policies[policy], self._base))
         nats = [0.0] * len(completions)
@@ -166,7 +166,7 @@ class _Models:
         return checkpoints.load_model(path, getattr(torch, dtype)).to(process_state().device)
 
 
-def divergences(own: Any, base: Any, completions: Sequence[Completion], temperature: float) -> list[float]:
+def divergences(own: Any, base: Any, completions: Sequence[UnscoredCompletion], temperature: float) -> list[float]:
     """KL(own || base) along each completion, in nats, from one pass of both models.
 
     Padding is on the right, where causal attention never looks.

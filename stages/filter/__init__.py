@@ -31,7 +31,7 @@ from stages.core.provenance import (
 )
 from stages.filter import passes
 from stages.filter.descent import with_earlier
-from stages.filter.passes import Counts, Source
+from stages.filter.passes import Counts, RolloutFile
 from stages.filter.selection import Choice, Hardness, Tally, can_select, yield_table
 
 
@@ -173,7 +173,7 @@ def _inputs(rollouts: list[str], problems: Path | None) -> list[Path]:
     return [path for path in [*paths, *([problems] if problems else [])] if str(path) != "-"]
 
 
-def _yield(sources: list[Source], options: Options) -> str:
+def _yield(sources: list[RolloutFile], options: Options) -> str:
     """What each threshold would give, as a table."""
     counts = _count(sources, options)
     choice = Choice(options.seed, options.keep_duplicates)
@@ -183,7 +183,7 @@ def _yield(sources: list[Source], options: Options) -> str:
     return yield_table(counts.tallies, options.max_pass_rate, examples)
 
 
-def _count(sources: list[Source], options: Options) -> Counts:
+def _count(sources: list[RolloutFile], options: Options) -> Counts:
     keep_truncated = options.keep_truncated or options.problems is not None
     counts = Counts(
         options.policy,
@@ -216,7 +216,7 @@ def _hard(tallies: Sequence[Tally], options: Options) -> list[Tally]:
     return hard
 
 
-def _choose(sources: list[Source], options: Options) -> dict[str, int]:
+def _choose(sources: list[RolloutFile], options: Options) -> dict[str, int]:
     """Write the examples; return the counts of the manifest."""
     counts = _count(sources, options)
     tallies, hard = counts.tallies, _hard(counts.tallies, options)
@@ -236,7 +236,7 @@ def _choose(sources: list[Source], options: Options) -> dict[str, int]:
     return {"rollouts": num_rollouts, "problems": len(tallies), "hard_problems": len(hard), "examples": count}
 
 
-def _choose_problems(sources: list[Source], options: Options) -> dict[str, int]:
+def _choose_problems(sources: list[RolloutFile], options: Options) -> dict[str, int]:
     """Write the hard ones of --problems, in their order, each with its pass rate; return the counts of the manifest."""
     assert options.problems is not None
     by_id = {problem["id"]: problem for problem in records.read_problems(options.problems)}

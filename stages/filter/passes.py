@@ -26,7 +26,7 @@ FLUSH_LINES = 4096  # lines between two moves of the bar
 
 
 @dataclass
-class Source:
+class RolloutFile:
     """One file of rollouts, read twice; what can be read only once is copied to `spool` on the way."""
 
     path: str
@@ -68,11 +68,11 @@ class _Tee:
         return line
 
 
-def sources(paths: list[str], steps: range | None = None) -> list[Source]:
+def sources(paths: list[str], steps: range | None = None) -> list[RolloutFile]:
     """The rollouts files of `paths`: of an rl output its steps in order. InputError if one is named twice."""
-    files: list[Source] = []
+    files: list[RolloutFile] = []
     for path in paths:
-        files += _steps(Path(path), steps) if Path(path).is_dir() else [Source(path)]
+        files += _steps(Path(path), steps) if Path(path).is_dir() else [RolloutFile(path)]
     seen = set()
     for source in files:
         identity = source.path if source.path == "-" else realpath(source.path)
@@ -82,14 +82,14 @@ def sources(paths: list[str], steps: range | None = None) -> list[Source]:
     return files
 
 
-def _steps(directory: Path, steps: range | None) -> list[Source]:
+def _steps(directory: Path, steps: range | None) -> list[RolloutFile]:
     files = sorted(directory.glob("rollouts/step_*.jsonl"))
     if not files:
         raise InputError(f"{directory} holds no rollouts/step_*.jsonl: expected an rl output or a JSONL file")
     kept = [file for file in files if steps is None or int(file.stem.removeprefix("step_")) in steps]
     if not kept:
         raise InputError(f"--steps: {directory} has none of these, only {files[0].stem} to {files[-1].stem}")
-    return [Source(str(file), str(directory)) for file in kept]
+    return [RolloutFile(str(file), str(directory)) for file in kept]
 
 
 class Counts:
@@ -117,7 +117,7 @@ class Counts:
         self._of_run: dict[str, str] = {}
         self._questions: dict[str, int] = {}
 
-    def read(self, sources: list[Source]) -> None:
+    def read(self, sources: list[RolloutFile]) -> None:
         """Check every line and count it; InputError if no rollout counts."""
         with _progress(sources) as advance:
             for index, source in enumerate(sources):
@@ -129,7 +129,7 @@ class Counts:
                 raise InputError("--steps: no rollout is of one of these steps")
             raise InputError(f"--policy {self.wanted}: the rollouts are of {', '.join(self._names)}")
 
-    def _read(self, file: jsonl.LineSource, source: Source, index: int) -> Iterator[int]:
+    def _read(self, file: jsonl.LineSource, source: RolloutFile, index: int) -> Iterator[int]:
         """Count the rollouts of one file; yield the offset reached every so many lines."""
         steps, min_reward, keep_truncated = self.steps, self.min_reward, self.keep_truncated
         keep_failures = self.keep_failures
@@ -194,7 +194,7 @@ def _contradiction(rollout: Rollout) -> str:
 
 
 def candidates(
-    sources: list[Source], successes: Positions, numbers: Container[int]
+    sources: list[RolloutFile], successes: Positions, numbers: Container[int]
 ) -> Iterator[tuple[int, int, int, str, str]]:
     """Second pass: (source, offset, problem number, prompt, completion) of the successes on these problem numbers."""
     wanted = (position for position in successes if position[2] in numbers)
@@ -203,7 +203,7 @@ def candidates(
 
 
 def examples(
-    sources: list[Source], chosen: Iterable[tuple[int, int, int]], tallies: Sequence[Tally], weight: float = 1.0
+    sources: list[RolloutFile], chosen: Iterable[tuple[int, int, int]], tallies: Sequence[Tally], weight: float = 1.0
 ) -> Iterator[Example]:
     """The rollouts at the chosen positions (source, offset, problem number), as examples of a `weight`."""
     for (_, _, number), rollout in _revisit(sources, chosen):
@@ -221,7 +221,9 @@ def examples(
         yield example
 
 
-def _revisit(sources: list[Source], positions: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], Rollout]]:
+def _revisit(
+    sources: list[RolloutFile], positions: Iterable[tuple[int, ...]]
+) -> Iterator[tuple[tuple[int, ...], Rollout]]:
     """The rollouts at `positions`, which begin with source and offset, the sources in order."""
     for index, group in groupby(positions, key=lambda position: position[0]):
         with sources[index].second_pass() as file:
@@ -231,7 +233,7 @@ def _revisit(sources: list[Source], positions: Iterable[tuple[int, ...]]) -> Ite
 
 
 @contextmanager
-def _progress(sources: list[Source]) -> Iterator[Any]:
+def _progress(sources: list[RolloutFile]) -> Iterator[Any]:
     """A bar over the bytes of all sources on a terminal's stderr; yields what moves it to (source, offset)."""
     if not sys.stderr.isatty():
         yield lambda index, offset: None

@@ -162,7 +162,7 @@ def _rows(
 
 
 def _row(
-    source: Source, row: sources.Row, where: str, problem: str, answer: str, own_id: str, keep: list[str]
+    source: Source, row: sources.Columns, where: str, problem: str, answer: str, own_id: str, keep: list[str]
 ) -> curation.Row:
     return curation.Row(
         curation.problem_text(sources.value(row, problem, where), where),
@@ -181,7 +181,7 @@ def _same_answer(verifier: Verifier, first: str, second: str) -> bool:
     return verifier.verify([(f"\\boxed{{{second}}}", first)])[0].reward == 1
 
 
-def _shown(rows: Iterable[tuple[str, sources.Row]]) -> Iterable[tuple[str, sources.Row]]:
+def _shown(rows: Iterable[tuple[str, sources.Columns]]) -> Iterable[tuple[str, sources.Columns]]:
     """The same rows, counted on a terminal."""
     from rich.console import Console
     from rich.progress import track

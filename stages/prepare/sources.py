@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from stages.core import jsonl
 from stages.core.errors import InputError
 
-Row = Mapping[str, Any]
+Columns = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = {
     ".gz": b"\x1f\x8b",
@@ -165,7 +165,7 @@ def _unpacking(file: BinaryIO, kind: str) -> Any:
     return unpacked
 
 
-def rows(source: Source) -> Iterator[tuple[str, Row]]:
+def rows(source: Source) -> Iterator[tuple[str, Columns]]:
     """Yield (place such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
     files = (_READERS[_suffix(path)](path) for path in source.paths)
     stream = chain.from_iterable(files) if source.paths else _hub(source)
@@ -199,7 +199,7 @@ def _load(source: Source) -> Any:
         ) from None
 
 
-def _hub(source: Source) -> Iterator[tuple[str, Row]]:
+def _hub(source: Source) -> Iterator[tuple[str, Columns]]:
     number = 0
     for batch in _load(source).iter(batch_size=BATCH_ROWS):  # one row at a time is ten times slower
         for values in zip(*batch.values(), strict=True):
@@ -207,7 +207,7 @@ def _hub(source: Source) -> Iterator[tuple[str, Row]]:
             number += 1
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path) -> Iterator[tuple[str, Columns]]:
     import pyarrow.parquet  # only here is it needed; `datasets` reads through it, but leaves a copy in its cache
 
     try:
@@ -220,7 +220,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise InputError(f"{path}: not a parquet file ({str(error).partition('.')[0]})") from None
 
 
-def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
+def _arrow(path: Path) -> Iterator[tuple[str, Columns]]:
     import pyarrow
 
     try:
@@ -234,7 +234,7 @@ def _arrow(path: Path) -> Iterator[tuple[str, Row]]:
         raise InputError(f"{path}: not an arrow file ({str(error).partition('.')[0]})") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _json_lines(path: Path) -> Iterator[tuple[str, Columns]]:
     with _opened(path) as file:
         lines = iter(partial(file.readline, jsonl.MAX_LINE_BYTES + 1), b"")
         for number, line in enumerate(lines, 1):
@@ -244,7 +244,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
                 yield where, _parse_exactly(line, where)
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
+def _json(path: Path) -> Iterator[tuple[str, Columns]]:
     with _opened(path) as file:
         data = file.read(MAX_JSON_BYTES + 1).removeprefix(codecs.BOM_UTF8)
     if len(data) > MAX_JSON_BYTES:
@@ -290,7 +290,7 @@ def _parse_exactly(text: bytes, where: str) -> Any:
         raise InputError(f"{where}: not valid JSON ({error}): expected a list of objects, or one a line") from None
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path) -> Iterator[tuple[str, Columns]]:
     csv.field_size_limit(jsonl.MAX_LINE_BYTES)
     with _opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         try:
@@ -317,7 +317,7 @@ def _separator(path: Path, header: str) -> str:
     return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header[:MAX_HEADER]], delimiter=separator), [])))
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Columns]]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
@@ -328,7 +328,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 }
 
 
-def problem_column(row: Row, wanted: str, where: str, remedy: str = "name one with --problem-column") -> str:
+def problem_column(row: Columns, wanted: str, where: str, remedy: str = "name one with --problem-column") -> str:
     """The name of the column of problems in `row`: `wanted`, or, if that is "", the first of the usual ones.
 
     Names are taken whatever their case; "a[0].b" is field b of the first item of column a. Raises InputError with the
@@ -337,17 +337,17 @@ def problem_column(row: Row, wanted: str, where: str, remedy: str = "name one wi
     return _column(row, wanted, PROBLEM_COLUMNS, remedy, where)
 
 
-def answer_column(row: Row, wanted: str, where: str) -> str:
+def answer_column(row: Columns, wanted: str, where: str) -> str:
     """The name of the column of answers in `row`, as `problem_column`."""
     return _column(row, wanted, ANSWER_COLUMNS, "name one with --answer-column", where)
 
 
-def kept_columns(row: Row, wanted: Sequence[str], where: str) -> list[str]:
+def kept_columns(row: Columns, wanted: Sequence[str], where: str) -> list[str]:
     """The names of the columns that --keep-column names; InputError for one that is not there."""
     return [_column(row, name, (), "name another with --keep-column", where) for name in wanted]
 
 
-def _column(row: Row, wanted: str, usual: tuple[str, ...], remedy: str, where: str) -> str:
+def _column(row: Columns, wanted: str, usual: tuple[str, ...], remedy: str, where: str) -> str:
     names = _names(row)
     for candidate in (wanted,) if wanted else usual:
         if candidate.lower() in names:
@@ -358,13 +358,13 @@ def _column(row: Row, wanted: str, usual: tuple[str, ...], remedy: str, where: s
     raise InputError(f"{where}: {missing} among {', '.join(row)}; {remedy}")
 
 
-def id_column(row: Row) -> str:
+def id_column(row: Columns) -> str:
     """The name of the column of `row` that holds the source's own ids, or ""."""
     names = _names(row)
     return next((names[candidate] for candidate in ID_COLUMNS if candidate in names), "")
 
 
-def _names(row: Row) -> dict[str, str]:
+def _names(row: Columns) -> dict[str, str]:
     """Lower-case name to name, of columns and of the fields of columns that are objects."""
     names = [*row, *(f"{name}.{field}" for name, value in row.items() if isinstance(value, Mapping) for field in value)]
     return {name.lower(): name for name in reversed(names)}
@@ -373,7 +373,7 @@ def _names(row: Row) -> dict[str, str]:
 _MISSING = object()
 
 
-def value(row: Row, name: str, where: str) -> Any:
+def value(row: Columns, name: str, where: str) -> Any:
     """The value of the column `name` ("a[0].b" is field b of the first item of column a) in `row`.
 
     Raises InputError if it is missing.
@@ -384,7 +384,7 @@ def value(row: Row, name: str, where: str) -> Any:
     return inner
 
 
-def _inner(row: Row, path: str) -> Any:
+def _inner(row: Columns, path: str) -> Any:
     """The value at a path such as "a.b" or "a[0].b"; _MISSING if there is none."""
     inner: Any = row
     for part in re.findall(r"\[-?\d+\]|[^.\[\]]+", path):

@@ -23,8 +23,6 @@ SHOWN = ("sample", "completion", "verdict", "num_tokens", "finish_reason")
 
 OTHERS = (RL, BASE)
 
-Browser = list[dict[str, Any]]
-
 
 def build(
     evaluations: Mapping[str, Evaluation],
@@ -32,7 +30,7 @@ def build(
     chosen: Mapping[str, str],
     max_problems: int,
     max_samples: int,
-) -> Browser:
+) -> list[dict[str, Any]]:
     """One entry a set: {"name", "policies": [{"label", "method", "step"}], "problems": [{"id", "rates", ...}]}.
 
     Of every set the same number of problems is kept, at least one and as many as fit into MAX_BYTES.

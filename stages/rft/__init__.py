@@ -23,7 +23,7 @@ from stages.core.ranks import Ranks
 from stages.core.records import Example
 
 if TYPE_CHECKING:
-    from stages.rft.examples import Row
+    from stages.rft.examples import Tokenized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class _Read(NamedTuple):
     base: str
     tokenizer: Any
     examples: list[Example]
-    rows: "list[Row]"
+    rows: "list[Tokenized]"
     left_out: list[str]
     max_tokens: int
 

@@ -17,10 +17,10 @@ from stages.core.records import Example, Message
 
 
 @dataclass(frozen=True)
-class Row:
+class Tokenized:
     """An example as the trainer sees it: `labels` are the token ids, but IGNORED on the prompt.
 
-    Row(input_ids=[5, 6, 9, 1], labels=[-100, -100, 9, 1])
+    Tokenized(input_ids=[5, 6, 9, 1], labels=[-100, -100, 9, 1])
     """
 
     input_ids: list[int]
@@ -68,7 +68,7 @@ def ending(tokenizer: Any, end_token_ids: Sequence[int]) -> Ending:
     return Ending(plain, ends, chat, rendered["open"].rpartition(question["content"])[2])
 
 
-def tokenize(tokenizer: Any, example: Example, end: Ending) -> Row:
+def tokenize(tokenizer: Any, example: Example, end: Ending) -> Tokenized:
     """The prompt's token ids as the engine saw them, then the completion's.
 
     Of a rollout these are the tokens that were sampled, with the one that ended it if it was not truncated. A text is
@@ -84,7 +84,7 @@ def tokenize(tokenizer: Any, example: Example, end: Ending) -> Row:
             completion_ids = completion_ids[:-1]
         completion_ids = [*completion_ids, last]
     weight, log_probs = example.get("weight", 1.0), unpack_log_probs(example.get("log_probs", ""))
-    return Row(prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids, weight, log_probs)
+    return Tokenized(prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids, weight, log_probs)
 
 
 def _completion_ids(tokenizer: Any, example: Example, prompt_ids: list[int]) -> list[int]:
@@ -102,7 +102,7 @@ def _completion_ids(tokenizer: Any, example: Example, prompt_ids: list[int]) -> 
 
 def tokenize_fitting(
     tokenizer: Any, examples: Sequence[Example], max_tokens: int, end: Ending
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Tokenized], list[str]]:
     """The rows of at most `max_tokens` tokens, and the problem ids of the examples left out as too long.
 
     No example is cut: half a solution would teach to stop half-way. Raises InputError if no example fits.

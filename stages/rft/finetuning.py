@@ -34,7 +34,7 @@ from stages.core.policy.checkpoints import IGNORED, PADDING
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import process_state
 from stages.rft import Options
-from stages.rft.examples import Row, lr_share, microbatch_size, order
+from stages.rft.examples import Tokenized, lr_share, microbatch_size, order
 from stages.rft.objective import kl_from_start, likelihood_weight, token_losses
 
 
@@ -58,7 +58,7 @@ class Tuned:
         }
 
 
-def size_of(path: Path, rows: Sequence[Row], options: Options, num_processes: int) -> int:
+def size_of(path: Path, rows: Sequence[Tokenized], options: Options, num_processes: int) -> int:
     """Examples in a micro-batch of one process."""
     vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
     budget = heads.token_budget(_planned(path, options, num_processes)[0], vocabulary)
@@ -69,7 +69,7 @@ def _planned(path: Path, options: Options, num_processes: int) -> tuple[int, str
     return memory.plan_update(path, options, num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true")
 
 
-def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Row], options: Options, out: Path | None) -> Tuned:
+def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Tokenized], options: Options, out: Path | None) -> Tuned:
     """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
 
     Every launched process must call this, with a batch that divides among them. Raises CollapseError if loss or
@@ -156,12 +156,12 @@ def _config(options: Options, size: int, accumulation: int, scratch: str) -> SFT
     )
 
 
-def _dataset(rows: Sequence[Row], steps: Sequence[Sequence[int]], batch_size: int) -> Dataset:
+def _dataset(rows: Sequence[Tokenized], steps: Sequence[Sequence[int]], batch_size: int) -> Dataset:
     """The rows in the order they are trained on, each step filled up to `batch_size` with rows that teach nothing.
 
     Without these, a launcher with several processes would repeat examples to make the last step even.
     """
-    blank = Row([PADDING] * 2, [IGNORED] * 2)
+    blank = Tokenized([PADDING] * 2, [IGNORED] * 2)
     ordered = [row for step in steps for row in [*(rows[n] for n in step), *[blank] * (batch_size - len(step))]]
     return Dataset.from_dict(
         {
@@ -210,7 +210,7 @@ class _Start:
         logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 
-    def weighted(self, rows: Sequence[Row]) -> list[Row]:
+    def weighted(self, rows: Sequence[Tokenized]) -> list[Tokenized]:
         """The rows with `likelihood_weight` as a factor of their weights; each process computes a share of them."""
         state = process_state()
         mine = range(state.process_index, len(rows), state.num_processes)
@@ -218,7 +218,7 @@ class _Start:
         weights = dict(gather_object(list(weights.items())))
         return [replace(row, weight=row.weight * weights[number]) for number, row in enumerate(rows)]
 
-    def _log_probs(self, row: Row) -> list[float]:
+    def _log_probs(self, row: Tokenized) -> list[float]:
         ids = torch.tensor([row.input_ids], device=self.model.device)
         log_probs = self.logits(ids)[0, -row.num_labels - 1 : -1].float().log_softmax(-1)
         return [float(value) for value in log_probs.gather(-1, ids[0, -row.num_labels :, None])[:, 0]]

@@ -22,7 +22,7 @@ MAX_TOKENS = 32
 DRIFT = 10.0
 
 
-class Difference(NamedTuple):
+class LogProbDifference(NamedTuple):
     """How far the engine's log-probabilities are from the trainer's over some tokens, in nats."""
 
     mean: float
@@ -41,7 +41,7 @@ class Bound:
         """The bound in nats."""
         return self.asked or (1e-3 if self.is_float32 else 0.1)
 
-    def breach(self, measured: Difference) -> str:
+    def breach(self, measured: LogProbDifference) -> str:
         """How `measured` lies beyond the bound, such as "0.2 on average"; "" if it does not."""
         compared, how = (measured.largest, "at most") if self.is_float32 else (measured.mean, "on average")
         return "" if compared <= self.value else f"{compared:.2g} {how}"
@@ -54,13 +54,13 @@ class Bound:
         return max(DRIFT * start, self.value / 10)
 
 
-def difference(engine: Engine, trainer: Trainer, prompts: Sequence[Prompt], sampling: Sampling) -> Difference:
+def difference(engine: Engine, trainer: Trainer, prompts: Sequence[Prompt], sampling: Sampling) -> LogProbDifference:
     """Engine against trainer on a few fresh completions, with the weights that each has."""
     rollouts = _samples(engine, prompts, sampling)
     own = torch.cat(trainer.log_probs(rollouts))
     drawn = torch.tensor([value for rollout in rollouts for value in rollout.engine_log_probs])
     apart = torch.nan_to_num((own - drawn).abs(), nan=math.inf).double()
-    return Difference(float(apart.mean()), float(apart.max()))
+    return LogProbDifference(float(apart.mean()), float(apart.max()))
 
 
 def _samples(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[TokenRollout]:

@@ -55,7 +55,7 @@ class Cursor(NamedTuple):
     acceptance: Acceptance = Acceptance()
 
 
-class Drawing:
+class StepDrawing:
     """Draws the groups of one step after another. Every rank has one, and all decide on the same gathered groups.
 
     `origin` is the digest of the start policy; it enters the seeds, so two iterations draw different samples.

@@ -21,8 +21,8 @@ from stages.core.progress import StepProgress, warn
 from stages.core.ranks import Ranks
 from stages.core.records import LogRow, Rollout
 from stages.rl import agreement, dapo, steplog
-from stages.rl.agreement import Bound, Difference
-from stages.rl.drawing import Clock, Drawing, StepGroups, applicable, rewards_by_name, shaped_rewards
+from stages.rl.agreement import Bound, LogProbDifference
+from stages.rl.drawing import Clock, StepDrawing, StepGroups, applicable, rewards_by_name, shaped_rewards
 from stages.rl.options import Settings
 from stages.rl.rundir import RunDir
 from stages.rl.saving import RunState, Saver
@@ -60,7 +60,7 @@ class Explorer:
 
     def __post_init__(self) -> None:
         self.bound = Bound(self.accelerator.mixed_precision == "no", self.settings.mismatch_bound)
-        self.drawing = Drawing(
+        self.drawing = StepDrawing(
             self.settings, self.ranks, self.engine, self.grader, self.prompts, self.sampling, self.policy.digest
         )
         self.last_valid = ""  # for the progress line: the last measurement of the validation set
@@ -68,7 +68,7 @@ class Explorer:
         self.warned_of_grace = False
         self.constant: set[str] = set()  # rewards of one's own that were named for being the same over a whole step
 
-    def check_hand_over(self) -> Difference:
+    def check_hand_over(self) -> LogProbDifference:
         """Show that the engine takes the weights it is given, and computes with them what the trainer does.
 
         Also after it has slept. Every rank looks at its own engine, and the worst of all counts. All raise InputError
@@ -80,7 +80,7 @@ class Explorer:
         self.engine.sleep()  # which must not cost it anything that the weights don't bring back
         self._wake_engine()
         by_rank = self.ranks.gather(agreement.difference(self.engine, self.trainer, self.prompts, self.sampling))
-        worst = Difference(max(each.mean for each in by_rank), max(each.largest for each in by_rank))
+        worst = LogProbDifference(max(each.mean for each in by_rank), max(each.largest for each in by_rank))
         self.start_mismatch = worst.mean
         if breach := self.bound.breach(worst):
             raise InputError(

@@ -66,7 +66,7 @@ def short_cut(expression: Expression) -> int:
     return last.result
 
 
-class Step(NamedTuple):
+class Calculation(NamedTuple):
     """One operation of a running total; `2*6=12` in a solution."""
 
     left: int
@@ -78,21 +78,21 @@ class Step(NamedTuple):
         return f"{self.left}{self.operator}{self.right}={self.result}"
 
 
-def left_steps(expression: Expression, do: Compute = compute) -> Iterator[Step]:
+def left_steps(expression: Expression, do: Compute = compute) -> Iterator[Calculation]:
     """The steps of a running total from left to right, blind to parentheses."""
     total, *rest = expression.numbers
     for operator, number in zip(expression.operators, rest, strict=True):
         result = do(total, operator, number)
-        yield Step(total, operator, number, result)
+        yield Calculation(total, operator, number, result)
         total = result
 
 
-def right_steps(expression: Expression, do: Compute = compute) -> Iterator[Step]:
+def right_steps(expression: Expression, do: Compute = compute) -> Iterator[Calculation]:
     """The steps of a running total from right to left, blind to parentheses."""
     *rest, total = expression.numbers
     for operator, number in zip(reversed(expression.operators), reversed(rest), strict=True):
         result = do(number, operator, total)
-        yield Step(number, operator, total, result)
+        yield Calculation(number, operator, total, result)
         total = result
 
 

@@ -23,7 +23,9 @@ MAX_WARMUP_STEPS = 60
 LAST_LR_SHARE = 0.02
 
 Pair = tuple[str, str]  # prompt, completion
-Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and targets, (batch, length); a target is the token that follows
+TokenBatch = tuple[
+    torch.Tensor, torch.Tensor
+]  # token ids and targets, (batch, length); a target is the token that follows
 
 
 def build_tokenizer(words: Sequence[str]) -> Qwen2Tokenizer:
@@ -97,7 +99,7 @@ def lr_share(step: int, num_steps: int) -> float:
     return LAST_LR_SHARE + (1 - LAST_LR_SHARE) * (1 + math.cos(math.pi * done)) / 2
 
 
-def batches(tokenizer: Qwen2Tokenizer, pairs: Iterator[Pair], batch_size: int) -> Iterator[Batch]:
+def batches(tokenizer: Qwen2Tokenizer, pairs: Iterator[Pair], batch_size: int) -> Iterator[TokenBatch]:
     """Batches of texts of like length, in random order (torch's) within each chunk of NUM_CHUNK_BATCHES."""
     while chunk := list(islice(pairs, NUM_CHUNK_BATCHES * batch_size)):
         texts = sorted(_encode(tokenizer, chunk), key=lambda text: len(text[0]))
@@ -114,7 +116,7 @@ def _encode(tokenizer: Qwen2Tokenizer, pairs: Sequence[Pair]) -> list[tuple[list
     return [(prompt + completion + end, len(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def _pad(texts: Sequence[tuple[list[int], int]], pad: int) -> Batch:
+def _pad(texts: Sequence[tuple[list[int], int]], pad: int) -> TokenBatch:
     length = max(len(ids) for ids, _ in texts) - 1
     inputs, targets = [], []
     for ids, num_prompt_tokens in texts:

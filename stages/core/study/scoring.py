@@ -35,7 +35,7 @@ MAX_POLICIES = 4  # with more of them not every pair is shown
 ROLLOUTS, GREEDY, KL = "rollouts.jsonl", "greedy.jsonl", "kl.jsonl"
 
 
-class Tally:
+class ResultCounter:
     """Counts rollouts into Results by policy and problem, in the order of their appearance."""
 
     def __init__(self, temperature: float | None = None) -> None:
@@ -135,13 +135,13 @@ def _since(started: float) -> float:
 
 def _counted(directory: Path, drawn: Drawn) -> list[Any]:
     """Write the files of a set, and return its Results."""
-    tally, rollouts = Tally(drawn.temperature), drawn.files[ROLLOUTS]
-    jsonl.write(directory / ROLLOUTS, map(tally.add, map(drawn.voting.add, rollouts) if drawn.voting else rollouts))
+    counter, rollouts = ResultCounter(drawn.temperature), drawn.files[ROLLOUTS]
+    jsonl.write(directory / ROLLOUTS, map(counter.add, map(drawn.voting.add, rollouts) if drawn.voting else rollouts))
     if GREEDY in drawn.files:
-        jsonl.write(directory / GREEDY, map(tally.add, drawn.files[GREEDY]))
+        jsonl.write(directory / GREEDY, map(counter.add, drawn.files[GREEDY]))
     if KL in drawn.files:
-        jsonl.write(directory / KL, map(tally.add_divergence, drawn.files[KL]))
-    results = tally.results
+        jsonl.write(directory / KL, map(counter.add_divergence, drawn.files[KL]))
+    results = counter.results
     if drawn.voting:
         drawn.voting.count(results)
     return results

@@ -21,9 +21,9 @@ from stages.core.grading.verifier.forms import (
     Approximation,
     Congruence,
     Form,
-    Matrix,
     Ordered,
     Relation,
+    Rows,
     Several,
     Value,
     Words,
@@ -158,7 +158,7 @@ def _equal(gold: Form, pred: Form, leaf: Leaf) -> bool:
     if isinstance(gold, Ordered) and isinstance(pred, Ordered):
         marks = (gold.opening, gold.closing) == (pred.opening, pred.closing)
         return marks and _all(gold.items, pred.items, leaf)
-    if isinstance(gold, Matrix) and isinstance(pred, Matrix):
+    if isinstance(gold, Rows) and isinstance(pred, Rows):
         same = len(gold.rows) == len(pred.rows)
         return same and _all([c for row in gold.rows for c in row], [c for row in pred.rows for c in row], leaf)
     return False

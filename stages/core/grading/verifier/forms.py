@@ -60,7 +60,7 @@ class Approximation(NamedTuple):
     decimal: "Form"
 
 
-class Matrix(NamedTuple):
+class Rows(NamedTuple):
     """Rows of a matrix, whatever its brackets; of a scaled one each cell is the product of the factor and a cell."""
 
     rows: tuple[tuple["Form", ...], ...]
@@ -75,7 +75,7 @@ class Congruence(NamedTuple):
     modulus: int
 
 
-Form = Congruence | Value | Words | Ordered | Several | Relation | Approximation | Matrix
+Form = Congruence | Value | Words | Ordered | Several | Relation | Approximation | Rows
 _COMMA = frozenset([",", ";"])
 _UNION = frozenset([r"\cup"])
 _SIGNS = frozenset(["=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\approx"])
@@ -272,18 +272,18 @@ def _matrix(text: str, depth: int) -> Form | None:
             return None
         raise Refused("a ragged matrix")
     cells = tuple(tuple(read_canonical(cell, depth + 1) for cell in row) for row in rows)
-    matrix = Matrix(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
+    matrix = Rows(tuple(zip(*cells, strict=True)) if match.group(3) else cells)
     return matrix if not match.start() else _scaled(text[: match.start()], matrix)
 
 
-def _scaled(factor: str, matrix: Matrix) -> Form | None:
+def _scaled(factor: str, matrix: Rows) -> Form | None:
     if factor.strip() == "-":
         factor = "-1"
     times = value(re.sub(r"\\(?:cdot|times)\s*$|\*\s*$", "", factor).strip())
     cells = [cell for row in matrix.rows for cell in row]
     if not isinstance(times, Value) or not all(isinstance(cell, Value) for cell in cells):
         return None
-    return Matrix(tuple(tuple(_product(times, cell) for cell in row) for row in matrix.rows), is_scaled=True)
+    return Rows(tuple(tuple(_product(times, cell) for cell in row) for row in matrix.rows), is_scaled=True)
 
 
 def _product(times: Value, cell: Form) -> Form:

@@ -13,9 +13,9 @@ from stages.core.grading.verifier import grammar
 from stages.core.grading.verifier.forms import (
     Approximation,
     Form,
-    Matrix,
     Ordered,
     Relation,
+    Rows,
     Several,
     Value,
     is_name,
@@ -60,7 +60,7 @@ def _of_form(form: Form) -> frozenset[str]:
         return _of_relation(form)
     if isinstance(form, Several | Ordered):
         return _NOTHING.union(*map(_of_form, form.items))
-    if isinstance(form, Matrix):
+    if isinstance(form, Rows):
         cells = [cell for row in form.rows for cell in row]
         if form.is_scaled:  # 2 times a matrix is a way of writing one
             return _NOTHING.union(*(_of_value(part) for cell in cells for part in cell.tree.args))  # type: ignore[union-attr]
