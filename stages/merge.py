@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from stages.core import outputs
 from stages.core.errors import InputError
@@ -71,20 +71,20 @@ def run(options: Options) -> None:
     identity = identify("merge", options, recorded(paths), weight=[*weights.values()])
     if is_done(options.out, options.out / "manifest.json", lambda: identity):
         return
-    _check_alike([*names.values()], paths)
+    stored = [_Stored(path) for path in paths]
+    _check_alike([*names.values()], paths, [each.shapes for each in stored])
     for path in paths:
         checkpoints.check_shapes(path)
     with outputs.claimed(options.out), outputs.whole_dir(options.out) as beside:
         shutil.copytree(paths[0], beside, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
-        num_tensors = _write([_Stored(path) for path in paths], [*weights.values()], beside)
+        num_tensors = _write(stored, [*weights.values()], beside)
         seconds = time.perf_counter() - started
         outputs.write_json(beside / "manifest.json", manifest(identity, {"tensors": num_tensors}, seconds))
 
 
-def _check_alike(names: Sequence[str], paths: Sequence[Path]) -> None:
+def _check_alike(names: Sequence[str], paths: Sequence[Path], shapes: Sequence[dict[str, list[int]]]) -> None:
     """Raise InputError if policies differ in configuration, tokenizer, or the names or shapes of their tensors."""
     vocabulary = checkpoints.load_tokenizer(paths[0]).get_vocab()
-    shapes = [_Stored(path).shapes for path in paths]
     for name, path, own in zip(names[1:], paths[1:], shapes[1:], strict=True):
         fault = checkpoints.difference(paths[0], path)
         differing = sorted(key for key in shapes[0].keys() | own.keys() if shapes[0].get(key) != own.get(key))
@@ -103,21 +103,15 @@ class _Stored:
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         for file in checkpoints.weight_files(path):
-            with _opened(file) as tensors:
+            with checkpoints.opened(file) as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
                 self.shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
 
     def rows(self, name: str, rows: slice) -> "torch.Tensor":
         """Some rows of a tensor; all of it if it is a single number."""
-        with _opened(self._files[name]) as tensors:
+        with checkpoints.opened(self._files[name]) as tensors:
             part: torch.Tensor = tensors.get_slice(name)[rows if self.shapes[name] else ...]
             return part.clone()
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(file, framework="pt")
 
 
 def _write(stored: Sequence[_Stored], weights: Sequence[float], out: Path) -> int:

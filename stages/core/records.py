@@ -22,19 +22,7 @@ every metric can be recomputed.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    NotRequired,
-    TypedDict,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
 
@@ -354,53 +342,36 @@ def checker(kind: type[Record]) -> Callable[[dict[str, Any]], str | None]:
     booleans never pass as numbers, and ints are counts or places, so negative ones don't pass.
     """
     needed = cast(Any, kind).__required_keys__
-    fields = {name: _accepted(hint) for name, hint in get_type_hints(kind).items() if name in needed}
-    shape = msgspec.defstruct(kind.__name__, [(name, accepted.hint) for name, accepted in fields.items()])
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name in needed}
+    fields: dict[str, Any] = {name: COUNT if hint is int else hint for name, hint in hints.items()}
+    shape = msgspec.defstruct(kind.__name__, [*fields.items()])
 
     def check(record: dict[str, Any]) -> str | None:
         try:
             msgspec.convert(record, shape)  # a struct that goes at once: msgspec has no check without one
         except msgspec.ValidationError:
-            wrong = next(name for name, accepted in fields.items() if not accepted.holds(record.get(name, _MISSING)))
-            return _fault(kind.__name__, wrong, record.get(wrong, _MISSING), fields[wrong])
+            faults = (_fault(kind.__name__, name, record, hint) for name, hint in fields.items())
+            return next(filter(None, faults))
         return None
 
     return check
 
 
-_MISSING = object()
+COUNT = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class _Accepted(NamedTuple):
-    """What a field may hold: one of `types` and, if there are `values`, one of these; every int is a count."""
-
-    types: tuple[type, ...]
-    values: tuple[str, ...]
-
-    def holds(self, value: Any) -> bool:
-        if self.types == (int,) and type(value) is int:
-            return value >= 0
-        return type(value) in self.types and (not self.values or value in self.values)
-
-    @property
-    def hint(self) -> Any:
-        """The same as a type for msgspec."""
-        if self.values:
-            return Literal[self.values]
-        return Annotated[int, msgspec.Meta(ge=0)] if self.types == (int,) else self.types[0]
-
-
-def _accepted(hint: Any) -> _Accepted:
-    if get_origin(hint) is Literal:
-        return _Accepted((str,), get_args(hint))
-    return _Accepted((float, int) if hint is float else (hint,), ())
-
-
-def _fault(kind: str, name: str, value: Any, accepted: _Accepted) -> str:
-    if value is _MISSING:
+def _fault(kind: str, name: str, record: dict[str, Any], hint: Any) -> str | None:
+    """A sentence on the field `name`, if it is missing or not what `hint` says."""
+    if name not in record:
         return f"field {name!r} of {kind} is missing"
-    expected = " or ".join(accepted.values) if accepted.values else accepted.types[0].__name__
-    if type(value) is int and accepted.types == (int,):
-        expected = "0 or more"
-    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
-    return f"field {name!r} of {kind} must be {expected}, found {type(value).__name__} {shown}"
+    value = record[name]
+    try:
+        msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        if hint is COUNT:
+            expected = "0 or more" if type(value) is int else "int"
+        else:
+            expected = " or ".join(get_args(hint)) or hint.__name__
+        shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+        return f"field {name!r} of {kind} must be {expected}, found {type(value).__name__} {shown}"
+    return None

@@ -49,13 +49,11 @@ def checked(name: str, num_scored: int, temperatures: Sequence[float], request: 
     if request.ranks.tensor_parallel > 1:
         raise InputError("--kl-to: each process holds two whole policies for it: leave out --tensor-parallel")
     base, asked = checkpoints.resolve(name), next(iter(request.policies.values()))
-    prompts = [prompt for prompts in request.sets.values() for prompt in prompts]
-    longest = max(len(prompt.token_ids) for prompt in prompts) + request.sampling.max_tokens
+    prompts, longest = request.prompts, request.longest()
     if (size := _vocabulary(base)) != (expected := _vocabulary(asked)):
         raise InputError(f"--kl-to {name}: its vocabulary has {size} tokens, that of the policies {expected}")
-    if checkpoints.encode(checkpoints.load_tokenizer(base), [p.text for p in prompts]) != [
-        p.token_ids for p in prompts
-    ]:
+    encoded = checkpoints.encode(checkpoints.load_tokenizer(base), [prompt.text for prompt in prompts])
+    if encoded != [prompt.token_ids for prompt in prompts]:
         raise InputError(f"--kl-to {name}: its tokenizer is another than that of the policies")
     if longest > (context := checkpoints.context_length(base)):
         raise InputError(f"--kl-to {name}: a prompt and --max-tokens are {longest} tokens, its context is {context}")

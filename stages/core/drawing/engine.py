@@ -199,9 +199,13 @@ class VllmEngine:
             **({} if self.on_gpu else _on_cpu(max_model_len, options.compile)),
         )
         self._max_model_len = max_model_len
-        self.cache_tokens = _cache_tokens(self._llm.llm_engine.vllm_config.cache_config)
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        self.cache_tokens = int(
+            getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size  # before vLLM 0.30
+        )
         self.max_sequences = max_sequences or fitting(self.cache_tokens, max_model_len)
-        self._under_way = _requests_under_way(self._llm.llm_engine)
+        core = getattr(self._llm.llm_engine.engine_core, "engine_core", None)  # None if it is another process
+        self._under_way: dict[str, Any] | None = None if core is None else core.scheduler.requests
         self.num_preemptions = None if self._under_way is None else 0
 
     @property
@@ -308,7 +312,6 @@ class VllmEngine:
             self._asleep = True
 
     def wake(self) -> None:
-        """Take the GPU's memory back after `sleep`; `load` must follow before the next `generate`."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
@@ -347,8 +350,9 @@ class VllmEngine:
                     heartbeat.drawn(groups[index])
                     if on_group is not None and self.keeps:
                         on_group(index, groups[index])
-                self._note_preemptions(preemptions)
-                heartbeat.beat(self._under_way or {})
+                under_way = self._under_way or {}  # vLLM's own count of preemptions comes with costly statistics
+                preemptions |= {name: num for name, one in under_way.items() if (num := one.num_preemptions)}
+                heartbeat.beat(under_way)
         finally:  # an interrupted call leaves nothing behind for the next one
             core.abort_request([str(index) for index in range(num_begun) if not groups[index]])
             if self.num_preemptions is not None and self.keeps:  # an engine of several ranks counts once
@@ -370,12 +374,6 @@ class VllmEngine:
         flag = torch.tensor(here, dtype=torch.int32)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, _sharing().cpu_group)
         return bool(flag)
-
-    def _note_preemptions(self, known: dict[str, int]) -> None:
-        """Note how often each request under way was preempted; vLLM's own count of all comes with costly statistics."""
-        for name, request in (self._under_way or {}).items():
-            if request.num_preemptions:
-                known[name] = request.num_preemptions
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
@@ -484,17 +482,6 @@ def _on_cpu(max_model_len: int, is_compiled: bool) -> dict[str, Any]:
     """
     whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, MAX_BATCHED_TOKENS)}
     return whole | kernels.options(is_compiled) | {"block_size": BLOCK_TOKENS}
-
-
-def _cache_tokens(config: Any) -> int:
-    """Tokens of the longest sequences that fit the cache; vLLM before 0.30 knows only its blocks."""
-    return int(getattr(config, "kv_cache_size_tokens", None) or config.num_gpu_blocks * config.block_size)
-
-
-def _requests_under_way(engine: Any) -> dict[str, Any] | None:
-    """The scheduler's requests by name, always those of the moment; None if it runs in another process."""
-    core = getattr(engine.engine_core, "engine_core", None)
-    return None if core is None else core.scheduler.requests
 
 
 def _repack(model: Any) -> None:

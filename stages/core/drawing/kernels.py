@@ -19,17 +19,12 @@ def options(is_compiled: bool) -> dict[str, Any]:
 
     torch._dynamo.config.disable = not is_compiled  # else one small function of vLLM's is compiled on its first call
     if is_compiled:
-        check_compiler()
+        compiler = os.environ.get("CXX", "g++")  # which inductor calls
+        if shutil.which(compiler) is None:
+            raise InputError(f"--compile: there is no C++ compiler ({compiler}): install g++, set CXX, or leave it out")
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what it keeps of that, vLLM 0.32 cannot load on a CPU
         return {"enforce_eager": False}
     return {"enforce_eager": True, "kernel_config": {"ir_op_priority": norms()}}
-
-
-def check_compiler() -> None:
-    """Raise InputError if there is no C++ compiler, which inductor calls by CXX or g++."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise InputError(f"--compile: there is no C++ compiler ({compiler}): install g++, set CXX, or leave it out")
 
 
 def norms() -> dict[str, list[str]]:

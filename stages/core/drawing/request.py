@@ -146,12 +146,11 @@ def read_request(
     temperature: float = 1.0,
     limit: int = 0,
     log_probs: bool = False,
-    with_weights: bool = True,
 ) -> Request:
     """Read and check all that is needed to ask `policies` the problems in `files` (by set); InputError for a fault.
 
     A policy is a checkpoint, a directory of checkpoints or a hub id. Of each file the first `limit` problems count,
-    all if it is 0. Without `with_weights` those are not read.
+    all if it is 0.
     """
     ranks.refuse_uneven()
     summands = rewards.read(options)
@@ -167,7 +166,7 @@ def read_request(
     }
     prompts = [prompt for own, _ in made.values() for prompt in own]
     _check_alike(paths, tokenizers, template, prompts)
-    for path in paths.values() if with_weights else ():
+    for path in paths.values():
         checkpoints.check_shapes(path)
     checkpoints.check_divisible(paths[first], ranks.tensor_parallel)
     rewards.check(summands, prompts, tokenizer, ranks.is_first)

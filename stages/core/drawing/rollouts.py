@@ -165,23 +165,15 @@ def draw(
     grader: Grader,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    on_group: Callable[[int], None] | None = None,
     should_stop: ShouldStop = lambda: False,
 ) -> list[Group]:
     """Sample a group for each prompt and hand it to the grader as soon as it is done.
 
-    `on_group` is called with the number of tokens of each finished group, for progress bars. The scores may still be
-    under way when this returns; the first look at `Group.scores` waits for them. Raises Stopped once `should_stop`.
-    Of the ranks that share an engine the first gets the groups, the others none.
+    The scores may still be under way when this returns; the first look at `Group.scores` waits for them. Raises Stopped
+    once `should_stop`. Of the ranks that share an engine the first gets the groups, the others none.
     """
     groups: dict[int, Group] = {}
-
-    def finished(index: int, group: Group) -> None:
-        groups[index] = group
-        if on_group is not None:
-            on_group(group.num_tokens)
-
-    draw_each(engine, grader, prompts, sampling, finished, should_stop)
+    draw_each(engine, grader, prompts, sampling, groups.__setitem__, should_stop)
     return [groups[index] for index in sorted(groups)]
 
 

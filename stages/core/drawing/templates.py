@@ -164,6 +164,7 @@ CHATS: dict[str, dict[str, Any]] = {
     "chat-no-thinking": {"enable_thinking": False},
 }
 NAMES = (*_TEXTS, *CHATS)
+_CHOICES = ", ".join(NAMES)
 
 
 def _pasted(name: str, before: str, after: str, stop: tuple[str, ...]) -> Template:
@@ -174,7 +175,7 @@ def _pasted(name: str, before: str, after: str, stop: tuple[str, ...]) -> Templa
 
 
 def _chat(name: str, tokenizer: Any) -> Template:
-    source, settings = _chat_source(tokenizer, f"template {name}", f"choose another of {_choices()}"), CHATS[name]
+    source, settings = _chat_source(tokenizer, f"template {name}", f"choose another of {_CHOICES}"), CHATS[name]
     for setting in settings:
         if setting not in source:
             raise InputError(f"template {name}: the policy's chat template knows no {setting}: take chat")
@@ -205,7 +206,7 @@ def _from_file(path: Path) -> tuple[str, str, tuple[str, ...]]:
     if not path.is_file():
         near = difflib.get_close_matches(str(path).lower(), NAMES, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"template {path}: neither one of {_choices()} nor a file{meant}")
+        raise InputError(f"template {path}: neither one of {_CHOICES} nor a file{meant}")
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")  # the end of line that editors add
     except UnicodeDecodeError as error:
@@ -243,7 +244,3 @@ _EXPECTED = 'expected such as stop: ["\\nProblem:"], in double quotes, or stop: 
 def _digest(*parts: str) -> str:
     """SHA-256 over the parts, each with its length, so that no two templates share one."""
     return hashlib.sha256(b"".join(f"{len(part)}:{part}".encode(errors="surrogatepass") for part in parts)).hexdigest()
-
-
-def _choices() -> str:
-    return ", ".join(NAMES)

@@ -84,8 +84,14 @@ def merged(model: Any) -> Iterator[tuple[str, "torch.Tensor"]]:
 
 
 def _targets(model: Any, options: LoraOptions) -> dict[str, Any]:
-    """The layers that get an adapter, by name; InputError if a target names none, or one is smaller than the rank."""
-    layers = _linear_layers(model)
+    """The layers that get an adapter, by name; InputError if a target names none, or one is smaller than the rank.
+
+    The output head gets none: the loss takes its weight past the layer itself.
+    """
+    from torch.nn import Linear
+
+    head = model.get_output_embeddings()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer is not head}
     names = list(layers) if options.lora_targets == ALL else options.lora_targets.split(",")
     targets: dict[str, Any] = {}
     for target in names:
@@ -101,14 +107,6 @@ def _targets(model: Any, options: LoraOptions) -> dict[str, Any]:
                 f"{size}, or leave this layer out by --lora-targets"
             )
     return targets
-
-
-def _linear_layers(model: Any) -> dict[str, Any]:
-    """The linear layers by name, without the output head, whose weight the loss takes past the layer itself."""
-    from torch.nn import Linear
-
-    head = model.get_output_embeddings()
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer is not head}
 
 
 def _hold_in_bfloat16(model: Any) -> None:

@@ -73,11 +73,8 @@ def _check(path: Path) -> None:
         raise InputError(f"policy {path}: config.json is missing: is this a checkpoint directory?")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"policy {path}: the tokenizer is missing (none of {', '.join(TOKENIZER_FILES)})")
-    _check_end_tokens(path / "generation_config.json")
-    num_weights = 0
-    for file in weight_files(path):
-        with _weights(file) as weights:
-            num_weights += len(weights.keys())
+    _named_end_tokens(path)
+    num_weights = len(shapes(path))
     try:
         config = read_json(path / "config.json")
     except InputError as error:
@@ -86,12 +83,14 @@ def _check(path: Path) -> None:
     forms.refuse_odd_config(path, config)
 
 
-def _check_end_tokens(file: Path) -> None:
-    """Raise InputError if a generation_config.json names end tokens that are no token ids."""
-    named = read_json(file).get("eos_token_id")
-    for token in named if isinstance(named, list) else [named]:
-        if token is not None and (type(token) is not int or token < 0):
-            raise InputError(f"{file}: eos_token_id must be token ids, found {token!r}")
+def _named_end_tokens(path: Path) -> list[int]:
+    """The end tokens that generation_config.json names; InputError if they are no token ids."""
+    named = read_json(path / GENERATION).get("eos_token_id")
+    tokens = [token for token in (named if isinstance(named, list) else [named]) if token is not None]
+    for token in tokens:
+        if type(token) is not int or token < 0:
+            raise InputError(f"{path / GENERATION}: eos_token_id must be token ids, found {token!r}")
+    return tokens
 
 
 def _check_layers(path: Path, config: Mapping[str, Any], num_weights: int) -> None:
@@ -122,8 +121,17 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in sorted(set(names.values()))]
 
 
+def shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of each weight of a checkpoint, by the headers of its files; InputError as `weight_files`."""
+    by_name: dict[str, list[int]] = {}
+    for file in weight_files(path):
+        with opened(file) as weights:
+            by_name |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    return by_name
+
+
 @contextmanager
-def _weights(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
     """An open safetensors file; InputError if it is none, or was cut."""
     from safetensors import SafetensorError, safe_open
 
@@ -246,11 +254,9 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
 
     logging.disable_progress_bar()
     config = load_config(path)
-    caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    options: dict[str, Any] = (
-        {"attn_implementation": "eager"} if caps else {}
-    )  # torch's fused attention leaves the cap out
-    options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"  # torch's fused attention leaves the cap out
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as error:  # as in _reading, but name what the files lack first
@@ -293,9 +299,7 @@ def _apart(before: Mapping[str, Any], after: Mapping[str, Any], above: str = "")
 
 def end_token_ids(path: Path) -> list[int]:
     """The token ids that end a completion: the tokenizer's end token and those of the generation configuration."""
-    named = read_json(path / "generation_config.json").get("eos_token_id")
-    more = named if isinstance(named, list) else [named]
-    return sorted({load_tokenizer(path).eos_token_id, *(token for token in more if token is not None)})
+    return sorted({load_tokenizer(path).eos_token_id, *_named_end_tokens(path)})
 
 
 def outline(path: Path) -> Any:
@@ -312,17 +316,14 @@ def check_shapes(path: Path) -> None:
     """Raise InputError if a weight on disk is missing, not finite, or not of the shape that config.json asks for."""
     model = outline(path)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes: dict[str, list[int]] = {}
-    for file in weight_files(path):
-        with _weights(file) as weights:
-            shapes |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    for name in expected.keys() & shapes.keys():
-        if expected[name] != shapes[name]:
+    there = shapes(path)
+    for name in expected.keys() & there.keys():
+        if expected[name] != there[name]:
             raise InputError(
-                f"policy {path}: weight {name} has shape {shapes[name]}, config.json asks for {expected[name]}"
+                f"policy {path}: weight {name} has shape {there[name]}, config.json asks for {expected[name]}"
             )
-    missing = expected.keys() - shapes.keys() - set(model.all_tied_weights_keys)
-    if missing and shapes.keys() <= expected.keys():  # other names mean that the loader renames weights
+    missing = expected.keys() - there.keys() - set(model.all_tied_weights_keys)
+    if missing and there.keys() <= expected.keys():  # other names mean that the loader renames weights
         raise InputError(f"policy {path}: {len(missing)} weights are missing, such as {min(missing)}")
     check_finite(path)
 
@@ -354,7 +355,7 @@ def check_finite(path: Path) -> None:
     import torch
 
     for file in weight_files(path):
-        with _weights(file) as weights:
+        with opened(file) as weights:
             for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
                 tensor = weights.get_tensor(name)
                 if not tensor.is_floating_point() or not tensor.numel():
@@ -373,7 +374,7 @@ def is_tied(path: Path) -> bool:
 def disk_weights(path: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
     """The (name, tensor) pairs of a checkpoint as its files hold them."""
     for file in weight_files(path):
-        with _weights(file) as weights:
+        with opened(file) as weights:
             for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
                 yield name, weights.get_tensor(name)
 

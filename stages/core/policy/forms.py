@@ -53,28 +53,20 @@ def _is_pointer(file: Path) -> bool:
 
 def refuse_odd_config(path: Path, config: Mapping[str, Any]) -> None:
     """Raise InputError for a config.json of a model that writes no text, or of what would only fail further down."""
-    architectures = config.get("architectures") or []
-    if isinstance(architectures, list) and architectures and not any(map(_generates, architectures)):
+    architectures = config.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    if named and not any(part in str(architecture) for architecture in named for part in GENERATES):
         raise InputError(
-            f"policy {path}: {', '.join(map(str, architectures))} writes no text: take the causal language model "
+            f"policy {path}: {', '.join(map(str, named))} writes no text: take the causal language model "
             "(...ForCausalLM) that it was made from"
         )
     for part in (config, *(part for part in config.values() if isinstance(part, Mapping))):
-        if "rope_theta" in part and not _is_base(part["rope_theta"]):
-            raise InputError(
-                f"policy {path}: config.json: rope_theta must be a number above 0, found {part['rope_theta']!r}"
-            )
+        base = part.get("rope_theta", 1.0)
+        if type(base) not in (int, float) or not 0 < base < math.inf:
+            raise InputError(f"policy {path}: config.json: rope_theta must be a number above 0, found {base!r}")
         dtype = part.get("dtype") or part.get("torch_dtype")
         if isinstance(dtype, str) and not _is_dtype(dtype):
             raise InputError(f"policy {path}: config.json: torch has no type {dtype!r}: name float32 or bfloat16")
-
-
-def _generates(architecture: Any) -> bool:
-    return isinstance(architecture, str) and any(name in architecture for name in GENERATES)
-
-
-def _is_base(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _is_dtype(name: str) -> bool:
