@@ -30,10 +30,7 @@ DRIVERS = {12: 525, 13: 580}  # the oldest driver for torch's major version of C
 STEPS = 5
 COMMON = f"--steps {STEPS} --group-size 16 --max-rounds 3 --save-every {STEPS} --warmup-steps 0 --dtype bfloat16"
 TOY = "--template none --problems-per-step 16 --max-tokens 72 --overlong-buffer 0 --minibatches 2 --lr 3e-4"
-REAL = (
-    "--problems-per-step 32 --max-tokens 512 --overlong-buffer 128 --minibatches 4 --lr 1e-6 "
-    "--tokens-per-microbatch 4096"
-)
+REAL = "--problems-per-step 32 --max-tokens 512 --overlong-buffer 128 --minibatches 4 --lr 1e-6"
 
 
 def main() -> int:

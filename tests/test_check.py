@@ -267,9 +267,9 @@ def test_memory_is_held_against_what_a_gpu_offers(made):
     assert "rft: updates in " in fits and "eval: draws in 21.8 of 22 GiB a GPU" in fits
     made["rl"]["tokens_per_microbatch"] = 2**20
     lines = checked(made, "--gpu-memory", "3")
-    begin = "params.yaml: rl.tokens_per_microbatch: rl updates in "
-    assert [line.startswith(begin) and line.endswith("FSDP") for line in lines].count(True) == 1
-    assert any("dvc.yaml: eval_base: eval's engine has room for " in line for line in lines)
+    begin = "params.yaml: rl.tokens_per_microbatch: rl: an update takes "
+    assert [line.startswith(begin) and line.endswith(" fits") for line in lines].count(True) == 1
+    assert any(line.startswith("dvc.yaml: eval_base: eval: drawing takes 4.7 GiB by the plan") for line in lines)
     made["launch"] = "accelerate launch --config_file configs/accelerate/gpu8-fsdp2.yaml -m rloop_cli"
     made["rl"] |= {"tokens_per_microbatch": 1024, "dtype": "float32"}
     said = sections(checked(made))["memory"]

@@ -1,6 +1,8 @@
 """The memory plan: its arithmetic against torch's own bytes, the tables of the docs, the configurations."""
 
+import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks import gpu_check
 from benchmarks import memory as plans
+from stages import rl
+from stages.core.options import declared
 from stages.core.policy import adapters, memory
 from stages.core.policy.memory import Shape
+from stages.core.ranks import ALONE
 from stages.rl import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -219,7 +225,56 @@ def test_a_policy_whose_weights_alone_do_not_fit_is_told_of_adapters_or_more_gpu
     assert advice in said
 
 
-def test_without_a_gpu_a_micro_batch_by_the_plan_is_of_16384_tokens(tiny_policy):
-    options = several_gpus(tokens_per_microbatch=0)
-    assert not torch.cuda.is_available()
-    assert memory.plan_update(tiny_policy, options) == (16384, None)
+def test_the_engine_s_share_that_fits_beside_the_trainer_is_proposed():
+    shape, options = plans.SHAPES["Qwen/Qwen2.5-0.5B"], Settings(memory_fraction=0.9)
+    said = memory.engine_advice(shape, options, 1024, 22)
+    assert said == "drawing takes 27.3 GiB by the plan, and the GPU has 22.0: --memory-fraction 0.6 fits"
+    assert memory.engine_advice(shape, replace(options, memory_fraction=0.6), 1024, 22) is None
+    for fraction, fits in ((0.6, True), (0.65, False)):  # it is the most that does, in twentieths
+        needed = memory.generation(shape, replace(options, memory_fraction=fraction), 22)["sum"]
+        assert (needed <= 0.95 * 22) == fits
+
+
+def test_sequences_that_the_cache_cannot_hold_are_named_with_how_many_it_can():
+    shape, options = plans.SHAPES["Qwen/Qwen2.5-1.5B"], Settings(memory_fraction=0.6, lora_rank=32)
+    assert memory.engine_advice(shape, options, 1000, 22) is None
+    many = replace(options, max_sequences=10**4)
+    said = memory.engine_advice(shape, many, 1000, 22)
+    fraction, sequences = re.search(
+        r"needs 5,000,000: --memory-fraction (\S+) --max-sequences (\d+) fits", said
+    ).groups()
+    fitting = replace(many, memory_fraction=float(fraction), max_sequences=int(sequences))
+    assert memory.engine_advice(shape, fitting, 1000, 22) is None
+    assert memory.engine_advice(shape, replace(fitting, max_sequences=int(sequences) + 9), 1000, 22)
+    whole = memory.engine_advice(plans.SHAPES["Qwen/Qwen2.5-7B"], Settings(), 1000, 79)
+    assert whole.endswith("no --memory-fraction makes it fit; take --lora-rank, or share the policy among GPUs")
+
+
+def test_rl_is_told_at_its_start_what_of_its_options_does_not_fit_the_card(tiny_policy):
+    asked = {"policy": "tiny", "problems": Path("problems.jsonl"), "out": Path("out")}
+    options = rl.Options(**asked, tokens_per_microbatch=2**21, memory_fraction=0.95)
+    update, drawing = rl._advice(tiny_policy, options, 96, 4, False, ALONE)
+    assert update.endswith("--tokens-per-microbatch 16384 fits") and update.startswith("an update takes ")
+    assert drawing.endswith("--memory-fraction 0.55 fits") and drawing.startswith("drawing takes ")
+    fitting = replace(options, tokens_per_microbatch=0, memory_fraction=0.55)
+    assert rl._advice(tiny_policy, fitting, 96, 4, False, ALONE) == []
+    assert rl._advice(tiny_policy, options, 96, 0, False, ALONE) == []  # no GPU
+
+
+@pytest.mark.parametrize("options", [Settings(), plans.rft_options(ROOT / "configs/qwen2.5-math-7b.yaml")])
+def test_a_micro_batch_is_by_the_plan_unless_it_is_given_and_without_a_gpu_of_16384_tokens(tiny_policy, options):
+    shape, card = memory.planned_shape(tiny_policy, 1.87), 1.87
+    assert options.tokens_per_microbatch == 0
+    assert memory.planned_tokens(shape, options, 0) == memory.planned_tokens(None, options, card) == 16384
+    assert memory.planned_tokens(shape, options, card) == memory.fitting_tokens(shape, options, card) < 16384
+    assert memory.planned_tokens(shape, replace(options, tokens_per_microbatch=100), card) == 100
+    assert memory.planned_shape(tiny_policy, memory.gpu_memory()) is None, "no test runs on a GPU but those marked gpu"
+
+
+def test_the_gpu_check_of_the_readme_fits_the_card_of_24_gb_that_it_names():
+    words = f"{gpu_check.COMMON} {gpu_check.REAL}".split()
+    given = {name.lstrip("-").replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    options = Settings(**{name: declared(Settings)[name].type(value) for name, value in given.items()})
+    shape, card = plans.SHAPES["Qwen/Qwen2.5-0.5B"], plans.GPUS[24]
+    assert options.tokens_per_microbatch == 0 and memory.fitting_tokens(shape, options, card) == 4096
+    assert memory.engine_advice(shape, options, 1024, card) is None

@@ -14,8 +14,14 @@ class Plan(NamedTuple):
     """What one call needs, in GiB a GPU: parts by moment ("updates", "draws"), their sum and the cache in tokens."""
 
     call: Call
+    shape: Shape
+    machine: tuple[float, int, bool]  # GiB of a GPU, their number, and whether the policy is shared among them
     moments: dict[str, dict[str, float]]
-    engine: float  # of the weights in the engine
+
+    @property
+    def engine(self) -> float:
+        """GiB of the weights in the engine."""
+        return 2 * self.shape.parameters / getattr(self.call.options, "tensor_parallel", 1) / memory.GIB
 
     @property
     def cache_tokens(self) -> float | None:
@@ -88,18 +94,14 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
 
 
 def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
-    options, number = call.options, launch.num_processes or 1
+    options, sharing = call.options, (launch.num_processes or 1, launch.is_sharded)
     moments: dict[str, dict[str, float]] = {}
     if call.stage in ("rl", "rft"):
-        tokens = options.tokens_per_microbatch
-        if gpu_gib and not tokens:
-            tokens = memory.fitting_tokens(shape, options, gpu_gib, number, launch.is_sharded) or memory.LEAST_TOKENS
-        planned = memory.with_tokens(options, tokens)
-        moments["updates"] = memory.update(shape, planned, number, launch.is_sharded)
+        tokens = memory.planned_tokens(shape, options, gpu_gib, *sharing)
+        moments["updates"] = memory.update(shape, memory.with_tokens(options, tokens), *sharing)
     if call.stage != "rft" and gpu_gib:
-        trains = call.stage == "rl"
-        moments["draws"] = memory.generation(shape, options, gpu_gib, number, launch.is_sharded, trains)
-    return Plan(call, moments, 2 * shape.parameters / getattr(options, "tensor_parallel", 1) / memory.GIB)
+        moments["draws"] = memory.generation(shape, options, gpu_gib, *sharing, trains=call.stage == "rl")
+    return Plan(call, shape, (gpu_gib, *sharing), moments)
 
 
 def lines(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
@@ -115,20 +117,14 @@ def lines(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> 
 
 
 def faults(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
-    """A line for each plan that needs more than a GPU offers."""
-    for plan in found if gpu_gib else ():
-        stage, origin = plan.call.stage, plan.call.origin
-        for moment, parts in plan.moments.items():
-            if parts["sum"] <= gpu_gib:
-                continue
-            flag, remedy = {
-                "updates": ("--tokens-per-microbatch", "lower it, or set gradient_checkpointing, lora_rank or FSDP"),
-                "draws": ("--memory-fraction", "lower it"),
-            }[moment]
-            yield f"{origin(flag)}: {stage} {moment} in {parts['sum']:.1f} GiB of {gpu_gib:g}, by the plan: {remedy}"
-        needed = longest.get(plan.call.name, 1)
-        if plan.cache_tokens is not None and plan.cache_tokens < needed:
-            yield (
-                f"{origin('--memory-fraction')}: {stage}'s engine has room for {max(0, plan.cache_tokens):,.0f} tokens "
-                f"beside its weights, and one sequence takes {needed:,}: raise it, or tensor_parallel"
-            )
+    """A line for each plan that does not fit a GPU, with the option that does."""
+    for call, shape, machine, moments in found if gpu_gib else ():
+        said: dict[str, str | None] = {}
+        if "updates" in moments:
+            said["--tokens-per-microbatch"] = memory.update_advice(shape, call.options, *machine)
+        if "draws" in moments:
+            needed, trains = longest.get(call.name, 1), call.stage == "rl"
+            said["--memory-fraction"] = memory.engine_advice(shape, call.options, needed, *machine, trains=trains)
+        for flag, advice in said.items():
+            if advice:
+                yield f"{call.origin(flag)}: {call.stage}: {advice}"

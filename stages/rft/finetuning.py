@@ -61,12 +61,15 @@ class Tuned:
 def size_of(path: Path, rows: Sequence[Tokenized], options: Options, num_processes: int) -> int:
     """Examples in a micro-batch of one process."""
     vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
-    budget = heads.token_budget(_planned(path, options, num_processes)[0], vocabulary)
+    machine = _machine(num_processes)
+    shape = memory.planned_shape(path, machine[0])
+    budget = heads.token_budget(memory.planned_tokens(shape, options, *machine), vocabulary)
     return microbatch_size(options.batch_size // num_processes, max(map(len, rows)), budget)
 
 
-def _planned(path: Path, options: Options, num_processes: int) -> tuple[int, str | None]:
-    return memory.plan_update(path, options, num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true")
+def _machine(num_processes: int) -> tuple[float, int, bool]:
+    """What the plan has to know of it: GiB of a GPU, their number, and whether they share the policy."""
+    return memory.gpu_memory(), num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Tokenized], options: Options, out: Path | None) -> Tuned:
@@ -77,7 +80,9 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Tokenized], options: Op
     """
     num_processes = process_state().num_processes
     share, size = options.batch_size // num_processes, size_of(path, rows, options, num_processes)
-    if out is not None and (advice := _planned(path, options, num_processes)[1]):
+    machine = _machine(num_processes)
+    shape = memory.planned_shape(path, machine[0])
+    if out is not None and shape and (advice := memory.update_advice(shape, options, *machine)):
         warn(advice)
     steps = order([len(row) for row in rows], options.batch_size, options.epochs, options.seed)
     counts = [sum(rows[number].num_labels for number in step) for step in steps]

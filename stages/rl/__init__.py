@@ -8,6 +8,7 @@ model.
 
 import importlib.util
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError
@@ -122,6 +123,7 @@ def _explore(
 ) -> None:
     """Build engine, grader, trainer and explorer, and do the steps after `done`."""
     from stages.core.lifetime import stop_signal
+    from stages.core.policy import memory
     from stages.rl import validation
     from stages.rl.explorer import Explorer, StartPolicy
     from stages.rl.trainer import Trainer
@@ -131,6 +133,9 @@ def _explore(
         accelerator.init_trackers("rloop-rl", config=config)
     ((name, path),) = request.policies.items()
     policy = StartPolicy(name, path, identity.inputs.digests[str(path)])
+    if ranks.is_first:
+        for line in _advice(path, options, request.longest(), memory.gpu_memory(), accelerator.is_fsdp2, ranks):
+            warn(line)
     engine = _start_engine(request, options.max_sequences)
     trainer = Trainer(path, accelerator, options)
     with request.grader() as grader, stop_signal() as stop_flag:
@@ -145,6 +150,18 @@ def _explore(
                 f"most ({accelerator.mixed_precision} autocast)"
             )
         explorer.run(directory, done)
+
+
+def _advice(policy: Path, options: Options, longest: int, gpu_gib: float, is_sharded: bool, ranks: Ranks) -> list[str]:
+    """What to change of what does not fit the GPU by the plan of docs/memory.md, in the update and in the engine."""
+    from stages.core.policy import memory
+
+    shape, machine = memory.planned_shape(policy, gpu_gib), (gpu_gib, ranks.num_ranks, is_sharded)
+    if shape is None:
+        return []
+    update = memory.update_advice(shape, options, *machine)
+    engine = memory.engine_advice(shape, options, longest, *machine)
+    return [line for line in (update, engine) if line]
 
 
 def _start_engine(request: "Request", max_sequences: int) -> "VllmEngine":

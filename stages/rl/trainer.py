@@ -103,9 +103,9 @@ class Trainer:
         if self._shares_prompts:
             prefixes.add_prefixes(model)
         vocabulary = model.config.get_text_config().vocab_size
-        tokens, advice = memory.plan_update(path, settings, accelerator.num_processes, accelerator.is_fsdp2)
-        if advice and self.ranks.is_first:
-            warn(advice)
+        card, number = memory.gpu_memory(), accelerator.num_processes
+        shape = memory.planned_shape(path, card)
+        tokens = memory.planned_tokens(shape, settings, card, number, accelerator.is_fsdp2)
         self._token_budget = heads.token_budget(tokens, vocabulary)
         optimizer = torch.optim.AdamW(
             adapters.trained(model).values(),

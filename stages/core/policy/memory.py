@@ -62,6 +62,9 @@ class Draws(Protocol):
     @property
     def tensor_parallel(self) -> int: ...
 
+    @property
+    def max_sequences(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -275,7 +278,8 @@ def update_advice(
     shape: Shape, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
 ) -> str | None:
     """What to change if an update with these options does not fit the memory by the plan; None if it fits."""
-    needed = update(shape, options, num_gpus, is_sharded)["sum"]
+    tokens = planned_tokens(shape, options, gpu_gib, num_gpus, is_sharded)
+    needed = update(shape, with_tokens(options, tokens), num_gpus, is_sharded)["sum"]
     if needed <= gpu_gib:
         return None
     said = f"an update takes {needed:.1f} GiB by the plan, and the GPU has {gpu_gib:.1f}"
@@ -292,22 +296,57 @@ def update_advice(
     return f"{said}: no option makes it fit; share the policy among GPUs (configs/accelerate/gpu8-fsdp2.yaml)"
 
 
-def plan_update(
-    policy: Path, options: TrainingOptions, num_gpus: int = 1, is_sharded: bool = False
-) -> tuple[int, str | None]:
-    """The tokens of a micro-batch on this machine, for 0 those of the plan, and `update_advice`.
+def engine_advice(
+    shape: Shape,
+    options: Draws,
+    longest: int,
+    gpu_gib: float,
+    num_gpus: int = 1,
+    is_sharded: bool = False,
+    trains: bool = True,
+) -> str | None:
+    """What to change if by the plan the engine does not fit beside the trainer, or its cache does not do; else None.
 
-    Without a GPU, or for a policy that the plan is not for, 0 is 16,384, and there is no advice.
+    It has to hold one sequence of the `longest` length, in tokens, and `max_sequences`, if given, at half of it.
     """
+    parts = generation(shape, options, gpu_gib, num_gpus, is_sharded, trains)
+    cached, wanted = 1000 * parts["cache tokens (thousands)"], max(1.0, options.max_sequences / 2) * longest
+    if parts["sum"] <= gpu_gib and cached >= wanted:
+        return None
+    if parts["sum"] > gpu_gib:
+        said = f"drawing takes {parts['sum']:.1f} GiB by the plan, and the GPU has {gpu_gib:.1f}"
+    else:
+        said = f"the engine's cache has room for {max(0.0, cached):,.0f} tokens by the plan, and needs {wanted:,.0f}"
+    spare = MARGIN * gpu_gib - parts["sum"]
+    fraction = int(20 * (options.memory_fraction + spare / gpu_gib)) / 20
+    a_gib = GIB * min(options.tensor_parallel, shape.kv_heads) / shape.cache_per_token
+    cached += (fraction - options.memory_fraction) * gpu_gib * a_gib
+    if fraction > 0 and cached >= longest:
+        fewer = f" --max-sequences {2 * cached // longest:.0f}" if cached < wanted else ""
+        return f"{said}: --memory-fraction {fraction:g}{fewer} fits"
+    remedy = "--lora-rank, or share the policy among GPUs" if trains else "--tensor-parallel, on more GPUs"
+    return f"{said}: no --memory-fraction makes it fit; take {remedy}"
+
+
+def gpu_memory() -> float:
+    """GiB of this process's GPU; 0 without one."""
     import torch
 
-    given = options.tokens_per_microbatch
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 0.0
+
+
+def planned_shape(policy: Path, gpu_gib: float) -> Shape | None:
+    """The shape to plan with; None without a GPU, or for a policy that the plan is not for."""
     try:
-        shape = read_shape(policy) if torch.cuda.is_available() else None
+        return read_shape(policy) if gpu_gib else None
     except InputError:
-        shape = None
-    if shape is None:
-        return given or MOST_TOKENS, None
-    gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-    tokens = given or fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded) or LEAST_TOKENS
-    return tokens, update_advice(shape, with_tokens(options, tokens), gpu_gib, num_gpus, is_sharded)
+        return None
+
+
+def planned_tokens(
+    shape: Shape | None, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
+) -> int:
+    """The tokens of a micro-batch: those given, for 0 those of the plan, and without a plan 16,384."""
+    if options.tokens_per_microbatch or shape is None or not gpu_gib:
+        return options.tokens_per_microbatch or MOST_TOKENS
+    return fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded) or LEAST_TOKENS
