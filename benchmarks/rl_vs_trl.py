@@ -127,7 +127,7 @@ class CountingTrainer(Trainer):
 
     num_flops = 0.0
 
-    def update(self, rollouts: Sequence[TokenRollout], lr: float) -> UpdateStats:
+    def update(self, rollouts: Sequence[TokenRollout], lr: float, entropy_weight: float = 0.0) -> UpdateStats:
         """The step's updates."""
         self.num_flops += update_flops(self.model, rollouts)
         return super().update(rollouts, lr)

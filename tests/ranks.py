@@ -120,10 +120,10 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
     log_probs = trainer.log_probs(some_rollouts(31))
     assert all(weight.numel() for _, weight in trainer.weights())  # as at the start of rl: scored, then handed over
     sums = trainer.gradient(some_rollouts(31))
-    gradients = {}
-    for name, parameter in trained(accelerator.unwrap_model(trainer.model)).items():
-        gradient = parameter.grad
-        gradients[name] = (gradient.full_tensor() if sharded else gradient).clone()
+    gradients = gradients_of(trainer, sharded)
+    trainer.release()
+    trainer.gradient(some_rollouts(31), 0.5)
+    with_entropy = gradients_of(trainer, sharded)
     trainer.release()
     trainer.save_state(state / "first")  # before the first update: there are no moments yet
     norms = trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms
@@ -140,8 +140,14 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
         trainer.update(some_rollouts(31, seed=2), 1e-3)
         again[place] = {name: weight.clone() for name, weight in trainer.weights()}
     return {
-        "gradient": gradients, "sums": sums, "log_probs": log_probs, "norms": norms, "weights": weights, "again": again
+        "gradient": gradients, "with_entropy": with_entropy, "sums": sums, "log_probs": log_probs, "norms": norms,
+        "weights": weights, "again": again,
     }  # fmt: skip
+
+
+def gradients_of(trainer: Trainer, sharded: bool) -> dict[str, torch.Tensor]:
+    parameters = trained(trainer.accelerator.unwrap_model(trainer.model)).items()
+    return {name: (weight.grad.full_tensor() if sharded else weight.grad).clone() for name, weight in parameters}
 
 
 def assert_merged(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -59,6 +59,17 @@ def test_maxrl_s_advantages_give_the_gradient_of_the_log_of_the_pass_rate(right)
     assert torch.allclose(logits.grad, expected)
 
 
+def test_the_coefficient_of_the_entropy_rises_below_the_target_falls_above_and_acts_below_alone():
+    entropies = [0.5, 0.1, 0.1, 0.2, 0.3, 0.1, 0.3, 0.3, 0.3]
+    coefficients, weights = [0.0], []
+    for entropy in entropies:
+        weights.append(dapo.entropy_weight(coefficients[-1], entropy, 0.2))
+        coefficients.append(dapo.next_coefficient(coefficients[-1], entropy, 0.2, 0.25))
+    assert coefficients == [0.0, 0.0, 0.25, 0.5, 0.25, 0.0, 0.25, 0.0, 0.0, 0.0]
+    assert weights == [0.0, 0.0, 0.25, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert dapo.next_coefficient(0.0, 0.0, 0.0, 0.0) == dapo.entropy_weight(0.0, 0.0, 0.0) == 0.0, "off"
+
+
 def loss_by_hand(log_probs, old, advantage, mask, low, high, weights):
     total, held_low, held_high = 0.0, 0, 0
     for i, row in enumerate(log_probs):

@@ -67,7 +67,7 @@ class RecordingTrainer:
     def __init__(self, norm=1.0, mismatch=lambda number: 0.0):
         self.norm = norm
         self.mismatch = mismatch
-        self.batches = []
+        self.batches, self.weighed = [], []
 
     def weights(self):
         return iter(())
@@ -75,8 +75,9 @@ class RecordingTrainer:
     def release(self):
         self.engine.released = True
 
-    def update(self, rollouts, lr):
+    def update(self, rollouts, lr, entropy_weight):
         self.batches.append(rollouts)
+        self.weighed.append(entropy_weight)
         skipped = int(self.norm != self.norm)
         num_tokens = 3 * len(rollouts)
         apart = self.mismatch(len(self.batches)) * num_tokens
@@ -375,6 +376,26 @@ def test_a_resumed_run_has_as_many_sequences_under_way_as_before_unless_others_a
     assert explore(tmp_path, lambda number: 1, steps=2, done=1, fit=4, max_sequences=asked).engine.max_sequences == used
 
 
+def test_the_entropy_term_follows_what_was_drawn_and_is_taken_up_by_a_resumed_run(tmp_path):
+    """Each token was drawn with a log-prob of -1, so the entropy is 1 nat a token."""
+    control = {"entropy_target": 2.0, "entropy_delta": 0.25, "steps": 4}
+    rows = explore(tmp_path / "whole", lambda number: 1, **control).rows
+    assert [(row["entropy_drawn"], row["entropy_weight"]) for row in rows] == [(1, 0), (1, 0.25), (1, 0.5), (1, 0.75)]
+    stop = StopSignal()
+    terminating = RecordingTrainer(mismatch=lambda number: setattr(stop, "received", number == 2) or 0)
+    with pytest.raises(SystemExit):
+        explore(tmp_path, lambda number: 1, trainer=terminating, stop=stop, **control)
+    again = explore(tmp_path, lambda number: 1, done=2, **control)
+    assert [row["entropy_weight"] for row in again.rows] == [0, 0.25, 0.5, 0.75] and again.trainer.weighed == [
+        0.5,
+        0.75,
+    ]
+    for target in ({}, {"entropy_target": 0.5}):
+        trainer = RecordingTrainer()
+        explore(tmp_path / str(target), lambda number: 1, trainer=trainer, steps=3, **target)
+        assert trainer.weighed == [0.0] * 3
+
+
 def test_a_resumed_run_is_held_against_the_difference_that_it_began_with(tmp_path):
     stop = StopSignal()
     terminating = RecordingTrainer(mismatch=lambda number: setattr(stop, "received", True) or 0.005)
@@ -461,10 +482,10 @@ def test_an_engine_that_loses_something_in_its_sleep_is_refused_before_anything_
 
 def test_out_of_memory_is_one_line_with_what_was_done_the_last_state_and_the_option(tmp_path):
     class Full(RecordingTrainer):
-        def update(self, rollouts, lr):
+        def update(self, rollouts, lr, entropy_weight):
             if len(self.batches) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-            return super().update(rollouts, lr)
+            return super().update(rollouts, lr, entropy_weight)
 
     with pytest.raises(
         InputError,

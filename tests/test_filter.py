@@ -183,7 +183,7 @@ def test_accumulated_are_the_rollouts_of_every_iteration_back_to_the_base(chain,
     chosen = [(one["problem_id"], one["completion"], one["pass_rate"]) for one in read("all.jsonl", Example)]
     assert chosen == [("a", "a1", 1 / 2), ("a", "a2", 1 / 3), ("a", "a3", 1 / 4)]
     said = capsys.readouterr().err
-    assert "rollouts of 3 iterations: 3 of runs/1/rl, 4 of runs/2/rl, 5 of runs/3/rl\n" in said
+    assert "rollouts of all iterations so far: 3 of runs/1/rl, 4 of runs/2/rl, 5 of runs/3/rl\n" in said
     by_hand = [f"runs/{i}/rl" for i in (1, 2, 3)]
     stage.run(stage.Options(rollouts=by_hand, out="by-hand.jsonl", max_pass_rate=0.6, per_policy=True))
     assert Path("all.jsonl").read_bytes() == Path("by-hand.jsonl").read_bytes()

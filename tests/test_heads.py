@@ -35,10 +35,10 @@ def batch():
     return {"input_ids": ids, "labels": labels}
 
 
-def scored(model):
+def scored(model, of=("log_probs",)):
     output = model(**batch(), fused_lm_head=True)
     weights = torch.linspace(-1, 1, output.log_probs.numel()).reshape(output.log_probs.shape)
-    (output.log_probs * weights).sum().backward()
+    sum((output[name] * weights * turn).sum() for turn, name in enumerate(of, 1)).backward()
     return output, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -56,6 +56,27 @@ def test_both_heads_give_the_same(name, temperature, monkeypatch):
     assert torch.allclose(ours.entropy, theirs.entropy, atol=1e-5)
     assert expected.norm() > 0.1
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("of", [("entropy",), ("log_probs", "entropy")], ids="-".join)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_of_the_entropy_is_that_of_autograd_and_of_the_fused_head(name, of, monkeypatch):
+    plain, fused, written_out = (some_model(name) for _ in range(3))
+    monkeypatch.setattr(heads, "CHUNK", 5 * 61)
+    heads.add_plain_head(plain, 0.8)
+    add_fused_lm_head(fused, 0.8, outputs=("log_probs", "entropy"))
+    ours, gradient = scored(plain, of)
+    labels = batch()["labels"][:, 1:]
+    log_probs = (written_out(batch()["input_ids"]).logits[:, :-1] / 0.8).log_softmax(-1)
+    values = {"entropy": -(log_probs.exp() * log_probs).sum(-1),
+              "log_probs": log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]}  # fmt: skip
+    assert torch.allclose(ours.entropy, values["entropy"] * ours.label_mask, atol=1e-5)
+    weights = torch.linspace(-1, 1, labels.numel()).reshape(labels.shape) * ours.label_mask
+    sum((values[part] * weights * turn).sum() for turn, part in enumerate(of, 1)).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in written_out.parameters()])
+    assert expected.norm() > 0.1
+    for found in (gradient, scored(fused, of)[1]):
+        assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_in_bfloat16_log_probs_are_float32_and_no_further_from_the_exact_ones_than_those_of_the_fused_head():

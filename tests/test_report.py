@@ -60,8 +60,8 @@ def write_eval(root: Path, problem_set: str, group: str, policies: list[str]) ->
 def write_rl(run: Path, steps: int) -> None:
     run.mkdir(parents=True)
     names = ["step", "reward", "pass_rate", "entropy", "grad_norm", "num_rollouts", "rollout_tokens", "update_tokens"]
-    names.append("rewards/mine.py:short")
-    rows = [[step, step / 10, step / 20, 1 / step, 0.5, 8, 100, 80, 0.25] for step in range(1, steps + 1)]
+    names += ["rewards/mine.py:short", "entropy_drawn"]
+    rows = [[step, step / 10, step / 20, 1 / step, 0.5, 8, 100, 80, 0.25, 2 / step] for step in range(1, steps + 1)]
     lines = [
         "\t".join(map(str, line)) for line in [[*names, "seconds", "mismatch"], *([*row, 1.5, ""] for row in rows)]
     ]

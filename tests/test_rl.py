@@ -276,6 +276,9 @@ def test_what_a_run_holds_is_neither_mixed_nor_lost_and_the_refusal_is_one_line(
         ({"beta2": 1.0}, "--beta2 1.0"),
         ({"max_grad_norm": 0.0}, "--max-grad-norm 0.0"),
         ({"memory_fraction": 7.0}, "--memory-fraction 7.0"),
+        ({"entropy_target": -0.1}, "--entropy-target -0.1"),
+        ({"entropy_delta": 0.1}, "--entropy-delta 0.1 with --entropy-target 0: give both, or neither"),
+        ({"entropy_target": 0.1, "entropy_delta": 0.0}, "--entropy-delta 0 with --entropy-target 0.1: give both"),
     ],
 )
 def test_a_option_that_can_not_work_is_refused_in_its_own_name(option, message):
@@ -286,6 +289,13 @@ def test_a_option_that_can_not_work_is_refused_in_its_own_name(option, message):
 def test_max_tokens_beyond_the_context_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):
     with pytest.raises(InputError, match="--max-tokens 5000 does not fit the policy's context"):
         rl.run(options_for(tiny_policy, easy, tmp_path / "rl", max_tokens=5000))
+    assert not (tmp_path / "rl").exists()
+
+
+def test_an_entropy_that_no_policy_can_have_is_refused_before_anything_starts(tiny_policy, easy, tmp_path):
+    with pytest.raises(InputError, match=r"--entropy-target 5: must be below 4\.\d+ nats a token") as caught:
+        rl.run(options_for(tiny_policy, easy, tmp_path / "rl", max_tokens=32, overlong_buffer=0, entropy_target=5.0))
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "rl").exists()
 
 

@@ -51,7 +51,7 @@ class IdleTrainer:
     def weights(self):
         return ()
 
-    def update(self, rollouts, lr):
+    def update(self, rollouts, lr, entropy_weight):
         return UpdateStats()
 
     def release(self):

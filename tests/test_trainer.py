@@ -68,17 +68,34 @@ def test_the_gradient_does_not_depend_on_the_token_budget(tiny_policy):
         assert torch.allclose(cut_sums, sums, rtol=1e-5)
 
 
+def with_entropy_term(policy, weight=0.5, **changes):
+    trainer = Trainer(policy, Accelerator(), replace(OPTIONS, **changes))
+    sums = trainer.gradient(some_rollouts(31), weight)
+    return gradient_of(trainer), sums
+
+
+def test_with_an_entropy_term_too_the_gradient_does_not_depend_on_the_token_budget(tiny_policy):
+    whole, sums = with_entropy_term(tiny_policy)
+    cut, cut_sums = with_entropy_term(tiny_policy, tokens_per_microbatch=100)
+    assert close(cut, whole, 1e-5)
+    assert torch.allclose(cut_sums, sums, rtol=1e-5)
+    assert not close(gradient_and_sums(tiny_policy, some_rollouts(31))[0], whole, 0.01), "the term does nothing"
+
+
 def test_the_gradient_does_not_depend_on_the_order_of_the_rollouts(tiny_policy):
     rollouts = some_rollouts(32)
     shuffled = random.Random(1).sample(rollouts, len(rollouts))
     assert close(gradient_and_sums(tiny_policy, shuffled)[0], gradient_and_sums(tiny_policy, rollouts)[0], 1e-5)
 
 
-def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_policy, head):
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.7])
+def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_policy, head, entropy_weight):
     from transformers import AutoModelForCausalLM
 
     rollouts = some_rollouts(12)
-    found, sums = gradient_and_sums(tiny_policy, rollouts, importance_cap=1.5)
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, importance_cap=1.5))
+    sums = trainer.gradient(rollouts, entropy_weight)
+    found = gradient_of(trainer)
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
     total, tokens = 0.0, sum(len(rollout.completion_ids) for rollout in rollouts)
     for rollout in rollouts:
@@ -87,6 +104,7 @@ def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_
         own = scores.gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
         weight = (own.detach() - torch.tensor(rollout.engine_log_probs)).exp().clamp(max=1.5)
         total = total - (weight * (own - own.detach()).exp() * rollout.advantage).sum()
+        total = total + entropy_weight * (scores.exp() * scores).sum()
     (total / tokens).backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert close(found, expected, 1e-5)
@@ -334,6 +352,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, both_r
     sums = trainer.gradient(some_rollouts(31))
     assert close(flat(found["gradient"]), gradient_of(trainer), 1e-5)
     assert torch.allclose(found["sums"], sums, rtol=1e-5)
+    assert close(flat(found["with_entropy"]), with_entropy_term(tiny_policy)[0], 1e-5)
     trainer.optimizer.zero_grad()
     assert found["norms"] == pytest.approx(trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms, rel=1e-5)
     assert set(found["weights"]) == set(dict(trainer.weights()))

@@ -240,7 +240,11 @@ class LogRow(TypedDict):
     num_rollouts: Annotated[int, Column("rollouts drawn", total="sum")]
     num_trained: Annotated[int, Column("rollouts in an update that was made", total="sum")]
     loss: Annotated[float, Column("mean loss", "a token")]
-    entropy: Annotated[float, Column("mean entropy of the policy", "nats a token")]
+    entropy: Annotated[float, Column("mean entropy of the policy along what it is trained on", "nats a token")]
+    entropy_drawn: Annotated[
+        float, Column("the same along all rollouts drawn: mean of -log p of the tokens", "nats a token")
+    ]
+    entropy_weight: Annotated[float, Column("weight of the entropy in the loss (--entropy-target)")]
     grad_norm: Annotated[float, Column("mean norm of the gradients before clipping")]
     grad_norm_max: Annotated[float, Column("largest norm of a gradient", total="max")]
     grad_alarms: Annotated[int, Column("gradients with a norm above --alarm-grad-norm", total="sum")]

@@ -196,7 +196,7 @@ def _count(sources: list[RolloutFile], options: Options) -> Counts:
     counts.read(sources)
     if options.accumulate:
         numbers = ", ".join(f"{number:,} of {run}" for run, number in counts.num_of_run.items())
-        print(f"filter: rollouts of {len(counts.num_of_run)} iterations: {numbers}", file=sys.stderr)
+        print(f"filter: takes together the rollouts of all iterations so far: {numbers}", file=sys.stderr)
     return counts
 
 

@@ -2,11 +2,12 @@
 
 Writes OUT/rollouts/step_*.jsonl, OUT/checkpoints/step_*/, OUT/log.tsv, OUT/metrics.json and OUT/manifest.json.
 Killed at any moment, the same command goes on where it stopped; so does a finished run that is given more --steps. For
-that OUT/state/, 12 bytes a trained parameter, is kept. As in DAPO there is no KL term, no entropy bonus and no reward
-model.
+that OUT/state/, 12 bytes a trained parameter, is kept. As in DAPO there is no KL term and no reward model, and an
+entropy term only with --entropy-target.
 """
 
 import importlib.util
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from stages.rl.options import Options as Options
 from stages.rl.options import Settings as Settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import Accelerator
 
     from stages.core.drawing.engine import VllmEngine
@@ -88,6 +91,7 @@ def _read(options: Options, ranks: Ranks) -> "Request":
     if len(request.policies) > 1:
         raise InputError(f"--policy {options.policy} holds {len(request.policies)} checkpoints: name one of them")
     adapters.check(request.path, options)
+    _refuse_unreachable(options.entropy_target, request.path)
     if options.valid and (fault := request.too_long(VALID)):  # fewer problems would give another figure
         raise InputError(f"--valid {options.valid}: {fault}: lower it, or remove them")
     if ranks.is_first and (fault := request.too_long(TRAIN)):
@@ -98,6 +102,18 @@ def _read(options: Options, ranks: Ranks) -> "Request":
             "the figure will flatter the policy"
         )
     return request
+
+
+def _refuse_unreachable(target: float, policy: "Path") -> None:
+    """Raise InputError for more nats a token than the policy's vocabulary allows."""
+    from stages.core.policy import checkpoints
+
+    vocabulary = checkpoints.load_config(policy).get_text_config().vocab_size
+    if target >= (most := math.log(vocabulary)):
+        raise InputError(
+            f"--entropy-target {target:g}: must be below {most:.3g} nats a token, the most that a vocabulary of "
+            f"{vocabulary:,} allows"
+        )
 
 
 def _begin(directory: "RunDir", identity: Identity, options: Options, stack: ExitStack) -> tuple[bool, int]:

@@ -97,6 +97,22 @@ def token_loss(
     return TokenLoss((surrogate * mask).sum(), held_low.sum(), held_high.sum())
 
 
+def entropy_weight(coefficient: float, entropy: float, target: float) -> float:
+    """What the entropy in nats a token weighs in a step's loss: the coefficient up to the `target`, above it 0.
+
+    Adaptive entropy control (He et al., 2025, Skywork-OR1, arXiv 2505.22312). A target of 0 turns it off.
+    """
+    return coefficient if entropy <= target else 0.0
+
+
+def next_coefficient(coefficient: float, entropy: float, target: float, delta: float) -> float:
+    """The coefficient of the step after one of this `entropy`: up by `delta` below the target, else down, to 0 at most.
+
+    Source as of `entropy_weight`, which has no bound: below 0 the term would never be in the loss.
+    """
+    return max(0.0, coefficient + (delta if entropy < target else -delta))
+
+
 def importance_weights(old_log_probs: "Tensor", engine_log_probs: "Tensor", cap: float) -> "Tensor":
     """min(p_trainer / p_engine, cap) for each token: truncated importance sampling (Yao et al., 2025).
 

@@ -5,6 +5,7 @@ short ones. The surplus is drawn and not trained on, like the groups that teach 
 filter as all rollouts do, and its problems come again in the next epoch, as those of the others do.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,6 +149,15 @@ def _refuse_failed_rewards(step: int, drawn: Sequence[Group]) -> None:
 def applicable(group: Group, values: Sequence[T]) -> list[T]:
     """Those of the `values` of a group's completions to which a reward applies: all, by math-verify."""
     return [value for value, score in zip(values, group.scores, strict=True) if score.applies]
+
+
+def sampled_entropy(groups: Sequence[Group]) -> float:
+    """Entropy of the policy along all completions of `groups`: the mean of -log p of their tokens; NaN without any.
+
+    Groups that an update is made on are those solved in part, so what is measured along them says less of the policy.
+    """
+    log_probs = [completion.log_probs for group in groups for completion in group.completions]
+    return -math.fsum(chain.from_iterable(log_probs)) / num if (num := sum(map(len, log_probs))) else math.nan
 
 
 def rewards_by_name(groups: Sequence[Group]) -> dict[str, list[float]]:

@@ -22,7 +22,15 @@ from stages.core.ranks import Ranks
 from stages.core.records import LogRow, Rollout
 from stages.rl import agreement, dapo, steplog
 from stages.rl.agreement import Bound, LogProbDifference
-from stages.rl.drawing import Clock, StepDrawing, StepGroups, applicable, rewards_by_name, shaped_rewards
+from stages.rl.drawing import (
+    Clock,
+    StepDrawing,
+    StepGroups,
+    applicable,
+    rewards_by_name,
+    sampled_entropy,
+    shaped_rewards,
+)
 from stages.rl.options import Settings
 from stages.rl.rundir import RunDir
 from stages.rl.saving import RunState, Saver
@@ -57,6 +65,7 @@ class Explorer:
     validation: Validation | None = None
     stop: StopSignal = field(default_factory=StopSignal)
     start_mismatch: float = 0.0  # nats a token between engine and trainer, on average, when the run began
+    entropy_coefficient: float = 0.0  # of the entropy term, which moves it towards --entropy-target
 
     def __post_init__(self) -> None:
         self.bound = Bound(self.accelerator.mixed_precision == "no", self.settings.mismatch_bound)
@@ -100,6 +109,7 @@ class Explorer:
         if done:
             state = self.saver.restore(done)
             self.drawing.cursor, self.start_mismatch = state.cursor, state.start_mismatch
+            self.entropy_coefficient = state.entropy_coefficient
             if not self.settings.max_sequences:  # free memory may be another now, and the batches with it
                 self.engine.max_sequences = state.max_sequences
         rows, changes = self.ranks.on_first(lambda: (directory.log_rows()[-MAX_COLLAPSED_STEPS:], directory.changes))
@@ -134,13 +144,22 @@ class Explorer:
         self.engine.sleep()
         clock.lap()
         self.progress.note("update")
+        entropy, entropy_weight = self._entropy(groups)
         rollouts = [rollout for group in groups.kept for rollout in self._trainable(group)]
         with self._in_memory(f"updating in step {step}", "--tokens-per-microbatch, or --gradient-checkpointing"):
-            stats = self.trainer.update(rollouts, lr) if rollouts else UpdateStats()
+            stats = self.trainer.update(rollouts, lr, entropy_weight) if rollouts else UpdateStats()
         outcome = StepOutcome(step, groups, stats, lr, handover_s, clock.lap())
+        outcome.entropy_drawn, outcome.entropy_weight = entropy, entropy_weight
         outcome.peak_memory_gib, outcome.num_preemptions = self._strain(num_preemptions, memory_gib)
         self._write(step, groups.drawn, outcome.trained)
         return outcome
+
+    def _entropy(self, groups: StepGroups) -> tuple[float, float]:
+        """The entropy along all that was drawn, and what it weighs in this step's loss; moves the coefficient."""
+        entropy, coefficient = sampled_entropy(groups.drawn), self.entropy_coefficient
+        target = self.settings.entropy_target
+        self.entropy_coefficient = dapo.next_coefficient(coefficient, entropy, target, self.settings.entropy_delta)
+        return entropy, dapo.entropy_weight(coefficient, entropy, target)
 
     def _wake_engine(self) -> None:
         """Give the engine the GPU's memory and the weights."""
@@ -256,7 +275,7 @@ class Explorer:
         return float(self.settings.lr * min(1.0, step / max(1, self.settings.warmup_steps)))
 
     def _state(self) -> RunState:
-        return RunState(self.drawing.cursor, self.start_mismatch, self.engine.max_sequences)
+        return RunState(self.drawing.cursor, self.start_mismatch, self.engine.max_sequences, self.entropy_coefficient)
 
     def _save(self, step: int, with_checkpoint: bool, with_state: bool) -> None:
         """A checkpoint and the state to resume from, if they are due or the run ends here.

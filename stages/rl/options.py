@@ -43,6 +43,15 @@ class Settings(TrainingOptions, RequestOptions):
         one_of(*dapo.ADVANTAGES),
     ] = "dapo"
     advantage_eps: Annotated[float, "added to what the advantage is divided by", at_least(0)] = 1e-6
+    entropy_target: Annotated[
+        float,
+        "an entropy term keeps the policy from less entropy than this, in nats a token, by a coefficient that grows "
+        "below it and falls above; 0 is off",
+        at_least(0),
+    ] = 0.0
+    entropy_delta: Annotated[float, "that coefficient begins at 0 and changes by this each step", at_least(0)] = (
+        following("1e-4 with --entropy-target", lambda options: 1e-4 if options.entropy_target else 0.0)
+    )
     importance_cap: Annotated[
         float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off", at_least(0)
     ] = 2.0
@@ -97,6 +106,11 @@ class Settings(TrainingOptions, RequestOptions):
         if self.overlong_buffer > self.max_tokens:
             raise InputError(
                 f"--overlong-buffer {self.overlong_buffer}: must be at most --max-tokens {self.max_tokens}"
+            )
+        if bool(self.entropy_target) != bool(self.entropy_delta):
+            raise InputError(
+                f"--entropy-delta {self.entropy_delta:g} with --entropy-target {self.entropy_target:g}: give both, or "
+                "neither for no entropy term"
             )
         if self.advantage == "maxrl" and (min(self.reward_correct, self.reward_wrong) < 0 or self.overlong_buffer):
             raise InputError(

@@ -2,8 +2,8 @@
 
 A step is a function of the weights, the optimizer, the position in the stream of problems and the seed. So the state
 on disk is just these, and a run that is started again repeats what it lost, to the same rollouts. With them go the
-running acceptance, which says how many groups to draw, and the difference between engine and trainer that the run began
-with, which later steps are held against.
+running acceptance, which says how many groups to draw, the difference between engine and trainer that the run began
+with, which later steps are held against, and the coefficient of the entropy term.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ class RunState:
     cursor: Cursor
     start_mismatch: float
     max_sequences: int = 0  # of the engine, since the batches of one decide how its floats are rounded
+    entropy_coefficient: float = 0.0  # of the next step
 
     def write(self, path: Path) -> None:
         """Write it to the directory of a state."""
@@ -41,7 +42,7 @@ class RunState:
         """What `write` wrote."""
         values = orjson.loads((path / NAME).read_bytes())
         position, acceptance = values["cursor"]["position"], Acceptance(**values["cursor"]["acceptance"])
-        return RunState(Cursor(position, acceptance), values["start_mismatch"], values["max_sequences"])
+        return RunState(**values | {"cursor": Cursor(position, acceptance)})
 
 
 class Saver:

@@ -27,6 +27,8 @@ class StepOutcome:
     peak_memory_gib: float = math.nan
     num_preemptions: float = math.nan
     num_changes: int = 0
+    entropy_drawn: float = math.nan
+    entropy_weight: float = 0.0
     valid_start: Measured = NOT_MEASURED
     valid: Measured = NOT_MEASURED
 
@@ -62,6 +64,8 @@ def row(outcome: StepOutcome, settings: Settings, far: float) -> LogRow:
         "num_trained": sum(len(applicable(group, group.completions)) for group in outcome.trained),
         "loss": stats.mean("loss"),
         "entropy": stats.mean("entropy"),
+        "entropy_drawn": outcome.entropy_drawn,
+        "entropy_weight": outcome.entropy_weight,
         "grad_norm": _mean(norms),
         "grad_norm_max": max(norms, default=math.nan),
         "grad_alarms": sum(norm > settings.alarm_grad_norm for norm in norms),

@@ -120,9 +120,10 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
 
-    def update(self, rollouts: Sequence[TokenRollout], lr: float) -> UpdateStats:
+    def update(self, rollouts: Sequence[TokenRollout], lr: float, entropy_weight: float = 0.0) -> UpdateStats:
         """The step's optimizer updates, one a mini-batch. `rollouts` is the whole batch, the same on every rank.
 
+        The mean entropy, in nats a token, times `entropy_weight` is taken off the loss.
         An update with a non-finite loss or gradient norm is skipped and counted; the weights never see it.
         """
         for group in self.optimizer.param_groups:
@@ -132,19 +133,19 @@ class Trainer:
             self._remember_log_probs(part)
         stats = UpdateStats()
         for part in parts:
-            self._update(part, stats)
+            self._update(part, stats, entropy_weight)
         for rollout in rollouts:
             rollout.old_log_probs = None
         return stats
 
-    def gradient(self, rollouts: Sequence[TokenRollout]) -> torch.Tensor:
+    def gradient(self, rollouts: Sequence[TokenRollout], entropy_weight: float = 0.0) -> torch.Tensor:
         """Accumulate the gradient of one update on `rollouts`; return the reduced sums that `UpdateStats` names."""
         num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         passes = self._passes(rollouts)
         sums = torch.zeros(len(UpdateStats.SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
         for number, (batch, counts) in enumerate(passes, 1):
             with self._hold_sync(number < len(passes)):
-                loss, values = self._loss(batch, counts)
+                loss, values = self._loss(batch, counts, entropy_weight)
                 # DDP and FSDP average over ranks; the sum over ranks is what the formula asks for
                 self.accelerator.backward(loss * self.accelerator.num_processes / num_tokens)
             sums[:-1] += values[:-1]
@@ -236,8 +237,8 @@ class Trainer:
             model_state = {name: weight for name, weight in model_state.items() if name in adapter}
         return {"model": model_state, "optimizer": optimizer_state}
 
-    def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> None:
-        sums = self._gradient_in_memory(rollouts, stats)
+    def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats, entropy_weight: float) -> None:
+        sums = self._gradient_in_memory(rollouts, stats, entropy_weight)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if torch.isfinite(torch.tensor(norm)) and torch.isfinite(sums).all():
@@ -251,14 +252,16 @@ class Trainer:
             setattr(stats, name, getattr(stats, name) + value)
         stats.mismatch_max = max(stats.mismatch_max, float(sums[-1]))
 
-    def _gradient_in_memory(self, rollouts: Sequence[TokenRollout], stats: UpdateStats) -> torch.Tensor:
+    def _gradient_in_memory(
+        self, rollouts: Sequence[TokenRollout], stats: UpdateStats, entropy_weight: float
+    ) -> torch.Tensor:
         """`gradient`, again with half the micro-batch if there is no memory for it: nothing has moved until then.
 
         Not on several ranks, of which the others wait in the middle of theirs: there the error passes on.
         """
         while True:
             try:
-                return self.gradient(rollouts)
+                return self.gradient(rollouts, entropy_weight)
             except torch.OutOfMemoryError:
                 if not self.ranks.is_alone or self._token_budget <= max(rollout.length for rollout in rollouts):
                     raise
@@ -267,7 +270,9 @@ class Trainer:
             self._token_budget //= 2
             warn(f"out of memory in an update: it is repeated with {self._token_budget:,} tokens a micro-batch")
 
-    def _loss(self, batch: Sequence[TokenRollout], counts: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(
+        self, batch: Sequence[TokenRollout], counts: bool, entropy_weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss summed over a micro-batch's tokens, and the values for UpdateStats, the last one a maximum."""
         output = self._forward(batch)
         mask = output.label_mask & counts
@@ -280,11 +285,13 @@ class Trainer:
         importance = dapo.importance_weights(old, engine, cap) if cap else None
         advantages = torch.tensor([[r.advantage] for r in batch], device=mask.device)
         clip_low, clip_high = self.settings.clip_low, self.settings.clip_high
-        loss = dapo.token_loss(log_probs, old, advantages, mask, clip_low, clip_high, importance)
+        surrogate = dapo.token_loss(log_probs, old, advantages, mask, clip_low, clip_high, importance)
+        entropy = ((output.entropy if entropy_weight else output.entropy.detach()) * mask).sum()
+        loss = surrogate.loss - entropy_weight * entropy if entropy_weight else surrogate.loss
+        clipped = [surrogate.clipped_low, surrogate.clipped_high]
         difference = (old - engine).abs() * mask
-        entropy = (output.entropy.detach() * mask).sum()
-        sums = [loss.loss.detach(), entropy, loss.clipped_low, loss.clipped_high, difference.sum(), difference.max()]
-        return loss.loss, torch.stack([value.double() for value in sums])
+        sums = [loss.detach(), entropy.detach(), *clipped, difference.sum(), difference.max()]
+        return loss, torch.stack([value.double() for value in sums])
 
     def _forward(self, batch: Sequence[TokenRollout]) -> Any:
         """Score the completion tokens of `batch`. Padding is on the right, where causal attention never looks."""

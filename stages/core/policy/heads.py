@@ -75,7 +75,7 @@ def add_plain_head(model: Any, temperature: float = 1.0) -> None:
 class _Scores(torch.autograd.Function):
     """Log-probabilities of `tokens`, entropies, and whether each is the likeliest; of logits (tokens, vocabulary).
 
-    Only the first have a gradient. Kept for it are the logits as they are and a number a token, not the probabilities.
+    Kept for the gradient are the logits as they are and two numbers a token, not the probabilities.
     """
 
     @staticmethod
@@ -92,19 +92,25 @@ class _Scores(torch.autograd.Function):
             is_top1[rows] = own >= top
             log_probs[rows] = own - norms[rows]
             entropy[rows] = norms[rows] - torch.linalg.vecdot(weights, scaled) / total
-        context.save_for_backward(logits, tokens, norms)
+        context.save_for_backward(logits, tokens, norms, entropy)
         context.temperature = temperature
-        context.mark_non_differentiable(entropy, is_top1)
+        context.set_materialize_grads(False)  # without an entropy term there is no gradient of the entropy
+        context.mark_non_differentiable(is_top1)
         return log_probs, entropy, is_top1
 
     @staticmethod
     def backward(context: Any, *gradients: Any) -> Any:
-        logits, tokens, norms = context.saved_tensors
-        scale = gradients[0] / context.temperature
+        logits, tokens, norms, entropy = context.saved_tensors
+        of_log_probs, of_entropy = (None if part is None else part / context.temperature for part in gradients[:2])
+        scale = torch.zeros_like(norms) if of_log_probs is None else of_log_probs
         gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
-            probs = (_scaled(logits[rows], context.temperature) - norms[rows, None]).exp_()
-            probs.mul_(-scale[rows, None]).scatter_add_(-1, tokens[rows, None], scale[rows, None])
+            log_probs = _scaled(logits[rows], context.temperature) - norms[rows, None]
+            slope = -scale[rows, None]
+            if of_entropy is not None:  # d entropy / d logit = -p (log p + entropy)
+                slope = slope - of_entropy[rows, None] * (log_probs + entropy[rows, None])
+            probs = log_probs.exp_()
+            probs.mul_(slope).scatter_add_(-1, tokens[rows, None], scale[rows, None])
             gradient[rows] = probs
         return gradient, None, None
 
