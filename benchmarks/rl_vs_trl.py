@@ -39,8 +39,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Qwen2Config, Qwe
 from stages.core.drawing.engine import EngineOptions, Sampling, VllmEngine
 from stages.core.drawing.rollouts import Prompt, make_prompts
 from stages.core.drawing.templates import load
-from stages.core.grading.scores import Score
-from stages.core.grading.verifier import Batch, Verifier
+from stages.core.grading.scores import Pending, Score
+from stages.core.grading.verifier import Verifier
 from stages.core.policy import checkpoints
 from stages.core.ranks import ALONE
 from stages.core.records import Problem, read_problems
@@ -98,28 +98,17 @@ def toy_problems(count: int) -> list[Problem]:
     ]  # fmt: skip
 
 
-class HalfRight:
-    """Scores of a batch, waited for and then overruled: every second completion is correct."""
-
-    def __init__(self, batch: Batch):
-        self._batch = batch
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the real scores are there."""
-        return self._batch.is_done
-
-    def result(self) -> list[Score]:
-        """The scores by turn."""
-        return [score._replace(reward=float(turn % 2)) for turn, score in enumerate(self._batch.result())]
-
-
 class HalfRightVerifier(Verifier):
-    """The verifier at its real work, with rewards that differ within each group."""
+    """The verifier at its real work, with its scores overruled: every second completion is correct."""
 
-    def submit(self, pairs: Sequence[tuple[str, str]]) -> Any:
+    def submit(self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] = ()) -> Pending:
         """Begin to score (completion, answer) pairs."""
-        return HalfRight(super().submit(pairs))
+        batch = super().submit(pairs, prompts)
+
+        def settle() -> list[Score]:
+            return [score._replace(reward=float(turn % 2)) for turn, score in enumerate(batch.result())]
+
+        return Pending(batch.awaited, settle)
 
 
 class CountingTrainer(Trainer):

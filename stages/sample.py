@@ -74,7 +74,7 @@ def draw(options: Options, start_engine: StartEngine) -> None:
         return
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(out, manifest_file)))
-        rollouts = sampling.rollouts(request, start_engine, stack.enter_context(request.grader(options.bare)))
+        rollouts = sampling.rollouts(request, start_engine, stack.enter_context(request.rewards.grader(options.bare)))
         if not ranks.is_first:
             deque(rollouts, maxlen=0)  # draws what it has to
             return

@@ -71,7 +71,8 @@ def draw_missing(drawings: Sequence[Drawing], directory: Path, start_engine: Sta
     kept = request.ranks.on_first(lambda: {stem: partial.kept(directory, stem, num) for stem, num in wanted.items()})
     engines = Engines(request, start_engine)
     num_groups = len(request.prompts) * len(request.policies) * len(drawings)
-    with request.grader(bare, has_scored=any(kept.values())) as grader, Meter(num_groups, request.ranks) as meter:
+    grading = request.rewards.grader(bare, has_scored=any(kept.values()))
+    with grading as grader, Meter(num_groups, request.ranks) as meter:
         for name, path in request.policies.items():
             missing = [partial.missing(request, name, drawing.stems, kept) for drawing in drawings]
             if any(missing):

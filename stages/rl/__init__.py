@@ -154,7 +154,7 @@ def _explore(
             warn(line)
     engine = _start_engine(request, options.max_sequences)
     trainer = Trainer(path, accelerator, options)
-    with request.grader() as grader, stop_signal() as stop_flag:
+    with request.rewards.grader() as grader, stop_signal() as stop_flag:
         explorer = Explorer(
             options, ranks, accelerator, engine, grader, trainer, request.sets[TRAIN], request.sampling, policy,
             validation.of(request.sets.get(VALID, []), request.sampling, options), stop_flag,

@@ -20,7 +20,6 @@ from stages.core.drawing.templates import Template, TemplateName
 from stages.core.errors import InputError
 from stages.core.grading import rewards
 from stages.core.grading.rewards import RewardOptions, Rewards
-from stages.core.grading.scores import Grader
 from stages.core.options import at_least
 from stages.core.outputs import read_json
 from stages.core.policy import checkpoints
@@ -96,10 +95,6 @@ class Request:
     def seeded(self, prompts: Sequence[Prompt]) -> Sampling:
         """How to sample `prompts`."""
         return seeded(self.sampling, self.options.seed, prompts)
-
-    def grader(self, bare: bool = False, has_scored: bool = False) -> Grader:
-        """What scores the completions, a context manager; `has_scored` if an interrupted call has kept some."""
-        return self.rewards.grader(bare, has_scored)
 
     def start_engine(self, policy: Path, sleeps: bool = False) -> VllmEngine:
         """An engine with room for the longest prompt and completion; all ranks start theirs together."""

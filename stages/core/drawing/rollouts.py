@@ -13,7 +13,7 @@ from stages.core.drawing.engine import Completion, Engine, Sampling, ShouldStop,
 from stages.core.drawing.templates import Template
 from stages.core.drawing.tokens import pack_ids, pack_log_probs
 from stages.core.errors import InputError
-from stages.core.grading.scores import Grader, Pending, Score, Settled
+from stages.core.grading.scores import Grader, Pending, Score
 from stages.core.policy import checkpoints
 from stages.core.records import Problem, Rollout
 from stages.core.tabular import some
@@ -50,7 +50,8 @@ class Group:
 
     def settled(self) -> "Group":
         """The same group with its scores waited for, free to travel to another process."""
-        return Group(self.prompt, self.completions, Settled(self.scores))
+        self.batch.result()
+        return self
 
     @property
     def is_scored(self) -> bool:

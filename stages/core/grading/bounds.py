@@ -70,7 +70,10 @@ def connected() -> Connection:
 
     From now on this process dies with its parent and leaves Ctrl-C to it.
     """
-    _die_with(int(sys.argv[2]))
+    if sys.platform == "linux":  # the kernel then kills this process, whatever it is doing
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[2]):
+        sys.exit()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return Connection(int(sys.argv[1]))
 
@@ -89,14 +92,6 @@ def serve(pipe: Connection, work: Callable[[Any, list[Any]], Iterable[bytes]]) -
             return
         for reply in work(head, items):
             pipe.send_bytes(reply)
-
-
-def _die_with(parent: int) -> None:
-    """Be killed when the parent dies, however it dies, and whatever this process is doing (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit()
 
 
 def _pages(field: int) -> int:

@@ -1,7 +1,8 @@
 """What grading gives: a Score for each completion, and the Grader that hands them out while the engine goes on."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol, Self
 
 from stages.core.records import Problem, Verdict
 
@@ -25,13 +26,25 @@ class Score(NamedTuple):
         return self.parts is None or any(part is not None for part in self.parts.values())
 
 
-class Pending(Protocol):
-    """Scores that may still be worked out; `result` waits for them."""
+class Pending:
+    """Scores that are being worked out: what `settle` makes of the `awaited` results, once these are there."""
+
+    def __init__(self, awaited: Sequence[Future[Any]], settle: Callable[[], list[Score]]) -> None:
+        self.awaited = awaited
+        self._settle = settle
+        self._scores: list[Score] | None = None
 
     @property
-    def is_done(self) -> bool: ...
+    def is_done(self) -> bool:
+        """Whether `result` would return at once."""
+        return all(each.done() for each in self.awaited)
 
-    def result(self) -> list[Score]: ...
+    def result(self) -> list[Score]:
+        """The scores in the order of the completions; waits for them. From then on they can go to another process."""
+        if self._scores is None:
+            self._scores = self._settle()
+            self.awaited, self._settle = (), list
+        return self._scores
 
 
 class Grader(Protocol):
@@ -50,13 +63,3 @@ class Grader(Protocol):
     def refuse_failed(self) -> None:
         """Raise InputError if there are no rewards for any group so far."""
         ...
-
-
-class Settled(NamedTuple):
-    """Scores that are known already, with the `result` of a batch that is being graded."""
-
-    scores: list[Score]
-    is_done: bool = True
-
-    def result(self) -> list[Score]:
-        return self.scores

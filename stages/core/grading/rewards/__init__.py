@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 from stages.core import provenance
 from stages.core.errors import InputError
 from stages.core.grading import bounds
-from stages.core.grading.scores import Grader, Score
-from stages.core.grading.verifier import Batch, Verifier, default_workers
+from stages.core.grading.scores import Grader, Pending, Score
+from stages.core.grading.verifier import Verifier, default_workers
 from stages.core.grading.workers import Job, Kind, Loss, Pool
 from stages.core.options import PATH, OptionGroup
 from stages.core.progress import warn
@@ -168,30 +168,6 @@ class Fault(NamedTuple):
 Answer = list[float | None] | Fault  # a function's rewards of a group
 
 
-class Sum:
-    """The scores of a group that are being worked out; `result` waits for them."""
-
-    def __init__(self, grader: "OwnGrader", answers: list[Future[Answer]], batch: Batch | None, num: int) -> None:
-        self._grader = grader
-        self._answers = answers
-        self._batch = batch
-        self._num = num
-        self._scores: list[Score] | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `result` would return at once."""
-        return all(answer.done() for answer in self._answers) and (self._batch is None or self._batch.is_done)
-
-    def result(self) -> list[Score]:
-        """The scores in the order of the completions."""
-        if self._scores is None:
-            verified = self._batch.result() if self._batch is not None else None
-            answers = [answer.result() for answer in self._answers]
-            self._scores = self._grader.add_up(answers, verified, self._num)
-        return self._scores
-
-
 class OwnGrader:
     """Scores groups by `rewards`; a context manager, since it holds worker processes.
 
@@ -217,8 +193,9 @@ class OwnGrader:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
-        if kind is None:
-            self._tell_counts()
+        if kind is None and self._faults:
+            most = "; ".join(f"{count} x {text}" for text, count in self._faults.most_common(MAX_TOLD))
+            warn(f"the rewards failed on {self._num_failed} of {self._num_groups} groups: {most}")
 
     def close(self) -> None:
         """End the workers; asking for a score that was not ready raises RuntimeError."""
@@ -228,11 +205,17 @@ class OwnGrader:
 
     def grade(
         self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[list[int]]
-    ) -> Sum:
+    ) -> Pending:
         """Begin to score the completions of one prompt."""
         call = {"problem": problem, "prompt": prompt, "completions": completions, "completion_ids": completion_ids}
         batch = self._verifier.grade(problem, prompt, completions, completion_ids) if self._verifier else None
-        return Sum(self, self.ask(call, bounds.DEADLINE_S * len(completions)), batch, len(completions))
+        answers = self.ask(call, bounds.DEADLINE_S * len(completions))
+
+        def settle() -> list[Score]:
+            verified = batch.result() if batch else None
+            return self._add_up([each.result() for each in answers], verified, len(completions))
+
+        return Pending([*answers, *(batch.awaited if batch else ())], settle)
 
     def ask(self, call: Mapping[str, Any], deadline_s: float) -> list[Future[Answer]]:
         """Have a worker put a call to each function."""
@@ -247,14 +230,17 @@ class OwnGrader:
             text, _ = self._faults.most_common(1)[0]
             raise InputError(f"the rewards failed on all {self._num_groups} groups: --reward {text}")
 
-    def add_up(self, answers: list[Answer], verified: list[Score] | None, num: int) -> list[Score]:
+    def _add_up(self, answers: list[Answer], verified: list[Score] | None, num: int) -> list[Score]:
         """The scores of a group of `num` completions, from what each function and the verifier gave."""
         self._num_groups += 1
         by_name = dict(zip(self._names, answers, strict=True))
         faults = {name: answer for name, answer in by_name.items() if isinstance(answer, Fault)}
         if faults:
             name, fault = next(iter(faults.items()))
-            self._count(text := f"{name}: {fault.text}", fault.verdict)
+            text = f"{name}: {fault.text}"
+            if text not in self._faults and len(self._faults) < MAX_TOLD:
+                warn(f"--reward {text}; the verdict on the group is {fault.verdict}")
+            self._faults[text] += 1
             self._num_failed += 1
             return [Score(fault.verdict, 0.0, None, {}, text)] * num
         scores = [self._score(by_name, verified[i] if verified else None, i) for i in range(num)]
@@ -277,17 +263,6 @@ class OwnGrader:
         if verified and verdict == "wrong" and verified.verdict != "correct":
             verdict = verified.verdict
         return Score(verdict, total, verified.prediction if verified else None, parts)
-
-    def _count(self, text: str, verdict: Verdict) -> None:
-        if text not in self._faults and len(self._faults) < MAX_TOLD:
-            warn(f"--reward {text}; the verdict on the group is {verdict}")
-        self._faults[text] += 1
-
-    def _tell_counts(self) -> None:
-        """Say at the end how often which function failed."""
-        if self._faults:
-            most = "; ".join(f"{count} x {text}" for text, count in self._faults.most_common(MAX_TOLD))
-            warn(f"the rewards failed on {self._num_failed} of {self._num_groups} groups: {most}")
 
 
 def _read_answer(reply: bytes) -> Answer:

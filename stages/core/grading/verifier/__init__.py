@@ -24,6 +24,6 @@ In the order in which it happens:
    `correct` is rewarded, and `unevaluated` where that is accepted.
 """
 
-from stages.core.grading.verifier.verdicts import VERSION, Batch, Verifier, default_workers
+from stages.core.grading.verifier.verdicts import VERSION, Verifier, default_workers
 
-__all__ = ["VERSION", "Batch", "Verifier", "default_workers"]
+__all__ = ["VERSION", "Verifier", "default_workers"]

@@ -13,9 +13,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
-from stages.core.grading.scores import Score
+from stages.core.grading.scores import Pending, Score
 from stages.core.grading.verifier.comparison import decide
 from stages.core.grading.verifier.extraction import extract
 from stages.core.grading.verifier.latex import MAX_LENGTH
@@ -35,34 +36,6 @@ VERSION = {
         for name in ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
     },
 }
-
-
-class Batch:
-    """Scores that are being worked out; `result` waits for them."""
-
-    def __init__(self, verifier: "Verifier", pending: list[tuple[str | None, Verdict | Future[Verdict]]]) -> None:
-        self._verifier = verifier
-        self._pending = pending
-        self._scores: list[Score] | None = None
-
-    def result(self) -> list[Score]:
-        """The scores in the order of the pairs."""
-        if self._scores is None:
-            self._scores = [self._score(*item) for item in self._pending]
-            self._verifier.counts.update(score.verdict for score in self._scores)
-        return self._scores
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `result` would return at once."""
-        return self._scores is not None or all(v.done() for _, v in self._pending if isinstance(v, Future))
-
-    def _score(self, prediction: str | None, verdict: Verdict | Future[Verdict]) -> Score:
-        if isinstance(verdict, Future):
-            verdict = verdict.result()
-        if verdict == "unevaluated" and self._verifier.accept_unevaluated:
-            verdict = "correct"
-        return Score(verdict, 1.0 if verdict == "correct" else 0.0, prediction)
 
 
 def default_workers() -> int:
@@ -103,14 +76,14 @@ class Verifier:
         """Score (completion, answer) pairs, in order."""
         return self.submit(pairs).result()
 
-    def grade(self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Any) -> Batch:
+    def grade(self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Any) -> Pending:
         """Begin to score the completions of one prompt, as `grading.rewards` does."""
         return self.submit([(completion, problem["answer"]) for completion in completions], [prompt] * len(completions))
 
     def refuse_failed(self) -> None:
         """Nothing: what can't be worked out is a verdict here."""
 
-    def submit(self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] = ()) -> Batch:
+    def submit(self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] = ()) -> Pending:
         """Begin to score (completion, answer) pairs; returns without waiting for any algebra.
 
         The prompts, if they are known, tell which words behind a number are units, and whether a thought began there.
@@ -127,11 +100,23 @@ class Verifier:
                 else:
                     pending.append((prediction, self._find(answer, prediction, jobs, prompt)))
             self._send(jobs.values())
-        return Batch(self, pending)
+        awaited = [verdict for _, verdict in pending if isinstance(verdict, Future)]
+        return Pending(awaited, partial(self._settle, pending))
+
+    def _settle(self, pending: Sequence[tuple[str | None, Verdict | Future[Verdict]]]) -> list[Score]:
+        scores = []
+        for prediction, promised in pending:
+            verdict = promised.result() if isinstance(promised, Future) else promised
+            if verdict == "unevaluated" and self.accept_unevaluated:
+                verdict = "correct"
+            scores.append(Score(verdict, 1.0 if verdict == "correct" else 0.0, prediction))
+        self.counts.update(score.verdict for score in scores)
+        return scores
 
     def parseable(self, answers: Sequence[str]) -> list[bool]:
         """Whether each answer can be compared with anything at all; one that cannot never rewards a completion."""
-        pairs = [(answer, (_alone(answer) or "")[: MAX_LENGTH + 1]) for answer in answers]
+        alone = ((answer, extract(answer if "boxed" in answer else f"\\boxed{{{answer}}}")) for answer in answers)
+        pairs = [(answer, (inside or "")[: MAX_LENGTH + 1]) for answer, inside in alone]
         return [verdict == "correct" for verdict in self.compare(pairs)]
 
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
@@ -187,10 +172,6 @@ class Verifier:
             for start in range(0, len(job.items), MAX_JOB):
                 part = slice(start, start + MAX_JOB)
                 self._pool.send(Job(job.head, job.items[part], job.futures[part]))
-
-
-def _alone(answer: str) -> str | None:
-    return extract(answer if "boxed" in answer else f"\\boxed{{{answer}}}")
 
 
 def _weight(key: tuple[str, str]) -> int:
