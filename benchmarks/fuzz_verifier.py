@@ -161,13 +161,13 @@ class Unforeseen(logging.Handler):
 
 def read_here(completion: str, answer: str) -> Verdict | None:
     """What the caller's process does with a completion, as prediction and (as if it stood in the data) as answer."""
-    found = extract(completion)
+    extracted = extract(completion)
     extract(completion, bare=True)
-    if found is None:
+    if extracted is None:
         return "no_answer"
-    comparison.decide(found, answer)
-    comparison.decide(found, found)
-    return comparison.decide(answer, found)
+    comparison.decide(extracted, answer)
+    comparison.decide(extracted, extracted)
+    return comparison.decide(answer, extracted)
 
 
 def search_border(answers: list[str], seconds: float, seed: int) -> list[str]:

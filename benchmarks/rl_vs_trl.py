@@ -170,17 +170,17 @@ def ours(run: Explorer, trainer: CountingTrainer) -> Totals:
         trainer.num_flops = 0.0
         run.run(directory, 0)
         rows = directory.log_rows()
-    found: Totals = Counter(steps=len(rows) - 1, seconds=directory.ends[-1] - directory.ends[0])
-    found["flops"] = trainer.num_flops * sum(row["update_tokens"] for row in rows[1:]) / sum(
+    totals: Totals = Counter(steps=len(rows) - 1, seconds=directory.ends[-1] - directory.ends[0])
+    totals["flops"] = trainer.num_flops * sum(row["update_tokens"] for row in rows[1:]) / sum(
         row["update_tokens"] for row in rows
     )  # fmt: skip
     for row in rows[1:]:
-        found["tokens"] += int(row["rollout_tokens"])
+        totals["tokens"] += int(row["rollout_tokens"])
         for name, column in (("generate", "generate_s"), ("verify", "verify_s"), ("update", "update_s")):
-            found[name] += row[column]
-        found["hand-over"] += row["handover_s"]
-    found["rest"] = found["seconds"] - sum(found[name] for name in PHASES[:4])
-    return found
+            totals[name] += row[column]
+        totals["hand-over"] += row["handover_s"]
+    totals["rest"] = totals["seconds"] - sum(totals[name] for name in PHASES[:4])
+    return totals
 
 
 def bare(engine: VllmEngine, prompts: Sequence[Prompt], group_size: int, max_tokens: int, repeats: int) -> Totals:
@@ -189,15 +189,15 @@ def bare(engine: VllmEngine, prompts: Sequence[Prompt], group_size: int, max_tok
 
     llm = engine._llm  # the very same engine
     params = SamplingParams(n=group_size, temperature=1.0, max_tokens=max_tokens, detokenize=False)
-    found: Totals = Counter()
+    totals: Totals = Counter()
     for repeat in range(repeats):
         start = repeat * len(prompts) // repeats
         requests = [{"prompt_token_ids": p.token_ids} for p in prompts[start : start + len(prompts) // repeats]]
         began = NOW()
         outputs = llm.generate(requests, params, use_tqdm=False)
-        found["generate"] += NOW() - began
-        found["tokens"] += sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    return found
+        totals["generate"] += NOW() - began
+        totals["tokens"] += sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    return totals
 
 
 def theirs(path: Path, prompts: Sequence[Prompt], verifier: Verifier, options: argparse.Namespace, mode: str) -> Totals:
@@ -223,13 +223,13 @@ def theirs(path: Path, prompts: Sequence[Prompt], verifier: Verifier, options: a
             setattr(trainer, method, marks.timed(name, getattr(trainer, method)))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    found = marks.ends[-1].copy()
-    found.subtract(marks.ends[0])
-    found["seconds"] = found.pop("clock")
-    found["rest"] = found["all but update"] - found["generate"] - found["verify"]
-    found["update"] = found["seconds"] - found.pop("all but update")
-    found["steps"] = options.steps
-    return found
+    totals = marks.ends[-1].copy()
+    totals.subtract(marks.ends[0])
+    totals["seconds"] = totals.pop("clock")
+    totals["rest"] = totals["all but update"] - totals["generate"] - totals["verify"]
+    totals["update"] = totals["seconds"] - totals.pop("all but update")
+    totals["steps"] = options.steps
+    return totals
 
 
 class Marks(TrainerCallback):
@@ -296,33 +296,33 @@ def matmul_peak(dtype: str) -> float:
     return 2 * 2048**3 / best
 
 
-def lines(found: dict[str, Totals], peaks: Sequence[float]) -> Iterator[str]:
+def lines(totals: dict[str, Totals], peaks: Sequence[float]) -> Iterator[str]:
     """The table, and what of the goals was reached."""
-    sides = [side for side in found if side != "bare"]
+    sides = [side for side in totals if side != "bare"]
     yield f"{'':28s}" + "".join(f"{side:>18s}" for side in sides)
     for phase in (*PHASES, "seconds"):
-        cells = (f"{found[side][phase] / found[side]['steps']:18.3f}" for side in sides)
+        cells = (f"{totals[side][phase] / totals[side]['steps']:18.3f}" for side in sides)
         yield f"{'whole step' if phase == 'seconds' else phase:10s} seconds          " + "".join(cells)
     for phase in ("generate", "update", "seconds"):
-        cells = (f"{speed(found[side], phase):18.0f}" for side in sides)
+        cells = (f"{speed(totals[side], phase):18.0f}" for side in sides)
         yield f"{'whole step' if phase == 'seconds' else phase:10s} tokens a second  " + "".join(cells)
-    mine, peer = found["rloop"], max((found[side] for side in sides[1:]), key=lambda side: speed(side, "seconds"))
+    mine, peer = totals["rloop"], max((totals[side] for side in sides[1:]), key=lambda side: speed(side, "seconds"))
     overhead = (mine["hand-over"] + mine["verify"]) / mine["seconds"]
     drawing = mine["tokens"] / (mine["generate"] + mine["verify"])
     peak = sum(peaks) / len(peaks)
     yield ""
     yield f"whole step         {speed(mine, 'seconds') / speed(peer, 'seconds'):6.2f} times as fast as TRL's (goal 3)"
     yield f"update             {speed(mine, 'update') / speed(peer, 'update'):6.2f} times as fast as TRL's (goal 2)"
-    yield f"generate + verify  {drawing / speed(found['bare'], 'generate'):6.2f} of bare llm.generate's tokens a " \
-        f"second, {speed(found['bare'], 'generate'):.0f} (goal 0.95)"  # fmt: skip
+    yield f"generate + verify  {drawing / speed(totals['bare'], 'generate'):6.2f} of bare llm.generate's tokens a " \
+        f"second, {speed(totals['bare'], 'generate'):.0f} (goal 0.95)"  # fmt: skip
     yield f"hand-over + verify {100 * overhead:6.1f} % of a step (goal 5 %)"
     yield f"update             {100 * mine['flops'] / mine['update'] / peak:6.1f} % of a matmul's " \
         f"{peak / 1e9:.0f} Gflop/s"  # fmt: skip
 
 
-def speed(found: Totals, phase: str) -> float:
+def speed(side: Totals, phase: str) -> float:
     """Completion tokens a second of a phase."""
-    return found["tokens"] / found[phase]
+    return side["tokens"] / side[phase]
 
 
 def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals], list[float]]:
@@ -346,7 +346,7 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
     engine = VllmEngine(path, how, max_model_len=longest + options.max_tokens)
     trainer = CountingTrainer(path, accelerator, settings)
     sampling = Sampling(options.group_size, options.max_tokens)
-    found: dict[str, Totals] = {name: Counter() for name in ("rloop", "bare", "TRL generate", "TRL continuous")}
+    sides: dict[str, Totals] = {name: Counter() for name in ("rloop", "bare", "TRL generate", "TRL continuous")}
     peaks = []
     with HalfRightVerifier() as verifier:
         for _ in range(options.rounds):
@@ -354,11 +354,11 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
             policy = StartPolicy("random weights", path, "")
             run = Explorer(settings, ALONE, accelerator, engine, verifier, trainer, prompts, sampling, policy)
             run.drawing.cursor = Cursor(0, Acceptance(NEVER, NEVER))  # all groups are informative: none drawn ahead
-            found["rloop"].update(ours(run, trainer))
-            found["bare"].update(bare(engine, prompts, options.group_size, options.max_tokens, options.steps + 1))
+            sides["rloop"].update(ours(run, trainer))
+            sides["bare"].update(bare(engine, prompts, options.group_size, options.max_tokens, options.steps + 1))
             for mode in ("generate", "continuous"):
-                found[f"TRL {mode}"].update(theirs(path, prompts, verifier, options, mode))
-    return found, peaks
+                sides[f"TRL {mode}"].update(theirs(path, prompts, verifier, options, mode))
+    return sides, peaks
 
 
 def main() -> None:
@@ -380,15 +380,15 @@ def main() -> None:
         path = options.policy or Path(scratch) / "policy"
         if options.policy is None:
             make_policy(path, options.vocabulary, options.max_tokens)
-        found, peaks = measure(path, options)
-    mine = found["rloop"]
+        sides, peaks = measure(path, options)
+    mine = sides["rloop"]
     rollouts = options.problems * options.group_size
     print(
         f"{rollouts} rollouts a step, {mine['tokens'] / mine['steps'] / rollouts:.0f} of at most {options.max_tokens} "
         f"tokens; {mine['steps']} steps a side; {torch.get_num_threads()} threads on {os.cpu_count()} cores, "
         f"load {before:.1f} before and {os.getloadavg()[0]:.1f} after\n"
     )
-    print("\n".join(lines(found, peaks)))
+    print("\n".join(lines(sides, peaks)))
 
 
 if __name__ == "__main__":

@@ -96,25 +96,25 @@ def completions(policy: Path, prompts: list[str], max_tokens: int) -> list[str]:
 class Trial:
     """The stages on two policies of one architecture, in a directory of their own."""
 
-    def __init__(self, name: str, place: Path) -> None:
-        self.place = place
-        self.problems = place / "problems.jsonl"
-        self.starts = [make(name, place / f"start{seed}", seed) for seed in (0, 1)]
-        self.policies = [place / "policy0", place / "policy1"]
+    def __init__(self, name: str, directory: Path) -> None:
+        self.directory = directory
+        self.problems = directory / "problems.jsonl"
+        self.starts = [make(name, directory / f"start{seed}", seed) for seed in (0, 1)]
+        self.policies = [directory / "policy0", directory / "policy1"]
         self.prompts = [example["prompt"] for example in examples("77")[:8]]
         self.expected: dict[Path, list[str]] = {}  # before an engine starts, which may change transformers' classes
         for answers in ("78", "87"):
-            jsonl.write(place / f"{answers}.jsonl", iter(examples(answers)))
+            jsonl.write(directory / f"{answers}.jsonl", iter(examples(answers)))
         for_rl = {"answer": "7", "source": "sums"}
-        asked = ({"id": e["problem_id"], "problem": e["prompt"], **for_rl} for e in examples("77"))
-        jsonl.write(self.problems, asked)
+        as_problems = ({"id": e["problem_id"], "problem": e["prompt"], **for_rl} for e in examples("77"))
+        jsonl.write(self.problems, as_problems)
 
     def rft(self) -> str:
         """Fine-tuning lowers the loss, and what is saved has the weights' names and shapes of the start."""
         from stages import rft
 
         for start, policy, answers in zip(self.starts, self.policies, ("78", "87"), strict=True):
-            paths = {"policy": str(start), "examples": self.place / f"{answers}.jsonl", "out": policy}
+            paths = {"policy": str(start), "examples": self.directory / f"{answers}.jsonl", "out": policy}
             rft.run(rft.Options(**paths, lr=3e-3, epochs=6, batch_size=16))
             rows = [line.split("\t") for line in (policy / "log.tsv").read_text().splitlines()]
             losses = [float(row[rows[0].index("loss")]) for row in rows[1:]]
@@ -128,9 +128,9 @@ class Trial:
         from stages import sample
 
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
-        out = self.place / "sampled.jsonl"
-        asked = {"policy": list(map(str, self.policies)), "problems": self.problems, "out": out}
-        sample.run(sample.Options(**asked, **GREEDY, temperature=0.0))
+        out = self.directory / "sampled.jsonl"
+        paths = {"policy": list(map(str, self.policies)), "problems": self.problems, "out": out}
+        sample.run(sample.Options(**paths, **GREEDY, temperature=0.0))
         return self._compare(list(records.read(out, records.Rollout)))
 
     def eval(self) -> str:
@@ -138,9 +138,9 @@ class Trial:
         from stages import eval as stage
 
         self.expected = {policy: completions(policy, self.prompts, 12) for policy in self.policies}
-        out = self.place / "eval"
-        asked = {"policy": list(map(str, self.policies)), "problems": [self.problems], "out": out}
-        stage.run(stage.Options(**asked, **GREEDY, temperature=[0.0], k=[1]))
+        out = self.directory / "eval"
+        paths = {"policy": list(map(str, self.policies)), "problems": [self.problems], "out": out}
+        stage.run(stage.Options(**paths, **GREEDY, temperature=[0.0], k=[1]))
         return self._compare(list(records.read(out / "rollouts.jsonl", records.Rollout)))
 
     def rl(self) -> str:
@@ -148,7 +148,7 @@ class Trial:
         from stages import rl
         from stages.rl.rundir import RunDir
 
-        out = self.place / "rl"
+        out = self.directory / "rl"
         rl.run(rl.Options(
             policy=str(self.policies[0]), problems=self.problems, out=out, steps=2, problems_per_step=8, group_size=8,
             max_tokens=12, overlong_buffer=0, template="none", minibatches=2, lr=1e-3, warmup_steps=0, max_rounds=3,
@@ -190,8 +190,8 @@ def main(names: list[str]) -> None:
     importlib.import_module("tests.imports")  # once for all the processes
     print("| architecture | rft | sample | eval | rl |\n|---|---|---|---|---|")
     for name in names or ARCHITECTURES:
-        with tempfile.TemporaryDirectory() as place:
-            trial = Trial(name, Path(place))
+        with tempfile.TemporaryDirectory() as directory:
+            trial = Trial(name, Path(directory))
             stages = (trial.rft, trial.sample, trial.eval, trial.rl)
             with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # a process for each
                 cells = pool.map(final, stages, chunksize=1)

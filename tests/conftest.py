@@ -90,9 +90,9 @@ def run(engines):
 
     def evaluate(policies, problems, out, **options):
         files = problems if isinstance(problems, list) else [problems]
-        asked = {"policy": [str(policy) for policy in policies], "problems": files, "out": out}
+        paths = {"policy": [str(policy) for policy in policies], "problems": files, "out": out}
         how = {"template": "none", "max_tokens": 32, "num_samples": 4, "k": [1, 4]}
-        evaluation.draw(evaluation.Options(**asked, **how | options), engines)
+        evaluation.draw(evaluation.Options(**paths, **how | options), engines)
 
     return evaluate
 

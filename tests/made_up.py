@@ -91,5 +91,5 @@ class Runs:
     def evaluate(self, name: str, *policies: str, problems: str = "runs/0/valid.jsonl") -> None:
         """An evaluation, by an engine that answers by rule."""
         shutil.rmtree(f"runs/eval/{name}", ignore_errors=True)
-        asked = {"policy": list(policies), "problems": [Path(problems)], "out": Path(f"runs/eval/{name}")}
-        evaluation.draw(evaluation.Options(**asked, num_samples=4, k=[2], **HOW), ScriptedEngines())
+        paths = {"policy": list(policies), "problems": [Path(problems)], "out": Path(f"runs/eval/{name}")}
+        evaluation.draw(evaluation.Options(**paths, num_samples=4, k=[2], **HOW), ScriptedEngines())

@@ -133,12 +133,12 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
     if changes:
         assert_merged(accelerator.unwrap_model(trainer.model), weights)
     again = {}
-    for place in ("first", "second"):
-        trainer.load_state(state / place)
-        if place == "first":
+    for part in ("first", "second"):
+        trainer.load_state(state / part)
+        if part == "first":
             trainer.update(some_rollouts(31, seed=1), 1e-3)
         trainer.update(some_rollouts(31, seed=2), 1e-3)
-        again[place] = {name: weight.clone() for name, weight in trainer.weights()}
+        again[part] = {name: weight.clone() for name, weight in trainer.weights()}
     return {
         "gradient": gradients, "with_entropy": with_entropy, "sums": sums, "log_probs": log_probs, "norms": norms,
         "weights": weights, "again": again,

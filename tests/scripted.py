@@ -19,7 +19,7 @@ class ScriptedEngine:
         self.tokenizer = checkpoints.load_tokenizer(policy)
         self.dies_after = dies_after
         self.fault = fault
-        self.asked = []
+        self.prompted = []
         self.num_loads = self.num_checks = 0
         self.is_closed = False
         self.load(checkpoints.disk_weights(policy))
@@ -41,9 +41,9 @@ class ScriptedEngine:
         groups = [[self._complete(prompt, seed + i) for i in range(sampling.num_samples)]
                   for prompt, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
         for index in reversed(range(len(prompts))):
-            if len(self.asked) == self.dies_after:
+            if len(self.prompted) == self.dies_after:
                 raise KeyboardInterrupt
-            self.asked.append(self.tokenizer.decode(prompts[index]))
+            self.prompted.append(self.tokenizer.decode(prompts[index]))
             on_group(index, groups[index])
         return groups
 

@@ -92,12 +92,12 @@ def test_matrices_equal_those_worked_out_by_hand(out):
 
 
 def test_the_means_say_what_chance_alone_forgets(out):
-    found = json.loads((out / "metrics.json").read_text())["RL"]
-    assert found["mean_forgetting"] == pytest.approx((0.5 + 0 + 0) / 3)
+    measured = json.loads((out / "metrics.json").read_text())["RL"]
+    assert measured["mean_forgetting"] == pytest.approx((0.5 + 0 + 0) / 3)
     # halves of two samples; correct of 2 for (p, q): base (1, 0), step 5 (0, 2), step 10 (1, 1)
-    assert found["floor_of_forgetting"] == pytest.approx((0.25 + 0 + 0.5) / 3)
-    assert found["mean_forgetting_of_halves"] == pytest.approx((0.25 + 0.125 + 0.25) / 3)
-    assert found["mean_similarity_within"] == pytest.approx((5 / 6 + 0.5 + 0.5) / 3)
+    assert measured["floor_of_forgetting"] == pytest.approx((0.25 + 0 + 0.5) / 3)
+    assert measured["mean_forgetting_of_halves"] == pytest.approx((0.25 + 0.125 + 0.25) / 3)
+    assert measured["mean_similarity_within"] == pytest.approx((5 / 6 + 0.5 + 0.5) / 3)
 
 
 def test_each_matrix_is_there_as_json_tsv_and_figures_with_labels(out):
@@ -125,11 +125,11 @@ def test_what_is_kept_of_the_bases_problems_and_what_is_new_equal_those_worked_o
 
 def test_intervals_of_a_share_move_with_both_of_its_parts():
     is_solved = np.random.default_rng(1).random((2, 200)) < [[0.5], [0.6]]
-    (_, found), rng = dynamics.retention(is_solved), np.random.default_rng(2)
+    (_, share), rng = dynamics.retention(is_solved), np.random.default_rng(2)
     picks = [is_solved[:, rng.integers(200, size=200)] for _ in range(4000)]
     shares = [(first & later).sum() / first.sum() for first, later in picks]
-    assert found["value"] == (is_solved[0] & is_solved[1]).sum() / is_solved[0].sum()
-    assert [found["low"], found["high"]] == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
+    assert share["value"] == (is_solved[0] & is_solved[1]).sum() / is_solved[0].sum()
+    assert [share["low"], share["high"]] == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
 
 
 def test_a_base_that_solves_nothing_has_no_retention():
@@ -146,8 +146,8 @@ def test_samples_of_several_checkpoints_pass_as_often_as_all_choices_of_them_do(
     assert temporal.quotas(k, 3) == quotas
     choices = product(*(combinations(of_one, quota) for of_one, quota in zip(samples, quotas, strict=True)))
     passed = [any(map(any, choice)) for choice in choices]
-    found = temporal.pass_at_k(np.full((3, 1), 4), np.array(correct)[:, None], k)
-    assert found == pytest.approx([sum(passed) / len(passed)], abs=1e-12)
+    passes = temporal.pass_at_k(np.full((3, 1), 4), np.array(correct)[:, None], k)
+    assert passes == pytest.approx([sum(passed) / len(passed)], abs=1e-12)
 
 
 def test_temporal_sampling_is_right_on_average_whatever_an_evaluation_draws():
@@ -197,9 +197,9 @@ def test_differential_forgetting_aligns_rloop_and_rl_by_global_step(tmp_path):
     }
     evaluate(tmp_path / "valid", samples)
     analyze.run(analyze.Options(evals=[tmp_path / "valid"], out=tmp_path / "out"))
-    found = json.loads((tmp_path / "out/differential_forgetting.json").read_text())
-    assert found["labels"] == ["0", "2", "4"]
-    assert found["values"] == [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
+    matrix = json.loads((tmp_path / "out/differential_forgetting.json").read_text())
+    assert matrix["labels"] == ["0", "2", "4"]
+    assert matrix["values"] == [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
     labels = json.loads((tmp_path / "out/learning_RLoop.json").read_text())["labels"]
     assert labels == ["0", "2", "2+start", "4"]
 
@@ -226,10 +226,10 @@ def test_what_halves_of_the_samples_forget_is_the_mean_over_all_choices_of_them(
     solved = {part: len(right & set(part)) >= least for part in combinations(range(n), half)}
     apart = [solved[a] and not solved[b] for a, b in product(solved, solved) if not set(a) & set(b)]
     results = [[{"problem_id": "p", "num_samples": n, "num_correct": c}] for _ in range(2)]
-    found = dynamics.forgetting_of_halves(results, least)
+    forgotten = dynamics.forgetting_of_halves(results, least)
     share = np.mean(list(solved.values()))
     between, chance = share * (1 - share), np.mean(apart)
-    assert found == pytest.approx(np.array([[chance, between], [between, chance]]))
+    assert forgotten == pytest.approx(np.array([[chance, between], [between, chance]]))
 
 
 def test_the_floor_of_forgetting_is_right_on_average_whatever_an_evaluation_draws():
@@ -250,12 +250,12 @@ def test_pairs_within_an_iteration_are_those_without_a_reset_between_them():
     assert pairs == {RLOOP: {(0, 1), (2, 3)}, RL: {(0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4)}}
     values = np.arange(25.0).reshape(5, 5).tolist()
     matrices = [{"name": "forgetting", "run": run, "values": values} for run in (RL, RLOOP)]
-    found = means.measure(matrices, [], paths)
-    assert found[RLOOP]["mean_forgetting_within_iterations"] == (1 + 13) / 2
-    assert found[RLOOP]["mean_forgetting_across_iterations"] == (2 + 3 + 4 + 7 + 8 + 9 + 14 + 19) / 8
-    assert found[RLOOP]["mean_forgetting_at_common_steps"] == (1 + 3 + 8) / 3, "steps 0, 2 and 4"
-    assert found[RL]["mean_forgetting_at_common_steps"] == (2 + 4 + 14) / 3
-    assert found[RL]["mean_forgetting"] == found[RLOOP]["mean_forgetting"]
+    measured = means.measure(matrices, [], paths)
+    assert measured[RLOOP]["mean_forgetting_within_iterations"] == (1 + 13) / 2
+    assert measured[RLOOP]["mean_forgetting_across_iterations"] == (2 + 3 + 4 + 7 + 8 + 9 + 14 + 19) / 8
+    assert measured[RLOOP]["mean_forgetting_at_common_steps"] == (1 + 3 + 8) / 3, "steps 0, 2 and 4"
+    assert measured[RL]["mean_forgetting_at_common_steps"] == (2 + 4 + 14) / 3
+    assert measured[RL]["mean_forgetting"] == measured[RLOOP]["mean_forgetting"]
 
 
 def test_what_is_learned_forward_is_forgotten_backward():
@@ -306,9 +306,9 @@ def two(tmp_path) -> Path:
 @pytest.mark.slow
 def test_any_two_runs_can_be_compared(two):
     analyze.run(analyze.Options(evals=[two / "valid"], out=two / "out", compare=["other", "RL"]))
-    found = json.loads((two / "out/differential_forgetting.json").read_text())
-    assert found["values"] == [[0, 0], [-1, 0]]  # read backwards, RL forgets what it has learnt
-    assert found["definition"].startswith("forgetting of other minus forgetting of RL;")
+    matrix = json.loads((two / "out/differential_forgetting.json").read_text())
+    assert matrix["values"] == [[0, 0], [-1, 0]]  # read backwards, RL forgets what it has learnt
+    assert matrix["definition"].startswith("forgetting of other minus forgetting of RL;")
     assert "other - RL" in json.loads((two / "out/metrics.json").read_text())
     for wrong in (["RL"], ["RL", "RL"], ["RL", "RLoop"]):
         with pytest.raises(InputError, match="name two different runs of RL, other"):
@@ -351,8 +351,8 @@ def test_an_eval_that_is_not_finished_is_none(tmp_path):
 
 def test_evals_below_the_root_are_found_past_what_is_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
-    for place in ("proc/1", "work/proc", "work/.x.partial"):
-        evaluate(tmp_path / place, {BASE: {"p": [("a b", 1)]}})
+    for path in ("proc/1", "work/proc", "work/.x.partial"):
+        evaluate(tmp_path / path, {BASE: {"p": [("a b", 1)]}})
     (tmp_path / "work/round").symlink_to(tmp_path)
     assert runs.find_evals([tmp_path]) == [tmp_path / "work/proc"]
 

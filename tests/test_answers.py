@@ -37,8 +37,8 @@ def test_a_prediction_is_rewarded_exactly_if_it_equals_the_answer(kind: str, ver
 
 def test_every_answer_of_the_table_equals_itself(verifier: Verifier) -> None:
     golds = sorted({answer for rows in PAIRS.values() for answer, _, _ in rows})
-    found = verifier.parseable(golds)
-    assert [gold for gold, ok in zip(golds, found, strict=True) if not ok] == []
+    readable = verifier.parseable(golds)
+    assert [gold for gold, ok in zip(golds, readable, strict=True) if not ok] == []
 
 
 @pytest.mark.parametrize("answer", DOUBTFUL)
@@ -127,13 +127,13 @@ def test_the_documentation_tells_of_some_forms() -> None:
 
 def test_a_thought_that_began_in_the_prompt_and_never_ends_holds_no_answer() -> None:
     thinking = "What is 70+3?<|assistant|><think>\n"
-    for completion, found in [("So \\boxed{73}", None), ("So \\boxed{7}</think>\\boxed{73}", "73")]:
-        assert extract(completion, prompt=thinking) == found
+    for completion, extracted in [("So \\boxed{73}", None), ("So \\boxed{7}</think>\\boxed{73}", "73")]:
+        assert extract(completion, prompt=thinking) == extracted
     assert extract("So \\boxed{73}", prompt=thinking + "</think>") == "73"
 
 
 @pytest.mark.parametrize(
-    ("completion", "found"),
+    ("completion", "extracted"),
     [
         ("So \\boxed{3}.", "3"),
         ("First \\boxed{3}, no: \\boxed{4}.", "4"),
@@ -191,12 +191,12 @@ def test_a_thought_that_began_in_the_prompt_and_never_ends_holds_no_answer() -> 
         ("", None),
     ],
 )
-def test_the_answer_is_the_last_closed_box_or_else_the_last_answer_line(completion: str, found: str | None) -> None:
-    assert extract(completion) == found
+def test_the_answer_is_the_last_closed_box_or_else_the_last_answer_line(completion: str, extracted: str | None) -> None:
+    assert extract(completion) == extracted
 
 
 @pytest.mark.parametrize(
-    ("completion", "found"),
+    ("completion", "extracted"),
     [
         ("We get $x = 42$.", "x = 42"),
         ("6 \\cdot 7 = 42", "42"),
@@ -207,8 +207,8 @@ def test_the_answer_is_the_last_closed_box_or_else_the_last_answer_line(completi
         ("I cannot answer question 42", None),
     ],
 )
-def test_a_bare_expression_ends_the_last_line(completion: str, found: str | None) -> None:
-    assert extract(completion, bare=True) == found
+def test_a_bare_expression_ends_the_last_line(completion: str, extracted: str | None) -> None:
+    assert extract(completion, bare=True) == extracted
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_a_bare_expression_ends_the_last_line(completion: str, found: str | None
 def test_a_million_characters_of_anything_are_read_once(completion: str) -> None:
     """Each takes less than half a second; quadratic work would take hours."""
     for bare in (False, True):
-        found = extract(completion, bare)
-        assert found is None or decide("2", found) in ("wrong", "rejected")
+        extracted = extract(completion, bare)
+        assert extracted is None or decide("2", extracted) in ("wrong", "rejected")
 
 
 @pytest.mark.parametrize(
@@ -366,9 +366,9 @@ def test_no_text_raises_or_meets_code_that_did_not_foresee_it(seed: int) -> None
 )
 def test_a_hundred_thousand_characters_in_a_box_are_rejected_unread(unit: str) -> None:
     for shape in fuzz.SHAPES:
-        found = extract(shape % (unit * (100_000 // len(unit))))
-        assert found is None or decide("2", found) in ("wrong", "rejected", "no_answer")
-        assert found is None or decide(found, "2") in ("wrong", "rejected", "no_answer")
+        extracted = extract(shape % (unit * (100_000 // len(unit))))
+        assert extracted is None or decide("2", extracted) in ("wrong", "rejected", "no_answer")
+        assert extracted is None or decide(extracted, "2") in ("wrong", "rejected", "no_answer")
 
 
 @pytest.mark.parametrize(

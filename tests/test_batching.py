@@ -48,7 +48,7 @@ def test_no_other_cut_of_the_sequences_sorted_by_length_is_cheaper(seed):
     order = sorted(range(9), key=lambda index: -lengths[index])
     costs = []
     for cuts in range(2**8):
-        ends = [place for place in range(1, 9) if cuts >> (place - 1) & 1]
+        ends = [index for index in range(1, 9) if cuts >> (index - 1) & 1]
         batches = [order[start:end] for start, end in pairwise([0, *ends, 9])]
         sizes = [tokens(batch, lengths, prompts) for batch in batches]
         if all(size <= 160 for size in sizes):

@@ -78,7 +78,7 @@ def test_prompts_and_steps_that_make_a_comparison_unequal_are_noted(project):
     project["eval"]["template"] = "qwen-math"
     project["vanilla"]["steps"] = 60
     noted = sections(checked(project))["note"]
-    assert noted.startswith("templates differ: rl asks with none, eval asks with qwen-math; a policy is tested")
+    assert noted.startswith("templates differ: rl uses none, eval uses qwen-math; a policy is tested")
     assert noted.endswith("vanilla has 60 steps, the iterations together 90: no comparison at equal steps")
 
 
@@ -199,11 +199,11 @@ def test_what_another_params_file_has_made_is_not_held_against_this_one(made):
 
 @pytest.mark.slow
 def test_once_they_are_made_prompts_are_shown_and_counted_and_runs_say_how_long_it_takes(made):
-    place = Path("old/1/rl")
-    place.mkdir(parents=True)
+    run = Path("old/1/rl")
+    run.mkdir(parents=True)
     parameters = {"problems_per_step": 32, "group_size": 16, "max_tokens": 72}
-    (place / "manifest.json").write_text(json.dumps({"stage": "rl", "parameters": parameters}))
-    tabular.write_tsv(place / "log.tsv", [{"step": step, "seconds": 40.0, "rollout_tokens": 800} for step in (1, 2)])
+    (run / "manifest.json").write_text(json.dumps({"stage": "rl", "parameters": parameters}))
+    tabular.write_tsv(run / "log.tsv", [{"step": step, "seconds": 40.0, "rollout_tokens": 800} for step in (1, 2)])
     for name, counts in (("", {}), ("a/", {"rollouts": 60}), ("b/", {"rollouts": 40})):
         file = Path(f"old/eval/0/{name}manifest.json")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -340,8 +340,8 @@ def test_help_answers_within_three_times_a_bare_typer_app():
     ],
 )
 def test_the_shell_completes_commands_options_and_choices(words, choices):
-    place = {"_RLOOP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    assert rloop(env={**os.environ, **place}).stdout.split() == choices
+    completing = {"_RLOOP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    assert rloop(env={**os.environ, **completing}).stdout.split() == choices
 
 
 def test_the_version_is_that_of_the_package():

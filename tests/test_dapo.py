@@ -91,12 +91,12 @@ def test_token_loss_and_clip_counts_equal_the_formula_written_out():
     advantage = torch.tensor([1.5, -0.7, 0.0, 2.0, -1.0], dtype=torch.float64)
     mask = torch.rand(5, 7) < 0.8
     weights = torch.rand(5, 7, dtype=torch.float64) + 0.5
-    found = dapo.token_loss(log_probs, old, advantage[:, None], mask, 0.2, 0.28, weights)
+    terms = dapo.token_loss(log_probs, old, advantage[:, None], mask, 0.2, 0.28, weights)
     expected = loss_by_hand(
         log_probs.tolist(), old.tolist(), advantage.tolist(), mask.tolist(), 0.2, 0.28, weights.tolist()
     )
-    assert found.loss.item() == pytest.approx(expected[0], rel=1e-12)
-    assert (found.clipped_low.item(), found.clipped_high.item()) == expected[1:]
+    assert terms.loss.item() == pytest.approx(expected[0], rel=1e-12)
+    assert (terms.clipped_low.item(), terms.clipped_high.item()) == expected[1:]
     assert expected[1] > 0
     assert expected[2] > 0
 

@@ -89,13 +89,13 @@ def test_every_policy_is_compared_with_the_base_along_its_own_completions(
     rollouts = {
         (r["policy"], r["problem_id"], r["sample"]): r for r in records.read(tmp_path / "out/rollouts.jsonl", Rollout)
     }
-    found = of(tmp_path / "out")
-    assert [(d["policy"], d["problem_id"], d["sample"]) for d in found] == [key for key in rollouts if key[2] < 2], (
+    scored = of(tmp_path / "out")
+    assert [(d["policy"], d["problem_id"], d["sample"]) for d in scored] == [key for key in rollouts if key[2] < 2], (
         "the first two samples of each problem"
     )
     tokenizer = checkpoints.load_tokenizer(tiny_policy)
     models = {str(path): checkpoints.load_model(path, torch.float32) for path in (tiny_policy, other_policy)}
-    for one in found:
+    for one in scored:
         rollout = rollouts[one["policy"], one["problem_id"], one["sample"]]
         prompt, completion = (tokenizer(rollout[name])["input_ids"] for name in ("prompt", "completion"))
         expected = plain_kl(models[one["policy"]], models[str(tiny_policy)], prompt, completion)
@@ -103,7 +103,7 @@ def test_every_policy_is_compared_with_the_base_along_its_own_completions(
         assert one["num_tokens"] == rollout["num_tokens"] == len(completion)
     of_policies = load(tmp_path / "out/metrics.json")["policies"]
     assert of_policies[str(tiny_policy)]["kl"] == {"value": 0, "low": 0, "high": 0}
-    own = [one for one in found if one["policy"] == str(other_policy)]
+    own = [one for one in scored if one["policy"] == str(other_policy)]
     nats, tokens = (sum(one[name] for one in own) for name in ("kl_nats", "num_tokens"))
     summary = of_policies[str(other_policy)]
     assert summary["kl"]["value"] == pytest.approx(nats / 10)
@@ -154,7 +154,7 @@ def test_a_call_that_was_begun_without_it_is_done_again_where_tokens_are_missing
     with pytest.raises(KeyboardInterrupt):
         run([other_policy], problems, tmp_path / "out")
     run([other_policy], problems, tmp_path / "out", tiny_policy)
-    assert len(engines[-1].asked) == 5
+    assert len(engines[-1].prompted) == 5
     assert len(of(tmp_path / "out")) == 5 and len(list(records.read(tmp_path / "out/rollouts.jsonl", Rollout))) == 20
     run([other_policy], problems, tmp_path / "out", tiny_policy)  # already done
     with pytest.raises(InputError, match="already holds something"):

@@ -40,7 +40,7 @@ def restored(engine, tiny_policy):
 
 def seeded(num_samples, max_tokens, prompts, seed=0, **how):
     """How to sample `prompts`, each with a seed of its own."""
-    return Sampling(num_samples, max_tokens, seeds=[seed_of(seed, place) for place in range(len(prompts))], **how)
+    return Sampling(num_samples, max_tokens, seeds=[seed_of(seed, index) for index in range(len(prompts))], **how)
 
 
 def log_probs(path, prompt, completion):
@@ -101,9 +101,9 @@ def swap_unknown(load, weights):
 def test_an_engine_that_takes_weights_wrongly_says_so(restored, tiny_policy, monkeypatch, swap, fault):
     load = restored.load
     monkeypatch.setattr(restored, "load", lambda weights: swap(load, weights))
-    found = restored.swap_fault(lambda: checkpoints.disk_weights(tiny_policy))
-    assert fault in found
-    assert "\n" not in found
+    said = restored.swap_fault(lambda: checkpoints.disk_weights(tiny_policy))
+    assert fault in said
+    assert "\n" not in said
 
 
 @pytest.mark.slow
@@ -148,10 +148,10 @@ def test_a_call_without_a_seed_for_each_prompt_is_refused():
 def test_every_request_of_the_engine_has_a_seed_of_its_own():
     from vllm.v1.engine.parallel_sampling import ParentRequest
 
-    asked = {}
+    requests = {}
     core = SimpleNamespace(
-        add_request=lambda name, prompt, params: asked.update({name: params}),
-        get_num_unfinished_requests=lambda: len(asked),
+        add_request=lambda name, prompt, params: requests.update({name: params}),
+        get_num_unfinished_requests=lambda: len(requests),
         has_unfinished_requests=lambda: False,
         step=list,
         abort_request=lambda names: None,
@@ -163,10 +163,10 @@ def test_every_request_of_the_engine_has_a_seed_of_its_own():
         engine.generate([[1, 2], [1, 2]], seeded(4, 8, [0, 1]))
     children = [
         ParentRequest(SimpleNamespace(external_req_id=name, request_id=name, params=params)).get_child_info(sample)[1]
-        for name, params in asked.items()
+        for name, params in requests.items()
         for sample in range(4)
     ]
-    assert [child.seed for child in children] == [seed_of(0, place) + sample for place in (0, 1) for sample in range(4)]
+    assert [child.seed for child in children] == [seed_of(0, index) + sample for index in (0, 1) for sample in range(4)]
 
 
 def test_seeds_keep_apart_and_leave_room_for_the_samples():

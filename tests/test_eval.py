@@ -59,17 +59,17 @@ def test_results_and_metrics_follow_from_the_rollouts(run, engines, tiny_policy,
         assert result["num_truncated"] == sum(r["finish_reason"] == "length" for r in own)
         assert result["num_no_answer"] == sum(r["verdict"] == "no_answer" for r in own)
         assert result["num_tokens"] == sum(r["num_tokens"] for r in own)
-    found = load(tmp_path / "out/metrics.json")
+    written = load(tmp_path / "out/metrics.json")
     mine = [result for result in results if result["policy"] == str(other_policy)]
-    summary = found["policies"][str(other_policy)]
+    summary = written["policies"][str(other_policy)]
     assert summary["avg@4"]["value"] == sum(result["num_correct"] for result in mine) / (4 * NUM_PROBLEMS)
     assert summary["pass@4"]["value"] == sum(result["num_correct"] > 0 for result in mine) / NUM_PROBLEMS
     assert summary["verdicts"]["no_answer"] == sum(result["num_no_answer"] for result in mine) > 0
     theirs = [result for result in results if result["policy"] == str(tiny_policy)]
-    difference = found["differences"][f"{other_policy} - {tiny_policy}"]
+    difference = written["differences"][f"{other_policy} - {tiny_policy}"]
     assert difference == metrics.compare(theirs, mine, (1, 4))
     assert difference["avg@4"]["value"] == pytest.approx(
-        summary["avg@4"]["value"] - found["policies"][str(tiny_policy)]["avg@4"]["value"]
+        summary["avg@4"]["value"] - written["policies"][str(tiny_policy)]["avg@4"]["value"]
     )
     assert len(engines) == 1 and engines[0].num_loads == 2
 
@@ -100,23 +100,23 @@ def test_an_interrupted_call_goes_on_where_it_stopped(run, engines, tiny_policy,
         run(both, problems, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run(both, problems, tmp_path / "out")
-    assert len(engines[-1].asked) == NUM_PROBLEMS - 5
+    assert len(engines[-1].prompted) == NUM_PROBLEMS - 5
     assert engines[-1].num_loads == 1  # the finished policy's weights are not even read
     for name in ("rollouts.jsonl", "results.jsonl", "metrics.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "sums.jsonl", "whole"]
 
 
-def write(place, *problem_ids, sample=0, engine=0):
-    with Writer(place, "sums", engine) as writer:
+def write(path, *problem_ids, sample=0, engine=0):
+    with Writer(path, "sums", engine) as writer:
         for problem_id in problem_ids:
             writer.add([{"problem_id": problem_id, "sample": sample}])
-    return place / f"sums-{engine}.jsonl"
+    return path / f"sums-{engine}.jsonl"
 
 
-def kept(place):
+def kept(path):
     """The sample on disk by problem."""
-    with Groups(place, "sums") as groups:
+    with Groups(path, "sums") as groups:
         return {problem_id: groups.get(problem_id)[0]["sample"] for problem_id in sorted(groups.problem_ids)}
 
 
@@ -168,13 +168,13 @@ def test_more_policies_can_be_named_when_a_call_is_repeated(
     run, interrupted, tiny_policy, other_policy, problems, tmp_path
 ):
     run([other_policy, tiny_policy], problems, tmp_path / "out")
-    assert len(interrupted[-1].asked) == 2 * NUM_PROBLEMS - 5
+    assert len(interrupted[-1].prompted) == 2 * NUM_PROBLEMS - 5
 
 
 def test_problems_that_changed_are_drawn_anew(run, interrupted, tiny_policy, problems, tmp_path):
     jsonl.write(problems, (problem(number) | {"answer": "0"} for number in range(NUM_PROBLEMS)))
     run([tiny_policy], problems, tmp_path / "out")
-    assert len(interrupted[-1].asked) == NUM_PROBLEMS
+    assert len(interrupted[-1].prompted) == NUM_PROBLEMS
     assert {rollout["reward"] for rollout in read(tmp_path / "out")} == {0.0}
 
 
@@ -231,10 +231,10 @@ def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(
     assert not (tmp_path / "again").exists()
 
 
-def test_two_names_of_one_checkpoint_are_asked_once(run, engines, tiny_policy, problems, tmp_path):
+def test_two_names_of_one_checkpoint_are_evaluated_once(run, engines, tiny_policy, problems, tmp_path):
     shutil.copytree(tiny_policy, tmp_path / "again")
     run([tiny_policy, tmp_path / "again"], problems, tmp_path / "out")
-    assert len(engines[-1].asked) == NUM_PROBLEMS
+    assert len(engines[-1].prompted) == NUM_PROBLEMS
     results = metrics.by_policy(read(tmp_path / "out", Result))
     assert [list(results), len(results[str(tmp_path / "again")])] == [
         [str(tiny_policy), str(tmp_path / "again")], NUM_PROBLEMS
@@ -258,10 +258,10 @@ def test_several_sets_share_one_engine_and_lie_side_by_side(
 
 def test_the_best_policy_by_a_metric_is_named(run, engines, tiny_policy, other_policy, problems, tmp_path, capsys):
     run([tiny_policy, other_policy], problems, tmp_path / "out", select="avg@4")
-    found = load(tmp_path / "out/metrics.json")
-    averages = {name: summary["avg@4"]["value"] for name, summary in found["policies"].items()}
+    written = load(tmp_path / "out/metrics.json")
+    averages = {name: summary["avg@4"]["value"] for name, summary in written["policies"].items()}
     assert averages[str(other_policy)] > averages[str(tiny_policy)]
-    assert found["selected"] == {
+    assert written["selected"] == {
         "policy": str(other_policy), "metric": "avg@4", "value": averages[str(other_policy)]
     }  # fmt: skip
     assert f"best on sums by avg@4: {other_policy}" in capsys.readouterr().out
@@ -271,10 +271,10 @@ def test_the_best_policy_by_a_metric_is_named(run, engines, tiny_policy, other_p
 def validated(run, engines, tiny_policy, other_policy, problems, tmp_path, monkeypatch):
     """An eval of a run's three checkpoints, the second of which is the best, and of a policy fine-tuned after it."""
     monkeypatch.chdir(tmp_path)
-    for place, policy in {
+    for path, policy in {
         CHECKPOINTS[0]: tiny_policy, CHECKPOINTS[1]: other_policy, CHECKPOINTS[2]: tiny_policy, TUNED: tiny_policy
     }.items():  # fmt: skip
-        shutil.copytree(policy, place)
+        shutil.copytree(policy, path)
     run([str(Path(TUNED)), "1/rl/checkpoints"], problems, Path("valid"), select="avg@4")
     assert load(Path("valid/metrics.json"))["selected"]["policy"] == CHECKPOINTS[1]
     return Path("valid")
@@ -284,24 +284,24 @@ CHECKPOINTS = [f"1/rl/checkpoints/step_{step:06d}" for step in (2, 10, 12)]
 TUNED = "1/policy"
 
 
-def asked(out):
+def evaluated(out):
     """The policies that an eval output has results of, in order."""
     return list(metrics.by_policy(read(Path(out), Result)))
 
 
-def test_what_an_evaluation_selected_is_asked_with_the_ends_of_runs_and_what_is_no_checkpoint(run, validated, problems):
+def test_what_an_evaluation_selected_is_evaluated_with_ends_of_runs_and_what_is_no_checkpoint(run, validated, problems):
     run([], problems, Path("test"), selected=[validated])
-    assert asked("test") == [TUNED, *CHECKPOINTS[1:]]
+    assert evaluated("test") == [TUNED, *CHECKPOINTS[1:]]
     run([], problems, Path("all"), selected=[validated], all_checkpoints=True)
-    assert asked("all") == [TUNED, *CHECKPOINTS]
+    assert evaluated("all") == [TUNED, *CHECKPOINTS]
 
 
-def test_a_policy_that_is_named_and_selected_or_selected_twice_is_asked_once(run, validated, problems):
+def test_a_policy_that_is_named_and_selected_or_selected_twice_is_evaluated_once(run, validated, problems):
     shutil.copytree(validated, "again")
     run([CHECKPOINTS[0], CHECKPOINTS[2]], problems, Path("test"), selected=[validated, Path("again")])
-    assert asked("test") == [CHECKPOINTS[0], CHECKPOINTS[2], TUNED, CHECKPOINTS[1]]
+    assert evaluated("test") == [CHECKPOINTS[0], CHECKPOINTS[2], TUNED, CHECKPOINTS[1]]
     run(["1/rl/checkpoints/"], problems, Path("named"), selected=[validated])
-    assert asked("named") == [*CHECKPOINTS, TUNED]
+    assert evaluated("named") == [*CHECKPOINTS, TUNED]
 
 
 def test_policies_are_taken_from_no_eval_that_selected_nothing(run, validated, problems):
@@ -323,7 +323,7 @@ def test_policies_that_were_made_anew_since_they_were_selected_are_refused(run, 
     assert not Path("test").exists()
     run([TUNED, "1/rl/checkpoints"], problems, Path("anew"), select="avg@4")
     run([], problems, Path("test"), selected=[Path("anew")])
-    assert asked("test") == [TUNED, CHECKPOINTS[1], CHECKPOINTS[2]]
+    assert evaluated("test") == [TUNED, CHECKPOINTS[1], CHECKPOINTS[2]]
 
 
 def test_of_equals_by_the_metric_the_best_by_average_is_named_as_the_report_does_then_the_first():
@@ -383,7 +383,7 @@ def test_answers_are_of_one_class_whichever_of_them_the_verifier_takes_for_the_a
 def test_majorities_follow_from_the_rollouts(run, engines, tiny_policy, other_policy, problems, tmp_path, capsys):
     both = [tiny_policy, other_policy]
     run(both, problems, tmp_path / "out", num_samples=6, k=[1, 4], maj=True, select="maj@4")
-    rollouts, found = read(tmp_path / "out"), load(tmp_path / "out/metrics.json")
+    rollouts, written = read(tmp_path / "out"), load(tmp_path / "out/metrics.json")
     for policy in map(str, both):
         own = [r for r in rollouts if r["policy"] == policy]
         chances = []
@@ -391,14 +391,14 @@ def test_majorities_follow_from_the_rollouts(run, engines, tiny_policy, other_po
             names = {"correct": "correct", "wrong": "wrong", "no_answer": "silent"}
             voters = [names[r["verdict"]] for r in own if r["problem_id"] == f"p{number}"]
             chances.append(majority_is_right(voters, 4))
-        assert found["policies"][policy]["maj@4"]["value"] == pytest.approx(sum(chances) / NUM_PROBLEMS)
-        low, value, high = (found["policies"][policy]["maj@4"][key] for key in ("low", "value", "high"))
+        assert written["policies"][policy]["maj@4"]["value"] == pytest.approx(sum(chances) / NUM_PROBLEMS)
+        low, value, high = (written["policies"][policy]["maj@4"][key] for key in ("low", "value", "high"))
         assert low < value < high
-    values = [found["policies"][str(policy)]["maj@4"]["value"] for policy in both]
-    assert found["differences"][f"{other_policy} - {tiny_policy}"]["maj@4"]["value"] == pytest.approx(
+    values = [written["policies"][str(policy)]["maj@4"]["value"] for policy in both]
+    assert written["differences"][f"{other_policy} - {tiny_policy}"]["maj@4"]["value"] == pytest.approx(
         values[1] - values[0]
     )
-    assert found["selected"]["value"] == max(values) and "maj@4" in capsys.readouterr().out
+    assert written["selected"]["value"] == max(values) and "maj@4" in capsys.readouterr().out
     assert any(result["wrong_votes"] for result in read(tmp_path / "out", Result))
 
 
@@ -410,7 +410,7 @@ def test_majorities_are_the_same_at_once_after_an_interruption_and_by_grading_ag
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "later")
     run([tiny_policy], problems, tmp_path / "later", maj=True)  # what was drawn without counts
-    assert len(engines[-1].asked) == NUM_PROBLEMS - 5
+    assert len(engines[-1].prompted) == NUM_PROBLEMS - 5
     run([tiny_policy], problems, tmp_path / "without")
     assert "maj" not in (tmp_path / "without/metrics.json").read_text()
     regrade.run(regrade.Options(rollouts=tmp_path / "without", out=tmp_path / "again", maj=True))
@@ -455,7 +455,7 @@ def test_greedy_completions_go_on_where_they_stopped_and_are_graded_again(
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "later", greedy=True)
     run([tiny_policy], problems, tmp_path / "later", greedy=True)
-    assert len(engines[-1].asked) == 2 * NUM_PROBLEMS - groups_before
+    assert len(engines[-1].prompted) == 2 * NUM_PROBLEMS - groups_before
     regrade.run(regrade.Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
     assert "no verdict changed" in capsys.readouterr().out
     for name in ("rollouts.jsonl", "greedy.jsonl", "results.jsonl", "metrics.json"):
@@ -514,11 +514,11 @@ def test_several_temperatures_are_measured_apart_and_each_as_it_is_alone(
     run(both, problems, tmp_path / "two", temperature=[1.0, 0.6], greedy=True, select="avg@4")
     assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.is_dir()) == ["sums@0.6", "sums@1"]
     assert samples(read(tmp_path / "two/sums@0.6")) == samples(read(tmp_path / "one"))
-    for place, temperature in (("two/sums@0.6", 0.6), ("two/sums@1", 1.0), ("one", 0.6)):
-        manifest = load(tmp_path / place / "manifest.json")
+    for path, temperature in (("two/sums@0.6", 0.6), ("two/sums@1", 1.0), ("one", 0.6)):
+        manifest = load(tmp_path / path / "manifest.json")
         assert (manifest["temperature"], manifest["parameters"]["temperature"]) == (temperature, [temperature])
-        assert load(tmp_path / place / "metrics.json")["temperature"] == temperature
-        assert {result["temperature"] for result in read(tmp_path / place, Result)} == {temperature}
+        assert load(tmp_path / path / "metrics.json")["temperature"] == temperature
+        assert {result["temperature"] for result in read(tmp_path / path, Result)} == {temperature}
     overview = load(tmp_path / "two/metrics.json")
     assert overview["selected"] == load(tmp_path / "two/sums@1/metrics.json")["selected"], "the first one selects"
     run(both, problems, tmp_path / "two", temperature=[1.0, 0.6], greedy=True, select="avg@4")
@@ -530,7 +530,7 @@ def test_a_temperature_that_is_added_keeps_what_was_drawn_at_another(run, engine
     with pytest.raises(KeyboardInterrupt):
         run([tiny_policy], problems, tmp_path / "out")
     run([tiny_policy], problems, tmp_path / "out", temperature=[1.0, 0.6])
-    assert len(engines[-1].asked) == 2 * NUM_PROBLEMS - 5
+    assert len(engines[-1].prompted) == 2 * NUM_PROBLEMS - 5
 
 
 def test_a_temperature_that_is_named_twice_is_refused(run, tiny_policy, problems, tmp_path):

@@ -16,7 +16,7 @@ from stages import filter as filtering
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from tests.made_up import HOW, Runs
-from tests.scripted import Engines, ScriptedEngine
+from tests.scripted import ScriptedEngine, ScriptedEngines
 from tests.test_saving import files_of_at_most
 
 TOY = {"pretrain_steps": 2, "pretrain_batch": 2, "num_train": 20, "num_test": 20}
@@ -59,7 +59,7 @@ def given(tmp_path_factory, tiny_policy, other_policy):
 
 
 @pytest.fixture
-def place(given, tmp_path, monkeypatch):
+def directory(given, tmp_path, monkeypatch):
     """A working directory with what every stage reads, and nothing else."""
     for path in given.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -70,20 +70,20 @@ def place(given, tmp_path, monkeypatch):
 def call(stage, out):
     """Make `out`, in the working directory, by a stage."""
     drawn = {"num_samples": 4, **HOW}
-    asked = {"policy": ["policy"], **drawn}
+    shared = {"policy": ["policy"], **drawn}
     calls = {
         "prepare": lambda: prepare.run(prepare.Options(source="many.jsonl", out=str(out))),
         "filter": lambda: filtering.run(filtering.Options(rollouts=["rollouts.jsonl"], out=str(out))),
         "merge": lambda: merge.run(merge.Options(policy=["policy", "other"], weight=[0.5, 0.5], out=out)),
         "sample": lambda: sample.draw(
-            sample.Options(**asked, problems=Path("sums.jsonl"), out=out), lambda _, policy: ScriptedEngine(policy)
+            sample.Options(**shared, problems=Path("sums.jsonl"), out=out), lambda _, policy: ScriptedEngine(policy)
         ),
         "toy": lambda: toy.run(toy.Options(out=out, **TOY)),
         "rft": lambda: rft.run(
             rft.Options(policy="policy", examples=Path("examples.jsonl"), out=out, batch_size=4, warn_below=0)
         ),
         "eval": lambda: evaluation.draw(
-            evaluation.Options(**asked, problems=[Path("sums.jsonl")], out=out, k=[2]), Engines()
+            evaluation.Options(**shared, problems=[Path("sums.jsonl")], out=out, k=[2]), ScriptedEngines()
         ),
         "regrade": lambda: regrade.run(regrade.Options(rollouts=Path("runs/eval/0"), out=out)),
         "analyze": lambda: analyze.run(analyze.Options(evals=[Path("runs/eval")], out=out)),
@@ -92,10 +92,10 @@ def call(stage, out):
     calls[stage]()
 
 
-def everything(place):
+def everything(directory):
     """Each path with its content, without what is only read and what an interrupted evaluation keeps."""
     kept = {".out.partial"}
-    paths = sorted(path for path in place.rglob("*") if kept.isdisjoint(path.relative_to(place).parts))
+    paths = sorted(path for path in directory.rglob("*") if kept.isdisjoint(path.relative_to(directory).parts))
     return {path: path.read_bytes() if path.is_file() else os.path.lexists(path) for path in paths}
 
 
@@ -105,23 +105,23 @@ def said(error):
 
 
 @pytest.mark.parametrize(("stage", "size"), cases((stage, size) for stage, sizes in SIZES.items() for size in sizes))
-def test_on_a_full_disk_the_output_is_whole_or_absent_and_a_line_names_the_file(place, stage, size):
-    before = everything(place)
+def test_on_a_full_disk_the_output_is_whole_or_absent_and_a_line_names_the_file(directory, stage, size):
+    before = everything(directory)
     with files_of_at_most(size), pytest.raises((OSError, ValueError)) as error:
         call(stage, Path("out"))
     assert re.search("out|figures", said(error)) and "\n" not in said(error), said(error)
-    assert everything(place) == before, "something is left"
+    assert everything(directory) == before, "something is left"
 
 
 @pytest.mark.parametrize("stage", cases((stage,) for stage in SIZES))
-def test_two_at_once_links_and_places_that_take_no_files_are_refused_in_a_line(place, stage, tmp_path_factory):
+def test_two_at_once_links_and_places_that_take_no_files_are_refused_in_a_line(directory, stage, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "thesis.tex").write_text("precious")
-    (place / "lost").symlink_to("nowhere")
-    (place / "full").symlink_to(elsewhere)
-    (place / "round").symlink_to("round")
-    (place / "file").write_text("precious")
-    before = everything(place)
+    (directory / "lost").symlink_to("nowhere")
+    (directory / "full").symlink_to(elsewhere)
+    (directory / "round").symlink_to("round")
+    (directory / "file").write_text("precious")
+    before = everything(directory)
     faults = {
         "out": "is being written by another process",
         "lost": "link to something that is not there",
@@ -136,6 +136,6 @@ def test_two_at_once_links_and_places_that_take_no_files_are_refused_in_a_line(p
             with pytest.raises(InputError, match=fault) as error:
                 call(stage, Path(out))
             assert Path(out).name in str(error.value) and "\n" not in str(error.value), error.value
-    assert everything(place) == before, "something was changed"
+    assert everything(directory) == before, "something was changed"
     call(stage, Path("out"))
     assert Path("out").exists()

@@ -32,7 +32,7 @@ class NumberedEngine:
 
     def __init__(self, num_correct, max_sequences=8):
         self.num_correct = num_correct
-        self.asked = []
+        self.prompted = []
         self.num_preemptions = 5
         self.max_sequences = max_sequences
 
@@ -48,7 +48,7 @@ class NumberedEngine:
         self.released = False
 
     def generate(self, prompts, sampling, on_group, should_stop=lambda: False):
-        self.asked += [number for (number,) in prompts]
+        self.prompted += [number for (number,) in prompts]
         self.num_preemptions += 2
         for index, (number,) in reversed(list(enumerate(prompts))):
             if should_stop():
@@ -121,12 +121,12 @@ def trained_problems(rollouts):
 
 
 def test_more_groups_than_are_missing_fill_the_batch_in_one_round_in_the_order_of_the_stream(tmp_path):
-    found = explore(tmp_path, lambda number: 2)
-    assert len(found.engine.asked) == 12
-    assert trained_problems(found.written[0]) == [f"p{number}" for number in found.engine.asked[:4]]
-    assert len(found.trainer.batches[0]) == 4 * GROUP
-    assert len(found.written[0]) == 12 * GROUP
-    row = found.rows[0]
+    run = explore(tmp_path, lambda number: 2)
+    assert len(run.engine.prompted) == 12
+    assert trained_problems(run.written[0]) == [f"p{number}" for number in run.engine.prompted[:4]]
+    assert len(run.trainer.batches[0]) == 4 * GROUP
+    assert len(run.written[0]) == 12 * GROUP
+    row = run.rows[0]
     assert (row["num_rounds"], row["num_kept"], row["num_surplus"], row["num_dropped"]) == (1, 4, 8, 0)
     assert row["short_batch"] == 0
     assert row["rollout_tokens"] == 3 * row["update_tokens"]
@@ -134,75 +134,75 @@ def test_more_groups_than_are_missing_fill_the_batch_in_one_round_in_the_order_o
 
 
 def test_groups_with_equal_rewards_are_passed_over_and_still_written(tmp_path):
-    found = explore(tmp_path, lambda number: GROUP if number % 2 else 1, max_rounds=10)
-    informative = [number for number in found.engine.asked if number % 2 == 0]
-    assert len(set(found.engine.asked)) == len(found.engine.asked)
-    assert len(found.written[0]) == GROUP * len(found.engine.asked)
-    assert trained_problems(found.written[0]) == [f"p{number}" for number in informative[:4]]
-    assert found.rows[0]["num_dropped"] == len(found.engine.asked) - len(informative)
-    assert found.rows[0]["num_surplus"] == len(informative) - 4
+    run = explore(tmp_path, lambda number: GROUP if number % 2 else 1, max_rounds=10)
+    informative = [number for number in run.engine.prompted if number % 2 == 0]
+    assert len(set(run.engine.prompted)) == len(run.engine.prompted)
+    assert len(run.written[0]) == GROUP * len(run.engine.prompted)
+    assert trained_problems(run.written[0]) == [f"p{number}" for number in informative[:4]]
+    assert run.rows[0]["num_dropped"] == len(run.engine.prompted) - len(informative)
+    assert run.rows[0]["num_surplus"] == len(informative) - 4
 
 
 def test_at_the_cap_the_batch_is_trained_as_it_is_and_the_log_says_so(tmp_path):
-    found = explore(tmp_path, lambda number: int(number == 3), num_problems=12, max_rounds=3)
-    row = found.rows[0]
-    assert row["num_groups"] == 3 * 4 == len(found.engine.asked)
+    run = explore(tmp_path, lambda number: int(number == 3), num_problems=12, max_rounds=3)
+    row = run.rows[0]
+    assert row["num_groups"] == 3 * 4 == len(run.engine.prompted)
     assert row["short_batch"] == row["num_kept"] == 1
-    assert row["num_trained"] == len(found.trainer.batches[0]) == GROUP
+    assert row["num_trained"] == len(run.trainer.batches[0]) == GROUP
 
 
 def test_one_round_draws_one_full_batch_as_without_dynamic_sampling(tmp_path):
-    found = explore(tmp_path, lambda number: number % 2, max_rounds=1, steps=3)
-    assert [row["num_groups"] for row in found.rows] == [4] * 3
+    run = explore(tmp_path, lambda number: number % 2, max_rounds=1, steps=3)
+    assert [row["num_groups"] for row in run.rows] == [4] * 3
 
 
 def test_a_step_with_nothing_to_train_on_makes_no_update_and_the_run_goes_on(tmp_path):
-    found = explore(tmp_path, lambda number: 0, steps=2)
-    assert found.trainer.batches == []
-    assert [row["num_trained"] for row in found.rows] == [0, 0]
-    assert "loss" not in found.rows[0]
-    assert len(found.written) == 2
+    run = explore(tmp_path, lambda number: 0, steps=2)
+    assert run.trainer.batches == []
+    assert [row["num_trained"] for row in run.rows] == [0, 0]
+    assert "loss" not in run.rows[0]
+    assert len(run.written) == 2
 
 
 def test_the_pool_is_exhausted_and_a_new_epoch_begins_without_losing_or_repeating(tmp_path):
-    found = explore(tmp_path, lambda number: 1, num_problems=6, steps=3)
-    assert sum(row["num_surplus"] for row in found.rows) > 0, "what is left over is not drawn again in its epoch"
-    epochs = [found.engine.asked[start : start + 6] for start in range(0, len(found.engine.asked) - 5, 6)]
+    run = explore(tmp_path, lambda number: 1, num_problems=6, steps=3)
+    assert sum(row["num_surplus"] for row in run.rows) > 0, "what is left over is not drawn again in its epoch"
+    epochs = [run.engine.prompted[start : start + 6] for start in range(0, len(run.engine.prompted) - 5, 6)]
     assert len(epochs) > 2
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
 
 
 def test_a_problem_that_comes_twice_in_a_step_counts_its_samples_on(tmp_path):
-    found = explore(tmp_path, lambda number: 1, num_problems=3, problems_per_step=6, max_rounds=1)
-    samples = [rollout["sample"] for rollout in found.written[0] if rollout["problem_id"] == "p0"]
+    run = explore(tmp_path, lambda number: 1, num_problems=3, problems_per_step=6, max_rounds=1)
+    samples = [rollout["sample"] for rollout in run.written[0] if rollout["problem_id"] == "p0"]
     assert samples == list(range(2 * GROUP))
 
 
 def test_shaped_rewards_train_and_raw_rewards_decide(tmp_path):
     # every completion is wrong and as long as allowed: shaped rewards are penalised, raw ones are equal: dropped
-    found = explore(tmp_path, lambda number: 0, max_tokens=3, overlong_buffer=2, max_rounds=1)
-    assert found.trainer.batches == []
-    assert {rollout["shaped_reward"] for rollout in found.written[0]} == {-2.0}
-    assert {rollout["reward"] for rollout in found.written[0]} == {0.0}
+    run = explore(tmp_path, lambda number: 0, max_tokens=3, overlong_buffer=2, max_rounds=1)
+    assert run.trainer.batches == []
+    assert {rollout["shaped_reward"] for rollout in run.written[0]} == {-2.0}
+    assert {rollout["reward"] for rollout in run.written[0]} == {0.0}
 
 
 def test_one_s_own_rewards_enter_the_advantage_as_they_are_without_what_none_applies_to(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "def place(completions, **_):\n    return [None, *map(float, range(1, len(completions)))]\n"
+        "def index(completions, **_):\n    return [None, *map(float, range(1, len(completions)))]\n"
         "def last(completions, **_):\n    return [None] * (len(completions) - 1) + [1.0]\n"
     )
-    own = {"reward": [f"{file}:place", f"{file}:last"], "reward_weight": [0.5, 1.0], "reward_wrong": -9.0}
-    found = explore(tmp_path, lambda number: GROUP, max_rounds=1, **own)
-    one = found.written[0][:GROUP]
+    own = {"reward": [f"{file}:index", f"{file}:last"], "reward_weight": [0.5, 1.0], "reward_wrong": -9.0}
+    run = explore(tmp_path, lambda number: GROUP, max_rounds=1, **own)
+    one = run.written[0][:GROUP]
     assert [rollout["reward"] for rollout in one] == [rollout["shaped_reward"] for rollout in one] == [0, 0.5, 1, 2.5]
     assert [rollout["verdict"] for rollout in one] == ["wrong", "wrong", "correct", "correct"]
-    assert one[2]["rewards"] == {"mine.py:place": 2.0, "mine.py:last": None}
-    row, batch = found.rows[0], found.trainer.batches[0]
+    assert one[2]["rewards"] == {"mine.py:index": 2.0, "mine.py:last": None}
+    row, batch = run.rows[0], run.trainer.batches[0]
     assert (row["num_kept"], row["pass_rate"]) == (4, 0.5), "rewards differ, though all completions are of one text"
     assert row["num_trained"] == len(batch) == 4 * (GROUP - 1)
-    each = {name: row[f"rewards/mine.py:{name}"] for name in ("place", "last")}
-    assert each == {"place": (1 + 2 + 3) / 3, "last": 1.0}, "means over what they apply to"
+    each = {name: row[f"rewards/mine.py:{name}"] for name in ("index", "last")}
+    assert each == {"index": (1 + 2 + 3) / 3, "last": 1.0}, "means over what they apply to"
     assert [rollout.advantage for rollout in batch[:3]] == pytest.approx(dapo.advantages([0.5, 1.0, 2.5], 1e-6))
 
 
@@ -294,11 +294,11 @@ def test_a_full_batch_takes_hardly_more_than_a_round_and_a_killed_run_ends_as_an
     assert whole.rows[-1]["acceptance"] == pytest.approx(share, abs=0.15)
 
     step, num_before = last_step_of_several_rounds(whole.rows)
-    asked = []
+    calls = []
 
     def die_in_the_second_round(number):
-        asked.append(number)
-        if len(asked) > num_before and (tmp_path / f"rl/rollouts/step_{step:06d}.jsonl").exists():
+        calls.append(number)
+        if len(calls) > num_before and (tmp_path / f"rl/rollouts/step_{step:06d}.jsonl").exists():
             raise KeyboardInterrupt
         return informative(share)(number)
 
@@ -318,12 +318,12 @@ def test_sigterm_in_the_middle_of_drawing_leaves_the_step_before_and_the_rest_co
     right = informative(0.6)
     whole = explore(tmp_path / "whole", right, save_every=save_every, **LONG)
     step, num_before = last_step_of_several_rounds(whole.rows)
-    stop, asked = StopSignal(), []
+    stop, calls = StopSignal(), []
     broken = tmp_path / "broken"
 
     def terminate_in_the_second_round(number):
-        asked.append(number)
-        stop.received |= len(asked) > num_before and (broken / f"rl/rollouts/step_{step:06d}.jsonl").exists()
+        calls.append(number)
+        stop.received |= len(calls) > num_before and (broken / f"rl/rollouts/step_{step:06d}.jsonl").exists()
         return right(number)
 
     with pytest.raises(SystemExit) as ended:
@@ -370,10 +370,10 @@ def test_alarms_in_a_row_are_counted_on_by_a_resumed_run(tmp_path):
     assert len(RunDir(tmp_path / "rl").log_rows()) == 3
 
 
-@pytest.mark.parametrize(("asked", "used"), [(0, 8), (3, 4)])
-def test_a_resumed_run_has_as_many_sequences_under_way_as_before_unless_others_are_asked_for(tmp_path, asked, used):
+@pytest.mark.parametrize(("given", "used"), [(0, 8), (3, 4)])
+def test_a_resumed_run_has_as_many_sequences_under_way_as_before_unless_others_are_asked_for(tmp_path, given, used):
     explore(tmp_path, lambda number: 1, steps=1, fit=8)
-    assert explore(tmp_path, lambda number: 1, steps=2, done=1, fit=4, max_sequences=asked).engine.max_sequences == used
+    assert explore(tmp_path, lambda number: 1, steps=2, done=1, fit=4, max_sequences=given).engine.max_sequences == used
 
 
 def test_the_entropy_term_follows_what_was_drawn_and_is_taken_up_by_a_resumed_run(tmp_path):

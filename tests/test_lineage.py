@@ -1,4 +1,4 @@
-"""The lineage of the base: what an earlier setting has left behind is in no table, and what is asked of it is named."""
+"""The lineage of the base: what an earlier setting has left behind is in no table, and what would need it is named."""
 
 import json
 import os
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.slow  # each writes reports, with their figures
 @pytest.fixture(scope="module")
 def whole(tiny_policy, tmp_path_factory):
     """Two iterations and the baseline, once."""
-    place = tmp_path_factory.mktemp("whole")
+    path = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
+        patch.chdir(path)
         Runs(tiny_policy).all()
-    return place
+    return path
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_evaluations_on_another_version_of_the_problems_are_left_out(graph, caps
     assert "RL" not in chosen
     assert lines == ["runs/eval/vanilla: has other problems of valid than those of now"]
     Path("runs/0/valid.jsonl").unlink()
-    assert table(capsys) == (chosen, lines), "where the problems are gone, those that the base was asked count"
+    assert table(capsys) == (chosen, lines), "where the problems are gone, those that the base was evaluated on count"
 
 
 def test_a_policy_from_examples_or_rollouts_of_before_is_left_out(graph, capsys):
@@ -303,7 +303,7 @@ def test_what_lies_in_the_working_directory_changes_no_byte(graph, tmp_path, mon
         log.write_text(log.read_text() + "3\t0.5\n4\t0.5\n5\t0.5\n")
         (log.parent / "manifest.json").unlink()
     (tmp_path / "empty").mkdir()
-    found = []
+    outcomes = []
     for here in ("empty", "misleading"):
         monkeypatch.chdir(tmp_path / here)
         for name in ("runs/eval", "elsewhere/eval"):
@@ -311,7 +311,7 @@ def test_what_lies_in_the_working_directory_changes_no_byte(graph, tmp_path, mon
             analyze.run(analyze.Options(evals=evals, out=out / "analysis"))
             named = {"runs": [tmp_path / "runs"]} if name == "runs/eval" else {"evals": evals}
             report.run(report.Options(ks=[2], out=out / "page.html", **named))
-        found.append(outcome(tmp_path / f"of_{here}"))
+        outcomes.append(outcome(tmp_path / f"of_{here}"))
         shutil.rmtree(tmp_path / f"of_{here}")
-    assert found[0] == found[1] and len(found[0]) > 40
-    assert b"4+start" in found[0]["elsewhere/analysis/learning_RLoop.json"]
+    assert outcomes[0] == outcomes[1] and len(outcomes[0]) > 40
+    assert b"4+start" in outcomes[0]["elsewhere/analysis/learning_RLoop.json"]

@@ -78,13 +78,13 @@ def saved_bytes(model, samples):
     kept, sizes = [], {}
 
     def pack(tensor):
-        kept.append(tensor)  # or its place would be given to the next one
+        kept.append(tensor)  # or its address would be given to the next one
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         states(model, samples)
-    return sum(size for place, size in sizes.items() if place not in own)
+    return sum(size for address, size in sizes.items() if address not in own)
 
 
 def a_token(measure):

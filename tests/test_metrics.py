@@ -25,8 +25,8 @@ def pass_by_enumeration(n: int, c: int, k: int) -> float:
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 1), (5, 2), (6, 6), (8, 3), (9, 8)])
 def test_pass_at_k_equals_the_share_of_subsets_that_hold_a_correct_sample(n, k):
-    found = metrics.pass_at_k([n] * (n + 1), range(n + 1), k)
-    assert found == pytest.approx([pass_by_enumeration(n, c, k) for c in range(n + 1)], abs=1e-14)
+    passes = metrics.pass_at_k([n] * (n + 1), range(n + 1), k)
+    assert passes == pytest.approx([pass_by_enumeration(n, c, k) for c in range(n + 1)], abs=1e-14)
 
 
 def test_pass_at_k_stays_exact_where_the_binomials_exceed_a_float():
@@ -35,8 +35,8 @@ def test_pass_at_k_stays_exact_where_the_binomials_exceed_a_float():
 
 
 def test_pass_at_k_takes_another_number_of_samples_for_each_problem():
-    found = metrics.pass_at_k([4, 8], [1, 3], 2)
-    assert found == pytest.approx([pass_by_enumeration(4, 1, 2), pass_by_enumeration(8, 3, 2)])
+    passes = metrics.pass_at_k([4, 8], [1, 3], 2)
+    assert passes == pytest.approx([pass_by_enumeration(4, 1, 2), pass_by_enumeration(8, 3, 2)])
 
 
 @pytest.mark.parametrize(
@@ -66,19 +66,17 @@ def test_further_counts_become_metrics_only_where_every_result_has_them():
 def test_interval_agrees_with_the_normal_one_on_many_values_and_is_the_same_every_time():
     values = np.random.default_rng(7).normal(0.5, 0.2, size=800)
     half = 1.96 * values.std() / math.sqrt(800)
-    found = metrics.interval(values)
-    assert found["low"] == pytest.approx(values.mean() - half, abs=half / 10)
-    assert found["high"] == pytest.approx(values.mean() + half, abs=half / 10)
+    interval = metrics.interval(values)
+    assert interval["low"] == pytest.approx(values.mean() - half, abs=half / 10)
+    assert interval["high"] == pytest.approx(values.mean() + half, abs=half / 10)
     metrics._resamples.cache_clear()
-    assert metrics.interval(values) == found
+    assert metrics.interval(values) == interval
 
 
 def test_intervals_hold_the_truth_in_about_95_of_100_draws():
     rng = np.random.default_rng(1)
-    held = [
-        found["low"] <= 0.3 <= found["high"] for found in map(metrics.interval, rng.binomial(8, 0.3, (400, 60)) / 8)
-    ]
-    assert 0.91 < np.mean(held) < 0.98
+    drawn = map(metrics.interval, rng.binomial(8, 0.3, (400, 60)) / 8)
+    assert 0.91 < np.mean([one["low"] <= 0.3 <= one["high"] for one in drawn]) < 0.98
 
 
 @pytest.mark.parametrize("num_problems", [1, 7, 40])
@@ -116,31 +114,32 @@ def test_every_metric_is_measured_where_its_fields_are_there_and_named_in_the_or
 
 def test_the_average_of_sets_is_surer_than_each_and_weighs_them_alike():
     sets = [np.random.default_rng(i).normal(i, 1, size=200 * i) for i in (1, 2)]
-    found, alone = metrics.average_interval(sets), metrics.interval(sets[0])
+    average, alone = metrics.average_interval(sets), metrics.interval(sets[0])
     half = 1.96 * math.sqrt(sets[0].var() / 200 + sets[1].var() / 400) / 2
-    assert found["value"] == pytest.approx((sets[0].mean() + sets[1].mean()) / 2)
-    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.1)
-    assert found["high"] - found["low"] < alone["high"] - alone["low"]
+    assert average["value"] == pytest.approx((sets[0].mean() + sets[1].mean()) / 2)
+    assert (average["high"] - average["low"]) / 2 == pytest.approx(half, rel=0.1)
+    assert average["high"] - average["low"] < alone["high"] - alone["low"]
 
 
 def test_a_paired_difference_is_real_where_two_intervals_overlap():
     first = [result(str(i), i % 9, 10) for i in range(90)]
     second = [result(str(i), i % 9 + (i % 3 > 0), 10, policy="q") for i in reversed(range(90))]
-    found = metrics.compare(first, second, ks=(1,))["avg@10"]
+    difference = metrics.compare(first, second, ks=(1,))["avg@10"]
     alone = [metrics.summarise(results, ks=(1,))["avg@10"] for results in (first, second)]
-    assert found["value"] == pytest.approx(2 / 30) and found["real"]
+    assert difference["value"] == pytest.approx(2 / 30) and difference["real"]
     assert alone[0]["high"] > alone[1]["low"]
 
 
 def test_policies_with_other_numbers_of_samples_are_compared_on_the_smaller():
-    found = metrics.compare([result("a", 4, 8)], [result("a", 3, 4, policy="q")], ks=(2,))
-    assert list(found) == ["avg@4", "pass@2", "truncated"]
-    assert found["avg@4"]["value"] == pytest.approx(0.25)
+    differences = metrics.compare([result("a", 4, 8)], [result("a", 3, 4, policy="q")], ks=(2,))
+    assert list(differences) == ["avg@4", "pass@2", "truncated"]
+    assert differences["avg@4"]["value"] == pytest.approx(0.25)
 
 
 def test_a_policy_does_not_differ_from_itself():
     results = [result(str(i), i % 4) for i in range(20)]
-    assert not any(found["real"] or found["value"] for found in metrics.compare(results, results, ks=(1, 4)).values())
+    differences = metrics.compare(results, results, ks=(1, 4)).values()
+    assert differences and not any(each["real"] or each["value"] for each in differences)
 
 
 def test_policies_on_different_problems_are_not_compared():

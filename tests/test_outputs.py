@@ -153,10 +153,10 @@ def test_a_name_too_long_is_refused_before_anything_is_made(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["/proc/out", "/sys/out", "/proc/self/new/out"])
-def test_a_place_that_takes_no_files_is_refused_even_to_root(place):
-    with pytest.raises(InputError, match=f"{place} cannot be written: "):
-        outputs.refuse_unwritable(place)
+@pytest.mark.parametrize("path", ["/proc/out", "/sys/out", "/proc/self/new/out"])
+def test_a_place_that_takes_no_files_is_refused_even_to_root(path):
+    with pytest.raises(InputError, match=f"{path} cannot be written: "):
+        outputs.refuse_unwritable(path)
 
 
 HOLDER = """

@@ -143,10 +143,10 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-q", "-m", "a run")
     results = tmp_path / "runs/metrics/RLoop.json"
-    found = json.loads(results.read_text())
-    found["avg@8"] += 7.5
+    written = json.loads(results.read_text())
+    written["avg@8"] += 7.5
     results.unlink()
-    results.write_text(json.dumps(found))
+    results.write_text(json.dumps(written))
     (line,) = (line.split() for line in dvc(tmp_path, "metrics", "diff").splitlines() if "RLoop.json" in line)
     assert line[1] == "avg@8" and float(line[-1]) == 7.5, line
 
@@ -175,11 +175,11 @@ def every_checkpoint_is_validated_and_what_counts_is_tested(runs):
     checkpoints = [f"rl/checkpoints/step_00000{step}" for step in (1, 2)]
     for key, others in (("1", ["runs/1/policy"]), ("vanilla", [])):
         validated = json.loads((runs / f"eval/{key}/valid/metrics.json").read_text())
-        asked = [*(f"runs/{key}/{checkpoint}" for checkpoint in checkpoints), *others]
-        assert list(validated["policies"]) == asked
+        named = [*(f"runs/{key}/{checkpoint}" for checkpoint in checkpoints), *others]
+        assert list(validated["policies"]) == named
         for name in ("prec", "long"):
             tested = json.loads((runs / f"eval/{key}/test/{name}/metrics.json").read_text())
-            assert list(tested["policies"]) == [p for p in asked if p in (validated["selected"]["policy"], *asked[1:])]
+            assert list(tested["policies"]) == [p for p in named if p in (validated["selected"]["policy"], *named[1:])]
             assert "selected" not in tested, "nothing is selected on a test set"
     rows = (runs / "results.tsv").read_text().splitlines()
     sets = [row.split("\t")[:2] for row in rows if row.split("\t")[1] in ("Base", "RL", "RLoop")]

@@ -48,13 +48,13 @@ def check(policy):
     checkpoints.check_shapes(path)
 
 
-def places(value, path=()):
-    """Every place in a JSON value, as the keys that lead there."""
+def positions(value, path=()):
+    """Every position in a JSON value, as the keys that lead there."""
     yield path
     for key, inner in value.items() if isinstance(value, dict) else ():
-        yield from places(inner, (*path, key))
+        yield from positions(inner, (*path, key))
     for key, inner in enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*path, key))
+        yield from positions(inner, (*path, key))
 
 
 def mutated(text, rng):
@@ -66,7 +66,7 @@ def mutated(text, rng):
         at = rng.randrange(len(text))
         return text[:at] + bytes([rng.randrange(256)]) + text[at + 1 :]
     value = json.loads(text)
-    *outer, last = rng.choice([path for path in places(value) if path])
+    *outer, last = rng.choice([path for path in positions(value) if path])
     inner = value
     for key in outer:
         inner = inner[key]

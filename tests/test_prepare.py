@@ -76,17 +76,17 @@ def hub(monkeypatch):
     """A hub that holds our own rows in each public set's columns, a hundredfold where the public one is."""
     import datasets
 
-    asked = []
+    calls = []
 
     def load_dataset(name, config=None, split=None):
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         times = 100 if "Byted" in name else 1
         rows = enumerate(zip(TEXTS, ANSWERS, strict=True))
         return datasets.Dataset.from_list([HUB_SHAPES[name](*cell) for cell in flatten(rows)] * times)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     sources._load.cache_clear()
-    yield asked
+    yield calls
     sources._load.cache_clear()
 
 
@@ -430,7 +430,7 @@ def test_a_fault_in_a_file_is_told_with_its_place_and_nothing_is_written(tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_a_kept_column_of_prompts_is_asked_as_it_is(tmp_path):
+def test_a_kept_column_of_prompts_is_a_prompt_as_it_is(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
     path = write_jsonl(tmp_path / "verl.jsonl", {"prompt": chat, "reward_model": {"ground_truth": "2"}})
     assert run(tmp_path, path, keep_column=["prompt"])[0]["prompt"] == chat
@@ -548,7 +548,7 @@ def test_several_answers_end_the_call_or_are_left_out_and_counted(tmp_path):
     assert [problem["answer"] for problem in run(tmp_path, path, skip_bad=True)] == ["1"]
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["counts"]["rows"] == 3 and manifest["counts"]["bad"] == 2
-    assert [place.rpartition("/")[2] for place in manifest["ids"]["bad"]] == ["mine.jsonl:2", "mine.jsonl:3"]
+    assert [where.rpartition("/")[2] for where in manifest["ids"]["bad"]] == ["mine.jsonl:2", "mine.jsonl:3"]
 
 
 def test_of_a_chat_with_a_system_message_the_last_user_turn_is_the_problem(tmp_path):

@@ -31,7 +31,7 @@ def test_engines_share_everything_evenly_and_one_rank_of_each_keeps_it(num_ranks
     assert sorted(item for share in kept for item in share) == list(range(num_items))
     assert len(kept) == ranks[0].num_engines == num_ranks // tensor_parallel
     assert max(map(len, kept)) - min(map(len, kept)) <= 1
-    for rank in ranks:  # what is drawn by one engine is asked of all its ranks
+    for rank in ranks:  # one engine draws, all its ranks answer
         assert rank.share(range(num_items)) == kept[rank.engine]
     assert [rank.is_first for rank in ranks] == [True] + [False] * (num_ranks - 1)
 
@@ -65,7 +65,7 @@ def problem(number):
 
 
 @pytest.fixture
-def place(tmp_path, tiny_policy, tied_policy):
+def cwd(tmp_path, tiny_policy, tied_policy):
     """A directory with two policies that need an engine each, and two sets of problems."""
     (tmp_path / "policy").symlink_to(tiny_policy)
     (tmp_path / "tied").symlink_to(tied_policy)
@@ -74,20 +74,20 @@ def place(tmp_path, tiny_policy, tied_policy):
     return tmp_path
 
 
-def alone(place, *arguments):
+def alone(cwd, *arguments):
     """Run a command in one process; return what it said."""
-    process = warm.start(list(map(str, arguments)), place, place / "log")
+    process = warm.start(list(map(str, arguments)), cwd, cwd / "log")
     process.join()
-    said = (place / "log").read_text()
-    (place / "log").unlink()
+    said = (cwd / "log").read_text()
+    (cwd / "log").unlink()
     assert process.exitcode == 0, said
     return said
 
 
-def together(places, *arguments):
+def together(cwds, *arguments):
     """Run a command as two ranks; return their exit codes and what each said."""
-    codes = launched.finish(launched.start(arguments, *places))
-    logs = [place / f"log-{rank}" for rank, place in enumerate(places)]
+    codes = launched.finish(launched.start(arguments, *cwds))
+    logs = [cwd / f"log-{rank}" for rank, cwd in enumerate(cwds)]
     said = [log.read_text() for log in logs]
     for log in logs:
         log.unlink()
@@ -106,63 +106,70 @@ def check_alike(rollouts, expected):
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_and_grade_what_one_process_does(place):
-    asked = *EVAL, "--kl-to", "policy"
-    alone(place, *asked, "--out", "one")
-    codes, said = together([place, place], *asked, "--out", "two")
+def test_two_ranks_draw_and_grade_what_one_process_does(cwd):
+    command = *EVAL, "--kl-to", "policy"
+    alone(cwd, *command, "--out", "one")
+    codes, said = together([cwd, cwd], *command, "--out", "two")
     assert codes == [0, 0], said
     assert "pass@8" in said[0] and "groups 168/168" in said[0] and not said[1]
-    one, two = (sorted(str(p.relative_to(place / name)) for p in (place / name).rglob("*")) for name in ("one", "two"))
-    assert one == two and not list(place.glob(".*"))
+    one, two = (sorted(str(p.relative_to(cwd / name)) for p in (cwd / name).rglob("*")) for name in ("one", "two"))
+    assert one == two and not list(cwd.glob(".*"))
     for name, number in (("sums", NUM_SUMS), ("few", NUM_FEW)):
-        drawn = drawn_in(place / "two" / name / "rollouts.jsonl")
-        check_alike(drawn, drawn_in(place / "one" / name / "rollouts.jsonl"))
+        drawn = drawn_in(cwd / "two" / name / "rollouts.jsonl")
+        check_alike(drawn, drawn_in(cwd / "one" / name / "rollouts.jsonl"))
         assert len(drawn) == 2 * 8 * number
-        check_alike(*(drawn_in(place / which / name / "greedy.jsonl") for which in ("two", "one")))
-        kl = [list(records.read(place / which / name / "kl.jsonl", Divergence)) for which in ("two", "one")]
+        check_alike(*(drawn_in(cwd / which / name / "greedy.jsonl") for which in ("two", "one")))
+        kl = [list(records.read(cwd / which / name / "kl.jsonl", Divergence)) for which in ("two", "one")]
         assert [d["kl_nats"] == 0 for d in kl[0]] == [d["policy"] == "policy" for d in kl[1]]
         same = [abs(a["kl_nats"] - b["kl_nats"]) < 1e-3 * (1 + b["kl_nats"]) for a, b in zip(*kl, strict=True)]
         assert sum(same) > 0.97 * len(same)
-    codes, said = together([place, place], "regrade", "--rollouts", "two", "--out", "again", "--maj")
+    codes, said = together([cwd, cwd], "regrade", "--rollouts", "two", "--out", "again", "--maj")
     assert codes == [0, 0] and "no verdict changed" in said[0] and not said[1]
     for name in (
         "metrics.json",
         *(f"{s}/{f}" for s in ("sums", "few") for f in ("rollouts.jsonl", "greedy.jsonl", "kl.jsonl", "metrics.json")),
     ):
-        assert (place / "again" / name).read_bytes() == (place / "two" / name).read_bytes()
-    codes, said = together([place, place], "sample", *ASKED[:2], *ASKED[4:6], *HOW, "--out", "sampled.jsonl")
+        assert (cwd / "again" / name).read_bytes() == (cwd / "two" / name).read_bytes()
+    codes, said = together([cwd, cwd], "sample", *ASKED[:2], *ASKED[4:6], *HOW, "--out", "sampled.jsonl")
     assert codes == [0, 0], said
-    check_alike(drawn_in(place / "sampled.jsonl"), drawn_in(place / "two/sums/rollouts.jsonl")[: 8 * NUM_SUMS])
-    assert not list(place.glob(".*"))
+    check_alike(drawn_in(cwd / "sampled.jsonl"), drawn_in(cwd / "two/sums/rollouts.jsonl")[: 8 * NUM_SUMS])
+    assert not list(cwd.glob(".*"))
 
 
 @pytest.mark.slow
-def test_killed_on_one_rank_and_repeated_in_one_process_the_real_thing_gives_what_it_gives_at_once(place):
-    jsonl.write(place / "sums.jsonl", map(problem, range(120)))
+def test_killed_on_one_rank_and_repeated_in_one_process_the_real_thing_gives_what_it_gives_at_once(cwd):
+    jsonl.write(cwd / "sums.jsonl", map(problem, range(120)))
     arguments = ["eval", *ASKED[:2], *ASKED[4:6], *HOW, "--num-samples", 16, "--k", 8, "--out"]
     command = [*launched.DDP, *map(str, arguments), "two"]
     environment = os.environ | launched.ENVIRONMENT | {"PYTHONPATH": str(launched.ROOT)}
-    with (place / "log").open("w") as log:
-        launcher = subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
-        while not all(kept := [num_kept(place, engine) for engine in (0, 1)]) or sum(kept) < 12:
-            assert launcher.poll() is None, (place / "log").read_text()[-3000:]
+    with (cwd / "log").open("w") as log:
+        launcher = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
+        while not all(kept := [num_kept(cwd, engine) for engine in (0, 1)]) or sum(kept) < 12:
+            assert launcher.poll() is None, (cwd / "log").read_text()[-3000:]
             time.sleep(0.02)
         os.kill(rank_of(launcher.pid, 1), signal.SIGKILL)
         assert launcher.wait(launched.LIMIT_S) != 0
-    (place / "log").unlink()
-    assert sum(kept) < 120 and not (place / "two").exists()
-    kept = sum(num_kept(place, engine) for engine in (0, 1))
-    said = alone(place, *arguments, "two")
+    (cwd / "log").unlink()
+    assert sum(kept) < 120 and not (cwd / "two").exists()
+    kept = sum(num_kept(cwd, engine) for engine in (0, 1))
+    said = alone(cwd, *arguments, "two")
     assert "pass@8" in said
     assert min(map(int, re.findall(r"groups (\d+)/120", said))) > kept, "it began anew"
-    alone(place, *arguments, "one")
-    check_alike(drawn_in(place / "two/rollouts.jsonl"), drawn_in(place / "one/rollouts.jsonl"))
-    assert sorted(path.name for path in place.iterdir()) == ["few.jsonl", "one", "policy", "sums.jsonl", "tied", "two"]
+    alone(cwd, *arguments, "one")
+    check_alike(drawn_in(cwd / "two/rollouts.jsonl"), drawn_in(cwd / "one/rollouts.jsonl"))
+    assert sorted(path.name for path in cwd.iterdir()) == [
+        "few.jsonl",
+        "one",
+        "policy",
+        "sums.jsonl",
+        "tied",
+        "two",
+    ]
 
 
-def num_kept(place, engine):
+def num_kept(cwd, engine):
     """Groups on disk that one engine of an evaluation has drawn."""
-    return sum(path.read_bytes().count(b"\n") for path in place.glob(f".two.partial/*-{engine}.jsonl"))
+    return sum(path.read_bytes().count(b"\n") for path in cwd.glob(f".two.partial/*-{engine}.jsonl"))
 
 
 def rank_of(launcher, rank):
@@ -175,30 +182,30 @@ def rank_of(launcher, rank):
 ALL = "all ranks in the first directory"
 
 
-def another_call(places):
-    (places[0] / ".out.partial").mkdir()
-    (places[0] / ".out.partial/settings.json").write_text(json.dumps({"parameters": {"max_tokens": 59}}))
+def another_call(cwds):
+    (cwds[0] / ".out.partial").mkdir()
+    (cwds[0] / ".out.partial/settings.json").write_text(json.dumps({"parameters": {"max_tokens": 59}}))
     return ALL
 
 
-def another_file(places):
-    jsonl.write(places[1] / "sums.jsonl", map(problem, range(NUM_SUMS - 1)))
+def another_file(cwds):
+    jsonl.write(cwds[1] / "sums.jsonl", map(problem, range(NUM_SUMS - 1)))
 
 
-def another_disk(places):
+def another_disk(cwds):
     """Both see the same, but each writes to a directory of its own."""
 
 
-def a_file_that_only_one_lacks(places):
-    (places[1] / "few.jsonl").unlink()
+def a_file_that_only_one_lacks(cwds):
+    (cwds[1] / "few.jsonl").unlink()
 
 
-def no_engine(places):
+def no_engine(cwds):
     for name in ("policy", "tied"):
-        policy = places[0] / name
-        shutil.copytree(policy.resolve(), places[0] / f"strange-{name}")
+        policy = cwds[0] / name
+        shutil.copytree(policy.resolve(), cwds[0] / f"strange-{name}")
         policy.unlink()
-        (places[0] / f"strange-{name}").rename(policy)
+        (cwds[0] / f"strange-{name}").rename(policy)
         config = json.loads((policy / "config.json").read_text())
         (policy / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen9ForCausalLM"]}))
     return ALL
@@ -215,15 +222,15 @@ def no_engine(places):
         (no_engine, "does not start with it .*Qwen9ForCausalLM"),
     ],
 )
-def test_what_is_wrong_on_one_rank_is_said_in_one_line_and_ends_all_with_code_2(place, damage, fault):
+def test_what_is_wrong_on_one_rank_is_said_in_one_line_and_ends_all_with_code_2(cwd, damage, fault):
     names = ["first", "second", "third"][: 2 if damage is no_engine else 3]
-    places = [place / name for name in names]
-    for each in places:
-        shutil.copytree(place, each, symlinks=True, ignore=lambda *_: names)
-    if damage(places) is ALL:
-        places = [places[0]] * len(places)
-    codes, said = together(places, *EVAL, "--out", "out")
-    assert codes == [2] * len(places), said
+    cwds = [cwd / name for name in names]
+    for each in cwds:
+        shutil.copytree(cwd, each, symlinks=True, ignore=lambda *_: names)
+    if damage(cwds) is ALL:
+        cwds = [cwds[0]] * len(cwds)
+    codes, said = together(cwds, *EVAL, "--out", "out")
+    assert codes == [2] * len(cwds), said
     lines = "".join(said).splitlines()  # torch may tell of its store, which goes with the first rank
     (line,) = (line for line in lines if line.startswith("rloop:") and "starting the engine" not in line)
     assert re.fullmatch(f"rloop: .*{fault}.*", line)
@@ -236,18 +243,18 @@ TRAIN = {
 }
 
 
-def older_run(places):
-    (places[0] / "out").mkdir()
-    (places[0] / "out/manifest.json").write_text(json.dumps({"stage": "rl", "parameters": {"seed": 0}}))
+def older_run(cwds):
+    (cwds[0] / "out").mkdir()
+    (cwds[0] / "out/manifest.json").write_text(json.dumps({"stage": "rl", "parameters": {"seed": 0}}))
     return ALL
 
 
-def other_examples(places):
-    jsonl.write(places[1] / "examples.jsonl", map(example, range(3)))
+def other_examples(cwds):
+    jsonl.write(cwds[1] / "examples.jsonl", map(example, range(3)))
 
 
-def something_else(places):
-    jsonl.write(places[0] / "out" / "file.jsonl", [])
+def something_else(cwds):
+    jsonl.write(cwds[0] / "out" / "file.jsonl", [])
     return ALL
 
 
@@ -268,14 +275,14 @@ def example(number):
         ("rft", ("--lr", 1e30, "--max-grad-norm", 0, "--warn-below", 0), None, 1, "lower --lr"),
     ],
 )
-def test_what_stops_a_stage_that_trains_is_said_once_by_all_its_ranks(place, stage, options, damage, code, fault):
-    jsonl.write(place / "examples.jsonl", map(example, range(8)))
-    places = [place / name for name in ("first", "second")]
-    for each in places:
-        shutil.copytree(place, each, symlinks=True, ignore=lambda *_: ["first", "second"])
-    if damage is None or damage(places) is ALL:
-        places = [places[0]] * 2
-    codes, said = together(places, *TRAIN[stage], *options)
+def test_what_stops_a_stage_that_trains_is_said_once_by_all_its_ranks(cwd, stage, options, damage, code, fault):
+    jsonl.write(cwd / "examples.jsonl", map(example, range(8)))
+    cwds = [cwd / name for name in ("first", "second")]
+    for each in cwds:
+        shutil.copytree(cwd, each, symlinks=True, ignore=lambda *_: ["first", "second"])
+    if damage is None or damage(cwds) is ALL:
+        cwds = [cwds[0]] * 2
+    codes, said = together(cwds, *TRAIN[stage], *options)
     assert codes == [code, code], said
     assert len(re.findall("^rloop: ", "".join(said), re.M)) == 1, said
     assert re.search(f"rloop: .*{fault}", "".join(said)) and "Traceback" not in "".join(said)

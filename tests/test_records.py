@@ -136,9 +136,9 @@ def test_records_open_in_one_line_of_pandas_and_datasets_as_the_readme_says(reco
     import pandas
 
     lines = [{**record, "problem_id": "025"}, {**record, "problem_id": "7"}]
-    for place in ("runs/1/examples.jsonl", "runs/1/rl/rollouts/step_000001.jsonl"):
-        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-        write(tmp_path / place, *lines)
+    for path in ("runs/1/examples.jsonl", "runs/1/rl/rollouts/step_000001.jsonl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / path, *lines)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     readme = (Path(records.__file__).parents[2] / "README.md").read_text().splitlines()

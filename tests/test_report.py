@@ -202,8 +202,8 @@ def test_global_steps_count_the_whole_iterations_even_if_their_ends_were_not_eva
     write_rl(tmp_path / "runs/1/rl", 30)
     write_rl(tmp_path / "runs/2/rl", 20)
     policies = [f"runs/{name}" for name in ("1/rl/checkpoints/step_000010", "2/rl/checkpoints/step_000010", "3/policy")]
-    found = runs.positions(policies, tmp_path / "runs")
-    assert [(place.step, place.label) for place in found] == [(10, "10"), (40, "40"), (80, "80+start")]
+    positions = runs.positions(policies, tmp_path / "runs")
+    assert [(position.step, position.label) for position in positions] == [(10, "10"), (40, "40"), (80, "80+start")]
 
 
 def test_a_merged_policy_is_labelled_as_merged_and_ends_its_iteration_as_a_fine_tuned_one_does(tmp_path):
@@ -211,23 +211,23 @@ def test_a_merged_policy_is_labelled_as_merged_and_ends_its_iteration_as_a_fine_
         write_rl(tmp_path / f"runs/{iteration}/rl", 30)
         outputs.write_json(tmp_path / f"runs/{iteration}/policy/manifest.json", {"stage": stage})
     policies = ["runs/1/rl/checkpoints/step_000030", "runs/1/policy", "runs/2/policy"]
-    found = runs.positions(policies, tmp_path / "runs")
-    assert [place.label for place in found] == ["30", "30+merge", "60+rft"]
-    assert [place.ends_iteration for place in found] == [False, True, True]
+    positions = runs.positions(policies, tmp_path / "runs")
+    assert [position.label for position in positions] == ["30", "30+merge", "60+rft"]
+    assert [position.ends_iteration for position in positions] == [False, True, True]
 
 
 def test_steps_are_those_of_the_runs_that_were_named_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
     write_rl(tmp_path / "here/1/rl", 5)
     write_rl(tmp_path / "elsewhere/runs/1/rl", 30)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = runs.positions(["runs/1/policy", "runs/2/policy"], tmp_path / "here")
-    assert [place.step for place in found] == [5, 10]
+    positions = runs.positions(["runs/1/policy", "runs/2/policy"], tmp_path / "here")
+    assert [position.step for position in positions] == [5, 10]
     assert runs.root_of([tmp_path / "here/eval/1/valid"]) == tmp_path / "here"
 
 
 def test_iterations_count_by_number_where_no_steps_are_known():
-    found = runs.positions([f"else/{iteration}/policy" for iteration in (10, 2, 1)])
-    assert [place.policy for place in found] == ["else/1/policy", "else/2/policy", "else/10/policy"]
+    positions = runs.positions([f"else/{iteration}/policy" for iteration in (10, 2, 1)])
+    assert [position.policy for position in positions] == ["else/1/policy", "else/2/policy", "else/10/policy"]
 
 
 def test_every_figure_lies_there_as_png_and_svg_with_its_data(made):
@@ -270,9 +270,9 @@ def test_page_loads_nothing_and_holds_hostile_completions_as_data(made):
 
 
 def test_the_first_screen_says_who_leads_with_the_averages_and_their_way_over_steps(made):
-    found = studied(made)
-    told = summaries.tell(found, [2, 4], 0)
-    compared = summaries.differences(told.scores, found.averages, told.chosen)
+    study = studied(made)
+    told = summaries.tell(study, [2, 4], 0)
+    compared = summaries.differences(told.scores, study.averages, told.chosen)
     coverage, accuracy = summaries.headline(told.rows, compared, ["pass@4", "avg@4"])
     assert coverage.startswith("RLoop, RLoop, last RL endpoint and RLoop, chosen lead in pass@4 on average over 2 sets")
     assert accuracy.startswith("RLoop and RLoop, chosen lead in avg@4 on average over 2 sets: 62.5 % (")
@@ -337,12 +337,12 @@ def test_a_picture_or_a_table_of_someone_else_is_never_replaced(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_methods_asked_different_problems_are_named(made, tmp_path, capsys):
+def test_methods_evaluated_on_different_problems_are_named(made, tmp_path, capsys):
     shutil.copytree(made / "eval", tmp_path / "eval")
     file = tmp_path / "eval/vanilla/valid/results.jsonl"
     file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if "valid/0" not in line))
     make(tmp_path)
-    assert "left out: RL and Base on valid: asked different problems (2 and 3), so no difference" in (
+    assert "left out: RL and Base on valid: evaluated on different problems (2 and 3), so no difference" in (
         capsys.readouterr().err
     )
 
@@ -385,13 +385,13 @@ def test_a_method_that_lacks_a_set_has_no_average_and_is_named(made, tmp_path, c
     assert [method for _, method in rows] == [*methods, *complete, *complete]
     for method in ("RL", "RLoop, last RL endpoint"):
         assert f"left out: {method} on far: not evaluated, so no difference and no average over the sets" in said
-    found = studied(copy)
-    scores, chosen = found.scores([2]), summaries.methods(found.positions, {})
-    apart = summaries.differences(scores, found.averages, chosen)
+    study = studied(copy)
+    scores, chosen = study.scores([2]), summaries.methods(study.positions, {})
+    apart = summaries.differences(scores, study.averages, chosen)
     pairs = apart[apart["metric"] == "avg@4"].groupby("policy")["set"].agg(list).to_dict()
     assert pairs["RLoop − Base"] == ["valid", "far", "Average"] and pairs["RLoop − RL"] == ["valid"]
     headline = summaries.headline(
-        summaries.results(summaries.summarise(scores, found.averages), chosen), apart, ["avg@4"]
+        summaries.results(summaries.summarise(scores, study.averages), chosen), apart, ["avg@4"]
     )
     assert headline[0].startswith("RLoop leads in avg@4 on average over 2 sets") and "against" not in headline[0]
 
@@ -466,8 +466,8 @@ def test_ledger_adds_up_phases_and_weighs_rloop_against_rl(made):
 def test_differences_are_paired_by_problem_and_averaged_over_sets(made):
     chosen = {"RL": f"runs/{VANILLA[1]}", "RLoop": f"runs/{RLOOP[3]}"}
     whole = studied(made)
-    found = summaries.differences(whole.scores([2]), whole.averages, chosen, [("RL", "RLoop")])
-    values = {row["set"]: row for row in found[found["metric"] == "avg@4"].to_dict("records")}
+    differences = summaries.differences(whole.scores([2]), whole.averages, chosen, [("RL", "RLoop")])
+    values = {row["set"]: row for row in differences[differences["metric"] == "avg@4"].to_dict("records")}
     assert values["far"]["value"] == pytest.approx(7 / 12) and values["far"]["real"]
     assert values["valid"]["value"] == pytest.approx(0) and not values["valid"]["real"]
     assert values["Average"]["value"] == pytest.approx(7 / 24)
@@ -477,14 +477,14 @@ def test_the_chosen_checkpoint_is_the_first_best_on_the_validation_set_and_never
     values = {"runs/0/policy": 0.9, VANILLA[0]: 0.6, VANILLA[1]: 0.4, RLOOP[0]: 0.3, RLOOP[1]: 0.5, RLOOP[2]: 0.5}
     rows = [{"set": "valid", "metric": "avg@4", "policy": name, "value": value} for name, value in values.items()]
     rows += [{"set": name, "metric": "avg@4", "policy": VANILLA[1], "value": 0.99} for name in ("far", "Average")]
-    placed, table = runs.positions(values), pd.DataFrame(rows)
-    best = summaries.chosen_on("valid", "avg@4", table, placed)
+    listed, table = runs.positions(values), pd.DataFrame(rows)
+    best = summaries.chosen_on("valid", "avg@4", table, listed)
     assert {method: position.policy for method, position in best.items()} == {"RL": VANILLA[0], "RLoop": RLOOP[1]}
-    assert summaries.methods(placed, best)["RL, chosen"] == VANILLA[0]
-    lost = {row["method"]: row["lost"] for row in summaries.peaks("valid", "avg@4", table, placed, best)}
+    assert summaries.methods(listed, best)["RL, chosen"] == VANILLA[0]
+    lost = {row["method"]: row["lost"] for row in summaries.peaks("valid", "avg@4", table, listed, best)}
     assert lost == {"RL": pytest.approx(20), "RLoop": 0}
-    assert summaries.chosen_on("valid", "avg@4", table[table["policy"] != VANILLA[0]], placed).keys() == {"RLoop"}
-    assert summaries.chosen_on("other", "avg@4", table, placed) == {}
+    assert summaries.chosen_on("valid", "avg@4", table[table["policy"] != VANILLA[0]], listed).keys() == {"RLoop"}
+    assert summaries.chosen_on("other", "avg@4", table, listed) == {}
 
 
 def test_the_set_that_checkpoints_are_chosen_on_is_left_out_of_an_average_of_its_own(made, tmp_path):
@@ -492,8 +492,8 @@ def test_the_set_that_checkpoints_are_chosen_on_is_left_out_of_an_average_of_its
     shutil.copytree(made, copy)
     for group in ("base", "loop", "vanilla"):
         shutil.copytree(copy / "eval" / group / "far", copy / "eval" / group / "more")
-    found = studied(copy)
-    assert found.averages == {"Average": ["valid", "far", "more"], "Average without valid": ["far", "more"]}
+    study = studied(copy)
+    assert study.averages == {"Average": ["valid", "far", "more"], "Average without valid": ["far", "more"]}
     make(copy, tsv=False, out=tmp_path / "page.html")
     rows = {(row["set"], row["method"]): row for row in read_tsv(tmp_path / "results.tsv")}
     assert rows["Average without valid", "RLoop"]["avg@4"] == rows["far", "RLoop"]["avg@4"]
@@ -614,9 +614,9 @@ def test_sets_at_several_temperatures_are_averaged_and_chosen_on_apart(made, tmp
                 row | {"temperature": float(at)} for _, row in jsonl.read(made / f"eval/{group}/{name}/results.jsonl")
             ]
             jsonl.write(tmp_path / f"runs/eval/{group}/{name}@{at}/results.jsonl", rows)
-    found = studied(tmp_path / "runs")
-    assert found.averages == {f"Average@{at}": [f"valid@{at}", f"far@{at}"] for at in ("0.6", "1")}
-    assert (found.valid, found.temperatures) == ("valid@0.6", "0.6, 1")
+    study = studied(tmp_path / "runs")
+    assert study.averages == {f"Average@{at}": [f"valid@{at}", f"far@{at}"] for at in ("0.6", "1")}
+    assert (study.valid, study.temperatures) == ("valid@0.6", "0.6, 1")
     make(tmp_path / "runs", table=True)
     assert "| valid@0.6 (chosen on it) | Base | 25.00" in capsys.readouterr().out
 
@@ -634,8 +634,8 @@ def test_whatever_eval_measured_is_shown_and_a_policy_that_lacks_it_has_a_dash(t
 
 def test_browser_keeps_the_problems_that_differ_most_and_a_mix_of_samples(made):
     evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
-    found = runs.positions(evaluations["valid"].results, made)
-    built = {of_set["name"]: of_set for of_set in browser.build(evaluations, found, CHOSEN, 2, 2)}
+    positions = runs.positions(evaluations["valid"].results, made)
+    built = {of_set["name"]: of_set for of_set in browser.build(evaluations, positions, CHOSEN, 2, 2)}
     assert [problem["id"] for problem in built["valid"]["problems"]] == ["valid/1", "valid/0"]
     assert built["valid"]["problems"][1]["rates"][0] == 0.25
     verdicts = [[r["correct"] for r in of_policy] for of_policy in built["valid"]["problems"][1]["rollouts"]]
@@ -657,8 +657,8 @@ def test_problems_are_gained_or_lost_by_whether_any_sample_is_correct(made):
 def test_browser_stays_within_its_size(made, monkeypatch):
     monkeypatch.setattr(browser, "MAX_BYTES", 12_000)
     evaluations = runs.read_evals(runs.find_evals([made / "eval"]))
-    found = runs.positions(evaluations["valid"].results, made)
-    built = browser.build(evaluations, found, CHOSEN, 3, 4)
+    positions = runs.positions(evaluations["valid"].results, made)
+    built = browser.build(evaluations, positions, CHOSEN, 3, 4)
     assert built and len(page.embedded(built)) < 14_000
 
 
@@ -669,7 +669,7 @@ class Browser:
         command = ["chromedriver", "--port=0", f"--log-path={profile / 'log'}"]
         self.driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         port = next(
-            found[1] for line in self.driver.stdout or () if (found := re.search(r"successfully on port (\d+)", line))
+            match[1] for line in self.driver.stdout or () if (match := re.search(r"successfully on port (\d+)", line))
         )
         self.base = f"http://127.0.0.1:{port}/session"
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
@@ -745,12 +745,12 @@ def test_page_can_be_clicked_through_in_a_browser(made, chromium):
 
 
 @pytest.mark.parametrize("part", ["parameters", "inputs", "versions"])
-@pytest.mark.parametrize("place", ["1/rl", "1/policy", "vanilla/rl"])
-def test_a_manifest_whose_parts_are_no_objects_is_named(made, tmp_path, part, place):
+@pytest.mark.parametrize("output", ["1/rl", "1/policy", "vanilla/rl"])
+def test_a_manifest_whose_parts_are_no_objects_is_named(made, tmp_path, part, output):
     copy = Path(shutil.copytree(made, tmp_path / "runs"))
-    file = copy / place / "manifest.json"
+    file = copy / output / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {part: [1]}))
-    with pytest.raises(InputError, match=rf"{place}/manifest\.json: {part} must be an object, found \[1\]"):
+    with pytest.raises(InputError, match=rf"{output}/manifest\.json: {part} must be an object, found \[1\]"):
         studied(copy).settings()
 
 

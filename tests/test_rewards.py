@@ -80,8 +80,8 @@ def ask(grader, *completions):
 
 
 def test_the_weighted_sum_leaves_out_what_does_not_apply_and_counts_as_correct_from_1_on(mine):
-    asked = read(mine, "math-verify", "short", "target", weights=[0.9, 0.1, 2.0])
-    with asked.grader() as grader:
+    one = read(mine, "math-verify", "short", "target", weights=[0.9, 0.1, 2.0])
+    with one.grader() as grader:
         scores = ask(grader, "\\boxed{7}", "It is \\boxed{7}.", "It is 7.").result()
     assert [score.reward for score in scores] == pytest.approx([1.0, 0.9 + 2 * 2 / 5, 0.1 + 2 * 3 / 5], abs=1e-15)
     assert scores[0].reward >= 1.0, "0.9 + 0.1 is 1"
@@ -101,8 +101,8 @@ def test_what_is_not_worked_out_is_rewarded_only_where_that_is_accepted(mine):
     for weights in ([], [1.0]):
         names = ["math-verify", f"{mine}:short"][: 2 - bool(weights)]
         for accepts, verdict in ((False, "unevaluated"), (True, "correct")):
-            asked = RewardOptions(reward=names, reward_weight=weights, accept_unevaluated=accepts)
-            with rewards.read(asked).grader() as grader:
+            options = RewardOptions(reward=names, reward_weight=weights, accept_unevaluated=accepts)
+            with rewards.read(options).grader() as grader:
                 [score] = ask(grader, "So it is \\boxed{3+4}").result()
             assert score.verdict == verdict
 
@@ -129,9 +129,9 @@ def test_whatever_a_function_does_costs_its_group_alone_and_is_told_once_with_co
         groups = [ask(grader, order, "") for order in orders]
         monkeypatch.setattr(rewards, "SLACK_S", 0.3 - 8)  # of wall time there is 0.3 s for a group of two
         groups.append(ask(grader, "sleep", ""))
-        found = {order: group.result() for order, group in zip([*orders, "sleep"], groups, strict=True)}
-        assert [score.reward for score in found.pop("fine")] == [1.0, 0.0]
-    for order, scores in found.items():
+        by_order = {order: group.result() for order, group in zip([*orders, "sleep"], groups, strict=True)}
+        assert [score.reward for score in by_order.pop("fine")] == [1.0, 0.0]
+    for order, scores in by_order.items():
         verdict, fault = FAULTS[order]
         assert [(score.verdict, score.reward, score.applies) for score in scores] == [(verdict, 0.0, False)] * 2
         assert fault in scores[0].fault
@@ -143,14 +143,14 @@ def test_whatever_a_function_does_costs_its_group_alone_and_is_told_once_with_co
 def test_a_file_that_changes_while_a_run_goes_on_rewards_nothing(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def one(completions, **_):\n    return [1.0] * len(completions)\n")
-    asked = read(path, "one")
+    one = read(path, "one")
     path.write_text("def one(completions, **_):\n    return [2.0] * len(completions)\n")
-    with OwnGrader(asked) as grader:
+    with OwnGrader(one) as grader:
         assert "the file has changed since the run began" in ask(grader, "a").result()[0].fault
         with pytest.raises(InputError, match=r"failed on all 1 groups: --reward mine\.py:one: the file has changed"):
             grader.refuse_failed()
     changed = read(path, "one")
-    assert len({changed.digest, asked.digest, read(path, "one", weights=[2.0]).digest}) == 3
+    assert len({changed.digest, one.digest, read(path, "one", weights=[2.0]).digest}) == 3
     assert changed.resolved["reward"] == ["mine.py:one"]
 
 

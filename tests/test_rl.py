@@ -136,7 +136,7 @@ def test_while_it_trains_a_run_measures_what_eval_does_of_its_checkpoints(whole_
     arguments = ["eval", *policies, "--problems", held_out, "--out", tmp_path / "eval", *shape]
     code, printed = run(list(map(str, arguments)), tmp_path / "eval.log")
     assert code == 0, printed
-    assert printed.count("was trained with prompts of its problems' own, and is asked with none") == 2
+    assert printed.count("was trained with prompts of its problems' own, and is now prompted with none") == 2
     of_policies = json.loads((tmp_path / "eval/metrics.json").read_bytes())["policies"].values()
     rows, metrics = RunDir(whole_run).log_rows(), json.loads((whole_run / "metrics.json").read_bytes())
     assert [row["step"] for row in rows if "valid" in row] == [4, 8]

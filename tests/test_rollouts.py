@@ -4,7 +4,7 @@ import pytest
 
 from stages.core import records
 from stages.core.drawing.engine import Completion, Sampling
-from stages.core.drawing.rollouts import OWN_PROMPTS, asked_by, draw, draw_each, make_prompts
+from stages.core.drawing.rollouts import OWN_PROMPTS, draw, draw_each, make_prompts, template_digest
 from stages.core.drawing.templates import Template
 from stages.core.errors import InputError
 from stages.core.grading.verifier import Verifier
@@ -64,8 +64,8 @@ def test_a_problem_s_own_prompt_goes_before_the_template_and_is_taken_as_it_is()
     own = problem(1) | {"prompt": " {problem} as\n it is "}
     kept, _ = make_prompts([problem(0), own, problem(2) | {"prompt": None}], ASK, WordTokenizer(), 4, 100)
     assert [prompt.text for prompt in kept] == ["Q one two A", " {problem} as\n it is ", "Q one two A"]
-    assert asked_by(kept, ASK) == "digest"
-    assert asked_by(kept[1:2], ASK) == OWN_PROMPTS
+    assert template_digest(kept, ASK) == "digest"
+    assert template_digest(kept[1:2], ASK) == OWN_PROMPTS
     blank = problem(1) | {"prompt": " "}
     with pytest.raises(InputError, match=r"a\.jsonl: problem p1 gives an empty prompt: .* write its prompt as a text"):
         make_prompts([blank], ASK, WordTokenizer(), 4, 100, "a.jsonl")

@@ -239,9 +239,9 @@ def test_without_its_last_state_a_finished_run_can_not_be_made_longer(tmp_path):
 def test_another_version_of_the_verifier_is_refused_by_name(tmp_path):
     directory, identity = finished(tmp_path)
     other = replace(identity, versions={"sympy": "1.14"})
-    for asked in (other, with_steps(other, 5)):
+    for changed in (other, with_steps(other, 5)):
         with pytest.raises(InputError, match=r"settings: sympy was 1\.13, is now 1\.14\. Give"):
-            directory.begin(asked, False)
+            directory.begin(changed, False)
     assert directory.begin(other, True) is False
     assert directory.resume_step() == 0
 

@@ -203,27 +203,27 @@ def test_a_directory_of_checkpoints_stands_for_all_of_them(tiny_policy, tied_pol
     assert list(request.policies) == [f"{tmp_path}/checkpoints/step_000003", f"{tmp_path}/checkpoints/step_000020"]
 
 
-@pytest.mark.parametrize("place", ["", "..", "../.."])
-def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, problems, capsys, place):
+@pytest.mark.parametrize("above", ["", "..", "../.."])
+def test_a_policy_trained_with_another_template_is_warned_of(copied, tmp_path, problems, capsys, above):
     policy = tmp_path / "rl/checkpoints/step_000001"
     shutil.copytree(copied, policy)
     request = read_all([policy], [problems])
-    manifest = policy / place / "manifest.json"
+    manifest = policy / above / "manifest.json"
     manifest.write_text(json.dumps({"template_digest": request.template.digest}))
     request.warn_of_templates()
     assert capsys.readouterr().err == ""
     manifest.write_text(json.dumps({"template_digest": "other", "parameters": {"template": "boxed"}}))
     request.warn_of_templates()
-    assert "was trained with template boxed, and is asked with none" in capsys.readouterr().err
+    assert "was trained with template boxed, and is now prompted with none" in capsys.readouterr().err
     manifest.write_text(json.dumps({"template_digest": OWN_PROMPTS, "parameters": {"template": "none"}}))
     request.warn_of_templates()
-    assert "was trained with prompts of its problems' own, and is asked with none" in capsys.readouterr().err
+    assert "was trained with prompts of its problems' own, and is now prompted with none" in capsys.readouterr().err
     jsonl.write(problems, [problem(0) | {"prompt": "1+1=?"}])
     read_all([policy], [problems]).warn_of_templates()
     assert capsys.readouterr().err == ""
 
 
-def test_messages_are_asked_of_policies_with_one_chat_template_and_no_others(tiny_policy, copied, tmp_path, problems):
+def test_messages_are_prompts_of_policies_with_one_chat_template_and_no_others(tiny_policy, copied, tmp_path, problems):
     same, other = (shutil.copytree(copied, tmp_path / name) for name in ("same", "other"))
     for policy, text in ((copied, CHAT), (same, CHAT), (other, f"{CHAT}+")):
         (policy / "chat_template.jinja").write_text(text)
@@ -237,7 +237,7 @@ def test_messages_are_asked_of_policies_with_one_chat_template_and_no_others(tin
         read_all([tiny_policy], [problems])
 
 
-def test_every_policy_is_asked_every_problem_in_order(tiny_policy, other_policy, problems):
+def test_every_policy_gets_every_problem_in_order(tiny_policy, other_policy, problems):
     request = read_all([tiny_policy, other_policy], [problems], 3)
     engines = ScriptedEngines()
     with Verifier() as verifier:

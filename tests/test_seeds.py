@@ -23,12 +23,12 @@ class RecordingCore:
     """vLLM's engine below `VllmEngine`: every sample is "7", and (problem, sample, seed) of each is kept."""
 
     def __init__(self):
-        self.asked = []
+        self.prompted = []
         self.waiting = []
 
     def add_request(self, name, prompt, params):
         samples = range(params.n)
-        self.asked += [(prompt["prompt_token_ids"][0], sample, params.seed + sample) for sample in samples]
+        self.prompted += [(prompt["prompt_token_ids"][0], sample, params.seed + sample) for sample in samples]
         outputs = [SimpleNamespace(index=i, token_ids=[7], logprobs=None, finish_reason="stop") for i in samples]
         self.waiting.append(SimpleNamespace(request_id=name, finished=True, outputs=outputs))
 
@@ -105,7 +105,7 @@ def engine(keeps=True):
 
 @pytest.fixture
 def explore(tmp_path, monkeypatch):
-    """Run `steps` steps on so many ranks; the (problem, sample, seed) that each rank asked for."""
+    """Run `steps` steps on so many ranks; the (problem, sample, seed) that each rank drew."""
 
     def run(out="rl", num_ranks=1, steps=2, done=0, seed=0, origin="start", shared=1):
         meeting = Meeting(num_ranks)
@@ -133,20 +133,20 @@ def explore(tmp_path, monkeypatch):
             thread.start()
         for thread in threads:
             thread.join()
-        return [made._llm.llm_engine.asked for made in engines]
+        return [made._llm.llm_engine.prompted for made in engines]
 
     return run
 
 
-def seeds(asked):
-    return {seed for _, _, seed in asked}
+def seeds(drawn):
+    return {seed for _, _, seed in drawn}
 
 
 @pytest.mark.slow
 def test_every_sample_of_a_run_has_a_seed_of_its_own_though_a_problem_comes_again(explore):
-    (asked,) = explore()
-    assert len({problem for problem, _, _ in asked}) == NUM_PROBLEMS < 2 * PER_STEP
-    assert len(asked) == len(seeds(asked)) == 2 * PER_STEP * GROUP
+    (drawn,) = explore()
+    assert len({problem for problem, _, _ in drawn}) == NUM_PROBLEMS < 2 * PER_STEP
+    assert len(drawn) == len(seeds(drawn)) == 2 * PER_STEP * GROUP
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_four_ranks_with_two_engines_draw_what_one_draws_each_pair_the_same(expl
 
 def test_another_seed_and_another_start_policy_draw_other_noise(explore):
     runs = [explore("a"), explore("b", seed=1), explore("c", origin="the policy of the second iteration")]
-    assert len(set().union(*(seeds(asked) for (asked,) in runs))) == 3 * 2 * PER_STEP * GROUP
+    assert len(set().union(*(seeds(drawn) for (drawn,) in runs))) == 3 * 2 * PER_STEP * GROUP
 
 
 def test_a_resumed_run_draws_the_noise_of_an_uninterrupted_one(explore):

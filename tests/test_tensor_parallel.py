@@ -25,7 +25,7 @@ SHARED = ("--tensor-parallel", 2)
 
 
 @pytest.fixture
-def place(tmp_path, tiny_policy, other_policy, make_policy):
+def cwd(tmp_path, tiny_policy, other_policy, make_policy):
     """A directory with problems and policies, of which only two can share an engine."""
     three_heads = make_policy(hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
     for name, policy in {"policy": tiny_policy, "other": other_policy, "three": three_heads}.items():
@@ -36,26 +36,26 @@ def place(tmp_path, tiny_policy, other_policy, make_policy):
     return tmp_path
 
 
-def alone(place, *arguments):
+def alone(cwd, *arguments):
     """Run a command in one process."""
-    process = warm.start(list(map(str, arguments)), place, place / "log")
+    process = warm.start(list(map(str, arguments)), cwd, cwd / "log")
     process.join()
-    assert process.exitcode == 0, (place / "log").read_text()[-3000:]
+    assert process.exitcode == 0, (cwd / "log").read_text()[-3000:]
 
 
-def said(place):
+def said(cwd):
     """What each of the two ranks said."""
-    logs = [place / f"log-{rank}" for rank in (0, 1)]
+    logs = [cwd / f"log-{rank}" for rank in (0, 1)]
     texts = [log.read_text() for log in logs]
     for log in logs:
         log.unlink()
     return texts
 
 
-def together(place, *arguments):
+def together(cwd, *arguments):
     """Run a command as two ranks; return their exit codes and what each said."""
-    codes = launched.finish(launched.start(arguments, place, place))
-    return codes, said(place)
+    codes = launched.finish(launched.start(arguments, cwd, cwd))
+    return codes, said(cwd)
 
 
 def texts(*files):
@@ -71,50 +71,50 @@ def check_alike(texts, expected):
 
 
 @pytest.fixture
-def expected(place, engine, tiny_policy, monkeypatch):
+def expected(cwd, engine, tiny_policy, monkeypatch):
     """What an engine of one process draws from both policies."""
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(cwd)
     options = RequestOptions(template="none", max_tokens=48)
     request = read_request(["policy", "other"], {"sums": Path("sums.jsonl")}, options, num_samples=8)
     with Verifier() as verifier:
-        jsonl.write(place / "one.jsonl", sampling.rollouts(request, lambda *_: engine, verifier))
+        jsonl.write(cwd / "one.jsonl", sampling.rollouts(request, lambda *_: engine, verifier))
     engine.load(checkpoints.disk_weights(tiny_policy))
-    return texts(place / "one.jsonl")
+    return texts(cwd / "one.jsonl")
 
 
 @pytest.mark.slow
-def test_an_engine_of_two_ranks_draws_what_one_process_draws_also_with_weights_swapped_in(place, expected):
-    asked = ("--policy", "policy", "--policy", "other", "--problems", "sums.jsonl", "--num-samples", 8, *HOW)
-    codes, (first, second) = together(place, "eval", *asked, "--k", 8, *SHARED, "--out", "two")
+def test_an_engine_of_two_ranks_draws_what_one_process_draws_also_with_weights_swapped_in(cwd, expected):
+    arguments = ("--policy", "policy", "--policy", "other", "--problems", "sums.jsonl", "--num-samples", 8, *HOW)
+    codes, (first, second) = together(cwd, "eval", *arguments, "--k", 8, *SHARED, "--out", "two")
     assert codes == [0, 0], first + second
     assert "pass@8" in first and "groups 42/42" in first and not second
-    check_alike(texts(place / "two/rollouts.jsonl"), expected)
-    codes, (first, second) = together(place, "sample", *asked[2:], *SHARED, "--out", "two.jsonl")
+    check_alike(texts(cwd / "two/rollouts.jsonl"), expected)
+    codes, (first, second) = together(cwd, "sample", *arguments[2:], *SHARED, "--out", "two.jsonl")
     assert codes == [0, 0], first + second
-    check_alike(texts(place / "two.jsonl"), {key: text for key, text in expected.items() if key[1] == "other"})
+    check_alike(texts(cwd / "two.jsonl"), {key: text for key, text in expected.items() if key[1] == "other"})
 
 
 @pytest.mark.slow
-def test_a_run_whose_ranks_share_an_engine_stops_when_one_of_them_is_told_to_and_goes_on(place, toy):
+def test_a_run_whose_ranks_share_an_engine_stops_when_one_of_them_is_told_to_and_goes_on(cwd, toy):
     """The rank that is told is not the one that keeps; the other would wait for it for ever within a draw."""
     run = ["rl", "--policy", toy / "policy", "--problems", "sums.jsonl", *RL, "--out"]
-    processes = launched.start([*run, "two", *SHARED, "--steps", 500], place, place)
-    while not RunDir(place / "two").log_rows():
-        assert all(process.is_alive() for process in processes), said(place)
+    processes = launched.start([*run, "two", *SHARED, "--steps", 500], cwd, cwd)
+    while not RunDir(cwd / "two").log_rows():
+        assert all(process.is_alive() for process in processes), said(cwd)
         time.sleep(0.01)
     os.kill(processes[1].pid, signal.SIGTERM)
     codes = launched.finish(processes)
-    first, second = said(place)
+    first, second = said(cwd)
     assert codes == [128 + signal.SIGTERM] * 2, first + second
-    done = len(RunDir(place / "two").log_rows())
+    done = len(RunDir(cwd / "two").log_rows())
     assert first.count("stopped while") + first.count("stopped after") == 1 and "stopped" not in second
-    codes, (first, second) = together(place, *run, "two", *SHARED, "--steps", done + 1)
+    codes, (first, second) = together(cwd, *run, "two", *SHARED, "--steps", done + 1)
     assert codes == [0, 0] and f"going on after step {done}" in first, first + second
-    alone(place, *run, "one", "--steps", done + 1)
-    one, two = (sorted((place / name / "rollouts").iterdir()) for name in ("one", "two"))
+    alone(cwd, *run, "one", "--steps", done + 1)
+    one, two = (sorted((cwd / name / "rollouts").iterdir()) for name in ("one", "two"))
     assert len(one) == len(two) == done + 1
     check_alike(texts(*two[:2]), texts(*one[:2]))  # later, roundings have added up
-    rows = RunDir(place / "two").log_rows()
+    rows = RunDir(cwd / "two").log_rows()
     assert max(row["mismatch_max"] for row in rows if row["update_tokens"]) < 1e-4
 
 
@@ -124,33 +124,33 @@ def test_a_run_whose_ranks_share_an_engine_stops_when_one_of_them_is_told_to_and
     [("policy", 3, "must divide the number of processes, and this was launched as 2 processes"),
      ("three", 2, "must divide the 3 attention heads of policy three")],
 )  # fmt: skip
-def test_ranks_that_cannot_share_an_engine_all_end_and_one_says_why(place, policy, number, fault):
+def test_ranks_that_cannot_share_an_engine_all_end_and_one_says_why(cwd, policy, number, fault):
     common = ("--policy", policy, "--problems", "sums.jsonl", "--tensor-parallel", number, *HOW, "--out", "out")
     for stage in (("rl", "--overlong-buffer", 0), ("eval", "--num-samples", 8, "--k", 8), ("sample",)):
-        codes, (first, second) = together(place, *stage, *common)
+        codes, (first, second) = together(cwd, *stage, *common)
         assert codes == [2, 2]
         assert first.count("\n") == 1 and f"rloop: --tensor-parallel {number}: {fault}" in first and not second
-        assert not (place / "out").exists()
+        assert not (cwd / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_run_whose_ranks_see_different_problems_ends_on_all(place):
-    elsewhere = place / "elsewhere"
+def test_a_run_whose_ranks_see_different_problems_ends_on_all(cwd):
+    elsewhere = cwd / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "policy").symlink_to(place / "policy")
-    jsonl.write(elsewhere / "sums.jsonl", list(records.read_problems(place / "sums.jsonl"))[1:])
+    (elsewhere / "policy").symlink_to(cwd / "policy")
+    jsonl.write(elsewhere / "sums.jsonl", list(records.read_problems(cwd / "sums.jsonl"))[1:])
     run = ["rl", "--policy", "policy", "--problems", "sums.jsonl", *RL, "--out", "out"]
-    codes = launched.finish(launched.start(run, place, elsewhere))
+    codes = launched.finish(launched.start(run, cwd, elsewhere))
     assert codes == [2, 2]
-    text = (place / "log-0").read_text() + (elsewhere / "log-1").read_text()
+    text = (cwd / "log-0").read_text() + (elsewhere / "log-1").read_text()
     assert text.count("\n") == 1 and "sees another sums.jsonl than rank 0" in text
-    assert not (place / "out").exists()
+    assert not (cwd / "out").exists()
 
 
-def test_one_process_cannot_share_an_engine(place):
+def test_one_process_cannot_share_an_engine(cwd):
     options = RequestOptions(template="none", max_tokens=48, tensor_parallel=2)
     with pytest.raises(InputError, match=r"--tensor-parallel 2: must divide .* launched as one process"):
-        read_request([str(place / "policy")], {"sums": place / "sums.jsonl"}, options, Ranks(2, 0, 1), num_samples=4)
+        read_request([str(cwd / "policy")], {"sums": cwd / "sums.jsonl"}, options, Ranks(2, 0, 1), num_samples=4)
 
 
 @pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 4), (8, 4), (4, 2), (4, 1)])

@@ -95,7 +95,7 @@ def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_
     rollouts = some_rollouts(12)
     trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, importance_cap=1.5))
     sums = trainer.gradient(rollouts, entropy_weight)
-    found = gradient_of(trainer)
+    gradient = gradient_of(trainer)
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
     total, tokens = 0.0, sum(len(rollout.completion_ids) for rollout in rollouts)
     for rollout in rollouts:
@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_
         total = total + entropy_weight * (scores.exp() * scores).sum()
     (total / tokens).backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    assert close(found, expected, 1e-5)
+    assert close(gradient, expected, 1e-5)
     assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
 
 
@@ -347,15 +347,15 @@ def trainer_in(dtype, policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-fused"])
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, both_ranks, kind):
-    found = both_ranks[0][kind, "float32"]
+    case = both_ranks[0][kind, "float32"]
     trainer = Trainer(tiny_policy, Accelerator(), OPTIONS)
     sums = trainer.gradient(some_rollouts(31))
-    assert close(flat(found["gradient"]), gradient_of(trainer), 1e-5)
-    assert torch.allclose(found["sums"], sums, rtol=1e-5)
-    assert close(flat(found["with_entropy"]), with_entropy_term(tiny_policy)[0], 1e-5)
+    assert close(flat(case["gradient"]), gradient_of(trainer), 1e-5)
+    assert torch.allclose(case["sums"], sums, rtol=1e-5)
+    assert close(flat(case["with_entropy"]), with_entropy_term(tiny_policy)[0], 1e-5)
     trainer.optimizer.zero_grad()
-    assert found["norms"] == pytest.approx(trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms, rel=1e-5)
-    assert set(found["weights"]) == set(dict(trainer.weights()))
+    assert case["norms"] == pytest.approx(trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms, rel=1e-5)
+    assert set(case["weights"]) == set(dict(trainer.weights()))
 
 
 @pytest.mark.slow
@@ -373,21 +373,21 @@ def test_in_bfloat16_only_the_products_are_rounded(tiny_policy, both_ranks):
     alone = gradient_of(trainer)
     assert not close(alone, exact, 1e-2), "this was not bfloat16"
     for kind, bound in (("ddp", 0.02), ("fsdp2", 0.08)):
-        found = both_ranks[0][kind, "bfloat16"]
-        log_probs, gradient = torch.cat(found["log_probs"]), flat(found["gradient"])
+        case = both_ranks[0][kind, "bfloat16"]
+        log_probs, gradient = torch.cat(case["log_probs"]), flat(case["gradient"])
         assert log_probs.dtype == gradient.dtype == torch.float32
         for values in (log_probs, gradient[gradient != 0]):
             assert (values != values.bfloat16()).float().mean() > 0.4
         assert (log_probs - own).abs().mean() < 0.05
         assert close(gradient, alone, bound)
         assert close(gradient, exact, 0.08)
-        assert {weight.dtype for weight in found["weights"].values()} == {torch.bfloat16}
+        assert {weight.dtype for weight in case["weights"].values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow
 def test_a_saved_state_is_taken_back_bit_for_bit_and_by_another_number_of_ranks_too(tiny_policy, both_ranks):
-    found, directory = both_ranks
-    for (kind, dtype), case in found.items():
+    cases, directory = both_ranks
+    for (kind, dtype), case in cases.items():
         files = sorted(path.name for path in (directory / f"{kind}-{dtype}" / "second").glob("*.distcp"))
         assert files == ["__0_0.distcp", "__1_0.distcp"], "not every rank wrote its part"
         for again in case["again"].values():
@@ -406,11 +406,11 @@ def test_adapters_are_trained_over_sharded_frozen_weights_and_their_state_taken_
     coarse, case = both_ranks[1] / "coarse", torch.load(both_ranks[1] / "lora.pt")
     exact = Trainer(coarse, Accelerator(), replace(OPTIONS, lora_rank=8))
     exact.gradient(some_rollouts(31))
-    found = case["gradient"]
-    assert {name: gradient.dtype for name, gradient in found.items()} == dict.fromkeys(
+    gradients = case["gradient"]
+    assert {name: gradient.dtype for name, gradient in gradients.items()} == dict.fromkeys(
         trained(exact.model), torch.float32
     )
-    assert close(flat(found), torch.cat([weight.grad.flatten() for weight in trained(exact.model).values()]), 0.08)
+    assert close(flat(gradients), torch.cat([weight.grad.flatten() for weight in trained(exact.model).values()]), 0.08)
     assert case["norms"][0] > 0
     for again in case["again"].values():
         assert all(torch.equal(weight, again[name]) for name, weight in case["weights"].items())

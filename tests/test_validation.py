@@ -65,8 +65,8 @@ def test_the_start_policy_every_nth_and_the_last_are_measured_after_their_update
 
 
 def test_of_equals_the_earliest_step_is_the_best_and_the_start_policy_counts(tmp_path):
-    found = validation.figures(explore(tmp_path, num_correct=lambda updates: 3 if updates < 3 else 1).rows)
-    assert found == {"valid_start": 0.75, "valid_last": 0.25, "valid_best": 0.75, "valid_best_step": 0}
+    best = validation.figures(explore(tmp_path, num_correct=lambda updates: 3 if updates < 3 else 1).rows)
+    assert best == {"valid_start": 0.75, "valid_last": 0.25, "valid_best": 0.75, "valid_best_step": 0}
 
 
 def test_without_a_validation_set_the_columns_are_there_and_empty(tmp_path):
@@ -91,8 +91,8 @@ def test_nothing_of_the_run_depends_on_the_measurements(tmp_path):
     assert files(often.directory) == files(without.directory)
     trained = [[list(map(vars, batch)) for batch in run.trainer.batches] for run in (without, often)]
     assert trained[0] == trained[1]
-    assert [number for number in often.engine.asked if number < FIRST] == without.engine.asked
-    assert sum(number >= FIRST for number in often.engine.asked) == 3 * 4
+    assert [number for number in often.engine.prompted if number < FIRST] == without.engine.prompted
+    assert sum(number >= FIRST for number in often.engine.prompted) == 3 * 4
 
 
 def stopping(stop, at):
@@ -136,17 +136,17 @@ class RanksInTurn(Ranks):
 
 
 def test_each_engine_draws_a_share_and_the_shares_make_the_whole():
-    asked, parts = [], []
+    drawn, parts = [], []
     many = validation.of(prompts(range(7)), Sampling(GROUP, 8), Settings(valid_samples=K, seed=3))
     with Verifier() as verifier:
         for rank in range(0, 6, 2):  # two ranks an engine, of which the first keeps what it draws
             engine = SeedKeepingEngine(lambda number: number % (K + 1))
             parts.append(many.measure(RanksInTurn(2, rank, 6), engine, verifier, lambda: False))
-            asked += zip(engine.asked, engine.seeds, strict=True)
+            drawn += zip(engine.prompted, engine.seeds, strict=True)
         alone = many.measure(ALONE, engine, verifier, lambda: False)
     assert sum(parts) == pytest.approx(alone)
     assert alone == (0 + 1 + 2 + 3 + 4 + 0 + 1) / (7 * K)
-    assert sorted(asked) == [(number, seed_of(3, f"p{number}")) for number in range(7)]
+    assert sorted(drawn) == [(number, seed_of(3, f"p{number}")) for number in range(7)]
 
 
 class SeedKeepingEngine(NumberedEngine):

@@ -77,10 +77,10 @@ def test_counts_hold_every_verdict_handed_out() -> None:
 
 def test_answers_that_nothing_can_equal_are_found_and_never_rewarded(verifier: Verifier) -> None:
     golds = ["7", "\\frac{\\sqrt{2}}{2}", "\\frac{1}{", "x+*+", "\\foo{}", "", "east", "y=x^2", "(1,2]", "\\sqrt{}"]
-    found = verifier.parseable(golds)
-    assert found == [True, True, False, False, False, False, True, True, True, False]
+    readable = verifier.parseable(golds)
+    assert readable == [True, True, False, False, False, False, True, True, True, False]
     scores = verifier.verify([(f"\\boxed{{{gold}}}", gold) for gold in golds])
-    assert [score.reward == 1.0 for score in scores] == found
+    assert [score.reward == 1.0 for score in scores] == readable
 
 
 def test_a_bare_expression_counts_only_on_demand() -> None:

@@ -69,7 +69,7 @@ def _refuse_adapters(base: Path, options: Any) -> None:
 
 def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]:
     """The plans of all calls that train or draw, alike ones once, and why there is none for others."""
-    found: dict[str, Plan] = {}
+    by_kind: dict[str, Plan] = {}
     unknown: dict[str, None] = {}
     for call in calls:
         if call.stage not in ("rl", "rft", "sample", "eval") or not (named := policies_of(call, calls)):
@@ -89,8 +89,8 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
             unknown[f"{call.stage} computes in float32, and the plan is for bfloat16"] = None
         else:
             plan = _plan(call, shape, launch, gpu_gib)
-            found.setdefault(f"{call.stage} {plan.moments}", plan)
-    return list(found.values()), list(unknown)
+            by_kind.setdefault(f"{call.stage} {plan.moments}", plan)
+    return list(by_kind.values()), list(unknown)
 
 
 def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
@@ -104,9 +104,9 @@ def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
     return Plan(call, shape, (gpu_gib, *sharing), moments)
 
 
-def lines(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
+def lines(plans: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
     """What each plan comes to."""
-    for plan in found:
+    for plan in plans:
         said = [f"{moment} in {parts['sum']:.1f}" for moment, parts in plan.moments.items()]
         if plan.call.stage != "rft" and not gpu_gib:
             said.append(f"engine's weights {plan.engine:.1f} (--gpu-memory says what is left for its cache)")
@@ -116,9 +116,9 @@ def lines(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> 
         yield f"{plan.call.stage}: {', '.join(said)}{f' of {gpu_gib:g}' if gpu_gib else ''} GiB a GPU{cached}"
 
 
-def faults(found: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
+def faults(plans: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
     """A line for each plan that does not fit a GPU, with the option that does."""
-    for call, shape, machine, moments in found if gpu_gib else ():
+    for call, shape, machine, moments in plans if gpu_gib else ():
         said: dict[str, str | None] = {}
         if "updates" in moments:
             said["--tokens-per-microbatch"] = memory.update_advice(shape, call.options, *machine)

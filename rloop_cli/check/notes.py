@@ -10,8 +10,8 @@ def notes(calls: Sequence[Call]) -> Iterator[str]:
     asking = [call for call in calls if call.stage in ("rl", "sample", "eval")]
     by_template = {call.options.template: call.stage for call in reversed(asking)}  # the first of each
     if len(by_template) > 1:
-        told = ", ".join(f"{stage} asks with {template}" for template, stage in reversed(by_template.items()))
-        yield f"templates differ: {told}; a policy is tested by prompts that it was not trained on"
+        used = ", ".join(f"{stage} uses {template}" for template, stage in reversed(by_template.items()))
+        yield f"templates differ: {used}; a policy is tested by prompts that it was not trained on"
     runs = [call for call in calls if call.stage == "rl"]
     baseline = [call.options.steps for call in runs if call.name == "vanilla"]
     together = sum(call.options.steps for call in runs if call.name.startswith("rl@"))

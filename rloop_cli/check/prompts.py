@@ -64,7 +64,7 @@ def seen(calls: Sequence[Call]) -> Seen:
 
 
 def _base(call: Call, calls: Sequence[Call]) -> Path | None:
-    """The policy that is there and has the tokenizer of those that the call asks."""
+    """The policy that is there and has the tokenizer of those that the call names."""
     named = policies_of(call, calls)
     return base_of(calls, named[0]).path if named else None
 

@@ -73,8 +73,8 @@ def _span(seconds: float) -> str:
 
 def explored(runs: Path) -> Explored | None:
     """The run of rl in `runs` with the most steps."""
-    found = (_explored(log, read_manifest(log.parent / "manifest.json")) for log in sorted(runs.glob("*/rl/log.tsv")))
-    return max(filter(None, found), key=lambda run: run.num_steps, default=None)
+    runs_ = (_explored(log, read_manifest(log.parent / "manifest.json")) for log in sorted(runs.glob("*/rl/log.tsv")))
+    return max(filter(None, runs_), key=lambda run: run.num_steps, default=None)
 
 
 def _explored(log: Path, record: dict[str, Any]) -> Explored | None:
@@ -88,7 +88,7 @@ def _explored(log: Path, record: dict[str, Any]) -> Explored | None:
 
 def drawn(runs: Path) -> PastEval | None:
     """The evaluation below `runs` with the most rollouts."""
-    found = []
+    evals = []
     for file in sorted(runs.glob("eval/**/manifest.json")):
         record = read_manifest(file)
         is_part = (file.parent.parent / "manifest.json").is_file()  # one set of several, whose seconds are no set's own
@@ -97,5 +97,5 @@ def drawn(runs: Path) -> PastEval | None:
         parts = [record, *map(read_manifest, file.parent.glob("*/manifest.json"))]
         number = sum(part.get("counts", {}).get("rollouts", 0) for part in parts)
         if number and record.get("seconds"):
-            found.append(PastEval(file.parent, number, record["seconds"], record["parameters"]["max_tokens"]))
-    return max(found, key=lambda one: one.num_rollouts, default=None)
+            evals.append(PastEval(file.parent, number, record["seconds"], record["parameters"]["max_tokens"]))
+    return max(evals, key=lambda one: one.num_rollouts, default=None)

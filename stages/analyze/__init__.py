@@ -113,10 +113,10 @@ def _one_set(evaluations: Mapping[str, Evaluation], wanted: str) -> Evaluation:
     return evaluations[wanted or next(iter(evaluations))]
 
 
-def _paths(placed: Sequence[Position]) -> dict[str, list[Position]]:
+def _paths(positions: Sequence[Position]) -> dict[str, list[Position]]:
     """Each method's path from the base on, if there are checkpoints to compare; two at one step are an InputError."""
-    methods = [method for method in dict.fromkeys(position.method for position in placed) if method != BASE]
-    paths = {method: path_of(placed, method) for method in methods}
+    methods = [method for method in dict.fromkeys(position.method for position in positions) if method != BASE]
+    paths = {method: path_of(positions, method) for method in methods}
     for method, path in paths.items():
         labels = [position.label for position in path]
         if twice := next((label for label in labels if labels.count(label) > 1), None):

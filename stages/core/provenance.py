@@ -133,11 +133,11 @@ def identify(
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest or record of settings `path`; {} where there is none, an InputError where it can be neither."""
-    found = outputs.read_json(path)
+    record = outputs.read_json(path)
     for part in ("parameters", "inputs", "versions"):
-        if not isinstance(found.get(part) or {}, dict):
-            raise InputError(f"{path}: {part} must be an object, found {found[part]!r:.60}: restore it, or remove it")
-    return found
+        if not isinstance(record.get(part) or {}, dict):
+            raise InputError(f"{path}: {part} must be an object, found {record[part]!r:.60}: restore it, or remove it")
+    return record
 
 
 def is_done(out: str | Path, record: Path, identify: Callable[[], Identity]) -> bool:

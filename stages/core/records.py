@@ -49,7 +49,7 @@ class Problem(TypedDict):
     {"id": "math-500/7", "problem": "What is 3 + 4?", "answer": "7", "source": "math-500"}
 
     `prompt` is how the problem itself says it: a text that the engine sees as it is, or the messages of a chat, which
-    the policy's chat template renders. It takes the place of --template, but for the template's stop texts; without
+    the policy's chat template renders. It replaces --template, but for the template's stop texts; without
     one, or with null, the template renders `problem`.
     """
 
@@ -271,7 +271,9 @@ class LogRow(TypedDict):
     update_s: Annotated[float, Column("updates", "s", "sum")]
     handover_s: Annotated[float, Column("handing the weights to the engine", "s", "sum")]
     peak_memory_gib: Annotated[float, Column("most memory in use on any GPU", "GiB", "max")]
-    num_preemptions: Annotated[float, Column("sequences that lost their place in the engine's cache", total="sum")]
+    num_preemptions: Annotated[
+        float, Column("sequences dropped from the engine's cache and computed again", total="sum")
+    ]
     halvings: Annotated[int, Column("times that the micro-batch was halved for want of memory", total="sum")]
     rounding_changes: Annotated[int, Column("options and versions that round otherwise from here on", total="sum")]
     valid: Annotated[float, Column("avg@k on --valid after the step")]
@@ -343,7 +345,7 @@ def checker(kind: type[Record]) -> Callable[[dict[str, Any]], str | None]:
     """A function from a dictionary to None, or to a sentence on the first needed field that `kind` forbids.
 
     A JSON number without a point is an int to JSON writers in other languages, so ints pass as floats;
-    booleans never pass as numbers, and ints are counts or places, so negative ones don't pass.
+    booleans never pass as numbers, and ints are counts or positions, so negative ones don't pass.
     """
     needed = cast(Any, kind).__required_keys__
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name in needed}

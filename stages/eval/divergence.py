@@ -48,9 +48,9 @@ def checked(name: str, num_scored: int, temperatures: Sequence[float], request: 
         raise InputError(f"--kl-samples {num_scored}: there are {request.sampling.num_samples} samples (--num-samples)")
     if request.ranks.tensor_parallel > 1:
         raise InputError("--kl-to: each process holds two whole policies for it: leave out --tensor-parallel")
-    base, asked = checkpoints.resolve(name), next(iter(request.policies.values()))
+    base, first = checkpoints.resolve(name), next(iter(request.policies.values()))
     prompts, longest = request.prompts, request.longest()
-    if (size := _vocabulary(base)) != (expected := _vocabulary(asked)):
+    if (size := _vocabulary(base)) != (expected := _vocabulary(first)):
         raise InputError(f"--kl-to {name}: its vocabulary has {size} tokens, that of the policies {expected}")
     encoded = checkpoints.encode(checkpoints.load_tokenizer(base), [prompt.text for prompt in prompts])
     if encoded != [prompt.token_ids for prompt in prompts]:

@@ -166,7 +166,7 @@ def _unpacking(file: BinaryIO, kind: str) -> Any:
 
 
 def rows(source: Source) -> Iterator[tuple[str, Columns]]:
-    """Yield (place such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
+    """Yield (position such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
     files = (_READERS[_suffix(path)](path) for path in source.paths)
     stream = chain.from_iterable(files) if source.paths else _hub(source)
     empty = True

@@ -257,8 +257,8 @@ def _missing(study: "Study", options: Options, sections: Mapping[str, Any]) -> l
 
 def _means(study: "Study") -> list[dict[str, Any]]:
     """What analyze says of each run in numbers, in percent, in the words of its means.py."""
-    found = read_json(study.runs / "analysis" / "metrics.json")
-    runs = {run: means for run, means in found.items() if isinstance(means, dict) and "mean_forgetting" in means}
+    measured = read_json(study.runs / "analysis" / "metrics.json")
+    runs = {run: means for run, means in measured.items() if isinstance(means, dict) and "mean_forgetting" in means}
     names = dict.fromkeys(name for means in runs.values() for name in means if "forgetting" in name)
     return [
         {"in percent": name.removeprefix("mean_").replace("_", " ")}

@@ -26,7 +26,7 @@ OTHERS = (RL, BASE)
 
 def build(
     evaluations: Mapping[str, Evaluation],
-    placed: Sequence[Position],
+    positions: Sequence[Position],
     chosen: Mapping[str, str],
     max_problems: int,
     max_samples: int,
@@ -36,7 +36,7 @@ def build(
     Of every set the same number of problems is kept, at least one and as many as fit into MAX_BYTES.
     """
     with_rollouts = [each for each in evaluations.values() if each.rollouts]
-    sets = [_of_set(each, placed, chosen, max_problems, max_samples) for each in with_rollouts]
+    sets = [_of_set(each, positions, chosen, max_problems, max_samples) for each in with_rollouts]
     ranks = zip_longest(*(of_set["problems"] for of_set in sets))
     sizes = [sum(len(embedded(problem)) for problem in rank if problem) for rank in ranks]
     num_problems = max(1, sum(total <= MAX_BYTES for total in accumulate(sizes)))
@@ -56,7 +56,7 @@ def gains(evaluations: Mapping[str, Evaluation], chosen: Mapping[str, str]) -> l
 
 
 def _changes(evaluation: Evaluation, chosen: Mapping[str, str], other: str) -> dict[str, str]:
-    """Problem id -> "gained", "lost", "both" or "neither", of those that both policies were asked."""
+    """Problem id -> "gained", "lost", "both" or "neither", of those that both policies were evaluated on."""
     mine, its = (_solved(evaluation, chosen.get(method, "")) for method in (RLOOP, other))
     words = {(True, False): "gained", (False, True): "lost", (True, True): "both", (False, False): "neither"}
     return {problem: words[solved, its[problem]] for problem, solved in mine.items() if problem in its}
@@ -68,16 +68,14 @@ def _solved(evaluation: Evaluation, policy: str) -> dict[str, bool]:
 
 def _of_set(
     evaluation: Evaluation,
-    placed: Sequence[Position],
+    positions: Sequence[Position],
     chosen: Mapping[str, str],
     max_problems: int,
     max_samples: int,
 ) -> dict[str, Any]:
-    results = evaluation.results
-    placed = [position for position in placed if position.policy in results]
-    correct = {
-        p.policy: {r["problem_id"]: r["num_correct"] / r["num_samples"] for r in results[p.policy]} for p in placed
-    }
+    its = evaluation.results
+    here = [position for position in positions if position.policy in its]
+    correct = {p.policy: {r["problem_id"]: r["num_correct"] / r["num_samples"] for r in its[p.policy]} for p in here}
     rates = pd.DataFrame(correct).round(4).sort_index()
     changes = {other: _changes(evaluation, chosen, other) for other in OTHERS}
     order = pd.DataFrame({"spread": rates.max(axis="columns") - rates.min(axis="columns")})
@@ -86,14 +84,14 @@ def _of_set(
     samples = _samples(evaluation, set(shown))
     problems = []
     for problem in shown:
-        drawn = [samples.get((problem, position.policy), []) for position in placed]
+        drawn = [samples.get((problem, position.policy), []) for position in here]
         for one in list(chain(*drawn))[:1]:
             about = {"id": problem, "prompt": _short(one["prompt"]), "answer": one["answer"]}
             about |= {"changes": {other: of.get(problem, "") for other, of in changes.items()}}
             about |= {"truncated": any(rollout["finish_reason"] == "length" for rollout in chain(*drawn))}
             kept = [_mix(rollouts, max_samples) for rollouts in drawn]
             problems.append(about | {"rates": rates.loc[problem].tolist(), "rollouts": kept})
-    policies = [{"label": _label(p), "method": p.method, "step": p.step, "after_rft": p.ends_iteration} for p in placed]
+    policies = [{"label": _label(p), "method": p.method, "step": p.step, "after_rft": p.ends_iteration} for p in here]
     return {"name": evaluation.problem_set, "policies": policies, "problems": problems}
 
 

@@ -28,16 +28,16 @@ TRAINING = {  # column of log.tsv: (title, axis, the paper's figure)
 }
 
 
-def tidy(table: pd.DataFrame, placed: Sequence[Position]) -> pd.DataFrame:
+def tidy(table: pd.DataFrame, positions: Sequence[Position]) -> pd.DataFrame:
     """Every metric of every policy on the path of every method, set by set; the base is on each path.
 
     In percent, but for tokens and nats.
     """
-    methods = dict.fromkeys(position.method for position in placed if position.method != BASE)
+    methods = dict.fromkeys(position.method for position in positions if position.method != BASE)
     steps = [
         (method, position.step, int(position.ends_iteration), position.policy)
         for method in methods
-        for position in path_of(placed, method)
+        for position in path_of(positions, method)
     ]
     rows = pd.DataFrame(steps, columns=["method", "step", "after_rft", "policy"]).merge(table, on="policy")
     scale = rows["metric"].map(lambda name: 100 if metrics.named(name).unit == metrics.SHARE else 1)

@@ -6,7 +6,7 @@
   window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((fold) => { fold.open = true; }));
   if (!sets.length || !byId("set")) return;
   const COLOURS = { RLoop: "var(--rloop)", RL: "var(--rl)", Base: "var(--base)" };
-  const percent = (rate) => rate === null ? "not asked" : `${Math.round(100 * rate)} %`;
+  const percent = (rate) => rate === null ? "not evaluated" : `${Math.round(100 * rate)} %`;
 
   function element(tag, text, attributes = {}) {
     const made = document.createElement(tag);

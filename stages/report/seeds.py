@@ -2,7 +2,7 @@
 
 An interval is Student's, 95 %, so it says how far a mean would move with other policies, problems and draws of the same
 kind; fewer than MIN_RUNS have none. A difference is taken within each run, where both methods began from the same
-policy and were asked the same problems.
+policy and were evaluated on the same problems.
 
     measured   a row a run, set, method and metric: run, set, method, metric, value (percent)
     means      a row a set, method and metric: value, low, high (NaN if there are too few runs), num_runs

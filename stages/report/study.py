@@ -64,9 +64,9 @@ class Study:
             averages.setdefault(f"{AVERAGE}{temperature}", []).append(name)
             if own != valid:
                 averages.setdefault(f"{WITHOUT}{valid}{temperature}", []).append(name)
-        is_asked = self.valid in self.evaluations
+        is_evaluated = self.valid in self.evaluations
         several = {name: sets for name, sets in averages.items() if len(sets) > 1}
-        return {name: sets for name, sets in several.items() if is_asked or not name.startswith(WITHOUT)}
+        return {name: sets for name, sets in several.items() if is_evaluated or not name.startswith(WITHOUT)}
 
     @property
     def temperatures(self) -> str:
@@ -221,5 +221,5 @@ def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str,
     results = [results for each in evaluations.values() for results in each.results.values()]
     policies = dict.fromkeys(policy for each in evaluations.values() for policy in each.results)
     num_samples = min((result["num_samples"] for each in results for result in each), default=0)
-    placed = positions(policies, runs, lineage.bases)
-    return Study(runs, lineage, evaluations, placed, num_samples, valid, [*lineage.left_out, *left_out])
+    at = positions(policies, runs, lineage.bases)
+    return Study(runs, lineage, evaluations, at, num_samples, valid, [*lineage.left_out, *left_out])

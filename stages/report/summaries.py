@@ -60,7 +60,7 @@ def tell(study: Study, ks: Sequence[int], seed: int) -> Told:
     return Told(scores, table, chosen, results(table, chosen), lost)
 
 
-def methods(placed: Sequence[Position], best: Mapping[str, Position]) -> dict[str, str]:
+def methods(positions: Sequence[Position], best: Mapping[str, Position]) -> dict[str, str]:
     """The policies that represent each method: the base, the last of RL and other runs, RLoop's last, and the chosen.
 
     RLoop's output is the policy fine-tuned after the last iteration (Algorithm 1); if its last RL phase has a
@@ -68,7 +68,7 @@ def methods(placed: Sequence[Position], best: Mapping[str, Position]) -> dict[st
     method of its own.
     """
     rows: dict[str, str] = {}
-    for position in placed:  # ordered by step within a method, so the last one stays
+    for position in positions:  # ordered by step within a method, so the last one stays
         is_endpoint = position.method == RLOOP and not position.ends_iteration
         rows[RLOOP_ENDPOINT if is_endpoint else position.method] = position.policy
     rows |= {f"{method}{CHOSEN}": position.policy for method, position in best.items()}
@@ -81,28 +81,28 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
-def chosen_on(valid: str, metric: str, table: pd.DataFrame, placed: Sequence[Position]) -> dict[str, Position]:
+def chosen_on(valid: str, metric: str, table: pd.DataFrame, positions: Sequence[Position]) -> dict[str, Position]:
     """For each method the policy on its path with the largest `metric` on the set `valid`, the earliest of equals.
 
     The base is none of the candidates, and a method with a single one has nothing to choose.
     """
     here = table[(table["set"] == valid) & (table["metric"] == metric)].set_index("policy")["value"].round(9)
     best: dict[str, Position] = {}
-    for method in dict.fromkeys(position.method for position in placed if position.method != BASE):
-        candidates = [each for each in placed if each.method == method and each.policy in here.index]
+    for method in dict.fromkeys(position.method for position in positions if position.method != BASE):
+        candidates = [each for each in positions if each.method == method and each.policy in here.index]
         if len(candidates) > 1:
             best[method] = max(candidates, key=lambda position: here[position.policy])
     return best
 
 
 def peaks(
-    valid: str, metric: str, table: pd.DataFrame, placed: Sequence[Position], best: Mapping[str, Position]
+    valid: str, metric: str, table: pd.DataFrame, positions: Sequence[Position], best: Mapping[str, Position]
 ) -> list[dict[str, Any]]:
     """What each method loses from its best checkpoint to its end on the set it was chosen on, in percent and points."""
     here = table[(table["set"] == valid) & (table["metric"] == metric)].set_index("policy")["value"] * 100
     rows = []
     for method, position in best.items():
-        last = [each for each in placed if each.method == method and each.policy in here.index][-1]
+        last = [each for each in positions if each.method == method and each.policy in here.index][-1]
         values = {"best": float(here[position.policy]), "at its end": float(here[last.policy])}
         lost = values["best"] - values["at its end"]
         rows.append(
@@ -223,25 +223,27 @@ def differences(
     apart = [scores[:0]]
     for first, second in pairs:
         one, other = (rated[rated["policy"] == chosen.get(method)].drop(columns="policy") for method in (first, second))
-        difference = other - one  # not a number where only one was asked, and then the set has none
+        difference = other - one  # not a number where only one was evaluated, and then the set has none
         apart.append(difference.reset_index().assign(policy=f"{second} − {first}"))
     table = summarise(pd.concat(apart), averages, seed, of_differences=True)
     return table.assign(real=(table["low"] > 0) | (table["high"] < 0))
 
 
 def unlike(scores: pd.DataFrame, chosen: Mapping[str, str]) -> list[str]:
-    """A line for every method that was not asked all the problems that the first method in the table was asked."""
-    asked = scores.groupby(["set", "policy"], observed=True)["problem_id"].agg(frozenset)
+    """A line for every method that was not evaluated on the problems of the first method in the table."""
+    problems = scores.groupby(["set", "policy"], observed=True)["problem_id"].agg(frozenset)
     lines = []
     for name in scores["set"].unique():
-        ids = {method: asked.get((name, policy), frozenset()) for method, policy in chosen.items()}
+        ids = {method: problems.get((name, policy), frozenset()) for method, policy in chosen.items()}
         first = next((method for method in ids if ids[method]), "")
         for method in ids:
             if not ids[method]:
                 lines.append(f"{method} on {name}: not evaluated, so no difference and no average over the sets")
             elif ids[method] != ids[first]:
                 counts = f"{len(ids[method])} and {len(ids[first])}"
-                lines.append(f"{method} and {first} on {name}: asked different problems ({counts}), so no difference")
+                lines.append(
+                    f"{method} and {first} on {name}: evaluated on different problems ({counts}), so no difference"
+                )
     return lines
 
 

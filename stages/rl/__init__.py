@@ -192,7 +192,7 @@ def _start_engine(request: "Request", max_sequences: int) -> "VllmEngine":
 
 def _finish(directory: "RunDir", identity: Identity, request: "Request", options: Options) -> None:
     """Check that every step was done, and write metrics.json and manifest.json."""
-    from stages.core.drawing.rollouts import asked_by
+    from stages.core.drawing.rollouts import template_digest
     from stages.rl import steplog
     from stages.rl.rundir import step_name
 
@@ -207,6 +207,6 @@ def _finish(directory: "RunDir", identity: Identity, request: "Request", options
         "problems_left_out": request.left_out[TRAIN],
     }
     about: dict[str, Any] = {"changes": directory.changes} if directory.changes else {}
-    about |= {"template_digest": asked_by(request.sets[TRAIN], request.template)}
+    about |= {"template_digest": template_digest(request.sets[TRAIN], request.template)}
     about["rollout_digests"] = directory.rollout_digests()
     directory.finish(metrics, manifest(identity, counts, metrics["seconds"], **about))

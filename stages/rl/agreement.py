@@ -34,12 +34,12 @@ class Bound:
     """The difference allowed at the start: in float32 the largest of all tokens, in bfloat16 the mean."""
 
     is_float32: bool
-    asked: float  # the user's bound; 0 is the default of the type
+    given: float  # the user's bound; 0 is the default of the type
 
     @property
     def value(self) -> float:
         """The bound in nats."""
-        return self.asked or (1e-3 if self.is_float32 else 0.1)
+        return self.given or (1e-3 if self.is_float32 else 0.1)
 
     def breach(self, measured: LogProbDifference) -> str:
         """How `measured` lies beyond the bound, such as "0.2 on average"; "" if it does not."""

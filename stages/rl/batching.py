@@ -39,10 +39,10 @@ class ProblemStream:
         return [self._next() for _ in range(count)]
 
     def _next(self) -> int:
-        epoch, place = divmod(self.position, self.num_problems)
+        epoch, index = divmod(self.position, self.num_problems)
         if epoch != self._epoch:
             self._order = list(range(self.num_problems))
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
         self.position += 1
-        return self._order[place]
+        return self._order[index]

@@ -114,7 +114,7 @@ class Engine(Protocol):
     """What the stages need of an engine. Tests use a scripted one."""
 
     max_sequences: int  # that it works on at once
-    num_preemptions: int | None  # so far: sequences that lost their place in the cache and were computed again
+    num_preemptions: int | None  # so far: sequences that were dropped from the cache and computed again
 
     def sleep(self) -> None:
         """Free the accelerator's memory."""
@@ -247,7 +247,7 @@ class VllmEngine:
         are must give these again; and with all but the vocabulary enlarged, they must not (weights that never arrive
         show). The engine is left with the enlarged weights. Many ranks call this together.
         """
-        tokens = [7919 * place % (self._vocabulary - 1) for place in range(self._num_probe_tokens)]
+        tokens = [7919 * index % (self._vocabulary - 1) for index in range(self._num_probe_tokens)]
         loaded = self._log_probs(tokens)
         try:
             self.load(self._moved(weights()))
@@ -274,7 +274,7 @@ class VllmEngine:
             torch.cuda.empty_cache()
 
     def _moved(self, weights: Weights) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """`weights` with the vocabulary shifted by one: each token takes the place of the next."""
+        """`weights` with the vocabulary shifted by one: each token takes the position of the next."""
         for name, tensor in weights:
             yield name, tensor.roll(1, 0) if tensor.shape[:1] == (self._vocabulary,) else tensor
 
@@ -470,7 +470,7 @@ def _keep_process_group() -> None:
 def fitting(cache_tokens: int, longest: int) -> int:
     """How many sequences to have under way at once: as many as fit at half of the `longest` length, in tokens.
 
-    They are at different places, and most end before the longest: few of so many are preempted.
+    They are at different lengths, and most end before the longest: few of so many are preempted.
     """
     return max(1, min(MAX_SEQUENCES, 2 * cache_tokens // longest))
 

@@ -1,10 +1,10 @@
-"""What policies are asked: read and checked as one request, before an engine starts.
+"""Policies and the problems for them: read and checked as one request, before an engine starts.
 
     request = read_request(["loop/0/policy"], {"valid": Path("valid.jsonl")}, options, ranks, num_samples=32)
     engine = request.start_engine(request.path)
     engine.generate([prompt.token_ids for prompt in request.sets["valid"]], request.seeded(request.sets["valid"]), ...)
 
-rl asks one policy its problems and its validation set, sample and eval several policies, `rloop check` asks none.
+rl draws from one policy for its problems and its validation set, sample and eval from several, `rloop check` from none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from stages.core import records
 from stages.core.drawing import templates
 from stages.core.drawing.engine import EngineOptions, Sampling, VllmEngine
-from stages.core.drawing.rollouts import OWN_PROMPTS, Prompt, asked_by, make_prompts, no_room, seeded
+from stages.core.drawing.rollouts import OWN_PROMPTS, Prompt, make_prompts, no_room, seeded, template_digest
 from stages.core.drawing.templates import Template, TemplateName
 from stages.core.errors import InputError
 from stages.core.grading import rewards
@@ -117,18 +117,18 @@ class Request:
 
         Checkpoints of others say nothing of theirs, and pass.
         """
-        asked = asked_by(self.prompts, self.template)
-        if asked == OWN_PROMPTS:
+        digest = template_digest(self.prompts, self.template)
+        if digest == OWN_PROMPTS:
             return
         for name, path in self.policies.items():
             directories = (path, *path.absolute().parents[:2])
             manifests = (read_json(directory / "manifest.json") for directory in directories)
             manifest = next((manifest for manifest in manifests if "template_digest" in manifest), {})
-            if manifest.get("template_digest", asked) != asked:
+            if manifest.get("template_digest", digest) != digest:
                 trained = f"template {manifest.get('parameters', {}).get('template', 'another one')}"
                 if manifest["template_digest"] == OWN_PROMPTS:
                     trained = "prompts of its problems' own"
-                warn(f"policy {name} was trained with {trained}, and is asked with {self.template.name}")
+                warn(f"policy {name} was trained with {trained}, and is now prompted with {self.template.name}")
 
 
 def read_request(

@@ -31,7 +31,7 @@ class Prompt:
 
 
 def seeded(sampling: Sampling, seed: int, prompts: Sequence[Prompt]) -> Sampling:
-    """How to sample `prompts` so that a problem's samples hang on `seed` and its id alone, in eval as elsewhere."""
+    """How to sample `prompts` so that a problem's samples depend only on `seed` and its id, in eval as elsewhere."""
     return replace(sampling, seeds=[seed_of(seed, prompt.problem["id"]) for prompt in prompts])
 
 
@@ -135,8 +135,8 @@ def make_prompts(
     return prompts, left_out
 
 
-def asked_by(prompts: Sequence[Prompt], template: Template) -> str:
-    """What made the prompts: the digest of `template`, or OWN_PROMPTS if none of them needed it."""
+def template_digest(prompts: Sequence[Prompt], template: Template) -> str:
+    """The digest of `template`, or OWN_PROMPTS if every problem has a prompt of its own."""
     is_needed = any(prompt.problem.get("prompt") is None for prompt in prompts)
     return template.digest if is_needed else OWN_PROMPTS
 

@@ -73,11 +73,11 @@ def rollouts(request: Request, start_engine: StartEngine, grader: Grader) -> Ite
                     yield from group
 
 
-def parts(request: Request, asked: Sequence[T], num_engines: int = 1) -> Iterator[Sequence[T]]:
-    """What is asked, in parts that `num_engines` can hold, each in one call."""
+def parts(request: Request, prompts: Sequence[T], num_engines: int = 1) -> Iterator[Sequence[T]]:
+    """The prompts in parts that `num_engines` can hold, each in one call."""
     size = num_engines * max(1, MAX_COMPLETIONS // request.sampling.num_samples)
-    for start in range(0, len(asked), size):
-        yield asked[start : start + size]
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
 
 
 def _in_order(ranks: Ranks, mine: Sequence[list[Rollout]], num_groups: int) -> Iterator[list[Rollout]]:

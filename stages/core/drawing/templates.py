@@ -55,7 +55,7 @@ TemplateName = Annotated[
     "prompt template: boxed, qwen-math, r1-zero, dapo, chat (the policy's own; chat-thinking and chat-no-thinking "
     "where it has the choice), none, or a file: the text of a prompt, in which {problem} "
     'stands once for the problem; before it, between two lines of ---, stop: ["\\nProblem:"] names texts that end a '
-    "completion. A problem with a prompt of its own is asked that, and takes from the template its stop texts only",
+    "completion. A problem with a prompt of its own takes only the stop texts from the template",
 ]
 
 

@@ -95,11 +95,11 @@ def _targets(model: Any, options: LoraOptions) -> dict[str, Any]:
     names = list(layers) if options.lora_targets == ALL else options.lora_targets.split(",")
     targets: dict[str, Any] = {}
     for target in names:
-        found = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
-        if not found:
+        matching = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
+        if not matching:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
             raise InputError(f"--lora-targets {target}: no layer has this name: take {ALL}, or some of {known}")
-        targets |= found
+        targets |= matching
     for name, layer in targets.items():
         if options.lora_rank > (size := min(layer.in_features, layer.out_features)):
             raise InputError(

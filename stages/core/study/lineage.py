@@ -167,14 +167,14 @@ class Lineage:
         A policy from anywhere else stands for the one that the output would start from by its path.
         """
         inputs = _inputs(self._manifest_of(output))
-        placed = {source: digest for path, digest in inputs.items() if (source := self._find(path)) is not None}
-        if output.name not in ("rl", "policy") or any(position_below(str(source)) for source in placed):
-            return placed
+        sources = {source: digest for path, digest in inputs.items() if (source := self._find(path)) is not None}
+        if output.name not in ("rl", "policy") or any(position_below(str(source)) for source in sources):
+            return sources
         start = self._start(output)
         if not inputs and iteration_of(str(output)):  # no manifest, or gone: it falls with what is before it
             return dict.fromkeys([start, output.with_name("rl")] if output.name == "policy" else [start], "")
         others = [digest for path, digest in inputs.items() if self._find(path) is None and ".jsonl" not in path]
-        return {start: others[0], **placed} if others and output != start else placed
+        return {start: others[0], **sources} if others and output != start else sources
 
     def _manifest_of(self, output: Path) -> dict[str, Any]:
         """The manifest within a directory or beside a file; of a run that goes on, what it began with."""
@@ -190,7 +190,7 @@ class Lineage:
         now = self._now(self.root / below) if self.root is not None and below is not None else ""
         if digest and now and digest != now:
             return f"{self._name(directory)}: evaluated another {policy} than the one that is there now"
-        problem_set, first = self._set(directory), self._first_asked(directory)
+        problem_set, first = self._set(directory), self._first_set(directory)
         if problem_set and first and problem_set != first:
             return f"{self._name(directory)}: has other problems of {self._set_name(directory)} than those of now"
         return ""
@@ -213,7 +213,7 @@ class Lineage:
     def _set(self, directory: Path) -> str:
         return _inputs(self._manifests.get(directory, {})).get(self._problems(directory), "")
 
-    def _first_asked(self, directory: Path) -> str:
+    def _first_set(self, directory: Path) -> str:
         """The digest of the set's problems now; if they are gone, when the base, or else the first, was evaluated."""
         name = self._set_name(directory)
         alike = [other for other in self._manifests if self._set_name(other) == name]

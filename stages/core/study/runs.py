@@ -73,11 +73,11 @@ def positions(policies: Iterable[str], root: str | Path | None = None, bases: Co
     """
     policies = [policy.rstrip("/") for policy in policies]
     offsets = _offsets(policies, root)
-    placed = [_position(policy, offsets, root) for policy in policies]
-    if not any(position.method == BASE for position in placed):
-        others = [position for position in placed if position.policy in bases and not position_below(position.policy)]
-        placed = [Position(each.policy, BASE, 0, "0") if each in others[:1] else each for each in placed]
-    return sorted(placed, key=_order)
+    listed = [_position(policy, offsets, root) for policy in policies]
+    if not any(position.method == BASE for position in listed):
+        others = [position for position in listed if position.policy in bases and not position_below(position.policy)]
+        listed = [Position(each.policy, BASE, 0, "0") if each in others[:1] else each for each in listed]
+    return sorted(listed, key=_order)
 
 
 def _order(position: Position) -> tuple[Any, ...]:
@@ -102,9 +102,9 @@ def root_of(evals: Iterable[Path], named: Path | None = None) -> Path | None:
     return None
 
 
-def path_of(placed: Sequence[Position], method: str) -> list[Position]:
+def path_of(positions: Sequence[Position], method: str) -> list[Position]:
     """A method's positions from the base on, in the order of training."""
-    return [each for name in (BASE, method) for each in placed if each.method == name]
+    return [each for name in (BASE, method) for each in positions if each.method == name]
 
 
 def _position(policy: str, offsets: Mapping[int, int], root: str | Path | None) -> Position:

@@ -252,9 +252,9 @@ class OwnGrader:
         self._num_unscored += unscored
         return scores
 
-    def _score(self, by_name: Mapping[str, Any], verified: Score | None, place: int) -> Score:
+    def _score(self, by_name: Mapping[str, Any], verified: Score | None, index: int) -> Score:
         parts: dict[str, float | None] = {
-            reward.name: by_name[reward.name][place] if reward.path else verified and verified.reward
+            reward.name: by_name[reward.name][index] if reward.path else verified and verified.reward
             for reward in self.rewards.each
         }
         applied = ((reward.weight, parts[reward.name]) for reward in self.rewards.each)
@@ -266,10 +266,10 @@ class OwnGrader:
 
 
 def _read_answer(reply: bytes) -> Answer:
-    told = json.loads(reply)
-    if "rewards" in told:
-        return cast(list[float | None], told["rewards"])
-    return Fault(told["verdict"], told["fault"], told["raised"])
+    fields = json.loads(reply)
+    if "rewards" in fields:
+        return cast(list[float | None], fields["rewards"])
+    return Fault(fields["verdict"], fields["fault"], fields["raised"])
 
 
 def _lost(_: Any, loss: Loss) -> Answer:
@@ -287,8 +287,8 @@ def check(rewards: Rewards, prompts: Sequence["Prompt"], tokenizer: Any, is_firs
         keys = [set(prompt.problem) for prompt in prompts]
         always = set.intersection(*keys)
         call = {"always": sorted(always), "sometimes": sorted(set.union(*keys) - always)}
-        asked = list(_trials(prompts[0], tokenizer))
-        answers = [grader.ask(each, 2 * bounds.DEADLINE_S) for each in (call, *asked)]
+        trials = list(_trials(prompts[0], tokenizer))
+        answers = [grader.ask(each, 2 * bounds.DEADLINE_S) for each in (call, *trials)]
         for reward, futures in zip(rewards.functions, zip(*answers, strict=True), strict=True):
             takes, *gave = (future.result() for future in futures)
             faults = [answer for answer in (takes, *gave) if isinstance(answer, Fault)]

@@ -68,13 +68,13 @@ def _load(path: str, function: str, digest: str) -> Function:
     module.__file__ = path
     sys.modules[module.__name__] = module
     exec(compile(source, path, "exec"), module.__dict__)
-    found = getattr(module, function, None)
-    if inspect.iscoroutinefunction(found):
+    member = getattr(module, function, None)
+    if inspect.iscoroutinefunction(member):
         raise Unfit(f"{function} is a coroutine: write it as a plain function")
-    if not callable(found):
+    if not callable(member):
         own = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         raise Unfit(f"there is no function {function} in it, only {', '.join(own) or 'none at all'}")
-    return found
+    return member
 
 
 def _answer(function: Function, call: dict[str, Any]) -> Reply:

@@ -195,14 +195,14 @@ def _all(golds: Iterable[Form], preds: Iterable[Form], leaf: Leaf) -> bool:
     golds, preds = list(golds), list(preds)
     if len(golds) != len(preds):
         return False
-    asked = False
+    needs_algebra = False
     for gold, pred in zip(golds, preds, strict=True):
         try:
             if not _equal(gold, pred, leaf):
                 return False
         except NeedsAlgebra:
-            asked = True
-    if asked:
+            needs_algebra = True
+    if needs_algebra:
         raise NeedsAlgebra
     return True
 
@@ -242,7 +242,7 @@ def _equal_several(gold: Form, pred: Form, leaf: Leaf) -> bool:
         braces = any(isinstance(side, Several) and side.braces for side in (gold, pred))
         return not braces and _all(_in_order(golds), _in_order(preds), leaf)
     left = list(preds)
-    asked = False
+    needs_algebra = False
     for item in golds:
         for index, other in enumerate(left):
             try:
@@ -250,9 +250,9 @@ def _equal_several(gold: Form, pred: Form, leaf: Leaf) -> bool:
                     del left[index]
                     break
             except NeedsAlgebra:
-                asked = True
+                needs_algebra = True
         else:
-            if not asked:
+            if not needs_algebra:
                 return False
     if left:
         raise NeedsAlgebra
