@@ -104,7 +104,10 @@ _WORD = re.compile(
 @lru_cache(2048)
 def read(text: str) -> Form:
     """Read an answer. Raises Refused for one that is not worth reading; never fails otherwise."""
-    return read_canonical(_join_thousands(notation.canonical(text)), 0)
+    text = notation.canonical(text)
+    outside = {position for position, _, depth in latex.tokens(text) if depth == 0}  # there 2,500 is 2500
+    joined = _THOUSANDS.sub(lambda match: _join(match) if match.start() in outside else match.group(), text)
+    return read_canonical(joined, 0)
 
 
 def read_canonical(text: str, depth: int = 1) -> Form:
@@ -159,12 +162,6 @@ def _list(text: str, depth: int) -> Form | None:
     if signs and _COMMA_TWICE.fullmatch(text):
         return Words(plain(text))
     return _several(map(read_canonical, pieces, repeat(depth + 1))) if signs else None
-
-
-def _join_thousands(text: str) -> str:
-    """2,500 as 2500, outside of brackets."""
-    outside = {position for position, _, depth in latex.tokens(text) if depth == 0}
-    return _THOUSANDS.sub(lambda match: _join(match) if match.start() in outside else match.group(), text)
 
 
 def _braces(text: str, depth: int) -> Form | None:
@@ -318,13 +315,15 @@ def _ratio(text: str, depth: int) -> Form | None:
 
 
 def value(text: str) -> Form:
-    """One expression with its unit; words, where it is none."""
+    """One expression with its unit; words, where it is none. Raises Refused for a command that nobody can read."""
     bare, unit, factor = quantities.split_unit(text)
     is_percent = bare.endswith("%")
     bare = expression(bare.removesuffix("%").strip())
     if based := _BASED.fullmatch(bare):
         return _in_base(based.group("digits"), quantities.spelled_number(based.group("index") or based.group("base")))
-    _check_commands(bare)
+    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", bare)) - {""}  # not the end of a row: \\frac
+    if unknown := commands - grammar.COMMANDS - notation.VERBAL:
+        raise Refused(f"the command \\{min(unknown)}")
     if not bare or _WORD.search(bare):
         return Words(plain(text))
     tree = grammar.parse(bare)
@@ -351,13 +350,6 @@ def _in_base(digits: str, base: str) -> Form:
     if any(int(digit, 36) >= int(base) for digit in digits):
         return Words(plain(text))
     return of_number(Fraction(int(digits, int(base))))._replace(base=int(base))
-
-
-def _check_commands(text: str) -> None:
-    """Raise Refused for a command that nobody can read."""
-    commands = set(re.findall(r"\\\\|\\([a-zA-Z]+)", text)) - {""}  # not the end of a row: \\\\frac
-    if unknown := commands - grammar.COMMANDS - notation.VERBAL:
-        raise Refused(f"the command \\{min(unknown)}")
 
 
 def expression(text: str) -> str:

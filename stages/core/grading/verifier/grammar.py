@@ -470,10 +470,6 @@ def _whole_root(value: int, order: int) -> int | None:
     return low if low**order == value else None
 
 
-def _factorial(value: Fraction) -> Fraction | None:
-    return Fraction(math.factorial(int(value))) if value.denominator == 1 and 0 <= value <= MAX_FACTORIAL else None
-
-
 def _choose(top: Fraction, below: Fraction) -> Fraction | None:
     whole = top.denominator == below.denominator == 1 and 0 <= top <= MAX_FACTORIAL and below >= 0
     return Fraction(math.comb(int(top), int(below))) if whole else None
@@ -487,7 +483,7 @@ _VALUES: dict[str, Callable[..., Fraction | None]] = {
     "mixed": lambda whole, part: whole + part,
     "^": _to_power,
     "root": _root,
-    "!": _factorial,
+    "!": lambda n: Fraction(math.factorial(int(n))) if n.denominator == 1 and 0 <= n <= MAX_FACTORIAL else None,
     "binom": _choose,
     "|": abs,
     r"\lfloor": lambda value: Fraction(math.floor(value)),

@@ -168,22 +168,17 @@ def canonical(text: str) -> str:
 
 
 def strip_outer(text: str) -> str:
-    """Without the punctuation, and the braces around everything, that carry no meaning."""
+    """Without the punctuation at both ends, and the braces around everything, that carry no meaning."""
     while True:
-        stripped = _trim(text)
+        leading = _LEADING.match(text).group()  # type: ignore[union-attr]
+        if text[len(leading) : len(leading) + 1].isdigit():
+            leading = leading.rstrip(".,;")  # in ",5" it is no idle one
+        stripped = text[len(leading) :].rstrip(_TRAILING)
         if stripped[:1] == "{" and closing(stripped, 0) == len(stripped) - 1:
             stripped = stripped[1:-1].strip()
         if stripped == text:
             return text
         text = stripped
-
-
-def _trim(text: str) -> str:
-    """Without punctuation at both ends; in ",5" it is no idle one."""
-    leading = _LEADING.match(text).group()  # type: ignore[union-attr]
-    if text[len(leading) : len(leading) + 1].isdigit():
-        leading = leading.rstrip(".,;")
-    return text[len(leading) :].rstrip(_TRAILING)
 
 
 def _unicode(text: str) -> str:

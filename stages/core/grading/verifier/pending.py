@@ -42,18 +42,14 @@ def is_unevaluated(answer: Form, prediction: Form) -> bool:
         return True
     allowed, left = _of_form(answer), _of_form(prediction)
     if not any(kind.startswith("base") for kind in allowed):
-        allowed |= _bases({10})
+        allowed |= {"base 10"}
     return not left <= (allowed | _UNSOLVED if allowed & _UNSOLVED else allowed)
-
-
-def _bases(bases: Iterable[int]) -> frozenset[str]:
-    return frozenset(f"base {base}" for base in bases)
 
 
 def _of_form(form: Form) -> frozenset[str]:
     """What is left to do, by kind, and the bases of the numbers."""
     if isinstance(form, Value):
-        return _of_value(form.tree) | _bases({form.base})
+        return _of_value(form.tree) | {f"base {form.base}"}
     if isinstance(form, Approximation):
         return _of_form(form.exact)
     if isinstance(form, Relation):
@@ -131,11 +127,7 @@ def _of_tree(tree: Tree) -> Iterator[str]:
 
 
 def _num_rational(trees: Iterable[Tree]) -> int:
-    return sum(grammar.exact(tree) is not None or _is_power_of_i(tree) for tree in trees)
-
-
-def _is_power_of_i(tree: Tree) -> bool:
-    return tree.op == "^" and tree.args[0].text == "i"
+    return sum(grammar.exact(tree) is not None or (tree.op == "^" and tree.args[0].text == "i") for tree in trees)
 
 
 def _is_scientific(tree: Tree) -> bool:
