@@ -147,16 +147,6 @@ class Ranks:
                 raise
             self._leave(2 if isinstance(error, InputError) else 1)
 
-    @contextmanager
-    def raise_on_first(self) -> Iterator[None]:
-        """Let the first rank alone raise a CollapseError that all meet in the block; the others leave with its code."""
-        try:
-            yield
-        except CollapseError:
-            if self.is_first:
-                raise
-            self._leave(1)
-
     def _leave(self, code: int, error: Exception | None = None) -> NoReturn:
         """End with `error`, or after the rank that has it: when one ends, the launcher ends all, spoken or not."""
         if error is not None:

@@ -103,14 +103,17 @@ def run(options: Options) -> None:
         return
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(options.out)))
-        if not ranks.is_first:
-            with ranks.raise_on_first():
-                fine_tune(read.path, read.tokenizer, read.rows, options, out=None)
+        beside = None
+        if ranks.is_first:
+            if read.left_out:
+                longer = f"longer than {read.max_tokens} tokens with their prompt ({tabular.some(read.left_out)})"
+                warn(f"{len(read.left_out)} examples are left out: {longer}")
+            _warn_of_few_steps(len(read.rows), options)
+            beside = stack.enter_context(outputs.whole_dir(options.out))
+        with ranks.raise_once():
+            tuned = fine_tune(read.path, read.tokenizer, read.rows, options, beside)
+        if beside is None:
             return
-        _say_left_out(read.left_out, read.max_tokens)
-        _warn_of_few_steps(len(read.rows), options)
-        beside = stack.enter_context(outputs.whole_dir(options.out))
-        tuned = fine_tune(read.path, read.tokenizer, read.rows, options, beside)
         seconds = time.perf_counter() - started
         figures = {"num_examples": len(read.rows), "num_left_out": len(read.left_out), **tuned.figures}
         tabular.write_tsv(beside / "log.tsv", tuned.log)
@@ -170,12 +173,6 @@ def _read(options: Options, ranks: Ranks) -> _Read:
         check_log_probs(examples)
     rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context, end)
     return _Read(path, base, tokenizer, examples, rows, left_out, options.max_tokens or context)
-
-
-def _say_left_out(left_out: list[str], max_tokens: int) -> None:
-    if left_out:
-        names = tabular.some(left_out)
-        warn(f"{len(left_out)} examples are left out: longer than {max_tokens} tokens with their prompt ({names})")
 
 
 def _warn_of_few_steps(num_examples: int, options: Options) -> None:

@@ -103,7 +103,10 @@ class StepDrawing:
                 groups.kept += informative[: rounds.num_missing]
                 rounds.count(len(informative), len(fresh))
                 on_round(groups)
-                _refuse_failed_rewards(step, groups.drawn)
+                faults = [group.scores[0].fault for group in groups.drawn]
+                if all(faults):
+                    told = f"the rewards failed on all {len(faults)} groups of step {step}"
+                    raise InputError(f"{told}: --reward {faults[0]}")
         except (Stopped, InputError):
             self.cursor = before
             raise
@@ -137,13 +140,6 @@ class StepDrawing:
     def seed(self, step: int, position: int) -> int:
         """The seed of the first sample of the problem at `position` in the stream, whichever rank and round draw it."""
         return seed_of(self.settings.seed, self.origin, step, position)
-
-
-def _refuse_failed_rewards(step: int, drawn: Sequence[Group]) -> None:
-    """Raise InputError if rewards of the user's own failed on every group of the step, which a round fills at least."""
-    faults = [group.scores[0].fault for group in drawn]
-    if all(faults):
-        raise InputError(f"the rewards failed on all {len(faults)} groups of step {step}: --reward {faults[0]}")
 
 
 def applicable(group: Group, values: Sequence[T]) -> list[T]:

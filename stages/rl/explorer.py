@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,10 +123,12 @@ class Explorer:
                 row = steplog.row(outcome, self.settings, self.bound.far(self.start_mismatch))
                 self._report(row)
                 recent.append(row)
-                has_collapsed = _all_of(recent, _is_collapsed)
+                is_long = len(recent) == MAX_COLLAPSED_STEPS
+                skipped = (row["skipped_updates"] > 0 and row["num_trained"] == 0 for row in recent)
+                has_collapsed = is_long and all(skipped)
                 is_ending = has_collapsed or self._is_stopped()
                 self._save(step, with_checkpoint=has_collapsed, with_state=is_ending)
-                if has_collapsed or _all_of(recent, _has_drifted):
+                if has_collapsed or (is_long and all(row["mismatch_alarms"] > 0 for row in recent)):
                     raise CollapseError(self._why(step, has_collapsed))
                 if is_ending and step < self.settings.steps:
                     self._end_stopped(f"after step {step}")
@@ -135,7 +137,7 @@ class Explorer:
 
     def _step(self, step: int) -> StepOutcome:
         """Draw a batch and update the policy on it; every rollout is on disk before the update."""
-        clock, lr = Clock(), self._lr(step)
+        clock, lr = Clock(), self.settings.lr * min(1.0, step / max(1, self.settings.warmup_steps))
         self._wake_engine()
         handover_s, num_preemptions = clock.lap(), self.engine.num_preemptions
         with self._in_memory(f"drawing in step {step}", "--memory-fraction, or --max-sequences"):
@@ -270,10 +272,6 @@ class Explorer:
         by_rank = self.ranks.gather((since, max(memory_gib, memory_in_use())))
         return max(gib for _, gib in by_rank), sum(num for num, _ in by_rank)
 
-    def _lr(self, step: int) -> float:
-        """Linear warm-up over training steps, then constant."""
-        return float(self.settings.lr * min(1.0, step / max(1, self.settings.warmup_steps)))
-
     def _state(self) -> RunState:
         return RunState(self.drawing.cursor, self.start_mismatch, self.engine.max_sequences, self.entropy_coefficient)
 
@@ -335,16 +333,3 @@ class Explorer:
                 f"an update takes {update_s:.0f} s, and the launcher kills its processes {granted} s after "
                 f"SIGTERM: a terminated run would lose steps; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={enough} before it"
             )
-
-
-def _all_of(recent: Sequence[Mapping[str, Any]], is_bad: Callable[[Mapping[str, Any]], bool]) -> bool:
-    return len(recent) == MAX_COLLAPSED_STEPS and all(map(is_bad, recent))
-
-
-def _is_collapsed(row: Mapping[str, Any]) -> bool:
-    """Whether every update of a step was skipped."""
-    return bool(row["skipped_updates"] > 0 and row["num_trained"] == 0)
-
-
-def _has_drifted(row: Mapping[str, Any]) -> bool:
-    return bool(row["mismatch_alarms"] > 0)

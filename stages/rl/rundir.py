@@ -9,7 +9,6 @@ that it can be made longer: only --steps says where it ends. Nothing with steps 
 takes its place, it is moved aside.
 """
 
-import hashlib
 import re
 import shutil
 import time
@@ -268,11 +267,6 @@ def _step_of(path: Path) -> int:
 
 def _digests(path: Path) -> dict[str, str]:
     """SHA-256 by name of the files of a state, several read at a time."""
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
     files = sorted(file for file in path.iterdir() if file.is_file() and file.name != DIGESTS)
     with ThreadPoolExecutor() as pool:
         return dict(zip((file.name for file in files), pool.map(digest, files), strict=True))

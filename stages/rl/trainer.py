@@ -139,7 +139,10 @@ class Trainer:
         return stats
 
     def gradient(self, rollouts: Sequence[TokenRollout], entropy_weight: float = 0.0) -> torch.Tensor:
-        """Accumulate the gradient of one update on `rollouts`; return the reduced sums that `UpdateStats` names."""
+        """Accumulate the gradient of one update on `rollouts`; return the sums of all ranks that `UpdateStats` names.
+
+        They are on the CPU, the last one a maximum.
+        """
         num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         passes = self._passes(rollouts)
         sums = torch.zeros(len(UpdateStats.SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
@@ -150,7 +153,8 @@ class Trainer:
                 self.accelerator.backward(loss * self.accelerator.num_processes / num_tokens)
             sums[:-1] += values[:-1]
             sums[-1] = torch.maximum(sums[-1], values[-1])
-        return self._reduce(sums)
+        gathered = torch.stack(self.ranks.gather(sums.cpu()))
+        return torch.cat([gathered[:, :-1].sum(0), gathered[:, -1].max()[None]])
 
     def log_probs(self, rollouts: Sequence[TokenRollout]) -> list[torch.Tensor]:
         """Log-probabilities of the completion tokens of each rollout under the current weights, computed here.
@@ -353,11 +357,6 @@ class Trainer:
         """Under DDP, reduce gradients once an update rather than once a micro-batch."""
         many = self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         return self.accelerator.no_sync(self.model) if hold and many else nullcontext()
-
-    def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sums of all ranks together, the last one a maximum; on the CPU."""
-        gathered = torch.stack(self.ranks.gather(sums.cpu()))
-        return torch.cat([gathered[:, :-1].sum(0), gathered[:, -1].max()[None]])
 
 
 def _has_experts(model: Any) -> bool:
