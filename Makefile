@@ -68,9 +68,10 @@ gpu-check:
 clean:
 	rm -rf .venv
 
-# DVC wants a git repository, or to be told that there is none, as in an unpacked archive.
+# DVC wants a git repository that holds dvc.yaml, or to be told that there is none, as in an unpacked archive, which may
+# lie in the repository of something else.
 .dvc/scm: .venv/installed
-	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
+	@git ls-files --error-unmatch dvc.yaml >/dev/null 2>&1 || dvc config --local core.no_scm true
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "RLoop needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

@@ -159,7 +159,7 @@ def _grade_share(file: Path, verifier: Verifier, ranks: Ranks) -> list[Verdict]:
             raise InputError(
                 f"--rollouts {file}: its rewards are not math-verify's (--reward): draw anew to change them"
             )
-        pairs = [(rollout["completion"], rollout["answer"]) for rollout in batch]
+        pairs = [(rollout["completion"], records.accepted(rollout)) for rollout in batch]
         scores = verifier.submit(pairs, [rollout["prompt"] for rollout in batch]).result()
         verdicts += (score.verdict for score in scores)
     return verdicts

@@ -50,6 +50,23 @@ def git(directory, *arguments):
     )
 
 
+@pytest.mark.parametrize("around", ["nothing", "another repository that ignores it"])
+def test_an_unpacked_archive_needs_no_repository_of_its_own(tmp_path, around):
+    project = tmp_path / "outer/rloop"
+    (project / ".dvc").mkdir(parents=True)
+    for name in ("Makefile", ".dvc/config"):
+        shutil.copy(ROOT / name, project / name)
+    (project / "dvc.yaml").write_text("stages: {a: {cmd: echo hi > x, outs: [x]}}\n")
+    if around != "nothing":
+        git(tmp_path / "outer", "init", "-q")
+    if "ignores" in around:
+        (tmp_path / "outer/.gitignore").write_text("rloop\n")
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    subprocess.run(["make", "-o", ".venv/installed", ".dvc/scm"], cwd=project, env=environment, check=True)
+    dvc(project, "repro", "-q")
+    assert (project / "x").read_text() == "hi\n"
+
+
 def planned(directory):
     """Stage -> command, as `make plan` shows them."""
     shown = dvc(directory, "repro", "--dry", "--force-downstream")

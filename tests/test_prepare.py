@@ -11,10 +11,13 @@ import pyarrow.parquet
 import pytest
 
 from stages import prepare
+from stages.core.drawing import rollouts, templates
 from stages.core.drawing.templates import DAPO_AFTER, DAPO_BEFORE
 from stages.core.errors import InputError
+from stages.core.policy import checkpoints
 from stages.core.records import read_problems
-from stages.prepare import curation, sources
+from stages.prepare import answers, curation, sources
+from stages.prepare.answers import Reading
 
 TEXTS = [f"Ann has {number} pens and buys 2. How many has she?" for number in range(3, 9)]
 ANSWERS = [str(number + 2) for number in range(3, 9)]
@@ -245,8 +248,8 @@ def test_integers_are_exact_whatever_their_length_and_way_of_writing(tmp_path):
     texts = [str(big), '"025"', "70.0", '"+7"', '"-0"', "-12", "0.10", '"0.10"', '"1e-5"', '"-007"']
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(f'{{"problem": "p{n}", "answer": {text}}}\n' for n, text in enumerate(texts)))
-    answers = [problem["answer"] for problem in run(tmp_path, str(path))]
-    assert answers == [str(big), "25", "70", "7", "0", "-12", "0.10", "0.10", "1e-5", "-7"]
+    exact = [problem["answer"] for problem in run(tmp_path, str(path))]
+    assert exact == [str(big), "25", "70", "7", "0", "-12", "0.10", "0.10", "1e-5", "-7"]
 
 
 @pytest.mark.parametrize(
@@ -268,13 +271,13 @@ def test_integers_are_exact_whatever_their_length_and_way_of_writing(tmp_path):
     ],
 )
 def test_an_answer_cell_becomes_text(value, is_integers, answer):
-    assert curation.answer_text(value, is_integers, "here") == answer
+    assert answers.answer_texts(value, Reading(is_integers), "here") == ((answer,) if answer else ())
 
 
 @pytest.mark.parametrize("value", [True, {"a": 1}, ["a", "b"], 2.0**60])
 def test_an_answer_cell_that_cannot_be_exact_is_refused(value):
     with pytest.raises(InputError, match=r"^here: "):
-        curation.answer_text(value, False, "here")
+        answers.answer_texts(value, Reading(), "here")
 
 
 def test_the_wrapper_is_stripped_where_it_stands_and_nothing_else():
@@ -536,9 +539,10 @@ def test_a_packed_file_that_was_cut_is_named(tmp_path, suffix):
         run(tmp_path, str(tmp_path / f"cut.jsonl{suffix}"))
 
 
-@pytest.mark.parametrize(("value", "answer"), [("['18']", "18"), ('["x"]', "x"), (["3"], "3"), ("[1, 2]", "[1, 2]")])
+@pytest.mark.parametrize(("value", "answer"), [("['18']", "18"), ('["x"]', "x"), (["3"], "3"), ("[1, 2]", "[1, 2]"),
+                                                ("['2' ]", "2"), ("['x']['y']", "['x']['y']")])  # fmt: skip
 def test_a_list_of_one_answer_is_unpacked_as_a_text_too(value, answer):
-    assert curation.answer_text(value, False, "here") == answer
+    assert answers.answer_texts(value, Reading(), "here") == (answer,)
 
 
 def test_several_answers_end_the_call_or_are_left_out_and_counted(tmp_path):
@@ -557,3 +561,117 @@ def test_of_a_chat_with_a_system_message_the_last_user_turn_is_the_problem(tmp_p
     path = write_jsonl(tmp_path / "mine.jsonl", {"prompt": chat, "solution": "2"})
     assert run(tmp_path, path)[0]["problem"] == "1 + 1?"
     assert run(tmp_path, path, out="b.jsonl", problem_column="prompt[-1].content")[0]["problem"] == "1 + 1?"
+
+
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        ("['2', '3']", ("2", "3")),
+        ("['2' '3']", ("2", "3")),
+        ('["it\'s", "x"]', ("it's", "x")),
+        ([2, 3.0, "2", None], ("2", "3")),
+        (["\\boxed{5}", "025"], ("5", "25")),
+        ([], ()),
+        ("2", ("2",)),
+    ],
+)
+def test_of_alternatives_each_is_right(value, right):
+    assert answers.answer_texts(value, Reading(alternatives=True), "here") == right
+    if len(right) > 1:
+        with pytest.raises(InputError, match=r"here: . answers, .*: if any of them is right, --alternatives"):
+            answers.answer_texts(value, Reading(), "here")
+
+
+def test_alternatives_are_kept_and_copies_that_share_one_agree(tmp_path):
+    rows = [("A?", ["2", "3"]), ("A?", "3"), ("B?", ["1", "2"]), ("B?", "3"), ("C?", ["?", "5"])]
+    path = write_jsonl(tmp_path / "mine.jsonl", *({"problem": problem, "answer": answer} for problem, answer in rows))
+    problems = run(tmp_path, path, alternatives=True, drop_unparseable=True)
+    right = {one["problem"]: [one["answer"], *one.get("other_answers", [])] for one in problems}
+    assert right == {"A?": ["2", "3"], "C?": ["?", "5"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("2,5", "2.5"),
+        ("-0,25", "-0.25"),
+        ("1.500,25", "1500.25"),
+        ("1,500", "1.500"),
+        ("$2{,}5$", "$2.5$"),
+        ("x = 2,5 cm", "x = 2.5 cm"),
+        ("2,5 \\cdot 10^{3}", "2.5 \\cdot 10^{3}"),
+        ("Also \\boxed{2,5}.", "2.5"),
+        ("#### 2,5", "2.5"),
+        ("2.5", "2.5"),
+        ("2, 5", "2, 5"),
+        ("12", "12"),
+        (2.5, "2.5"),
+        *((text, "") for text in ("1,2,3", "(2,5)", "2,5, 3", "1.500", "2,5 or 3,5", "\\frac{2,5}{3}", "2,5; 3,5")),
+    ],
+)
+def test_a_decimal_comma_is_read_if_told_and_what_is_in_doubt_is_refused(text, answer):
+    if answer:
+        assert answers.answer_texts(text, Reading(decimal_comma=True), "here") == (answer,)
+    else:
+        with pytest.raises(InputError, match=r"here: --decimal-comma: the answer .* can be read in two ways"):
+            answers.answer_texts(text, Reading(decimal_comma=True), "here")
+
+
+def test_without_being_told_a_number_with_a_comma_is_named(tmp_path, capsys):
+    rows = [{**row, "id": number} for number, row in enumerate(rows_of("2,5", "1,500", "2, 5", "(2,5)", "-0,25"))]
+    path = write_jsonl(tmp_path / "mine.jsonl", *rows)
+    assert run(tmp_path, path)[0]["answer"] == "2,5"
+    assert "answers such as 2,5, read as lists (--decimal-comma) 2 mine/0, mine/4" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert answers.answer_texts("#### 2,5", Reading(), "here") == ("2,5",), "not 25"
+
+
+def test_a_system_message_is_kept_if_asked_and_the_chat_template_renders_it(tmp_path, tiny_policy):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": DAPO_BEFORE + "1 + 1?"}]
+    path = write_jsonl(tmp_path / "mine.jsonl", {"prompt": turns, "answer": "2"}, {"prompt": turns[1:], "answer": "2"})
+    (problem,) = run(tmp_path, write_jsonl(tmp_path / "one.jsonl", {"prompt": turns, "answer": "2"}), keep_system=True)
+    assert problem["problem"] == "1 + 1?"
+    assert problem["prompt"] == [turns[0], {"role": "user", "content": f"1 + 1?\n{templates.INSTRUCTION}"}]
+    tokenizer = checkpoints.load_tokenizer(tiny_policy)
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}<assistant>"
+    for template in ("none", "chat"):
+        (text,) = rollouts._texts([problem], templates.load(template, tokenizer), tokenizer, "mine.jsonl")
+        assert text == f"<system>Be brief.<user>1 + 1?\n{templates.INSTRUCTION}<assistant>"
+    with pytest.raises(InputError, match="--keep-system: found no messages"):
+        run(tmp_path, path, out="b.jsonl", keep_system=True, problem_column="prompt[-1].content")
+    with pytest.raises(InputError, match="leave out one"):
+        prepare.Options(source=path, out="c.jsonl", keep_system=True, keep_column=["prompt"])
+
+
+@pytest.mark.parametrize(("written", "told"), [("latin-1", "latin-1"), ("cp1252", "CP1252"), ("utf-16", "utf-8")])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_a_text_in_another_encoding_is_read_if_told(tmp_path, written, told, suffix):
+    row = {"problem": "Wie groß ist Änne?", "answer": "2"}
+    text = json.dumps(row, ensure_ascii=False) if suffix != "csv" else ",".join(row) + "\n" + ",".join(row.values())
+    (tmp_path / f"a.{suffix}").write_text(text, encoding=written)
+    assert run(tmp_path, str(tmp_path / f"a.{suffix}"), encoding=told)[0]["problem"] == row["problem"]
+    if told != "utf-8":
+        with pytest.raises(InputError, match=rf"a\.{suffix}.*--encoding latin-1"):
+            run(tmp_path, str(tmp_path / f"a.{suffix}"), out="b.jsonl")
+    with pytest.raises(InputError, match="--encoding klingon: Python knows none of that name"):
+        prepare.Options(source=str(tmp_path / f"a.{suffix}"), out="c.jsonl", encoding="klingon")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "bad"),
+    [
+        ("a.jsonl", GOOD + '\n{"problem"\n' + GOOD.replace("1?", "2?") + "\n[1]\n", ["a.jsonl:2", "a.jsonl:4"]),
+        ("a.jsonl", '{"problem"\n' + GOOD + "\n" + GOOD.replace("1?", "2?"), ["a.jsonl:1"]),
+        ("a.csv", "problem,answer\n1,1\n2\n3,3,3\n4,4\n", ["a.csv:3", "a.csv:4"]),
+        ("a.json", f'[{GOOD}, 1, {GOOD.replace("1?", "2?")}, {{"problem": "a"}}]', ["a.json row 1", "a.json row 3"]),
+    ],
+)
+def test_lines_that_do_not_parse_are_left_out_and_counted_if_asked(tmp_path, name, text, bad):
+    (tmp_path / name).write_text(text)
+    assert len(run(tmp_path, str(tmp_path / name), skip_bad=True)) == 2
+    told = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert [place.rpartition("/")[2] for place in told["ids"]["bad"]] == bad
+    assert told["counts"]["rows"] == 2 + len(bad)
+    with pytest.raises(InputError, match=bad[0]):
+        run(tmp_path, str(tmp_path / name), out="b.jsonl")

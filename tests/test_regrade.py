@@ -84,6 +84,21 @@ def test_sets_are_graded_again_side_by_side_and_a_file_alone(run, engines, tiny_
         regrade.run(Options(rollouts=tiny_policy, out=tmp_path / "two"))
 
 
+def test_of_several_answers_any_is_right_when_drawn_and_when_graded_again(run, tiny_policy, tmp_path):
+    both = [problem(n) | {"answer": "x", "other_answers": [problem(n)["answer"]]} for n in range(12)]
+    jsonl.write(tmp_path / "both.jsonl", both)
+    jsonl.write(tmp_path / "one.jsonl", map(problem, range(12)))
+    for name in ("both", "one"):
+        run([tiny_policy], tmp_path / f"{name}.jsonl", tmp_path / name)
+    regrade.run(Options(rollouts=tmp_path / "both", out=tmp_path / "again"))
+    drawn, again, one = (read(tmp_path / name) for name in ("both", "again", "one"))
+    assert [r["reward"] for r in drawn] == [r["reward"] for r in again] == [r["reward"] for r in one]
+    assert {0.0, 1.0} == {r["reward"] for r in one}
+    jsonl.write(tmp_path / "wrong.jsonl", [problem(0) | {"other_answers": "8"}])
+    with pytest.raises(InputError, match=r"wrong\.jsonl:1: field 'other_answers' of Problem must be a list of texts"):
+        run([tiny_policy], tmp_path / "wrong.jsonl", tmp_path / "wrong")
+
+
 def test_what_is_not_worked_out_counts_only_where_that_is_accepted(tmp_path):
     whole = {"sample": 0, "step": 0, "policy": "p", "prompt": "What is 3+4?", "answer": "7", "num_tokens": 9}
     texts = {"p0": "\\boxed{7}", "p1": "\\boxed{3+4}"}

@@ -32,14 +32,15 @@ SMALL = (  # noqa: SIM905
 
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory):
-    """Problems whose answer is always 7: a policy that boxes anything at all soon learns to say so.
+    """Problems whose answer is always 7, or "seven": a policy that boxes anything at all soon learns to say so.
 
     Each has a prompt of its own, without the words of the problem.
     """
     path = tmp_path_factory.mktemp("easy") / "easy.jsonl"
     sums = [(a, b) for a in range(1, 10) for b in range(1, 5)]
     own = {f"{a}+{b}": f"{a}+{b}=?" for a, b in sums}
-    problems = ({"id": i, "problem": f"What is {text}", "answer": "7", "source": "easy", "prompt": text}
+    seven = {"answer": "seven", "other_answers": ["7"]}
+    problems = ({"id": i, "problem": f"What is {text}", "source": "easy", "prompt": text} | seven
                 for i, text in own.items())  # fmt: skip
     jsonl.write(path, problems)
     return path

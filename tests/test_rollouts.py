@@ -78,6 +78,17 @@ def test_groups_come_in_the_order_of_the_prompts_with_the_verifiers_rewards():
         assert [group.rewards for group in groups] == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
 
 
+def test_of_several_answers_any_is_right_and_the_rollouts_keep_them_all():
+    own = problem(0) | {"answer": "x+1", "other_answers": ["6", "\\frac{16}{2}"]}
+    asked, _ = make_prompts([own, problem(1)], ASK, WordTokenizer(), 4, 100)
+    with Verifier(accept_unevaluated=True) as verifier:
+        groups = draw(BackwardsEngine(), verifier, asked, Sampling(2, 4))
+        assert [group.rewards for group in groups] == [[0.0, 1.0], [0.0, 1.0]]
+        [first, _], [other, _] = (group.rollouts("p") for group in groups)
+    assert records.accepted(first) == ["x+1", "6", "\\frac{16}{2}"]
+    assert "other_answers" not in other
+
+
 def test_groups_can_be_taken_one_by_one_as_they_are_done():
     seen = {}
     with Verifier() as verifier:

@@ -226,3 +226,11 @@ def _gone(pid: int) -> bool:
 
 def _python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_of_several_answers_the_best_verdict_counts():
+    pairs = [("\\boxed{3}", ["2", "3"]), ("\\boxed{1+2}", ["2", "3"]), ("\\boxed{4}", ["2", "3"]), ("4", ["2", "3"]),
+             ("\\boxed{2, 3}", ["2", "3"]), ("\\boxed{x+x}", ["y", "2x"])]  # fmt: skip
+    with Verifier() as verifier:
+        assert [score.verdict for score in verifier.verify(pairs)] == [
+            "correct", "unevaluated", "wrong", "no_answer", "wrong", "correct"]  # fmt: skip

@@ -50,13 +50,14 @@ class Problem(TypedDict):
 
     `prompt` is how the problem itself says it: a text that the engine sees as it is, or the messages of a chat, which
     the policy's chat template renders. It replaces --template, but for the template's stop texts; without
-    one, or with null, the template renders `problem`.
+    one, or with null, the template renders `problem`. `other_answers` are right as well as `answer`.
     """
 
     id: str
     problem: str
     answer: str
     source: str
+    other_answers: NotRequired[list[str]]
     prompt: NotRequired[str | list[Message] | None]
 
 
@@ -79,6 +80,7 @@ class Rollout(TypedDict):
     prompt: str
     completion: str
     answer: str
+    other_answers: NotRequired[list[str]]  # the problem's
     reward: float
     verdict: Verdict
     num_tokens: int
@@ -310,7 +312,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         if problem["id"] in seen:
             first = seen[problem["id"]]
             raise InputError(f"{path}:{number}: problem id {problem['id']!r} was already used on line {first}")
-        if fault := prompt_fault(problem.get("prompt")):
+        if fault := prompt_fault(problem.get("prompt")) or _answers_fault(problem.get("other_answers", [])):
             raise InputError(f"{path}:{number}: {fault}")
         seen[problem["id"]] = number
         problems.append(problem)
@@ -326,6 +328,17 @@ def _said_how_to_make(path: str | Path) -> Iterator[Problem]:
         if not Path(path).is_file() or not is_of_others:
             raise
         raise InputError(f"{error}; rloop prepare --source {path} makes a file of problems") from None
+
+
+def accepted(record: Problem | Rollout) -> list[str]:
+    """Every answer that is right."""
+    return [record["answer"], *record.get("other_answers", ())]
+
+
+def _answers_fault(answers: Any) -> str | None:
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        return None
+    return f"field 'other_answers' of Problem must be a list of texts, found {answers!r:.60}"
 
 
 def prompt_fault(prompt: Any) -> str | None:

@@ -5,11 +5,11 @@ To choose by difficulty or language, filter the rows first and give the file as 
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
@@ -18,7 +18,7 @@ from stages.core.grading.verifier import Verifier
 from stages.core.options import PATH, OptionGroup, at_least
 from stages.core.progress import StepProgress
 from stages.core.provenance import Identity, Inputs, identify, is_done, manifest, recorded
-from stages.prepare import curation, sources
+from stages.prepare import answers, curation, sources
 from stages.prepare.sources import Source
 
 PROBLEM_DEFAULT = f"if not given, the first of {', '.join(sources.PROBLEM_COLUMNS)}"
@@ -51,6 +51,20 @@ class Options(OptionGroup):
         "keep this column in the records under its own name; one called prompt (a text, or messages) is then shown to "
         "the policy as it is, instead of --template; repeatable",
     ] = field(default_factory=list)
+    keep_system: Annotated[
+        bool,
+        "keep the system message of a chat: the problem gets a prompt of its own, which the policy's chat template "
+        "renders whatever --template says",
+    ] = False
+    alternatives: Annotated[
+        bool, "of a list of answers, such as ['2', '3'], any is right; without this such a row is refused"
+    ] = False
+    decimal_comma: Annotated[
+        bool, "answers are written as 2,5 and 1.500,25; what then can be read in two ways is refused"
+    ] = False
+    encoding: Annotated[str, "encoding of a local text file, such as latin-1 or cp1252; UTF-16 is seen by itself"] = (
+        "utf-8"
+    )
     config: Annotated[str, "configuration of a hub id"] = ""
     split: Annotated[str, "split of a hub id, for example test or train[:100]"] = ""
     limit: Annotated[int, "keep at most N problems, drawn at random; 0 keeps all", at_least(0)] = 0
@@ -59,20 +73,22 @@ class Options(OptionGroup):
         field(default_factory=list)
     )
     skip_bad: Annotated[
-        bool, "leave out rows whose problem or answer cannot be read, and count them, instead of ending"
+        bool, "leave out rows that cannot be read, or whose problem or answer cannot, and count them, instead of ending"
     ] = False
     drop_unparseable: Annotated[
         bool, "drop the problems whose answer the verifier cannot read; no rollout of theirs is ever rewarded"
     ] = False
 
     def __post_init__(self) -> None:
-        """Raise InputError for a source that is not there."""
+        """Raise InputError for a source that is not there, and for two prompts of one problem."""
         super().__post_init__()
         self.find_source()
+        if self.keep_system and "prompt" in self.keep_column:
+            raise InputError("--keep-system makes the prompt that --keep-column prompt keeps: leave out one")
 
     def find_source(self) -> Source:
         """The source that the options name."""
-        return sources.find(self.source, self.from_, self.config, self.split)
+        return sources.find(self.source, self.from_, self.config, self.split, self.encoding)
 
 
 def run(options: Options) -> None:
@@ -117,8 +133,11 @@ def _curate(origin: Source, others: list[Source], options: Options) -> curation.
     """The problems to write; InputError if none is left."""
     limit, seed, drop_unparseable = options.limit, options.seed, options.drop_unparseable
     bad: list[str] = []
-    takers = _rows(origin, options.problem_column, options.answer_column, options.keep_column)
-    rows = _readable(takers, bad if options.skip_bad else None)
+
+    def leave_out(error: InputError) -> None:
+        bad.append(str(error).partition(": ")[0])
+
+    rows = _rows(origin, options, leave_out if options.skip_bad else sources.refuse)
     with Verifier() as grader:
         curated = curation.collect(rows, origin.name, partial(_same_answer, grader))
         curated.counts.update({"rows": len(bad), "bad": len(bad)} if bad else {})
@@ -126,7 +145,8 @@ def _curate(origin: Source, others: list[Source], options: Options) -> curation.
         curation.decontaminate(curated, _problem_texts(others))
         if not drop_unparseable:
             curation.choose(curated, limit, seed)
-        curation.find_wordy(curated)
+        curation.find(curated, "wordy", answers.is_wordy)
+        curation.find(curated, "comma", lambda answer: not options.decimal_comma and answers.looks_decimal(answer))
         curation.find_unparseable(curated, partial(_parseable, grader), drop_unparseable)
         if drop_unparseable:  # before the choice, so that the limit is reached
             curation.choose(curated, limit, seed)
@@ -135,46 +155,51 @@ def _curate(origin: Source, others: list[Source], options: Options) -> curation.
     return curated
 
 
-def _readable(rows: Iterator[Callable[[], curation.Row]], bad: list[str] | None) -> Iterator[curation.Row]:
-    """The rows that can be read; what is wrong with the others goes into `bad`, or is raised if that is None."""
-    for row in rows:
+class _ColumnNames(NamedTuple):
+    problem: str
+    answer: str
+    own_id: str
+    kept: list[str]
+
+
+def _rows(source: Source, options: Options, on_bad: sources.OnBad) -> Iterator[curation.Row]:
+    """What is needed of every row that can be read; the first such row decides which columns these are."""
+    columns = None
+    for where, row in _shown(sources.rows(source, on_bad)):
+        columns = columns or _columns(row, options, where)
         try:
-            yield row()
+            taken = _row(source, row, where, columns, options)
         except InputError as error:
-            if bad is None:
-                raise
-            bad.append(str(error).partition(": ")[0])
+            on_bad(error)
+        else:
+            yield taken
 
 
-def _rows(
-    source: Source, problem_column: str, answer_column: str, keep: list[str]
-) -> Iterator[Callable[[], curation.Row]]:
-    """How to take what is needed of every row; the first row decides which columns these are."""
-    id_column = None
-    for where, row in _shown(sources.rows(source)):
-        if id_column is None:
-            problem_column = sources.problem_column(row, problem_column, where)
-            answer_column = sources.answer_column(row, answer_column, where)
-            id_column = sources.id_column(row)
-            keep = sources.kept_columns(row, keep, where)
-            _say_columns(problem_column, answer_column, id_column)
-        yield partial(_row, source, row, where, problem_column, answer_column, id_column, keep)
-
-
-def _row(
-    source: Source, row: sources.Columns, where: str, problem: str, answer: str, own_id: str, keep: list[str]
-) -> curation.Row:
-    return curation.Row(
-        curation.problem_text(sources.value(row, problem, where), where),
-        curation.answer_text(sources.value(row, answer, where), source.is_integers, where),
-        str(row[own_id]) if row.get(own_id) is not None else "",
-        curation.kept_fields({name: sources.value(row, name, where) for name in keep}, where),
+def _columns(row: sources.Columns, options: Options, where: str) -> _ColumnNames:
+    columns = _ColumnNames(
+        sources.problem_column(row, options.problem_column, where),
+        sources.answer_column(row, options.answer_column, where),
+        sources.id_column(row),
+        sources.kept_columns(row, options.keep_column, where),
     )
+    ids = f"ids from {columns.own_id}" if columns.own_id else "ids from a hash of the problem"
+    said = f"problems are read from column {columns.problem}, answers from {columns.answer}, {ids}"
+    print(said, file=sys.stderr)
+    return columns
 
 
-def _say_columns(problem: str, answer: str, own_id: str) -> None:
-    ids = f"ids from {own_id}" if own_id else "ids from a hash of the problem"
-    print(f"problems are read from column {problem}, answers from {answer}, {ids}", file=sys.stderr)
+def _row(source: Source, row: sources.Columns, where: str, columns: _ColumnNames, options: Options) -> curation.Row:
+    problem = sources.value(row, columns.problem, where)
+    reading = answers.Reading(source.is_integers, options.alternatives, options.decimal_comma)
+    kept = {name: sources.value(row, name, where) for name in columns.kept}
+    if options.keep_system:
+        kept["prompt"] = curation.with_system(problem, where)
+    return curation.Row(
+        curation.problem_text(problem, where),
+        answers.answer_texts(sources.value(row, columns.answer, where), reading, where),
+        str(row[columns.own_id]) if row.get(columns.own_id) is not None else "",
+        curation.kept_fields(kept, where),
+    )
 
 
 def _same_answer(verifier: Verifier, first: str, second: str) -> bool:

@@ -3,7 +3,6 @@
 Reads and writes no files: it decides what a row's values mean, which problems are the same, and which to keep.
 """
 
-import ast
 import hashlib
 import re
 import unicodedata
@@ -11,21 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import compress
+from itertools import compress, islice, product
 from typing import Any, NamedTuple, cast
 
 import orjson
 
-from stages.core.drawing.templates import DAPO_AFTER, DAPO_BEFORE
+from stages.core.drawing.templates import DAPO_AFTER, DAPO_BEFORE, user_turn
 from stages.core.errors import InputError
-from stages.core.grading.verifier.extraction import extract
-from stages.core.records import Problem, prompt_fault
+from stages.core.records import Message, Problem, accepted, prompt_fault
 from stages.core.tabular import aligned, some
 
 LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
 SPACE = " \t\r\n"  # not the form feed: it may be what is left of \frac
-MAX_EXACT_FLOAT = 2**53
-MAX_WORDS = 12  # an answer of more is named as one that may be a worked solution
 MAX_SHOWN = 5  # ids of a kind in the printed table; the manifest has them all
 TITLES = {
     "rows": "rows read",
@@ -37,24 +33,22 @@ TITLES = {
     "contaminated": "dropped: in --decontaminate",
     "unparseable": "answers that the verifier cannot read",
     "wordy": "answers of many words: solutions?",
+    "comma": "answers such as 2,5, read as lists (--decimal-comma)",
     "beyond_limit": "dropped: beyond --limit",
     "problems": "problems",
     "mended": "of all, with a lost \\frac mended",
 }
-_LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)  # of texts: [1, 2] may be an interval
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_INTEGER_WITH_POINT = re.compile(r"([+-]?[0-9]+)\.0*")
 _LAYOUT = re.compile(r"\\left|\\right|[^\w+\-*/()=<>^]|_")
 
 
 class Row(NamedTuple):
-    """What is taken of a row: problem and answer as texts, "" if there is none; `own_id` is the source's, or "".
+    """What is taken of a row: the problem, "" if there is none; every answer that is right; `own_id`, or "".
 
     `kept` are other columns that go into the record, as a JSON object.
     """
 
     problem: str
-    answer: str
+    answers: tuple[str, ...]
     own_id: str = ""
     kept: bytes = b"{}"
 
@@ -72,63 +66,22 @@ def problem_text(value: Any, where: str) -> str:
 
 
 def _user_turn(messages: Sequence[Any], where: str) -> Any:
-    turns = [turn.get("content") for turn in messages if isinstance(turn, Mapping) and turn.get("role") == "user"]
+    turns = _turns(messages, "user")
     if not turns:
         raise InputError(f"{where}: expected messages with a user turn, found none")
     return turns[-1]
 
 
-def answer_text(value: Any, is_integers: bool, where: str) -> str:
-    """The answer in a cell as text, its digits exact; "" if there is none.
-
-    The answer of a worked solution follows its last "####" (GSM8K, thousands separators dropped) or is in its last
-    \\boxed{}. Integers lose leading zeros and a plus sign: AIME's "025" is 25. With `is_integers`, "70.0" is 70.
-    """
-    value = _unpacked(value, where)
-    if value is None or (isinstance(value, float | Decimal) and value != value):
-        return ""
-    if isinstance(value, float | Decimal):
-        value = _decimal_text(value, where)
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise InputError(f"{where}: an answer must be a text or a number, found {type(value).__name__}")
-    text = str(value).strip()
-    if "####" in text:
-        text = text.rpartition("####")[2].strip().replace(",", "")
-    elif "\\boxed" in text:
-        text = extract(text) or ""
-    if is_integers and (match := _INTEGER_WITH_POINT.fullmatch(text)):
-        text = match[1]
-    return _plain_integer(text) if _INTEGER.fullmatch(text) else text
+def _turns(messages: Sequence[Any], role: str) -> list[Any]:
+    return [turn.get("content") for turn in messages if isinstance(turn, Mapping) and turn.get("role") == role]
 
 
-def _unpacked(value: Any, where: str) -> Any:
-    """The one answer of a list, also of one that a CSV file holds as a text: 18 of ['18'].
-
-    Raises InputError for several, of which nobody says whether all are asked for or any.
-    """
-    if isinstance(value, str) and _LIST.fullmatch(value.strip()):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            return value
-    if not isinstance(value, list) or not value:
-        return value
-    if len(value) > 1:
-        raise InputError(f"{where}: {len(value)} answers, {value!r:.60}: write them as one, such as 2, 3 or {{2, 3}}")
-    return value[0]
-
-
-def _plain_integer(text: str) -> str:
-    digits = text.lstrip("+-").lstrip("0") or "0"
-    return f"-{digits}" if text.startswith("-") and digits != "0" else digits
-
-
-def _decimal_text(value: float | Decimal, where: str) -> str:
-    """A number that is whole as an integer, another with the digits that it was written with."""
-    is_exact = -MAX_EXACT_FLOAT < value < MAX_EXACT_FLOAT
-    if isinstance(value, float) and not is_exact:
-        raise InputError(f"{where}: the answer {value!r} is a float beyond 2**53: store such answers as text")
-    return str(int(value)) if is_exact and value == int(value) else str(value)
+def with_system(value: Any, where: str) -> list[Message]:
+    """The problem in a cell with the system text before it, as messages of the problem's own."""
+    if not isinstance(value, list):
+        raise InputError(f"{where}: --keep-system: found no messages: name their column, not a turn of them")
+    system = [Message(role="system", content=text) for text in _turns(value, "system")[-1:]]
+    return [*system, Message(role="user", content=user_turn(problem_text(value, where)))]
 
 
 def kept_fields(fields: Mapping[str, Any], where: str) -> bytes:
@@ -136,7 +89,7 @@ def kept_fields(fields: Mapping[str, Any], where: str) -> bytes:
 
     A kept column "prompt" becomes the problem's own, and must be one.
     """
-    if taken := sorted(fields.keys() & Problem.__required_keys__):
+    if taken := sorted(fields.keys() & {*Problem.__required_keys__, "other_answers"}):
         raise InputError(f"--keep-column {taken[0]}: a problem has a field of that name already: rename the column")
     if fault := prompt_fault(fields.get("prompt")):
         raise InputError(f"{where}: --keep-column prompt: {fault}")
@@ -199,14 +152,16 @@ def collect(rows: Iterable[Row], source: str, same_answer: Callable[[str, str], 
         counts["rows"] += 1
         row = raw._replace(problem=raw.problem.replace(LOST_FRAC, "\\frac{"))
         key = _hash(same_text(row.problem))
-        if not row.problem or not row.answer:
+        if not row.problem or not row.answers:
             counts["empty_answer" if row.problem else "empty_problem"] += 1
         elif key not in kept:
             kept[key] = row
             counts["mended"] += row.problem != raw.problem
         else:
             counts["duplicate"] += 1
-            if kept[key].answer != row.answer and not same_answer(kept[key].answer, row.answer):
+            if not any(
+                one == other or same_answer(one, other) for one, other in product(kept[key].answers, row.answers)
+            ):
                 contradictory.add(key)
             kept[key] = min(kept[key], row, key=_rank)
     curated = Curated(_problems(kept, source), counts)
@@ -215,9 +170,9 @@ def collect(rows: Iterable[Row], source: str, same_answer: Callable[[str, str], 
     return curated
 
 
-def _rank(copy: Row) -> tuple[bool, str, str, str, bytes]:
+def _rank(copy: Row) -> tuple[bool, str, tuple[str, ...], str, bytes]:
     """Which of equal problems is kept, whatever the order of the rows: the one with the first id of its own."""
-    return not copy.own_id, copy.own_id, copy.answer, copy.problem, copy.kept
+    return not copy.own_id, copy.own_id, copy.answers, copy.problem, copy.kept
 
 
 def _problems(kept: Mapping[bytes, Row], source: str) -> list[Problem]:
@@ -229,8 +184,9 @@ def _problems(kept: Mapping[bytes, Row], source: str) -> list[Problem]:
             {
                 "id": f"{source}/{row.own_id.removeprefix(source + '/') if has_own else key.hex()}",
                 "problem": row.problem,
-                "answer": row.answer,
+                "answer": row.answers[0],
                 "source": source,
+                **({"other_answers": list(row.answers[1:])} if row.answers[1:] else {}),
                 **orjson.loads(row.kept),
             },
         )
@@ -257,18 +213,16 @@ def decontaminate(curated: Curated, others: Iterable[str]) -> None:
 def find_unparseable(curated: Curated, parseable: Callable[[list[str]], list[bool]], drop: bool) -> None:
     """Remember the ids of problems whose answer the verifier cannot read, and drop them if `drop`."""
     problems = curated.problems
-    flags = parseable([problem["answer"] for problem in problems])
-    readable = {problem["id"] for problem, flag in zip(problems, flags, strict=True) if flag}
+    flags = iter(parseable([answer for problem in problems for answer in accepted(problem)]))
+    readable = {problem["id"] for problem in problems if any(list(islice(flags, len(accepted(problem)))))}
     _drop(curated, "unparseable", lambda problem: problem["id"] not in readable)
     if not drop:
         curated.problems = problems
 
 
-def find_wordy(curated: Curated) -> None:
-    """Remember the ids of problems whose answer is so long that it may be a solution without a box."""
-    problems = curated.problems
-    _drop(curated, "wordy", lambda problem: len(problem["answer"].split()) > MAX_WORDS)
-    curated.problems = problems
+def find(curated: Curated, kind: str, is_odd: Callable[[str], bool]) -> None:
+    """Remember the ids of problems whose answer is odd, and keep them."""
+    curated.note(kind, (problem for problem in curated.problems if is_odd(problem["answer"])))
 
 
 def choose(curated: Curated, limit: int, seed: int) -> None:

@@ -17,17 +17,18 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from stages.core import jsonl
 from stages.core.errors import InputError
 
 Columns = Mapping[str, Any]
+OnBad = Callable[[InputError], None]  # is told of a row that cannot be read, and ends the call or not
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = {
     ".gz": b"\x1f\x8b",
@@ -41,6 +42,7 @@ ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "final_answer", "soluti
 MAX_JSON_BYTES = 2**29  # of one JSON document, which takes several times as much memory when it is read
 MAX_HEADER = 2**16  # characters of it that are looked at
 BATCH_ROWS = 1000
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what such a text begins with
 ID_COLUMNS = ("unique_id", "id")
 
 
@@ -48,7 +50,8 @@ ID_COLUMNS = ("unique_id", "id")
 class Source:
     """What to read: the files `paths` if it is local, else `hub_id` with its `config` and `split`.
 
-    `name` begins the ids of its problems; `is_integers` says that every answer is one, so that "70.0" is 70.
+    `name` begins the ids of its problems; `is_integers` says that every answer is one, so that "70.0" is 70;
+    `encoding` is that of text files without a mark of their own.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Source:
     split: str = "train"
     is_integers: bool = False
     paths: tuple[Path, ...] = ()
+    encoding: str = "utf-8"
 
 
 PRESETS = {
@@ -73,14 +77,22 @@ PRESETS = {
 }
 
 
-def find(name: str, file: str = "", config: str = "", split: str = "", option: str = "--source") -> Source:
+def find(
+    name: str, file: str = "", config: str = "", split: str = "", encoding: str = "utf-8", option: str = "--source"
+) -> Source:
     """The source that a user means by `name`: a preset, local files or a hub id; read from `file` if it is given.
 
     Local files are one, those of a directory (of shards, or as `save_to_disk` writes it), or what a pattern matches.
 
     Raises InputError, which names the `option`, if it is none of them, or if a local file is asked for a config
-    or a split.
+    or a split, or for an encoding that nobody knows.
     """
+    try:
+        encoding = codecs.lookup(encoding).name
+    except LookupError:
+        raise InputError(
+            f"--encoding {encoding}: Python knows none of that name; try utf-8, latin-1 or cp1252"
+        ) from None
     if name in PRESETS:
         source = PRESETS[name]
     elif _suffix(Path(name)) in SUFFIXES or Path(name).exists() or "*" in name:
@@ -92,14 +104,10 @@ def find(name: str, file: str = "", config: str = "", split: str = "", option: s
             f"{option} {name}: neither a preset ({', '.join(PRESETS)}) nor a file nor a hub id such as org/name"
         )
     if file:
-        source = _replace(source, paths=_local(file))
+        source = replace(source, paths=_local(file))
     if source.paths and (config or split):
         raise InputError(f"{source.paths[0]}: a local file has neither --config nor --split")
-    return _replace(source, config=config or source.config, split=split or source.split)
-
-
-def _replace(source: Source, **changes: Any) -> Source:
-    return Source(**{**vars(source), **changes})
+    return replace(source, config=config or source.config, split=split or source.split, encoding=encoding)
 
 
 def _local(name: str) -> tuple[Path, ...]:
@@ -165,9 +173,42 @@ def _unpacking(file: BinaryIO, kind: str) -> Any:
     return unpacked
 
 
-def rows(source: Source) -> Iterator[tuple[str, Columns]]:
+class _LocalFile(NamedTuple):
+    """A local file, and how to read it."""
+
+    path: Path
+    encoding: str
+    on_bad: OnBad
+
+
+@contextmanager
+def _text(each: _LocalFile) -> Iterator[BinaryIO]:
+    """The bytes of a text file as UTF-8, without a mark."""
+    with _opened(each.path) as file:
+        begin = file.read(3)
+        encoding = "utf-16" if begin.startswith(UTF_16) else each.encoding
+        file.seek(3 if begin == codecs.BOM_UTF8 else 0)
+        if encoding == "utf-8" or begin == codecs.BOM_UTF8:
+            yield file
+            return
+        with tempfile.TemporaryFile() as recoded:
+            try:
+                for part in iter(partial(io.TextIOWrapper(file, encoding, newline="").read, MAX_HEADER), ""):
+                    recoded.write(part.encode())
+            except UnicodeError as error:
+                raise InputError(f"{each.path}: not in {encoding} ({error})") from None
+            recoded.seek(0)
+            yield recoded
+
+
+def refuse(error: InputError) -> None:
+    """Raise it: no row may be bad."""
+    raise error from None
+
+
+def rows(source: Source, on_bad: OnBad = refuse) -> Iterator[tuple[str, Columns]]:
     """Yield (position such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
-    files = (_READERS[_suffix(path)](path) for path in source.paths)
+    files = (_READERS[_suffix(path)](_LocalFile(path, source.encoding, on_bad)) for path in source.paths)
     stream = chain.from_iterable(files) if source.paths else _hub(source)
     empty = True
     for row in stream:
@@ -207,9 +248,10 @@ def _hub(source: Source) -> Iterator[tuple[str, Columns]]:
             number += 1
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Columns]]:
+def _parquet(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
     import pyarrow.parquet  # only here is it needed; `datasets` reads through it, but leaves a copy in its cache
 
+    path = each.path
     try:
         with _opened(path) as file:
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
@@ -220,9 +262,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Columns]]:
         raise InputError(f"{path}: not a parquet file ({str(error).partition('.')[0]})") from None
 
 
-def _arrow(path: Path) -> Iterator[tuple[str, Columns]]:
+def _arrow(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
     import pyarrow
 
+    path = each.path
     try:
         with _opened(path) as file:
             data = file.read()
@@ -234,25 +277,31 @@ def _arrow(path: Path) -> Iterator[tuple[str, Columns]]:
         raise InputError(f"{path}: not an arrow file ({str(error).partition('.')[0]})") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Columns]]:
-    with _opened(path) as file:
+def _json_lines(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
+    with _text(each) as file:
         lines = iter(partial(file.readline, jsonl.MAX_LINE_BYTES + 1), b"")
         for number, line in enumerate(lines, 1):
-            where, line = f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if line.strip():
-                jsonl.parse_line(line, where)  # strictly; then again, for the exact numbers
-                yield where, _parse_exactly(line, where)
+                where = f"{each.path}:{number}"
+                try:
+                    row = _parse_exactly(line, where)
+                    jsonl.parse_line(line, where)  # strictly
+                except InputError as error:
+                    each.on_bad(error)
+                else:
+                    yield where, row
 
 
-def _json(path: Path) -> Iterator[tuple[str, Columns]]:
-    with _opened(path) as file:
-        data = file.read(MAX_JSON_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+def _json(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
+    path = each.path
+    with _text(each) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise InputError(f"{path}: a JSON document of more than {MAX_JSON_BYTES // 2**20} MiB: save it as JSON lines")
     if not data.lstrip().startswith(b"[") and _is_object(data.lstrip().partition(b"\n")[0]):
         rows = _wrapped(_parse_exactly(data, str(path))) if _is_object(data) else None
         if rows is None:
-            yield from _json_lines(path)
+            yield from _json_lines(each)
             return
     else:
         document = _parse_exactly(data, str(path))
@@ -260,13 +309,23 @@ def _json(path: Path) -> Iterator[tuple[str, Columns]]:
     if rows is None:
         raise InputError(f"{path}: expected a list of objects, one object a line, or an object that holds one list")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise InputError(f"{path} row {number}: expected an object, found {type(row).__name__}")
-        try:
-            json.dumps(row, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:  # "\\ud800", half a character, passes as JSON
-            raise InputError(f"{path} row {number}: not valid UTF-8 ({error.reason})") from None
-        yield f"{path} row {number}", row
+        if fault := _row_fault(row):
+            each.on_bad(InputError(f"{path} row {number}: {fault}"))
+        else:
+            yield f"{path} row {number}", row
+
+
+_NOT_UTF_8 = "not in UTF-8 ({}): name its encoding, such as --encoding latin-1, or save it in UTF-8"
+
+
+def _row_fault(row: Any) -> str:
+    if not isinstance(row, dict):
+        return f"expected an object, found {type(row).__name__}"
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:  # "\\ud800", half a character, passes as JSON
+        return f"not valid UTF-8 ({error.reason})"
+    return ""
 
 
 def _is_object(text: bytes) -> bool:
@@ -286,38 +345,49 @@ def _parse_exactly(text: bytes, where: str) -> Any:
     """JSON with numbers as they are written: integers of any length, decimals with their digits."""
     try:
         return json.loads(text, parse_float=Decimal, parse_constant=lambda name: None)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: {_NOT_UTF_8.format(error)}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error}): expected a list of objects, or one a line") from None
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Columns]]:
+def _csv(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
     csv.field_size_limit(jsonl.MAX_LINE_BYTES)
-    with _opened(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+    path = each.path
+    with _text(each) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
         try:
-            header = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, strict=True, delimiter=_separator(path, header))
+            separator = _separator(path, file.readline())
+            if len(separator) == 1:  # else the first line names it, as Excel has it, and the header is the next
+                file.seek(0)
+            reader = csv.DictReader(file, strict=True, delimiter=separator[-1])
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
                 raise InputError(f"{path}:1: two columns are called {twice[0]!r}: rename one")
             for row in reader:
+                where = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    raise InputError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames or ())} fields")
-                yield f"{path}:{reader.line_num}", row
+                    each.on_bad(InputError(f"{where}: expected {len(reader.fieldnames or ())} fields"))
+                else:
+                    yield where, row
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not in UTF-8 ({error}): save it in that encoding") from None
+            raise InputError(f"{path}: {_NOT_UTF_8.format(error)}") from None
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
 
 
 def _separator(path: Path, header: str) -> str:
-    """What stands between the cells: a tab in a .tsv; in a .csv what gives most columns, a comma if that is open."""
+    """What stands between the cells: a tab in a .tsv; in a .csv what gives most columns, a comma if that is open.
+
+    A first line "sep=;" is returned whole.
+    """
+    if re.fullmatch("sep=[^\\w\\s]", header.strip()):
+        return header.strip()
     if _suffix(path) == ".tsv":
         return "\t"
     return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header[:MAX_HEADER]], delimiter=separator), [])))
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Columns]]]] = {
+_READERS: dict[str, Callable[[_LocalFile], Iterator[tuple[str, Columns]]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from stages.core.records import Rollout
+from stages.core.records import Rollout, accepted
 from stages.core.study.runs import BASE, RL, RLOOP, Evaluation, Position, read_rollouts
 from stages.report.page import embedded
 
@@ -86,7 +86,7 @@ def _of_set(
     for problem in shown:
         drawn = [samples.get((problem, position.policy), []) for position in here]
         for one in list(chain(*drawn))[:1]:
-            about = {"id": problem, "prompt": _short(one["prompt"]), "answer": one["answer"]}
+            about = {"id": problem, "prompt": _short(one["prompt"]), "answer": " or ".join(accepted(one))}
             about |= {"changes": {other: of.get(problem, "") for other, of in changes.items()}}
             about |= {"truncated": any(rollout["finish_reason"] == "length" for rollout in chain(*drawn))}
             kept = [_mix(rollouts, max_samples) for rollouts in drawn]

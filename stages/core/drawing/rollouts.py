@@ -93,6 +93,8 @@ class Group:
             "finish_reason": "stop" if completion.finish_reason == "stop" else "length",
             "token_ids": pack_ids(completion.token_ids),
         }
+        if others := self.prompt.problem.get("other_answers"):
+            rollout["other_answers"] = others
         if completion.log_probs:
             rollout["log_probs"] = pack_log_probs(completion.log_probs)
         if score.parts is not None:

@@ -124,6 +124,11 @@ def load(name_or_path: str, tokenizer: Any = None) -> Template:
     return _pasted(name_or_path, *_from_file(Path(name_or_path)))
 
 
+def user_turn(problem: str) -> str:
+    """What the user says of a problem in a chat: the problem, and how to answer."""
+    return f"{problem}\n{INSTRUCTION}"
+
+
 def render_chats(
     tokenizer: Any, chats: Mapping[str, Sequence[Message]], file: str, settings: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
@@ -181,7 +186,7 @@ def _chat(name: str, tokenizer: Any) -> Template:
             raise InputError(f"template {name}: the policy's chat template knows no {setting}: take chat")
 
     def render(problem: str) -> str:
-        turn = {"role": "user", "content": f"{problem}\n{INSTRUCTION}"}
+        turn = {"role": "user", "content": user_turn(problem)}
         return str(tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True, **settings))
 
     digest = _digest(source, INSTRUCTION, *(f"{key}={value}" for key, value in settings.items()))

@@ -22,7 +22,7 @@ from stages.core.grading.verifier.extraction import extract
 from stages.core.grading.verifier.latex import MAX_LENGTH
 from stages.core.grading.verifier.quantities import name_units
 from stages.core.grading.workers import Job, Kind, Pool
-from stages.core.records import Problem, Verdict
+from stages.core.records import Problem, Verdict, accepted
 
 WORKER = "stages.core.grading.verifier.algebra"  # the module that a worker runs
 MAX_MEMO_BYTES = 256 * 2**20  # of the texts whose verdicts are kept: about a million short ones
@@ -36,6 +36,11 @@ VERSION = {
         for name in ("math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
     },
 }
+
+
+Promise = Verdict | Future[Verdict]
+# Of the verdicts beside several answers the first of these counts.
+BEST: tuple[Verdict, ...] = ("correct", "unevaluated", "timeout", "error", "wrong", "rejected", "no_answer")
 
 
 def default_workers() -> int:
@@ -62,7 +67,7 @@ class Verifier:
         self.bare = bare
         self.accept_unevaluated = accept_unevaluated
         self.counts: Counter[Verdict] = Counter()
-        self._memo: dict[tuple[str, str], Verdict | Future[Verdict]] = {}
+        self._memo: dict[tuple[str, str], Promise] = {}
         self._memo_bytes = 0
         self._lock = threading.Lock()
 
@@ -72,41 +77,44 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
-        """Score (completion, answer) pairs, in order."""
+    def verify(self, pairs: Sequence[tuple[str, str | Sequence[str]]]) -> list[Score]:
+        """Score (completion, answer, or answers of which any is right) pairs, in order."""
         return self.submit(pairs).result()
 
     def grade(self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Any) -> Pending:
         """Begin to score the completions of one prompt, as `grading.rewards` does."""
-        return self.submit([(completion, problem["answer"]) for completion in completions], [prompt] * len(completions))
+        answers = accepted(problem)
+        return self.submit([(completion, answers) for completion in completions], [prompt] * len(completions))
 
     def refuse_failed(self) -> None:
         """Nothing: what can't be worked out is a verdict here."""
 
-    def submit(self, pairs: Sequence[tuple[str, str]], prompts: Sequence[str] = ()) -> Pending:
-        """Begin to score (completion, answer) pairs; returns without waiting for any algebra.
+    def submit(self, pairs: Sequence[tuple[str, str | Sequence[str]]], prompts: Sequence[str] = ()) -> Pending:
+        """Begin to score pairs as `verify` takes them; returns without waiting for any algebra.
 
         The prompts, if they are known, tell which words behind a number are units, and whether a thought began there.
         """
-        pending: list[tuple[str | None, Verdict | Future[Verdict]]] = []
+        pending: list[tuple[str | None, list[Promise]]] = []
         jobs: dict[str, Job[Verdict]] = {}
         with self._lock:
-            for (completion, answer), prompt in zip(pairs, prompts or [""] * len(pairs), strict=True):
+            for (completion, right), prompt in zip(pairs, prompts or [""] * len(pairs), strict=True):
+                answers = (right,) if isinstance(right, str) else right
                 prediction = extract(completion, self.bare, prompt)
                 if prediction is None:
-                    pending.append((None, "no_answer"))
+                    pending.append((None, ["no_answer"]))
                 elif len(prediction) > MAX_LENGTH:  # of which nothing is kept but its beginning
-                    pending.append((prediction[:MAX_LENGTH], "rejected"))
+                    pending.append((prediction[:MAX_LENGTH], ["rejected"]))
                 else:
-                    pending.append((prediction, self._find(answer, prediction, jobs, prompt)))
+                    found = [self._find(answer, prediction, jobs, prompt) for answer in answers]
+                    pending.append((prediction, found))
             self._send(jobs.values())
-        awaited = [verdict for _, verdict in pending if isinstance(verdict, Future)]
+        awaited = [promise for _, found in pending for promise in found if isinstance(promise, Future)]
         return Pending(awaited, partial(self._settle, pending))
 
-    def _settle(self, pending: Sequence[tuple[str | None, Verdict | Future[Verdict]]]) -> list[Score]:
+    def _settle(self, pending: Sequence[tuple[str | None, list[Promise]]]) -> list[Score]:
         scores = []
-        for prediction, promised in pending:
-            verdict = promised.result() if isinstance(promised, Future) else promised
+        for prediction, found in pending:
+            verdict = min((each.result() if isinstance(each, Future) else each for each in found), key=BEST.index)
             if verdict == "unevaluated" and self.accept_unevaluated:
                 verdict = "correct"
             scores.append(Score(verdict, 1.0 if verdict == "correct" else 0.0, prediction))
@@ -137,9 +145,7 @@ class Verifier:
         """End the workers; asking for a score that was not ready raises RuntimeError."""
         self._pool.close()
 
-    def _find(
-        self, answer: str, prediction: str, jobs: dict[str, Job[Verdict]], prompt: str = ""
-    ) -> Verdict | Future[Verdict]:
+    def _find(self, answer: str, prediction: str, jobs: dict[str, Job[Verdict]], prompt: str = "") -> Promise:
         """The verdict from the memo or the text, or the promise of one, which is then in `jobs` or on its way."""
         is_number = prediction[-1:].isdigit() and answer[-1:].isdigit()
         if not is_number and len(answer) <= MAX_LENGTH >= len(prediction):
@@ -149,7 +155,7 @@ class Verifier:
             if isinstance(known, Future) and known.done() and known.exception() is None:
                 known = self._memo[key] = known.result()
             return known
-        verdict: Verdict | Future[Verdict] | None = decide(answer, prediction)
+        verdict: Promise | None = decide(answer, prediction)
         if verdict is None:
             verdict = Future()
             job = jobs.setdefault(answer, Job(answer, []))
@@ -158,7 +164,7 @@ class Verifier:
         self._remember(key, verdict)
         return verdict
 
-    def _remember(self, key: tuple[str, str], verdict: Verdict | Future[Verdict]) -> None:
+    def _remember(self, key: tuple[str, str], verdict: Promise) -> None:
         self._memo[key] = verdict
         self._memo_bytes += _weight(key)
         if self._memo_bytes > MAX_MEMO_BYTES:  # the older half goes; what is asked for again is worked out again
