@@ -13,6 +13,7 @@ run, of five steps, depends on the policy. All that is written goes to a tempora
 import argparse
 import importlib.util
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -98,31 +99,49 @@ def short_run(scratch: Path, policy: str, problems: str) -> None:
     problems = problems or sums(scratch / "sums.jsonl")
     with PeakMemory() as memory:
         rloop("rl", "--policy", policy, "--problems", problems, "--out", str(scratch / "rl"), *options)
-    header, *lines = (scratch / "rl/log.tsv").read_text().splitlines()
-    rows = [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
-    print_figures(policy, rows[1:], memory.peak_mib)
+    print()
+    print(f"GPU            {'; '.join(ask('name,driver_version,memory.total'))} (name, driver, memory)")
+    print(f"versions       {versions()}")
+    print(f"policy         {policy}, bfloat16")
+    print(f"memory         {memory.peak_mib / 1024:.1f} GiB of the GPU at most, engine and trainer together")
+    for name, value in figures(rows_of(scratch / "rl")[1:]).items():
+        print(f"{name:14s} {value}")
 
 
-def print_figures(policy: str, rows: list[dict[str, str]], peak_mib: int) -> None:
-    """Versions, and means over the steps after the first, which warms up."""
+def versions() -> str:
+    """Of the packages that decide what a GPU gives."""
+    installed = packages_distributions()
+    return ", ".join(f"{name} {version(installed[name][0])}" for name in PACKAGES)
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    """The lines of a run's log.tsv."""
+    header, *lines = (run / "log.tsv").read_text().splitlines()
+    return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+
+def figures(rows: list[dict[str, str]]) -> dict[str, float | None]:
+    """What to keep of some steps: means, of which the first step, that warms up, should be left out; None: no value."""
 
     def mean(name: str) -> float:
         values = [float(row[name]) for row in rows if row[name]]
-        return sum(values) / len(values) if values else float("nan")
+        return sum(values) / len(values) if values else math.nan
 
-    installed = packages_distributions()
-    versions = ", ".join(f"{name} {version(installed[name][0])}" for name in PACKAGES)
-    print()
-    print(f"GPU            {'; '.join(ask('name,driver_version,memory.total'))} (name, driver, memory)")
-    print(f"versions       {versions}")
-    print(f"policy         {policy}, bfloat16; means of {len(rows)} steps after the first")
-    print(f"a step         {mean('seconds'):.1f} s (draw {mean('generate_s'):.1f}, update {mean('update_s'):.1f}, "
-          f"hand-over {mean('handover_s'):.2f})")  # fmt: skip
-    print(f"tokens/s       {mean('tokens_per_s'):.0f} of rollouts over the whole step, "
-          f"{mean('rollout_tokens') / mean('generate_s'):.0f} while drawing, "
-          f"{mean('update_tokens') / mean('update_s'):.0f} while updating")  # fmt: skip
-    print(f"peak memory    {peak_mib / 1024:.1f} GiB of the GPU, engine and trainer together")
-    print(f"mismatch       {mean('mismatch'):.4f} nats a token on average, largest {mean('mismatch_max'):.2f}")
+    values = {
+        "a step, s": mean("seconds"),
+        "draw, s": mean("generate_s"),
+        "update, s": mean("update_s"),
+        "hand-over, s": mean("handover_s"),
+        "tokens/s": mean("tokens_per_s"),
+        "draw, tokens/s": mean("rollout_tokens") / mean("generate_s"),
+        "update, tokens/s": mean("update_tokens") / (mean("update_s") or math.nan),
+        "peak GiB": mean("peak_memory_gib"),
+        "mismatch, mean": mean("mismatch"),  # nats a token, engine against trainer
+        "mismatch, most": mean("mismatch_max"),
+    }
+    return {"steps": len(rows)} | {
+        name: float(f"{value:.4g}") if math.isfinite(value) else None for name, value in values.items()
+    }
 
 
 class PeakMemory:

@@ -4,9 +4,10 @@
 
 Each rank (0 is full training) has a process of its own, which makes the trainer, one update to warm up, and then an
 update whenever it is told to. All live side by side and take turns, so that other work on the machine counts for all
-alike. Memory is the resident set above that before the trainer was made, its peak during the updates; on a GPU also
-torch's own count. On a CPU that includes what malloc keeps back of tensors that are gone, so the difference between
-ranks comes out too small.
+alike. Memory is the resident set above that before the trainer was made, its peak during the updates. On a CPU that
+includes what malloc keeps back of tensors that are gone, so the difference between ranks comes out too small. On a GPU
+there are also torch's own count and, to be read of one rank alone, what is in use of the GPU, which is what the plan of
+docs/memory.md reckons.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def serve(channel: Any, args: argparse.Namespace, rank: int) -> None:
     import torch
 
     from stages import rl
-    from stages.core.policy import adapters, checkpoints
+    from stages.core.policy import adapters, checkpoints, memory
+    from stages.core.policy.acceleration import memory_in_use
     from stages.rl.trainer import Trainer, start_accelerator
 
     torch.set_num_threads(args.threads)
@@ -68,6 +70,7 @@ def serve(channel: Any, args: argparse.Namespace, rank: int) -> None:
         tokens_per_microbatch=args.tokens_per_microbatch,
         lora_rank=rank,
         gradient_checkpointing=args.gradient_checkpointing,
+        **args.settings,
     )
     accelerator = start_accelerator(settings)
     before = resident()
@@ -77,19 +80,22 @@ def serve(channel: Any, args: argparse.Namespace, rank: int) -> None:
     trainer.update(batch, 1e-6)
     trainer.release()
     number = sum(weight.numel() for weight in adapters.trained(trainer.model).values())
-    channel.send({"rank": rank, "trained": number})
+    plan = memory.update(memory.read_shape(args.policy), settings)["sum"]
+    channel.send({"rank": rank, "trained": number, "plan": plan})
     while channel.recv():
         reset_peak()
         started = time.perf_counter()
         trainer.update(batch, 1e-6)
         seconds = time.perf_counter() - started
+        whole = memory_in_use()
         trainer.release()
         used = peak() - before
         gpu = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
         started = time.perf_counter()
         for _ in trainer.weights():
             pass
-        channel.send({"seconds": seconds, "peak": used, "gpu": gpu, "merge": time.perf_counter() - started})
+        merge = time.perf_counter() - started
+        channel.send({"seconds": seconds, "peak": used, "gpu": gpu, "whole": whole, "merge": merge})
 
 
 def main() -> None:
@@ -103,6 +109,7 @@ def main() -> None:
     parser.add_argument("--completion-tokens", type=int, default=100)
     parser.add_argument("--tokens-per-microbatch", type=int, default=2560)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--settings", type=json.loads, default={}, help="other settings of rl, as JSON without spaces")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -127,9 +134,11 @@ def main() -> None:
             "tokens/s, median": round(tokens / statistics.median(times)),
             "peak GiB": round(max(each["peak"] for each in figures), 2),
             "merge s": round(min(each["merge"] for each in figures), 2),
+            "plan GiB": round(about["plan"], 2),
         }
         if any(each["gpu"] for each in figures):
             row["GPU peak GiB"] = round(max(each["gpu"] for each in figures), 2)
+            row["GPU in use GiB"] = round(max(each["whole"] for each in figures), 2)  # peak_memory_gib, as in log.tsv
         print(json.dumps(row), flush=True)
 
 

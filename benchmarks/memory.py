@@ -1,9 +1,13 @@
 """What a policy needs on one GPU while rl updates it and while it generates, by arithmetic.
 
     python benchmarks/memory.py                                     the tables of docs/memory.md
-    python benchmarks/memory.py configs/qwen2.5-0.5b-gsm8k.yaml     the plan of a params file, on its GPU
+    python benchmarks/memory.py configs/qwen2.5-0.5b-gsm8k.yaml     the plan of a params file, on the GPUs it names,
+                                                                    and the lines that it holds of it
 
-The arithmetic is stages/core/policy/memory.py; `rloop check --gpu-memory` holds the policy that is there against it.
+The seconds of a step are an estimate: products at 40 % of what a card's data sheet has for dense bfloat16; the engine's
+model is that of rounds.py, which is 7 B's on an H100, carried over to other sizes and cards; half of the groups are
+informative; lengths are spread as there, in proportion to max_tokens. The arithmetic of memory is
+stages/core/policy/memory.py; `rloop check --gpu-memory` holds the policy that is there against it.
 """
 
 import sys
@@ -26,13 +30,54 @@ SHAPES = {
     "Qwen/Qwen2.5-32B": Shape(5120, 27648, 64, 40, 8, 128, 152064, tied=False),
 }
 
+CARDS = {24: "RTX 4090", 48: "L40S", 80: "H100"}  # that RATES are of: flop/s, bytes/s
+RATES = {24: (66e12, 1.0e12), 48: (145e12, 0.86e12), 80: (400e12, 3.35e12)}
+LAUNCH_S, SAMPLE_S = 0.0035, 5e-6  # of the engine's pass, and of a sequence in it, beside reading weights and products
+PROMPT_TOKENS, LENGTH = 150, 774 / 2048  # of a prompt; of a completion, as a part of max_tokens
+INFORMATIVE = 0.5  # of the groups
 
-def plan(path: Path) -> tuple[Shape, int, Settings]:
-    """The policy's shape, the GPU's nominal GB (its first line names them) and rl's options of a params file."""
-    text = path.read_text()
-    params = yaml.safe_load(text)
-    gpu = next(size for size in GPUS if f"{size} GB" in text.splitlines()[0])
-    return SHAPES[params["fetch"]["0"]], gpu, Settings(**params["rl"])
+
+def plan(path: Path) -> tuple[Shape, int, int, Settings]:
+    """The policy's shape, the GPU's nominal GB and how many there are (its first line), and rl's options of it."""
+    first, params = path.read_text().splitlines()[0], yaml.safe_load(path.read_text())
+    gpu = next(size for size in GPUS if f"{size} GB" in first)
+    shape = SHAPES[params["fetch"]["0"].replace("-Math-", "-")]
+    return shape, gpu, 8 if "eight" in first else 1, Settings(**params["rl"])
+
+
+def seconds(shape: Shape, options: Settings, gpu: int, num_gpus: int) -> dict[str, float]:
+    """Estimated seconds of a step of rl: to draw a batch, and to update on it."""
+    flops, bandwidth = RATES[gpu]
+    weights = shape.linear + shape.embedding  # with the head
+    rollouts, length = options.problems_per_step * options.group_size, LENGTH * options.max_tokens
+    drawn = rollouts / INFORMATIVE / num_gpus
+    room = min(drawn, options.max_sequences or 512)
+    read_s = LAUNCH_S + 2 * weights / bandwidth
+    pass_s = read_s + room * (SAMPLE_S + 2 * weights / (1.6 * flops))
+    scored = (
+        2 * (options.minibatches - 1) / options.minibatches
+    )  # the old log-probabilities, but for the first update's
+    a_weight = (4 if options.lora_rank else 6) + scored + (2 if options.gradient_checkpointing else 0)
+    tokens = rollouts * (length + PROMPT_TOKENS)
+    return {
+        "draw": drawn * length / room * pass_s + (options.max_tokens - length) * (read_s + pass_s) / 2,
+        "update": tokens * weights * a_weight / num_gpus / flops,
+    }
+
+
+def told(path: Path) -> str:
+    """The lines of a params file that say what a step should take."""
+    shape, gpu, number, options = plan(path)
+    sharing = number, number > 1
+    updating, drawing = update(shape, options, *sharing), generation(shape, options, GPUS[gpu], *sharing)
+    step = seconds(shape, options, gpu, number)
+    return f"""\
+# Reckoned, for a GPU: updates in {updating["sum"]:.1f} of {GPUS[gpu]:g} GiB, draws in {drawing["sum"]:.1f} with a \
+cache of {drawing["cache tokens (thousands)"]:.0f},000 tokens.
+# A step, estimated for {CARDS[gpu]}s: {step["draw"]:.0f} s to draw, {step["update"]:.0f} to update, about one to hand \
+over (benchmarks/memory.py). What it
+# takes: generate_s, update_s, handover_s and peak_memory_gib in log.tsv. The estimate is good to a factor of two.
+"""
 
 
 def rft_options(path: Path) -> rft.Options:
@@ -90,12 +135,15 @@ def main() -> None:
         print(overview())
         return
     path = Path(sys.argv[1])
-    shape, gpu, options = plan(path)
-    print(f"a GPU of {gpu} GB, which offers {GPUS[gpu]:g} GiB; GiB by part:")
+    shape, gpu, number, options = plan(path)
+    sharing = number, number > 1
+    print(told(path))
+    print(f"{number} x {gpu} GB, which offers {GPUS[gpu]:g} GiB; GiB by part, and seconds of a step:")
     moments = {
-        "rl updates": update(shape, options),
-        "rl generates": generation(shape, options, GPUS[gpu]),
-        "rft": update(shape, rft_options(path)),
+        "rl updates": update(shape, options, *sharing),
+        "rl generates": generation(shape, options, GPUS[gpu], *sharing),
+        "rft": update(shape, rft_options(path), *sharing),
+        "a step": seconds(shape, options, gpu, number),
     }
     for name, parts in moments.items():
         rows = [[part, f"{size:.1f}"] for part, size in parts.items()]

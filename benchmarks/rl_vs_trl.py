@@ -1,4 +1,4 @@
-"""A step of rl beside a step of TRL's GRPOTrainer, on the CPU: same policy, problems, numbers of rollouts and tokens.
+"""A step of rl beside a step of TRL's GRPOTrainer: same policy, problems, numbers of rollouts and tokens.
 
     python benchmarks/rl_vs_trl.py               3.3 M parameters, 128 rollouts a step, some 90 of at most 256 tokens
     python benchmarks/rl_vs_trl.py --rounds 1    a first look
@@ -15,13 +15,15 @@ cancels. The verifier does its real work on both sides; then every second reward
 weights would leave no group to train on.
 
 TRL generates by transformers' `generate` and by its continuous batching, and is judged by whichever gives the faster
-step; its vLLM mode does not run on the CPU. Rounds take turns, so that the load of a shared machine falls on all alike;
-the first step of each round warms up and does not count. CPU seconds are those of this process: on one thread, where
-none waits for another, they hardly depend on that load. The verifier's, in processes of its own, are not among them.
-Nothing is written.
+step; its vLLM mode does not run on the CPU. On a GPU that is the side to take (--side TRL-vllm), in a process of its
+own, where --totals writes speeds in place of the table: benchmarks/gpu_quarter_hour.py does so. Rounds take turns, so
+that the load of a shared machine falls on all alike; the first step of each round warms up and does not count. CPU
+seconds are those of this process: on one thread, where none waits for another, they hardly depend on that load. The
+verifier's, in processes of its own, are not among them. Nothing is written.
 """
 
 import argparse
+import json
 import os
 import random
 import sys
@@ -54,29 +56,34 @@ from stages.toy import arithmetic, pretrain
 
 PHASES = ("generate", "verify", "update", "hand-over", "rest")
 NEVER = 10**9
+SHARE = 0.4  # of a GPU's memory, for each side's engine
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIDES = ("rloop", "bare", "TRL generate", "TRL continuous", "TRL vllm")  # all but the last on the CPU
 NOW = time.process_time if "--cpu-seconds" in sys.argv else time.perf_counter
 Totals = Counter[str]  # seconds of each phase and of the whole steps, tokens, and steps, summed over what counts
 
 
-def make_policy(path: Path, vocabulary: int, max_tokens: int) -> None:
-    """Write a policy of 3.3 M parameters whose next token is nearly uniform."""
+def make_policy(path: Path, vocabulary: int, max_tokens: int, dtype: str = "float32", **sizes: Any) -> None:
+    """Write a policy of 3.3 M parameters, or of other `sizes`, whose next token is nearly uniform."""
     words = [*arithmetic.WORDS, *(f"<{number}>" for number in range(vocabulary - len(arithmetic.WORDS) - 2))]
     tokenizer = pretrain.build_tokenizer(words)
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=max_tokens + 64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    checkpoints.save(Qwen2ForCausalLM(config), tokenizer, path)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": max_tokens + 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.device(DEVICE):
+        model = Qwen2ForCausalLM(Qwen2Config(**shape | sizes)).to(getattr(torch, dtype))
+    checkpoints.save(model.cpu(), tokenizer, path)
 
 
 def ready_prompts(path: Path, options: argparse.Namespace) -> list[Prompt]:
@@ -258,7 +265,7 @@ class Marks(TrainerCallback):
 
 
 def dapo_config(out: str, options: argparse.Namespace, mode: str) -> Any:
-    """The GRPOConfig of a step like ours; `mode` is "generate" or "continuous"."""
+    """The GRPOConfig of a step like ours; `mode` is "generate", "continuous" or "vllm"."""
     from trl import GRPOConfig
 
     return GRPOConfig(
@@ -275,7 +282,10 @@ def dapo_config(out: str, options: argparse.Namespace, mode: str) -> Any:
         max_steps=options.steps + 1,
         use_transformers_continuous_batching=mode == "continuous",
         transformers_continuous_batching_config={"max_memory_percent": 0.1},
-        use_cpu=True,
+        use_vllm=mode == "vllm",
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=SHARE,
+        use_cpu=DEVICE == "cpu",
         bf16=options.dtype == "bfloat16",
         gradient_checkpointing=False,
         report_to="none",
@@ -287,11 +297,11 @@ def dapo_config(out: str, options: argparse.Namespace, mode: str) -> Any:
 
 def matmul_peak(dtype: str) -> float:
     """Floating-point operations a second of a square matmul, the best of a few."""
-    matrix = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
+    matrix = torch.randn(2048, 2048, dtype=getattr(torch, dtype), device=DEVICE)
     best = float("inf")
     for _ in range(5):
         began = NOW()
-        matrix @ matrix
+        (matrix @ matrix)[0, 0].item()
         best = min(best, NOW() - began)
     return 2 * 2048**3 / best
 
@@ -340,25 +350,59 @@ def measure(path: Path, options: argparse.Namespace) -> tuple[dict[str, Totals],
         save_every=NEVER,
     )
     prompts = ready_prompts(path, options)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if options.dtype == "bfloat16" else "no")
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    how = EngineOptions(dtype=options.dtype, compile=options.compile)
-    engine = VllmEngine(path, how, max_model_len=longest + options.max_tokens)
-    trainer = CountingTrainer(path, accelerator, settings)
-    sampling = Sampling(options.group_size, options.max_tokens)
-    sides: dict[str, Totals] = {name: Counter() for name in ("rloop", "bare", "TRL generate", "TRL continuous")}
+    own = _own_side(path, prompts, settings, options) if {"rloop", "bare"} & {*options.side} else None
+    sides: dict[str, Totals] = {side: Counter() for side in options.side}
     peaks = []
     with HalfRightVerifier() as verifier:
         for _ in range(options.rounds):
             peaks.append(matmul_peak(options.dtype))
-            policy = StartPolicy("random weights", path, "")
-            run = Explorer(settings, ALONE, accelerator, engine, verifier, trainer, prompts, sampling, policy)
-            run.drawing.cursor = Cursor(0, Acceptance(NEVER, NEVER))  # all groups are informative: none drawn ahead
-            sides["rloop"].update(ours(run, trainer))
-            sides["bare"].update(bare(engine, prompts, options.group_size, options.max_tokens, options.steps + 1))
-            for mode in ("generate", "continuous"):
-                sides[f"TRL {mode}"].update(theirs(path, prompts, verifier, options, mode))
+            for side in options.side:
+                if own and side == "rloop":
+                    sides[side].update(ours(_explorer(path, prompts, settings, options, verifier, *own), own[2]))
+                elif own and side == "bare":
+                    drawn = (options.group_size, options.max_tokens, options.steps + 1)
+                    sides[side].update(bare(own[1], prompts, *drawn))
+                else:
+                    sides[side].update(theirs(path, prompts, verifier, options, side.removeprefix("TRL ")))
     return sides, peaks
+
+
+def _own_side(
+    path: Path, prompts: Sequence[Prompt], settings: Settings, options: argparse.Namespace
+) -> tuple[Accelerator, VllmEngine, CountingTrainer]:
+    """Engine and trainer of rl."""
+    accelerator = Accelerator(cpu=DEVICE == "cpu", mixed_precision="bf16" if options.dtype == "bfloat16" else "no")
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    how = EngineOptions(dtype=options.dtype, compile=options.compile, memory_fraction=SHARE)
+    engine = VllmEngine(path, how, max_model_len=longest + options.max_tokens)
+    return accelerator, engine, CountingTrainer(path, accelerator, settings)
+
+
+def _explorer(
+    path: Path,
+    prompts: list[Prompt],
+    settings: Settings,
+    options: argparse.Namespace,
+    verifier: Verifier,
+    accelerator: Accelerator,
+    engine: VllmEngine,
+    trainer: CountingTrainer,
+) -> Explorer:
+    """A run of rl, to which all groups are informative, so that none is drawn ahead."""
+    sampling, policy = Sampling(options.group_size, options.max_tokens), StartPolicy("random weights", path, "")
+    run = Explorer(settings, ALONE, accelerator, engine, verifier, trainer, prompts, sampling, policy)
+    run.drawing.cursor = Cursor(0, Acceptance(NEVER, NEVER))
+    return run
+
+
+def speeds(sides: dict[str, Totals]) -> dict[str, dict[str, float]]:
+    """Of each side, seconds a step and tokens a second of what it has done."""
+    phases = ("generate", "update", "seconds")
+    said = {}
+    for side, totals in sides.items():
+        said[side] = {f"{phase}, tokens/s": round(speed(totals, phase), 1) for phase in phases if totals[phase]}
+        said[side]["step, s"] = round(totals["seconds"] / max(1, totals["steps"]), 3)
+    return said
 
 
 def main() -> None:
@@ -372,8 +416,13 @@ def main() -> None:
     parser.add_argument("--template", default="none", help="of the prompts, as in rl")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute type of all sides")
     parser.add_argument("--compile", action="store_true", help="rloop's and the bare engine run compiled code")
+    parser.add_argument(
+        "--side", action="append", choices=[side.replace(" ", "-") for side in SIDES], help="only these"
+    )
+    parser.add_argument("--totals", type=Path, help="write the speeds of each side to this file, and no table")
     parser.add_argument("--cpu-seconds", action="store_true", help="this process's, if other work runs")
     options = parser.parse_args()
+    options.side = [side.replace("-", " ") for side in options.side or []] or list(SIDES[:-1])
     explorer.Clock = drawing.Clock = BenchmarkClock  # type: ignore[misc]
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -381,6 +430,9 @@ def main() -> None:
         if options.policy is None:
             make_policy(path, options.vocabulary, options.max_tokens)
         sides, peaks = measure(path, options)
+    if options.totals:
+        options.totals.write_text(json.dumps(speeds(sides)))
+        return
     mine = sides["rloop"]
     rollouts = options.problems * options.group_size
     print(

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_quarter_hour
+from benchmarks.gpu_quarter_hour import Bench, Part, Scale
 from stages import rl
 from stages.core import jsonl
 from stages.rl.trainer import TokenRollout, Trainer, start_accelerator
@@ -171,6 +173,75 @@ def test_two_gpus_draw_and_train_together(policy, tmp_path, tensor_parallel):
 def test_a_driver_that_is_too_old_for_torch_is_named(driver, cuda, fault):
     said = gpu_check.too_old(driver, cuda)
     assert said.startswith(fault) and bool(said) == bool(fault)
+
+
+def lines_of(results):
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def test_of_a_quarter_of_an_hour_a_part_that_is_done_is_not_done_again_and_one_that_fails_leaves_the_rest(tmp_path):
+    calls = []
+
+    def good(bench):
+        calls.append("good")
+        return {"tokens/s": 7}
+
+    def bad(bench):
+        calls.append("bad")
+        bench.call("-m no_such_module")
+
+    parts = {part.run.__name__: part for part in (Part(bad, 60), Part(good, 60))}
+    results = tmp_path / "results/parts.jsonl"
+    for _ in range(2):
+        gpu_quarter_hour.measure(parts, Bench(tmp_path, gpu_quarter_hour.REHEARSAL), results, parts)
+    assert calls == ["bad", "good", "bad"]
+    first, second, third = lines_of(results)
+    assert "No module named no_such_module" in first["fault"] and first["part"] == third["part"] == "bad"
+    assert second["figures"] == {"tokens/s": 7} and "torch" in second["on"]
+
+
+def test_a_part_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+    child = "import time; time.sleep(600)"
+    script = tmp_path / "long.py"
+    script.write_text(
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', '{child}'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+
+    def endless(bench):
+        bench.call(script)
+
+    results = tmp_path / "parts.jsonl"
+    gpu_quarter_hour.measure(["endless"], Bench(tmp_path, Scale()), results, {"endless": Part(endless, 3)})
+    assert lines_of(results)[0]["fault"] == "not done in 3 s"
+    status = Path("/proc", (tmp_path / "pid").read_text(), "status")
+    assert not status.exists() or "\nState:\tZ" in status.read_text()
+
+
+def test_figures_of_a_run_are_means_over_its_steps_and_empty_columns_count_for_nothing(tmp_path):
+    names = "seconds generate_s update_s handover_s tokens_per_s rollout_tokens update_tokens peak_memory_gib mismatch"
+    table = [[*names.split(), "mismatch_max"], *(["2", "1", "0.5", "0.1", "50", "90", n, "", "", ""] for n in "15")]
+    (tmp_path / "log.tsv").write_text("".join("\t".join(row) + "\n" for row in table))
+    figures = gpu_check.figures(gpu_check.rows_of(tmp_path))
+    assert (figures["steps"], figures["draw, tokens/s"], figures["update, tokens/s"]) == (2, 90, 6)
+    assert figures["peak GiB"] is figures["mismatch, mean"] is None
+
+
+@pytest.mark.slow
+def test_the_quarter_of_an_hour_is_rehearsed_on_a_cpu(tmp_path):
+    command = "-m benchmarks.gpu_quarter_hour --rehearse --only runners trl --scratch"
+    done = subprocess.run(
+        [sys.executable, *command.split(), tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runners, trl = lines_of(tmp_path / "rehearsal/results.jsonl")
+    assert runners["figures"]["V2_MODEL_RUNNER=0"]["tokens/s"] > 0
+    sides = trl["figures"]
+    assert set(sides) == {"rloop", "bare", "TRL generate"}
+    assert all(sides[side]["generate, tokens/s"] > 0 for side in sides)
+    assert all(sides[side]["update, tokens/s"] > 0 for side in ("rloop", "TRL generate"))
 
 
 @pytest.mark.slow

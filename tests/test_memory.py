@@ -1,5 +1,6 @@
 """The memory plan: its arithmetic against torch's own bytes, the tables of the docs, the configurations."""
 
+import random
 import re
 import weakref
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, rounds
 from benchmarks import memory as plans
 from stages import rl
 from stages.core.options import declared
@@ -132,7 +133,7 @@ def configurations_of_one_gpu():
 
 @pytest.mark.parametrize("path", configurations_of_one_gpu(), ids=lambda path: path.name)
 def test_a_configuration_for_one_gpu_fits_the_memory_that_it_names(path):
-    shape, gpu, options = plans.plan(path)
+    shape, gpu, _, options = plans.plan(path)
     offered = plans.GPUS[gpu]
     drawing = memory.generation(shape, options, offered)
     assert memory.update(shape, options)["sum"] < 0.95 * offered
@@ -140,6 +141,20 @@ def test_a_configuration_for_one_gpu_fits_the_memory_that_it_names(path):
     assert drawing["cache tokens (thousands)"] > 100
     rft = plans.rft_options(path)
     assert memory.update(shape, rft)["sum"] < 0.95 * offered
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("qwen*.yaml")), ids=lambda path: path.name)
+def test_a_configuration_says_what_a_step_takes_by_the_plan_and_the_estimate(path):
+    assert plans.told(path) in path.read_text()
+
+
+def test_the_estimate_of_a_step_is_near_what_is_simulated_for_7_b():
+    shape, gpu, number, options = plans.plan(ROOT / "configs/qwen2.5-math-7b.yaml")
+    simulated = next(rounds.by_rounds(rounds.stream(0.5, random.Random(0)), 512, 8, 512, 1, ahead=True))
+    assert plans.seconds(shape, options, gpu, number)["draw"] == pytest.approx(simulated.seconds, rel=0.2)
+    checkpointed = replace(options, gradient_checkpointing=True)
+    plain, again = (plans.seconds(shape, given, gpu, number)["update"] for given in (options, checkpointed))
+    assert plain == pytest.approx(0.8 * again, rel=0.02), "a fifth of an update, as docs/memory-many-gpus.md says"
 
 
 def test_the_tables_of_the_docs_are_those_that_the_plan_prints():
