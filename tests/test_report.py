@@ -271,15 +271,15 @@ def test_page_loads_nothing_and_holds_hostile_completions_as_data(made):
 
 def test_the_first_screen_says_who_leads_with_the_averages_and_their_way_over_steps(made):
     study = studied(made)
-    told = summaries.tell(study, [2, 4], 0)
-    compared = summaries.differences(told.scores, study.averages, told.chosen)
-    coverage, accuracy = summaries.headline(told.rows, compared, ["pass@4", "avg@4"])
+    summary = summaries.sum_up(study, [2, 4], 0)
+    compared = summaries.differences(summary.scores, study.averages, summary.chosen)
+    coverage, accuracy = summaries.headline(summary.rows, compared, ["pass@4", "avg@4"])
     assert coverage.startswith("RLoop, RLoop, last RL endpoint and RLoop, chosen lead in pass@4 on average over 2 sets")
     assert accuracy.startswith("RLoop and RLoop, chosen lead in avg@4 on average over 2 sets: 62.5 % (")
     assert re.search(
         r" RLoop against RL: \+29\.2 points \(\+[\d.]+ to \+[\d.]+\)\. RLoop, chosen against RL, ch", accuracy
     )
-    chance = summaries.headline(told.rows, compared.assign(real=False), ["avg@4"])
+    chance = summaries.headline(summary.rows, compared.assign(real=False), ["avg@4"])
     assert chance[0].endswith(", which may be chance.")
     first = (made / "report.html").read_text().partition("</header>")[0]
     assert accuracy in first and first.count('<tr><th scope="row">') == 6 and first.count("<figure>") == 3

@@ -58,6 +58,10 @@ def example(prompt, completion):
     return {"problem_id": "p", "prompt": prompt, "completion": completion, "pass_rate": 0.1}
 
 
+def unpacked(*examples):
+    return [ready.unpack(example) for example in examples]
+
+
 END = ready.Ending(0, frozenset([0, 1]))
 
 
@@ -79,22 +83,24 @@ def codes(text):
 def test_a_row_is_the_engines_prompt_then_the_completion_then_one_end_token(
     prompt, completion, prompt_ids, completion_ids
 ):
-    row = ready.tokenize(Letters(), example(prompt, completion), END)
+    row = ready.tokenize(Letters(), ready.unpack(example(prompt, completion)), END)
     assert row.input_ids == prompt_ids + completion_ids
     assert row.labels == [ready.IGNORED] * len(prompt_ids) + completion_ids
     assert row.num_labels == len(completion_ids)
 
 
 def test_a_tokenizer_that_marks_the_begin_of_a_text_puts_no_space_between_prompt_and_completion():
-    row = ready.tokenize(SentencePieces(), example("a b", "c d"), ready.Ending("</s>", frozenset(["</s>"])))
+    row = ready.tokenize(
+        SentencePieces(), ready.unpack(example("a b", "c d")), ready.Ending("</s>", frozenset(["</s>"]))
+    )
     assert row.input_ids == ["_", "a", "_", "b", "c", "_", "d", "</s>"]
 
 
 def test_of_a_rollout_the_sampled_tokens_are_trained_on_however_the_tokenizer_would_cut_its_text():
     sampled = example("ab", "the") | {"token_ids": pack_ids([*codes("the"), 1])}
-    assert ready.tokenize(Letters(), sampled, END).labels[3:] == [*codes("the"), 1]
+    assert ready.tokenize(Letters(), ready.unpack(sampled), END).labels[3:] == [*codes("the"), 1]
     truncated = example("ab", "the") | {"token_ids": pack_ids(codes("the"))}
-    assert ready.tokenize(Letters(), truncated, END).labels[3:] == codes("the")
+    assert ready.tokenize(Letters(), ready.unpack(truncated), END).labels[3:] == codes("the")
 
 
 CHAT = (
@@ -120,8 +126,8 @@ def test_a_thought_whose_marks_are_special_tokens_is_trained_on_from_ids_alone(t
     completion = thinker.decode(sampled, skip_special_tokens=True)
     record = example("1+2=", completion) | {"token_ids": pack_ids(sampled)}
     end = ready.ending(thinker, [thinker.eos_token_id, turn])
-    assert ready.check_ids(thinker, [record], len(thinker)) == []
-    row = ready.tokenize(thinker, record, end)
+    assert ready.check_ids(thinker, unpacked(record), len(thinker)) == []
+    row = ready.tokenize(thinker, ready.unpack(record), end)
     assert row.labels[-len(sampled) :] == sampled
 
 
@@ -129,38 +135,39 @@ def test_a_text_ends_as_the_chat_template_ends_a_turn_where_its_prompt_is_a_chat
     turn = thinker.convert_tokens_to_ids("<end_of_turn>")
     chat = thinker.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False, add_generation_prompt=True)
     end = ready.ending(thinker, [thinker.eos_token_id, turn])
-    assert ready.tokenize(thinker, example(chat, "2"), end).labels[-2:] == [thinker.encode("2")[0], turn]
-    assert ready.tokenize(thinker, example("1+1=", "2"), end).labels[-1] == thinker.eos_token_id
+    assert ready.tokenize(thinker, ready.unpack(example(chat, "2")), end).labels[-2:] == [thinker.encode("2")[0], turn]
+    assert ready.tokenize(thinker, ready.unpack(example("1+1=", "2")), end).labels[-1] == thinker.eos_token_id
     alone = ready.ending(thinker, [thinker.eos_token_id])  # an engine that does not know the turn's end
-    assert ready.tokenize(thinker, example(chat, "2"), alone).labels[-1] == thinker.eos_token_id
+    assert ready.tokenize(thinker, ready.unpack(example(chat, "2")), alone).labels[-1] == thinker.eos_token_id
 
 
 def test_ids_of_another_tokenizer_are_refused_and_an_edited_text_is_named(thinker):
     ids = thinker.encode("1+2=3")
     good, edited = (example("1", text) | {"token_ids": pack_ids(ids)} for text in (thinker.decode(ids), "4"))
-    assert ready.check_ids(thinker, [good, good, edited | {"problem_id": "e"}, example("1", "2")], 100) == ["e"]
+    assert ready.check_ids(thinker, unpacked(good, good, edited | {"problem_id": "e"}, example("1", "2")), 100) == ["e"]
     with pytest.raises(InputError, match="2 of 3 examples hold token_ids that do not give their text"):
-        ready.check_ids(thinker, [good, edited, edited], 100)
+        ready.check_ids(thinker, unpacked(good, edited, edited), 100)
     with pytest.raises(InputError, match="holds token 99, and the policy has 99"):
-        ready.check_ids(thinker, [example("1", "2") | {"token_ids": pack_ids([99])}], 99)
+        ready.check_ids(thinker, unpacked(example("1", "2") | {"token_ids": pack_ids([99])}), 99)
 
 
 def test_examples_with_ids_of_a_padded_vocabulary_are_left_out_and_named(thinker):
     good = example("1", "3") | {"token_ids": pack_ids(thinker.encode("3"))}
     padded = example("1", "3") | {"token_ids": pack_ids([*thinker.encode("3"), len(thinker)]), "problem_id": "padded"}
-    assert ready.check_ids(thinker, [good, padded], len(thinker) + 8) == []
-    assert ready.without_unknown(thinker, [good, padded, example("1", "2")]) == ([good, example("1", "2")], ["padded"])
+    good, padded, text = examples = unpacked(good, padded, example("1", "2"))
+    assert ready.check_ids(thinker, examples, len(thinker) + 8) == []
+    assert ready.without_unknown(thinker, examples) == ([good, text], ["padded"])
     with pytest.raises(InputError, match="each of 1 examples holds tokens that the policy's tokenizer lacks"):
         ready.without_unknown(thinker, [padded])
 
 
 def test_an_example_longer_than_the_bound_is_left_out_whole_and_named():
     short, long = example("a", "b"), example("a", "b" * 9) | {"problem_id": "long"}
-    rows, left_out = ready.tokenize_fitting(Letters(), [long, short], 4, END)
+    rows, left_out = ready.tokenize_fitting(Letters(), unpacked(long, short), 4, END)
     assert [row.input_ids for row in rows] == [[*codes("^ab"), 0]]
     assert left_out == ["long"]
     with pytest.raises(InputError, match="none of 1 examples fits into 4 tokens, prompt included"):
-        ready.tokenize_fitting(Letters(), [long], 4, END)
+        ready.tokenize_fitting(Letters(), unpacked(long), 4, END)
 
 
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
@@ -375,10 +382,10 @@ def test_the_kl_term_is_torchs_and_zero_for_the_start_policy_itself():
 
 def test_weights_by_likelihood_need_a_log_prob_for_each_token():
     known = example("1", "2") | {"token_ids": pack_ids([1, 2]), "log_probs": pack_log_probs([-1.0, -2.0])}
-    ready.check_log_probs([known])
+    ready.check_log_probs(unpacked(known))
     for lacking in (example("1", "2"), known | {"log_probs": pack_log_probs([-1.0])}):
         with pytest.raises(InputError, match="--likelihood-weights: an example of problem p has no log-prob"):
-            ready.check_log_probs([known, lacking])
+            ready.check_log_probs(unpacked(known, lacking))
 
 
 def test_the_base_is_fine_tuned_where_it_is_named_and_few_steps_are_warned_of(capsys):

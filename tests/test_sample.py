@@ -18,7 +18,7 @@ from stages.core.errors import InputError
 from stages.core.grading.verifier import Verifier
 from stages.core.policy import checkpoints
 from stages.core.records import Rollout
-from stages.rft.examples import ending, tokenize
+from stages.rft.examples import ending, tokenize, unpack
 from stages.sample import Options
 from tests import warm
 from tests.scripted import ScriptedEngines
@@ -364,7 +364,7 @@ def test_after_four_shots_completions_end_at_the_stop_text_which_rft_teaches_as_
         for rollout in stopped:
             assert rollout["completion"].index(stop) == len(rollout["completion"]) - len(stop)
             assert rollout["finish_reason"] == "stop"
-            row = tokenize(tokenizer, {"problem_id": "p", "pass_rate": 0.0, **rollout}, ending(tokenizer, ends))
+            row = tokenize(tokenizer, unpack({"problem_id": "p", "pass_rate": 0.0, **rollout}), ending(tokenizer, ends))
             taught = [token for token in row.labels if token != checkpoints.IGNORED]
             told = tokenizer.decode(taught, skip_special_tokens=True)
             assert told == rollout["completion"], "what was sampled, which the stop text ended"

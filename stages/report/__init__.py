@@ -26,6 +26,7 @@ from stages.core.study import lineage
 if TYPE_CHECKING:
     from stages.core.study.figures import Figure
     from stages.report.study import Study
+    from stages.report.summaries import Summary
 
 FIGURES, METRICS, WRITTEN = "figures", "metrics", "written.json"
 BESIDE = ("results.md", "results.tsv", "results.json", "curves.tsv")  # the page
@@ -129,9 +130,9 @@ def _printed(studies: Sequence["Study"], options: Options) -> str:
         read = seeds.read(studies, options.ks, options.seed)
         _, texts, _ = seeds.content(read, options.ks, studies[0].num_samples)
         return texts["results.tsv" if options.tsv else "results.md"]
-    told = summaries.tell(studies[0], options.ks, options.seed)
-    studies[0].left_out += summaries.unlike(told.scores, told.chosen)
-    return summaries.tsv(told.rows) if options.tsv else summaries.markdown(told.rows, studies[0].valid)
+    summary = summaries.sum_up(studies[0], options.ks, options.seed)
+    studies[0].left_out += summaries.unlike(summary.scores, summary.chosen)
+    return summaries.tsv(summary.rows) if options.tsv else summaries.markdown(summary.rows, studies[0].valid)
 
 
 def _write(page: Path, studies: Sequence["Study"], options: Options) -> None:
@@ -183,9 +184,9 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     """What the page shows, the texts of the files beside it, each method's metrics for DVC, and all figures."""
     from stages.report import browser, curves, summaries
 
-    told, logs = summaries.tell(study, options.ks, options.seed), study.logs()
-    rows, apart = told.rows, summaries.differences(told.scores, study.averages, told.chosen, seed=options.seed)
-    tidy = curves.tidy(told.table, study.positions)
+    summary, logs = summaries.sum_up(study, options.ks, options.seed), study.logs()
+    rows, apart = summary.rows, summaries.differences(summary.scores, study.averages, summary.chosen, seed=options.seed)
+    tidy = curves.tidy(summary.table, study.positions)
     on_sets = tidy[~tidy["set"].isin([*study.averages])]
     order = [*(f"pass@{k}" for k in options.ks[-1:]), f"avg@{study.num_samples}"]
     resets = sorted({position.step for position in study.positions if position.ends_iteration})
@@ -200,11 +201,10 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "Learning, forgetting and similarity": [*_analysis(study), *curves.of_divergence(on_sets, resets)],
         "Training": [*curves.overfitting(on_sets, logs, options.valid, order), *curves.of_logs(logs, resets)],
     }
+    pages = browser.build(study.evaluations, study.positions, summary.chosen, options.max_problems, options.max_samples)
     sections = {
-        "Gains and losses": browser.gains(study.evaluations, told.chosen),
-        "Rollouts": browser.build(
-            study.evaluations, study.positions, told.chosen, options.max_problems, options.max_samples
-        ),
+        "Gains and losses": browser.gains(study.evaluations, summary.chosen),
+        "Rollouts": pages,
         "Results": summaries.nested(rows),
         "Which differences are real": summaries.nested(apart.rename(columns={"policy": "method"})),
         **figures,
@@ -213,8 +213,7 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "Parameters": summaries.settings(study.settings()),
         "Not like for like": study.unequal(),
     }
-    study.left_out += [*_missing(study, options, sections), *summaries.unlike(told.scores, told.chosen)]
-    notes = [*(f"Left out: {line}." for line in study.left_out), *study.unequal()]
+    study.left_out += [*_missing(study, options, sections), *summaries.unlike(summary.scores, summary.chosen)]
     content = {
         "name": str(study.runs),
         "under_way": study.under_way(),
@@ -224,23 +223,27 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "whole": summaries.nested(summaries.overall(rows)),
         "first": first,
         "valid": study.valid,
-        "peaks": told.peaks,
+        "peaks": summary.peaks,
         "sections": sections | {"Left out": study.left_out},
     }
     texts = {
-        "results.md": "\n".join(
-            [
-                summaries.markdown(rows, study.valid) if len(rows) else "No results.\n",
-                *([summaries.markdown_of_peaks(told.peaks, study.valid, order[-1])] if told.peaks else []),
-                *(f"{n}\n" for n in notes),
-            ]
-        ),
+        "results.md": _results(study, summary, order[-1]),
         "results.tsv": summaries.tsv(rows),
         "results.json": orjson.dumps(summaries.for_dvc(rows), option=INDENTED).decode(),
         "curves.tsv": on_sets.to_csv(sep="\t", index=False, float_format="%.6g"),
     }
     small = {m: sets[name] for m, sets in summaries.for_dvc(summaries.overall(rows)).items() for name in sets}
     return content, texts, small, [*first, *chain(*figures.values())]
+
+
+def _results(study: "Study", summary: "Summary", metric: str) -> str:
+    """results.md: the table, where each method was best by `metric`, what was left out and what is unequal."""
+    from stages.report import summaries
+
+    notes = [*(f"Left out: {line}.\n" for line in study.left_out), *(f"{line}\n" for line in study.unequal())]
+    peaks = [summaries.markdown_of_peaks(summary.peaks, study.valid, metric)] if summary.peaks else []
+    table = summaries.markdown(summary.rows, study.valid) if len(summary.rows) else "No results.\n"
+    return "\n".join([table, *peaks, *notes])
 
 
 def _missing(study: "Study", options: Options, sections: Mapping[str, Any]) -> list[str]:

@@ -40,11 +40,11 @@ def read(studies: Sequence[Study], ks: Sequence[int], seed: int) -> Seeds:
     rows, costs, left_out = [], [], []
     for study in studies:
         study.num_samples = num_samples
-        told, logs, name = summaries.tell(study, ks, seed), study.logs(), str(study.runs)
-        rows.append(told.rows.assign(run=name, value=100 * told.rows["value"])[["run", *KEYS, "value"]])
+        summary, logs, name = summaries.sum_up(study, ks, seed), study.logs(), str(study.runs)
+        rows.append(summary.rows.assign(run=name, value=100 * summary.rows["value"])[["run", *KEYS, "value"]])
         at = {position.policy: position for position in study.positions}
-        costs += [{"run": name, "method": m} | study.cost(at[policy], logs) for m, policy in told.chosen.items()]
-        left_out += [f"{name}: {line}" for line in [*study.left_out, *summaries.unlike(told.scores, told.chosen)]]
+        costs += [{"run": name, "method": m} | study.cost(at[policy], logs) for m, policy in summary.chosen.items()]
+        left_out += [f"{name}: {line}" for line in [*study.left_out, *summaries.unlike(summary.scores, summary.chosen)]]
     measured = pd.concat(rows, ignore_index=True)
     sets = dict.fromkeys(chain.from_iterable(study.scores([])["set"].cat.categories for study in studies))
     order = sorted(sets, key=lambda name: name.startswith(AVERAGE))

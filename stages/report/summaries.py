@@ -40,7 +40,7 @@ SHARES = ("truncated",)  # beside the accuracies
 MIN_SECONDS = 1.0  # a ratio of shorter times would be noise
 
 
-class Told(NamedTuple):
+class Summary(NamedTuple):
     """What a study's evaluations say: the scores, the long table, each row's policy, the rows, and `peaks`."""
 
     scores: pd.DataFrame
@@ -50,14 +50,14 @@ class Told(NamedTuple):
     peaks: list[dict[str, Any]]
 
 
-def tell(study: Study, ks: Sequence[int], seed: int) -> Told:
+def sum_up(study: Study, ks: Sequence[int], seed: int) -> Summary:
     """Sum up a study: which policies stand for the methods, and their results."""
     scores, metric = study.scores(ks), f"avg@{study.num_samples}"
     table = summarise(scores, study.averages, seed)
     best = chosen_on(study.valid, metric, table, study.positions)
     chosen = methods(study.positions, best)
     lost = peaks(study.valid, metric, table, study.positions, best)
-    return Told(scores, table, chosen, results(table, chosen), lost)
+    return Summary(scores, table, chosen, results(table, chosen), lost)
 
 
 def methods(positions: Sequence[Position], best: Mapping[str, Position]) -> dict[str, str]:

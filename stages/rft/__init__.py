@@ -147,11 +147,11 @@ def _read(options: Options, ranks: Ranks) -> _Read:
         raise InputError(
             f"--batch-size {options.batch_size} does not divide among {ranks.num_ranks} processes: change it"
         )
-    examples = list(records.read(options.examples, Example))
+    packed = list(records.read(options.examples, Example))
 
     from stages.core.policy import adapters, checkpoints
     from stages.rft.card import base_of
-    from stages.rft.examples import check_ids, check_log_probs, ending, tokenize_fitting, without_unknown
+    from stages.rft.examples import check_ids, check_log_probs, ending, tokenize_fitting, unpack, without_unknown
 
     path, base = checkpoints.resolve(options.start_policy), base_of(options.start_policy)
     checkpoints.check_shapes(path)
@@ -160,6 +160,7 @@ def _read(options: Options, ranks: Ranks) -> _Read:
     context = checkpoints.context_length(path)
     if options.max_tokens > context:
         raise InputError(f"--max-tokens {options.max_tokens} is beyond the policy's context of {context}: lower it")
+    examples = [unpack(example) for example in packed]
     differing = check_ids(tokenizer, examples, checkpoints.load_config(path).get_text_config().vocab_size)
     if differing and ranks.is_first:
         names = tabular.some(differing)
@@ -172,7 +173,9 @@ def _read(options: Options, ranks: Ranks) -> _Read:
     if options.likelihood_weights:
         check_log_probs(examples)
     rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context, end)
-    return _Read(path, base, tokenizer, examples, rows, left_out, options.max_tokens or context)
+    return _Read(
+        path, base, tokenizer, [each.example for each in examples], rows, left_out, options.max_tokens or context
+    )
 
 
 def _warn_of_few_steps(num_examples: int, options: Options) -> None:

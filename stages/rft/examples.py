@@ -6,7 +6,7 @@ Without torch: it takes a tokenizer and works on lists of integers.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.core.drawing import templates
 from stages.core.drawing.tokens import unpack_ids, unpack_log_probs
@@ -14,6 +14,27 @@ from stages.core.errors import InputError
 from stages.core.policy import checkpoints
 from stages.core.policy.checkpoints import IGNORED
 from stages.core.records import Example, Message
+
+
+class Unpacked(NamedTuple):
+    """An example with its sampled tokens, None if it is known as a text alone, and their log-probs, if known."""
+
+    example: Example
+    token_ids: list[int] | None
+    log_probs: list[float]
+
+    @property
+    def problem_id(self) -> str:
+        return self.example["problem_id"]
+
+
+def unpack(example: Example) -> Unpacked:
+    """The example, unpacked. Raises InputError for packed tokens or log-probs that are none."""
+    try:
+        ids = unpack_ids(example["token_ids"]) if "token_ids" in example else None
+        return Unpacked(example, ids, unpack_log_probs(example.get("log_probs", "")))
+    except InputError as error:
+        raise InputError(f"an example of problem {example['problem_id']}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -68,23 +89,24 @@ def ending(tokenizer: Any, end_token_ids: Sequence[int]) -> Ending:
     return Ending(plain, ends, chat, rendered["open"].rpartition(question["content"])[2])
 
 
-def tokenize(tokenizer: Any, example: Example, end: Ending) -> Tokenized:
+def tokenize(tokenizer: Any, unpacked: Unpacked, end: Ending) -> Tokenized:
     """The prompt's token ids as the engine saw them, then the completion's.
 
     Of a rollout these are the tokens that were sampled, with the one that ended it if it was not truncated. A text is
     tokenised and ends with its end token exactly once.
     """
+    example, sampled, log_probs = unpacked
     [prompt_ids] = checkpoints.encode(tokenizer, [example["prompt"]])
-    if "token_ids" in example:
-        completion_ids = unpack_ids(example["token_ids"])
+    if sampled is not None:
+        completion_ids = sampled
     else:
         completion_ids = _completion_ids(tokenizer, example, prompt_ids)
         last = completion_ids[-1] if completion_ids and completion_ids[-1] in end.all else end.after(example["prompt"])
         while completion_ids and completion_ids[-1] == last:
             completion_ids = completion_ids[:-1]
         completion_ids = [*completion_ids, last]
-    weight, log_probs = example.get("weight", 1.0), unpack_log_probs(example.get("log_probs", ""))
-    return Tokenized(prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids, weight, log_probs)
+    labels = [IGNORED] * len(prompt_ids) + completion_ids
+    return Tokenized(prompt_ids + completion_ids, labels, example.get("weight", 1.0), log_probs)
 
 
 def _completion_ids(tokenizer: Any, example: Example, prompt_ids: list[int]) -> list[int]:
@@ -101,7 +123,7 @@ def _completion_ids(tokenizer: Any, example: Example, prompt_ids: list[int]) -> 
 
 
 def tokenize_fitting(
-    tokenizer: Any, examples: Sequence[Example], max_tokens: int, end: Ending
+    tokenizer: Any, examples: Sequence[Unpacked], max_tokens: int, end: Ending
 ) -> tuple[list[Tokenized], list[str]]:
     """The rows of at most `max_tokens` tokens, and the problem ids of the examples left out as too long.
 
@@ -113,7 +135,7 @@ def tokenize_fitting(
         if len(row) <= max_tokens:
             rows.append(row)
         else:
-            left_out.append(example["problem_id"])
+            left_out.append(example.problem_id)
     if not rows:
         raise InputError(
             f"none of {len(examples)} examples fits into {max_tokens} tokens, prompt included: raise --max-tokens, or "
@@ -122,58 +144,46 @@ def tokenize_fitting(
     return rows, left_out
 
 
-def without_unknown(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[Example], list[str]]:
+def without_unknown(tokenizer: Any, examples: Sequence[Unpacked]) -> tuple[list[Unpacked], list[str]]:
     """The examples whose sampled tokens the tokenizer has, and the problem ids of the others.
 
     A padded vocabulary has ids that stand for no text, and at temperature 1 one is sampled now and then.
     """
-    kept, left_out = [], []
-    for example in examples:
-        if "token_ids" in example and max(unpack_ids(example["token_ids"]), default=0) >= len(tokenizer):
-            left_out.append(example["problem_id"])
-        else:
-            kept.append(example)
+    kept = [example for example in examples if max(example.token_ids or [0]) < len(tokenizer)]
     if not kept:
         raise InputError(f"each of {len(examples)} examples holds tokens that the policy's tokenizer lacks")
-    return kept, left_out
+    return kept, [example.problem_id for example in examples if max(example.token_ids or [0]) >= len(tokenizer)]
 
 
-def check_ids(tokenizer: Any, examples: Sequence[Example], vocabulary: int) -> list[str]:
+def check_ids(tokenizer: Any, examples: Sequence[Unpacked], vocabulary: int) -> list[str]:
     """The problem ids of examples whose text is not that of their token_ids: edited texts, say.
 
-    Raises InputError if token_ids are no ids of a policy with `vocabulary` tokens, or most are another tokenizer's.
+    Raises InputError if they are no ids of a policy with `vocabulary` tokens, or most are another tokenizer's.
     """
-    differing, num_known = [], 0
-    for example in examples:
-        if "token_ids" not in example:
-            continue
-        num_known += 1
-        try:
-            ids = unpack_ids(example["token_ids"])
-        except InputError as error:
-            raise InputError(f"an example of problem {example['problem_id']}: {error}") from None
+    known = [(each, each.token_ids) for each in examples if each.token_ids is not None]
+    differing = []
+    for each, ids in known:
         if ids and max(ids) >= vocabulary:
             raise InputError(
-                f"an example of problem {example['problem_id']} holds token {max(ids)}, and the policy has "
+                f"an example of problem {each.problem_id} holds token {max(ids)}, and the policy has "
                 f"{vocabulary}: its token_ids are of another tokenizer; leave them out to train on the text"
             )
-        if tokenizer.decode(ids, skip_special_tokens=True).strip() != example["completion"].strip():
-            differing.append(example["problem_id"])
-    if 2 * len(differing) > num_known:
+        if tokenizer.decode(ids, skip_special_tokens=True).strip() != each.example["completion"].strip():
+            differing.append(each.problem_id)
+    if 2 * len(differing) > len(known):
         raise InputError(
-            f"{len(differing)} of {num_known} examples hold token_ids that do not give their text: they are of another "
-            "tokenizer than the policy's; leave them out to train on the text"
+            f"{len(differing)} of {len(known)} examples hold token_ids that do not give their text: they are of "
+            "another tokenizer than the policy's; leave them out to train on the text"
         )
     return differing
 
 
-def check_log_probs(examples: Sequence[Example]) -> None:
+def check_log_probs(examples: Sequence[Unpacked]) -> None:
     """Raise InputError for the first example without a log-prob for each of its tokens."""
     for example in examples:
-        ids, log_probs = example.get("token_ids", ""), example.get("log_probs", "")
-        if not ids or len(unpack_ids(ids)) != len(unpack_log_probs(log_probs)):
+        if not example.token_ids or len(example.token_ids) != len(example.log_probs):
             raise InputError(
-                f"--likelihood-weights: an example of problem {example['problem_id']} has no log-prob for each of its "
+                f"--likelihood-weights: an example of problem {example.problem_id} has no log-prob for each of its "
                 "tokens: take rollouts of rl, which keeps them"
             )
 

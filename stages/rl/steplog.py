@@ -1,6 +1,7 @@
 """A step's row of log.tsv, and what metrics.json says of all of them. The columns are those of `records.LogRow`."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -43,16 +44,14 @@ def row(outcome: StepOutcome, settings: Settings, far: float) -> LogRow:
 
     From `far` on, in nats a token, the difference between engine and trainer is an alarm.
     """
-    groups, stats, rounds = outcome.groups, outcome.stats, outcome.groups.rounds
-    rollouts = [rollout for group in groups.drawn for rollout in group.rollouts("", outcome.step)]
-    lengths = [rollout["num_tokens"] for rollout in rollouts]
-    norms = [norm for norm in stats.grad_norms if math.isfinite(norm)]
-    step_s = outcome.handover_s + outcome.update_s + groups.generate_s + groups.verify_s
-    valid_s = outcome.valid_start.seconds + outcome.valid.seconds
-    values: dict[str, Any] = {
-        "step": outcome.step,
-        **_mean_rewards(groups.drawn, settings),
-        "pass_rate": _mean([rollout["verdict"] == "correct" for rollout in rollouts]),
+    first = {"step": outcome.step, **_mean_rewards(outcome.groups.drawn, settings)}
+    values = _of_groups(outcome.groups) | _of_update(outcome, settings, far) | _of_rollouts(outcome)
+    return cast(LogRow, first | {name: values[name] for name in columns(LogRow) if name not in first})
+
+
+def _of_groups(groups: StepGroups) -> dict[str, float]:
+    rounds = groups.rounds
+    return {
         "num_groups": len(groups.drawn),
         "num_kept": len(groups.kept),
         "num_surplus": rounds.num_informative - len(groups.kept),
@@ -60,7 +59,15 @@ def row(outcome: StepOutcome, settings: Settings, far: float) -> LogRow:
         "num_rounds": rounds.num_rounds,
         "acceptance": rounds.acceptance.share,
         "short_batch": int(rounds.num_missing > 0),
-        "num_rollouts": len(rollouts),
+        "generate_s": groups.generate_s,
+        "verify_s": groups.verify_s,
+    }
+
+
+def _of_update(outcome: StepOutcome, settings: Settings, far: float) -> dict[str, float]:
+    stats = outcome.stats
+    norms = [norm for norm in stats.grad_norms if math.isfinite(norm)]
+    return {
         "num_trained": sum(len(applicable(group, group.completions)) for group in outcome.trained),
         "loss": stats.mean("loss"),
         "entropy": stats.mean("entropy"),
@@ -76,30 +83,41 @@ def row(outcome: StepOutcome, settings: Settings, far: float) -> LogRow:
         "mismatch_max": stats.mismatch_max if stats.num_tokens else math.nan,
         "mismatch_alarms": int(stats.mean("mismatch") > far),
         "lr": outcome.lr,
-        "mean_tokens": _mean(lengths),
-        "max_tokens": max(lengths),
-        "truncated": _mean([rollout["finish_reason"] == "length" for rollout in rollouts]),
-        "no_answer": _mean([rollout["verdict"] == "no_answer" for rollout in rollouts]),
-        "unevaluated": _mean([rollout["verdict"] == "unevaluated" for rollout in rollouts]),
-        "timeouts": sum(rollout["verdict"] == "timeout" for rollout in rollouts),
-        "errors": sum(rollout["verdict"] == "error" for rollout in rollouts),
-        "rollout_tokens": sum(lengths),
         "update_tokens": stats.num_tokens,
-        "tokens_per_s": sum(lengths) / step_s,
-        "seconds": step_s + valid_s,
-        "generate_s": groups.generate_s,
-        "verify_s": groups.verify_s,
         "update_s": outcome.update_s,
         "handover_s": outcome.handover_s,
         "peak_memory_gib": outcome.peak_memory_gib,
         "num_preemptions": outcome.num_preemptions,
         "halvings": stats.num_halvings,
         "rounding_changes": outcome.num_changes,
+    }
+
+
+def _of_rollouts(outcome: StepOutcome) -> dict[str, float]:
+    groups = outcome.groups
+    rollouts = [rollout for group in groups.drawn for rollout in group.rollouts("", outcome.step)]
+    lengths = [rollout["num_tokens"] for rollout in rollouts]
+    verdicts = Counter(rollout["verdict"] for rollout in rollouts)
+    share = {verdict: count / len(rollouts) for verdict, count in verdicts.items()}
+    step_s = outcome.handover_s + outcome.update_s + groups.generate_s + groups.verify_s
+    valid_s = outcome.valid_start.seconds + outcome.valid.seconds
+    return {
+        "pass_rate": share.get("correct", 0.0),
+        "num_rollouts": len(rollouts),
+        "mean_tokens": _mean(lengths),
+        "max_tokens": max(lengths),
+        "truncated": _mean([rollout["finish_reason"] == "length" for rollout in rollouts]),
+        "no_answer": share.get("no_answer", 0.0),
+        "unevaluated": share.get("unevaluated", 0.0),
+        "timeouts": verdicts["timeout"],
+        "errors": verdicts["error"],
+        "rollout_tokens": sum(lengths),
+        "tokens_per_s": sum(lengths) / step_s,
+        "seconds": step_s + valid_s,
         "valid": outcome.valid.value,
         "valid_start": outcome.valid_start.value,
         "valid_s": valid_s,
     }
-    return cast(LogRow, values)
 
 
 def metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
