@@ -1,7 +1,7 @@
 """Sample: draw rollouts from policies and keep them all. For metrics, or to resume an interrupted call, use eval.
 
-Writes one Rollout a line: policies in the order of the options, problems in the order of their file; beside FILE.jsonl
-FILE.manifest.json says how it came about. Under `accelerate launch` every process draws a share, and the first writes
+Writes one Rollout a line: policies in the order of the options, problems in the order of their file. FILE.manifest.json,
+beside FILE.jsonl, says how it was made. Under `accelerate launch` every process draws a share, and the first writes
 what one process would.
 """
 
@@ -48,8 +48,8 @@ def run(options: Options) -> None:
     """Draw groups of rollouts from one policy or several, and score them.
 
     Several policies share one engine, so they need one architecture and one tokenizer. A problem whose prompt leaves
-    no room for --max-tokens in the policy's context is left out, and named. Beside FILE.jsonl FILE.manifest.json says
-    how it came about.
+    no room for --max-tokens in the policy's context is left out, and named. FILE.manifest.json, beside FILE.jsonl, says
+    how it was made.
 
     Example: rloop sample --policy loop/0/policy --problems loop/0/prec.jsonl --out loop/prec.jsonl --template none
     --max-tokens 72 --num-samples 4

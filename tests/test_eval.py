@@ -217,7 +217,7 @@ def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(
     assert load(tmp_path / "out/manifest.json")["parameters"]["reward"] == ["mine.py:boxed"]
     with pytest.raises(InputError, match="its rewards are not math-verify's"):
         regrade.run(regrade.Options(rollouts=tmp_path / "out", out=tmp_path / "again"))
-    with pytest.raises(InputError, match="--maj asks math-verify"):
+    with pytest.raises(InputError, match="--maj counts answers that math-verify"):
         run([tiny_policy], problems, tmp_path / "again", **own, maj=True)
     file.write_text("def boxed(completions, **_):\n    return [1 / len(text) for text in completions if text != '7']\n")
     with pytest.raises(InputError, match="already holds something"):

@@ -40,14 +40,14 @@ class Options(SamplingOptions):
     policy: Annotated[list[str], "a checkpoint, a directory of checkpoints, or a hub id; repeatable", PATH] = field(
         default_factory=list
     )
-    problems: Annotated[list[Path], "a set of problems (JSONL), called by its file's name; repeatable", PATH] = field(
+    problems: Annotated[list[Path], "a set of problems (JSONL), named after its file; repeatable", PATH] = field(
         default_factory=list
     )
     out: Annotated[Path, "directory to write", PATH]
     selected: Annotated[
         list[Path],
-        "evaluate what counts of this eval output: the policy that it selected, the last checkpoint of each run, and "
-        "what is no checkpoint of a run; repeatable",
+        "evaluate these policies of this eval output: the one that it selected, the last checkpoint of each run, and "
+        "all that are no checkpoints of a run; repeatable",
         PATH,
     ] = field(default_factory=list)
     all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PATH] = False
@@ -59,9 +59,9 @@ class Options(SamplingOptions):
         f"those of {', '.join(map(str, KS))} that --num-samples allows, or that number itself",
         lambda options: [k for k in KS if k <= options.num_samples] or [options.num_samples],
     )
-    maj: Annotated[bool, "maj@k, too: the chance that the answer given most often among k samples is right"] = False
-    greedy: Annotated[bool, "beside the samples one completion at temperature 0 for each problem"] = False
-    kl_to: Annotated[str, "measure the KL divergence to this policy, such as the base, too", PATH] = ""
+    maj: Annotated[bool, "also maj@k: the chance that the most frequent answer among k samples is right"] = False
+    greedy: Annotated[bool, "also draw one completion at temperature 0 for each problem"] = False
+    kl_to: Annotated[str, "also measure the KL divergence to this policy, such as the base", PATH] = ""
     kl_samples: Annotated[int, "with --kl-to: completions of each problem that it is measured on", at_least(1)] = 1
     select: Annotated[str, "name the best policy on the first set by this metric, such as avg@32"] = ""
 
@@ -71,14 +71,14 @@ class Options(SamplingOptions):
         if not self.problems:
             raise InputError("--problems is missing: name at least one file of problems")
         if Path("-") in self.problems:
-            raise InputError("--problems -: name a file, for an interrupted call must find the same problems again")
+            raise InputError("--problems -: name a file: an interrupted call must find the same problems again")
         for temperature in self.temperature:
             sampling.refuse_alike(temperature, self.num_samples)
         if len(names := [f"{temperature:g}" for temperature in self.temperature]) > len(set(names)):
             raise InputError(f"--temperature {', '.join(names)}: name each once")
         scoring.check_metrics(self.num_samples, self.k, self.select, self.maj, self.greedy)
         if self.maj and self.has_own_rewards:
-            raise InputError("--maj asks math-verify which answers are equivalent: leave it out, or --reward")
+            raise InputError("--maj counts answers that math-verify finds equivalent: leave out --maj or --reward")
 
 
 def run(options: Options) -> None:
@@ -89,11 +89,11 @@ def run(options: Options) -> None:
     whatever the order of the problems, the other policies and the number of processes, up to the rounding of floats in
     the engine's batches.
 
-    With --selected the policies of one evaluation are evaluated on other sets: all checkpoints on the validation set,
-    say, and then only those on the test sets that it left standing.
+    With --selected the policies that an earlier evaluation selected are evaluated on other sets: all checkpoints on
+    the validation set, say, and then only the best ones on the test sets.
 
     With --kl-to every policy is compared with a base on completions that it drew itself: both are run over the first
-    --kl-samples of each problem, when all are drawn. That loads two policies and costs two passes, far less than
+    --kl-samples of each problem, once all are drawn. That loads two policies and costs two passes, far less than
     drawing the rest, and as much GPU memory as both policies have weights.
 
     Example: rloop eval --policy loop/0/policy --policy loop/1/rl/checkpoints --policy loop/1/policy

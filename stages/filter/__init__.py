@@ -60,8 +60,8 @@ class Options(OptionGroup):
     ] = following("0.1, or none with --hardest", lambda options: 0.1 if options.hardest is None else None)
     hardest: Annotated[
         float | None,
-        "this share of the solved problems is hard, those with the lowest pass rates; with --max-pass-rate at least "
-        "this share",
+        "the share of the solved problems that is hard: those with the lowest pass rates; with --max-pass-rate, at "
+        "least this share",
         above(0),
         at_most(1),
     ] = None
@@ -76,9 +76,9 @@ class Options(OptionGroup):
     failure_weight: Annotated[
         float, "the weight of a failure is minus this, beside 1 of a success", above(0), at_most(1)
     ] = 0.1
-    seed: Annotated[int, "seed of the draws of --max-per-problem, and of equally hard problems"] = 0
+    seed: Annotated[int, "seed of the random choice by --max-per-problem, and among equally hard problems"] = 0
     keep_truncated: Annotated[bool, "keep successes that were cut at the token limit"] = False
-    keep_duplicates: Annotated[bool, "keep every copy of a completion that was drawn more than once"] = False
+    keep_duplicates: Annotated[bool, "keep every copy of a completion that was sampled more than once"] = False
     accept_edited: Annotated[
         bool, "use rollouts of a finished rl run that have been changed, added or removed since", WITHOUT_EFFECT
     ] = False
@@ -88,7 +88,7 @@ class Options(OptionGroup):
         """Raise InputError if there is nowhere to write to, or for options that exclude each other."""
         super().__post_init__()
         if not self.out and not self.dry_run:
-            raise InputError("--out is missing: name a file, or - for stdout, or ask for --dry-run")
+            raise InputError("--out is missing: name a file, or - for stdout, or give --dry-run")
         several = "--accumulate" if self.accumulate else "--per-policy"
         if self.policy and self.takes_several:
             raise InputError(f"--policy and {several} exclude each other")
@@ -104,7 +104,7 @@ class Options(OptionGroup):
         steps = range(int(match[1] or 0), int(match[2] or sys.maxsize - 1) + 1) if match else range(0)
         if not steps:
             raise InputError(
-                f"--steps {self.steps}: must be two numbers in order, such as 1:100, of which one may lack"
+                f"--steps {self.steps}: must be two numbers in order, such as 1:100; one of them may be missing"
             )
         return steps
 
@@ -123,20 +123,20 @@ def run(options: Options) -> None:
     """Choose the successes on hard problems as examples to fine-tune on.
 
     The pass rate of a problem is its share of successes among all rollouts given, whether an update saw them or not.
-    Chosen are successes of the problems strictly below --max-pass-rate, in the order in which they come. A success is a
-    correct rollout or, where rewards are not just 1 or 0, one with --min-reward. Standard
-    input is kept in a temporary file (see TMPDIR), since every rollout must be counted before the first is chosen.
-    Beside FILE.jsonl FILE.manifest.json says how it came about.
+    Successes on the problems strictly below --max-pass-rate are chosen, in their order. A success is a correct rollout
+    or, where rewards are not just 1 or 0, one of --min-reward or more. Standard input is kept in a temporary file (see
+    TMPDIR), since every rollout must be counted before the first is chosen. FILE.manifest.json, beside FILE.jsonl, says
+    how it was made.
 
-    Balanced examples, at most n successes of every problem that was solved, hard or not, are
-    --max-pass-rate 1 --max-per-problem n. So that late iterations don't starve, --hardest .3 takes the hardest 30 % of
-    the solved problems whatever their pass rates, and --max-pass-rate .1 --hardest .3 as many where fewer are below .1.
+    For balanced examples, at most n successes of every solved problem, hard or not: --max-pass-rate 1
+    --max-per-problem n. For late iterations, in which few problems are hard: --hardest .3 takes the hardest 30 % of the
+    solved problems whatever their pass rates, and --max-pass-rate .1 --hardest .3 as many if fewer are below .1.
 
-    Examples of all iterations together: --rollouts loop/3/rl --accumulate finds those before by the manifests, back to
-    the base; by hand it is --rollouts loop/1/rl --rollouts loop/2/rl --per-policy.
+    For examples of all iterations together: --rollouts loop/3/rl --accumulate, which finds earlier ones by the
+    manifests, back to the base, or --rollouts loop/1/rl --rollouts loop/2/rl --per-policy.
 
-    With --problems, the file that the rollouts are of, its hard problems are written instead of examples, for rl:
-    those below --max-pass-rate that were solved at least once, each with its pass rate.
+    With --problems, the file that the rollouts were drawn for, its hard problems are written instead of examples, for
+    rl: those below --max-pass-rate that were solved at least once, each with its pass rate.
 
     Example: rloop filter --rollouts loop/1/rl --out loop/1/examples.jsonl --max-pass-rate 0.5
     """

@@ -2,8 +2,8 @@
 
 Writes OUT as a checkpoint directory that transformers and vLLM load as it is, with log.tsv, metrics.json, manifest.json
 and a model card, README.md, beside the weights. The loss is on the completion alone: of a rollout the tokens that were
-sampled, of a text its tokens and an end token. Weights
-and optimizer are float32 while it trains; what is written is in the compute type. OUT appears whole or not at all.
+sampled, of a text its tokens and an end token. Weights and optimizer are float32 in training; what is written is in the
+compute type. OUT appears whole or not at all.
 """
 
 import time
@@ -47,11 +47,11 @@ class Options(TrainingOptions):
     beta2: Annotated[float, "second moment's decay of AdamW", at_least(0), below(1)] = 0.95
     max_grad_norm: Annotated[float, "the gradient is scaled down to this norm; 0 is off", at_least(0)] = 1.0
     max_tokens: Annotated[
-        int, "longer examples, prompt included, are left out; 0 is the policy's context", at_least(0)
+        int, "examples longer than this, prompt included, are left out; 0 is the policy's context", at_least(0)
     ] = 0
     start: Annotated[
         str,
-        "which one is fine-tuned: --policy, or --base, as for examples of all iterations together",
+        "the policy to fine-tune: --policy, or --base, as with examples of all iterations together",
         one_of("policy", "base"),
     ] = "policy"
     base: Annotated[str, "the policy that the first iteration started from; needed with --start base", PATH] = ""

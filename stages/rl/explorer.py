@@ -204,7 +204,7 @@ class Explorer:
             ) from error
 
     def _warn_of_constant_rewards(self, step: int, drawn: Sequence[Group]) -> None:
-        """Name each of the user's own rewards once that is the same for all that a step drew: it teaches nothing."""
+        """Warn once of each of the user's own rewards that is the same for a whole step: it teaches nothing."""
         for name, values in rewards_by_name(drawn).items():
             if len(set(values)) != 1 or name in self.constant:
                 continue
@@ -212,7 +212,7 @@ class Explorer:
             if self.ranks.is_first:
                 warn(
                     f"step {step}: the reward {name} is {values[0]:g} for all rollouts, so it teaches nothing; does it "
-                    "look for what stands in the prompt, such as <think>? (a reward gets the prompt, too)"
+                    "look for text of the prompt, such as <think>? (a reward gets the prompt, too)"
                 )
 
     def _trainable(self, group: Group) -> list[TokenRollout]:
@@ -241,7 +241,7 @@ class Explorer:
         self.directory.write_rollouts(step, records)
 
     def _validate(self, step: int) -> Measured:
-        """Measure the policy after `step` on the validation set, if that is due and no one is to stop."""
+        """Measure the policy after `step` on the validation set, if that is due and no rank is to stop."""
         due = self.validation is not None and self.validation.is_due(step, self.settings.steps)
         if self.validation is None or not due or self._is_stopped():
             return NOT_MEASURED
@@ -266,7 +266,7 @@ class Explorer:
         self.progress.step(row["step"], note)
 
     def _strain(self, num_preemptions: int | None, memory_gib: float) -> tuple[float, float]:
-        """The most memory in use on any GPU, and the preemptions of all engines since there were so many."""
+        """The most memory in use on any GPU, and the preemptions of all engines since `num_preemptions`."""
         now = self.engine.num_preemptions
         since = math.nan if now is None or num_preemptions is None else now - num_preemptions
         by_rank = self.ranks.gather((since, max(memory_gib, memory_in_use())))

@@ -16,30 +16,30 @@ from stages.rl import dapo
 class Settings(TrainingOptions, RequestOptions):
     """The section `rl` of params.yaml: all but paths. The defaults are the paper's, or DAPO's where it is silent."""
 
-    steps: Annotated[int, "training steps; in each, groups are drawn and the policy is updated", at_least(1)] = 200
+    steps: Annotated[int, "training steps; each draws groups and updates the policy", at_least(1)] = 200
     problems_per_step: Annotated[
-        int, "groups in a full batch; dynamic sampling draws more, and the first informative ones fill it", at_least(1)
+        int, "groups in a full batch; dynamic sampling draws more and keeps the first informative ones", at_least(1)
     ] = 512
     group_size: Annotated[int, "rollouts for each problem", at_least(2)] = 16
     temperature: Annotated[float, "sampling temperature", above(0)] = 1.0
     max_rounds: Annotated[
         int,
-        "at most so many sampling rounds, and full batches' worth of groups, a step; a short batch is then trained on",
+        "at most N sampling rounds, and N full batches' worth of groups, in a step; a short batch is then trained on",
         at_least(1),
     ] = 10
     minibatches: Annotated[int, "optimizer updates on each step's rollouts", at_least(1)] = 16
     clip_low: Annotated[float, "the ratio is clipped below 1 - clip_low", above(0), below(1)] = 0.2
     clip_high: Annotated[float, "the ratio is clipped above 1 + clip_high", above(0)] = 0.28
-    reward_correct: Annotated[float, "reward of a correct completion in the advantage, by math-verify alone"] = 1.0
-    reward_wrong: Annotated[float, "reward of any other completion in the advantage, by math-verify alone"] = -1.0
+    reward_correct: Annotated[float, "a correct completion's reward in the advantage, with math-verify alone"] = 1.0
+    reward_wrong: Annotated[float, "any other completion's reward in the advantage, with math-verify alone"] = -1.0
     overlong_buffer: Annotated[
         int, "tokens before max_tokens over which the overlong penalty grows; 0 is off", at_least(0)
     ] = following("512, at most a quarter of --max-tokens", lambda options: min(512, options.max_tokens // 4))
     overlong_penalty: Annotated[float, "overlong penalty at max_tokens", at_least(0)] = 1.0
     advantage: Annotated[
         str,
-        "a rollout's advantage: its reward less the group's mean, over the standard deviation (dapo), as it is "
-        "(centred), or over the mean (maxrl)",
+        "a rollout's advantage: its reward minus the group's mean, divided by the standard deviation (dapo), by "
+        "nothing (centred), or by the mean (maxrl)",
         one_of(*dapo.ADVANTAGES),
     ] = "dapo"
     advantage_eps: Annotated[float, "added to what the advantage is divided by", at_least(0)] = 1e-6
@@ -53,7 +53,7 @@ class Settings(TrainingOptions, RequestOptions):
         following("1e-4 with --entropy-target", lambda options: 1e-4 if options.entropy_target else 0.0)
     )
     importance_cap: Annotated[
-        float, "cap of the trainer/engine probability ratio that weighs a token; 0 is off", at_least(0)
+        float, "cap on the trainer/engine probability ratio that weights each token; 0 is off", at_least(0)
     ] = 2.0
     lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0), at_most(1)] = 1e-6
     warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value", at_least(0)] = (
@@ -127,17 +127,17 @@ class Options(Settings):
     problems: Annotated[Path, "problems to train on (JSONL)", PATH]
     out: Annotated[Path, "directory to write", PATH]
     valid: Annotated[
-        Path | None, "problems to measure avg@k on while it trains (JSONL); the run stays the same", WITHOUT_EFFECT
+        Path | None, "problems to measure avg@k on during training (JSONL), which it does not affect", WITHOUT_EFFECT
     ] = None
     restart_if_changed: Annotated[
         bool,
-        "if OUT holds a run with other settings, move that aside and start over; more --steps alone go on",
+        "if OUT holds a run with other settings, move it aside and start over; a run is continued if only --steps grew",
         WITHOUT_EFFECT,
     ] = False
     exact: Annotated[
         bool,
-        "go on only if nothing rounds floats otherwise than before (processes, micro-batch, versions, ...); on a GPU "
-        "also compute in a fixed order, which is slower",
+        "go on only if floats are rounded as before (the same processes, micro-batch, versions, ...); on a GPU also "
+        "compute in a fixed order, which is slower",
         ROUNDING,
     ] = False
 
@@ -146,4 +146,4 @@ class Options(Settings):
         super().__post_init__()
         for name, path in (("problems", self.problems), ("valid", self.valid)):
             if path == Path("-"):
-                raise InputError(f"--{name} -: name a file, for an interrupted run must find the same problems again")
+                raise InputError(f"--{name} -: name a file: an interrupted run must find the same problems again")
