@@ -1,6 +1,6 @@
 """Sample: draw rollouts from policies and keep them all. For metrics, or to resume an interrupted call, use eval.
 
-Writes one Rollout a line: policies in the order of the options, problems in the order of their file. FILE.manifest.json,
+Writes one Rollout a line: policies in the order of the options, problems in that of their file. FILE.manifest.json,
 beside FILE.jsonl, says how it was made. Under `accelerate launch` every process draws a share, and the first writes
 what one process would.
 """
