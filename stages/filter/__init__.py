@@ -309,12 +309,7 @@ def _nothing_selected(tallies: Sequence[Tally], max_pass_rate: float | None) -> 
 
 
 def _summary(
-    tallies: Sequence[Tally],
-    hard: Sequence[Tally],
-    num_distinct: int,
-    count: int,
-    options: Options,
-    num_failures: int,
+    tallies: Sequence[Tally], hard: Sequence[Tally], num_distinct: int, count: int, options: Options, num_failures: int
 ) -> str:
     num_correct = sum(tally.num_correct for tally in hard)
     num_usable = sum(tally.num_usable for tally in hard)

@@ -30,11 +30,7 @@ from stages.core.errors import InputError
 Columns = Mapping[str, Any]
 OnBad = Callable[[InputError], None]  # is told of a row that cannot be read, and ends the call or not
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-PACKED = {
-    ".gz": b"\x1f\x8b",
-    ".xz": b"\xfd7zXZ\x00",
-    ".zst": b"\x28\xb5\x2f\xfd",
-}  # may follow each
+PACKED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}  # may follow each
 NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`, beside its rows
 SEPARATORS = ",;\t|"  # of a .csv: the one that cuts its header into most columns
 PROBLEM_COLUMNS = ("problem", "question", "prompt")

@@ -57,13 +57,10 @@ def gains(evaluations: Mapping[str, Evaluation], chosen: Mapping[str, str]) -> l
 
 def _changes(evaluation: Evaluation, chosen: Mapping[str, str], other: str) -> dict[str, str]:
     """Problem id -> "gained", "lost", "both" or "neither", of those that both policies were evaluated on."""
-    mine, its = (_solved(evaluation, chosen.get(method, "")) for method in (RLOOP, other))
+    results = (evaluation.results.get(chosen.get(method, ""), []) for method in (RLOOP, other))
+    mine, its = ({result["problem_id"]: result["num_correct"] > 0 for result in own} for own in results)
     words = {(True, False): "gained", (False, True): "lost", (True, True): "both", (False, False): "neither"}
     return {problem: words[solved, its[problem]] for problem, solved in mine.items() if problem in its}
-
-
-def _solved(evaluation: Evaluation, policy: str) -> dict[str, bool]:
-    return {result["problem_id"]: result["num_correct"] > 0 for result in evaluation.results.get(policy, [])}
 
 
 def _of_set(

@@ -159,13 +159,7 @@ def content(seeds: Seeds, ks: Sequence[int], num_samples: int) -> tuple[dict[str
     page = {
         "name": f"{len(seeds.names)} runs",
         "headline": headline(apart, axes),
-        "under_way": [],
-        "watch": 0,
-        "temperatures": "",
-        "whole": {},
-        "first": [],
-        "valid": "",
-        "peaks": [],
+        **dict.fromkeys(("under_way", "watch", "temperatures", "whole", "first", "valid", "peaks"), ()),  # none of it
         "sections": sections | {"Left out": seeds.left_out},
     }
     tables = [f"## {title}\n\n{markdown(lines)}" for title, lines in [*sections.items()][:3] if lines]

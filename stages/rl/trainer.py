@@ -82,12 +82,7 @@ class Trainer:
     With LoRA only the adapters are trained: optimizer and state hold nothing else, and the weights are those of `path`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        accelerator: Accelerator,
-        settings: Settings,
-    ):
+    def __init__(self, path: Path, accelerator: Accelerator, settings: Settings):
         self.accelerator = accelerator
         self.ranks = Ranks(settings.tensor_parallel, accelerator.process_index, accelerator.num_processes)
         self.settings = settings

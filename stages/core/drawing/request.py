@@ -102,11 +102,7 @@ class Request:
             warn(f"starting the engine with {policy}")
         with self.ranks.raise_once():
             engine = VllmEngine(
-                policy,
-                self.options,
-                max_model_len=self.longest(),
-                sleeps=sleeps,
-                distributed=not self.ranks.is_alone,
+                policy, self.options, max_model_len=self.longest(), sleeps=sleeps, distributed=not self.ranks.is_alone
             )
         if self.ranks.is_first:
             warn(engine.capacity)

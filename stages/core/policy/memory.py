@@ -179,12 +179,7 @@ def held(shape: Shape, rank: int = 0) -> dict[str, int]:
         return {"weights": 4 * size, "moments": 8 * size, "gradients": 4 * size, "casts": 2 * shape.linear}
     adapter = shape.adapter(rank)
     frozen = 2 * (shape.linear + (0 if shape.tied else shape.embedding)) + 4 * (shape.embedding + shape.vectors)
-    return {
-        "weights": frozen + 4 * adapter,
-        "moments": 8 * adapter,
-        "gradients": 4 * adapter,
-        "casts": 2 * adapter,
-    }
+    return {"weights": frozen + 4 * adapter, "moments": 8 * adapter, "gradients": 4 * adapter, "casts": 2 * adapter}
 
 
 def head_work(shape: Shape, tokens: int, rank: int = 0) -> int:

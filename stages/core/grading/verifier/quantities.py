@@ -15,14 +15,7 @@ _NUMBER_WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 """
 NUMBER_WORDS = {word: number for number, word in enumerate(_NUMBER_WORDS.split())}
-MULTIPLIERS = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 1000,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
+MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # Words that change or doubt what stands before them: no unit, even where a problem has them, and no name's.
 _CHANGING_WORDS = """
     is are was were be am not no never nor neither none or and but if then when where while for because
