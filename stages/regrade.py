@@ -140,7 +140,6 @@ class Changes:
         self.verdicts: Counter[tuple[str, str, str]] = Counter()
 
     def add(self, old: Rollout, new: Rollout) -> None:
-        """Count one rollout."""
         self.before.add(old)
         if old["verdict"] != new["verdict"]:
             self.verdicts[old["policy"], old["verdict"], new["verdict"]] += 1

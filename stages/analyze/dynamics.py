@@ -6,7 +6,7 @@ A checkpoint solves a problem if at least `min_correct` of its samples are corre
 from collections.abc import Sequence
 from functools import lru_cache
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core.errors import InputError
 from stages.core.records import Result
@@ -14,9 +14,7 @@ from stages.core.study import metrics
 from stages.core.study.metrics import Interval
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[Any]
+    from stages.core.study.metrics import Array
 
 
 def counts(checkpoints: Sequence[Sequence[Result]], field: str) -> "Array":

@@ -10,15 +10,13 @@ and so for learning and similarity.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core.records import Matrix, Similarity
 from stages.core.study.runs import BASE, RL, RLOOP, Position, iteration_of
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[Any]
+    from stages.core.study.metrics import Array
 
 
 def measure(

@@ -16,12 +16,10 @@ the work if a policy repeats itself.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[Any]
+    from stages.core.study.metrics import Array
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 COMMON = 16  # bigrams that occur in one of this many completions or more are multiplied densely, the rest sparsely

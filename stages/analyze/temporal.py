@@ -11,14 +11,12 @@ independent, so that the product over checkpoints is unbiased as well:
 With t = 1 this is pass@k of the latest checkpoint. No checkpoint needs more than k / t samples, rounded up.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core.study import metrics
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[Any]
+    from stages.core.study.metrics import Array
 
 
 def quotas(k: int, num_checkpoints: int) -> list[int]:

@@ -63,7 +63,6 @@ class Ranks:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other rank."""
         return self.num_ranks == 1
 
     @property
@@ -73,7 +72,6 @@ class Ranks:
 
     @property
     def num_engines(self) -> int:
-        """Engines of all ranks together."""
         return self.num_ranks // self.tensor_parallel
 
     @property

@@ -29,7 +29,6 @@ class Drawing(NamedTuple):
 
     @property
     def temperature(self) -> float:
-        """The temperature of its samples."""
         return self.request.sampling.temperature
 
 

@@ -115,7 +115,6 @@ class Options(OptionGroup):
 
     @property
     def hardness(self) -> Hardness:
-        """Which problems are hard."""
         return Hardness(self.max_pass_rate, self.hardest, self.min_problems, self.seed)
 
 

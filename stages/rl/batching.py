@@ -35,7 +35,6 @@ class ProblemStream:
         self._order: list[int] = []
 
     def take(self, count: int) -> list[int]:
-        """The next `count` problem numbers."""
         return [self._next() for _ in range(count)]
 
     def _next(self) -> int:

@@ -32,14 +32,12 @@ class RunState:
     entropy_coefficient: float = 0.0  # of the next step
 
     def write(self, path: Path) -> None:
-        """Write it to the directory of a state."""
         position, acceptance = self.cursor
         values = asdict(self) | {"cursor": {"position": position, "acceptance": asdict(acceptance)}}
         (path / NAME).write_bytes(orjson.dumps(values))
 
     @staticmethod
     def read(path: Path) -> "RunState":
-        """What `write` wrote."""
         values = orjson.loads((path / NAME).read_bytes())
         position, acceptance = values["cursor"]["position"], Acceptance(**values["cursor"]["acceptance"])
         return RunState(**values | {"cursor": Cursor(position, acceptance)})

@@ -50,7 +50,6 @@ class TokenRollout:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
 

@@ -70,7 +70,6 @@ class Group:
 
     @property
     def num_correct(self) -> int:
-        """Completions that count as correct."""
         return sum(score.verdict == "correct" for score in self.scores)
 
     def rollouts(self, policy: str, step: int = 0, first_sample: int = 0) -> list[Rollout]:

@@ -152,7 +152,6 @@ class _Tender(Generic[T]):
             process.kill()
 
     def join(self) -> None:
-        """Wait for the end."""
         self._thread.join()
 
     def _run(self) -> None:

@@ -79,7 +79,6 @@ class ResultCounter:
 
     @property
     def results(self) -> list[Any]:
-        """The Results."""
         return list(self._results.values())
 
 

@@ -77,7 +77,6 @@ class RewardOptions(GradingOptions):
 
     @property
     def weights(self) -> list[float]:
-        """The weight of each reward."""
         return list(self.reward_weight) or [1.0] * len(self.reward)
 
     @property
