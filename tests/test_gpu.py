@@ -15,6 +15,7 @@ from benchmarks import gpu_check, gpu_quarter_hour
 from benchmarks.gpu_quarter_hour import Bench, Part, Scale
 from stages import rl
 from stages.core import jsonl
+from stages.core.policy import acceleration
 from stages.rl.trainer import TokenRollout, Trainer, start_accelerator
 from tests.ranks import ROOT
 from tests.test_trainer import OPTIONS
@@ -173,6 +174,12 @@ def test_two_gpus_draw_and_train_together(policy, tmp_path, tensor_parallel):
 def test_a_driver_that_is_too_old_for_torch_is_named(driver, cuda, fault):
     said = gpu_check.too_old(driver, cuda)
     assert said.startswith(fault) and bool(said) == bool(fault)
+
+
+def test_exactly_the_engine_of_cards_before_hopper_keeps_torch_s_own_products_which_have_a_gradient():
+    old, new = (acceleration.exact_environment(capability) for capability in ((8, 9), (9, 0)))
+    assert new.items() - old.items() == {("VLLM_BATCH_INVARIANT", "1")}
+    assert set(old) == {"CUBLAS_WORKSPACE_CONFIG"}
 
 
 def lines_of(results):

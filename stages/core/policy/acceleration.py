@@ -38,9 +38,19 @@ def compute_exactly() -> None:
     """
     if not torch.cuda.is_available():
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    for name, value in exact_environment(torch.cuda.get_device_capability()).items():
+        os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
+
+
+def exact_environment(capability: tuple[int, int]) -> dict[str, str]:
+    """What has to be set on a GPU of that compute capability.
+
+    vLLM's mode for batches of any size is for Hopper and newer: on 8.x (A100, L40S, RTX 4090) it puts products without
+    a gradient into the place of torch's, in the whole process, so that no policy could be trained beside it.
+    """
+    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return settings | ({"VLLM_BATCH_INVARIANT": "1"} if capability >= (9, 0) else {})
 
 
 def memory_in_use() -> float:
