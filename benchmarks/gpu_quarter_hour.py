@@ -204,7 +204,7 @@ class Part(NamedTuple):
 PARTS = {
     part.run.__name__: part
     for part in (
-        Part(tests, 150), Part(fsdp2, 150), Part(trl, 180), Part(update, 120), Part(resume, 240), Part(runners, 120),
+        Part(tests, 200), Part(fsdp2, 150), Part(trl, 180), Part(update, 120), Part(resume, 240), Part(runners, 120),
         Part(lora, 120), Part(compiled, 90), Part(segments, 60), Part(short, 90),
     )
 }  # fmt: skip
