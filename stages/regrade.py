@@ -55,7 +55,7 @@ def run(options: Options) -> None:
     end_with_parent()
     ranks.together(lambda: outputs.refuse_unwritable(options.out))
     files = ranks.together(lambda: _stored_files(options.rollouts))
-    inputs = ranks.together(lambda: provenance.recorded(file for own in files.values() for file in own.values()))
+    inputs = provenance.recorded((file for own in files.values() for file in own.values()), ranks)
     former = ranks.together(lambda: provenance.read_manifest(options.rollouts / "manifest.json"))
     ranks.refuse_differences(inputs.digests | verifier.VERSION)
     changes = {name: Changes() for name in files}

@@ -65,7 +65,7 @@ def draw(options: Options, start_engine: StartEngine) -> None:
     request = ranks.together(lambda: _read(options, ranks))
     is_piped = str(out) == "-"  # without a manifest; so one process need not read the weights for their digests
     sources = [path for path in (options.problems, *request.policies.values()) if str(path) != "-"]
-    inputs = ranks.together(lambda: provenance.recorded([] if is_piped and ranks.is_alone else sources))
+    inputs = provenance.recorded([] if is_piped and ranks.is_alone else sources, ranks)
     ranks.refuse_differences(inputs.digests | {"reward": request.rewards.digest})
     decides = provenance.versions() | verifier.VERSION
     identity = provenance.identify("sample", options, inputs, decides, **request.resolved)

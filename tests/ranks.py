@@ -46,23 +46,26 @@ LIMIT_S = 120  # a rank that is not done then is taken for one that hangs
 
 
 def start(arguments, *directories):
-    """Start `rloop ARGUMENTS` as one gloo rank in each of `directories`, forked; each writes to log-<rank> there."""
+    """Start `rloop ARGUMENTS` as one gloo rank in each of `directories`, forked; each writes to log-<rank> there.
+
+    In the place of arguments a function may stand, which gets directory and log.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     context = warm.context()
+    work = arguments if callable(arguments) else partial(warm._command, list(map(str, arguments)))
     processes = []
     for rank, directory in enumerate(directories):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(directories), "MASTER_PORT": port}
         launched |= {"LOCAL_WORLD_SIZE": len(directories), "MASTER_ADDR": "127.0.0.1", **ENVIRONMENT}
-        arguments = list(map(str, arguments))
-        processes.append(context.Process(target=_be_rank, args=(launched, arguments, str(directory))))
+        processes.append(context.Process(target=_be_rank, args=(launched, work, str(directory))))
         processes[-1].start()
     return processes
 
 
-def _be_rank(launched, arguments, directory):
+def _be_rank(launched, work, directory):
     os.environ |= {name: str(value) for name, value in launched.items()}
-    warm._command(arguments, directory, f"{directory}/log-{launched['RANK']}")
+    work(directory, f"{directory}/log-{launched['RANK']}")
 
 
 def finish(processes):

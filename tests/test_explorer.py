@@ -90,7 +90,16 @@ class RecordingTrainer:
 
 
 def explore(
-    tmp_path, num_correct, num_problems=20, trainer=None, stop=None, done=0, start_mismatch=0.0, fit=8, **options
+    tmp_path,
+    num_correct,
+    num_problems=20,
+    trainer=None,
+    stop=None,
+    done=0,
+    start_mismatch=0.0,
+    fit=8,
+    ranks=ALONE,
+    **options,
 ):
     small = {"steps": 1, "problems_per_step": 4, "group_size": GROUP, "max_tokens": 8, "overlong_buffer": 0}
     settings = Settings(**{**small, "max_rounds": 3, **options})
@@ -107,7 +116,7 @@ def explore(
     trainer.engine = engine
     with rewards.read(settings).grader() as grader:
         parts = engine, grader, trainer, prompts, Sampling(GROUP, 8), START
-        explorer = Explorer(settings, ALONE, Accelerator(), *parts, None, stop or StopSignal(), start_mismatch)
+        explorer = Explorer(settings, ranks, Accelerator(cpu=True), *parts, None, stop or StopSignal(), start_mismatch)
         explorer.run(directory, done)
     written = [
         list(records.read(file, records.Rollout)) for file in sorted((directory.path / "rollouts").glob("*.jsonl"))

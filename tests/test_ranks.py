@@ -2,20 +2,29 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from stages.core import jsonl, records
-from stages.core.ranks import Ranks
+from stages.core import jsonl, provenance, records
+from stages.core.drawing import rollouts
+from stages.core.drawing.request import read_request
+from stages.core.policy import checkpoints
+from stages.core.ranks import Ranks, process_state
 from stages.core.records import Divergence, Rollout
+from stages.sample import Options as SampleOptions
 from tests import ranks as launched
 from tests import warm
+from tests.test_explorer import RecordingTrainer, explore
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +244,58 @@ def test_what_is_wrong_on_one_rank_is_said_in_one_line_and_ends_all_with_code_2(
     (line,) = (line for line in lines if line.startswith("rloop:") and "starting the engine" not in line)
     assert re.fullmatch(f"rloop: .*{fault}.*", line)
     assert not any(each.startswith("Traceback") for each in lines)
+
+
+def count_reads(directory, log):
+    """A rank that reads a request, its inputs' digests and a step's groups; to `log` goes what it read how often."""
+    counts = Counter()
+
+    def count(patch, module, name):
+        function = getattr(module, name)
+        patch.setattr(module, name, lambda *args: counts.update([name]) or function(*args))
+
+    where = Path(directory)
+    files = [where / "policy", where / "sums.jsonl"]
+    with pytest.MonkeyPatch.context() as patch:
+        ranks = Ranks()
+        for module, name in ((provenance, "digest"), (checkpoints, "check_finite")):
+            count(patch, module, name)
+        read_request([str(files[0])], {"sums": files[1]}, SampleOptions(policy=[], problems=files[1], out=where,
+                     template="none", max_tokens=32), ranks, num_samples=4)  # fmt: skip
+        inputs = provenance.recorded(files, ranks)
+        process_state()
+        patch.setattr(rollouts, "pickle", SimpleNamespace(dumps=pickle.dumps, loads=pickle.loads))
+        count(patch, rollouts.pickle, "loads")
+        trainer = RecordingTrainer()
+        trainer.save_checkpoint = trainer.save_state = partial(os.makedirs, exist_ok=True)
+        drawn = explore(where / str(ranks.rank), lambda number: int(number % 3 == 0), trainer=trainer, ranks=ranks)
+    kept = len(drawn.trainer.batches[0]) // 4
+    found = {"counts": counts, "digests": [*inputs.digests.values()], "kept": kept, "groups": len(drawn.written)}
+    Path(log).write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_of_two_ranks_the_first_reads_the_inputs_and_the_other_only_the_groups_that_are_trained_on(cwd):
+    codes = launched.finish(launched.start(count_reads, cwd, cwd))
+    first, second = (json.loads((cwd / f"log-{rank}").read_text()) for rank in (0, 1))
+    assert codes == [0, 0]
+    assert first["digests"] == second["digests"] and all(first["digests"])
+    assert (first["counts"]["check_finite"], second["counts"].get("check_finite", 0)) == (1, 0)
+    assert first["counts"]["digest"] >= 2 and "digest" not in second["counts"]
+    assert 0 < second["counts"]["loads"] == second["kept"] < first["counts"]["loads"]
+
+
+def test_ranks_that_see_something_else_read_it_themselves():
+    done = []
+
+    def rank(number, keys):
+        ranks = Ranks(1, number, len(keys))
+        values = iter([keys, [0] * len(keys), [f"of {key}" for key in keys]])  # what is gathered in turn
+        object.__setattr__(ranks, "gather", lambda mine: next(values))
+        return ranks.once(keys[number], lambda: done.append(number))
+
+    assert [rank(number, ["a", "b", "a", "b"]) for number in range(4)] == ["of a", "of b", "of a", "of b"]
+    assert done == [0, 1]
 
 
 TRAIN = {

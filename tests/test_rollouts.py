@@ -3,13 +3,26 @@
 import pytest
 
 from stages.core import records
+from stages.core.drawing import rollouts
 from stages.core.drawing.engine import Completion, Sampling
-from stages.core.drawing.rollouts import OWN_PROMPTS, draw, draw_each, make_prompts, template_digest
+from stages.core.drawing.rollouts import OWN_PROMPTS, Group, draw, draw_each, make_prompts, template_digest
 from stages.core.drawing.templates import Template
 from stages.core.errors import InputError
+from stages.core.grading.scores import Pending, Score
 from stages.core.grading.verifier import Verifier
 
 ASK = Template("ask", lambda problem: f"Q {problem} A", (), "digest")
+
+
+def test_a_packed_group_reads_its_completions_at_the_first_look_and_gives_the_same_records(monkeypatch):
+    completions = [Completion("a", [5, 300], [-0.5, -2.25], "stop"), Completion("b", [7], [-1.0], "length")]
+    scores = [Score("wrong", 0.0, "a"), Score("correct", 1.0, "b")]
+    group = Group(prompts(1)[0], completions, Pending((), lambda: scores))
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts.pickle, "loads", None)
+        packed = group.packed()
+        assert len(packed.completions) == 2 and packed.rewards == [0.0, 1.0]
+    assert packed.rollouts("policy") == group.rollouts("policy")
 
 
 class WordTokenizer:

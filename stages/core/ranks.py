@@ -3,6 +3,7 @@
     ranks = Ranks()                         alone, unless accelerate or torchrun launched this process with others
     plan = ranks.together(check)            an InputError on any rank ends all: one line, exit code 2 on each
     out = ranks.on_first(open_output)       only the first rank does it, all get what it gives
+    digest = ranks.once(stamp, read)        only the first of those that see the same does it
     draw(ranks.share(prompts))              every engine its share
     drawn = ranks.gather(mine)              what each rank has, on every rank
 
@@ -129,8 +130,13 @@ class Ranks:
 
     def on_first(self, work: Callable[[], T]) -> T:
         """What `work` gives on the first rank, which alone does it; if it fails there, all end as in `together`."""
-        value = self.together(lambda: work() if self.is_first else None)
-        return self.gather(value)[0]  # type: ignore[return-value]
+        return self.once(None, work)
+
+    def once(self, key: object, work: Callable[[], T]) -> T:
+        """What `work` gives on the first of the ranks with this `key`, which alone does it for them."""
+        doer = self.gather(key).index(key)
+        value = self.together(lambda: work() if self.rank == doer else None)
+        return self.gather(value)[doer]  # type: ignore[return-value]
 
     @contextmanager
     def raise_once(self) -> Iterator[None]:

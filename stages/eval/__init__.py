@@ -111,7 +111,7 @@ def draw(options: Options, start_engine: StartEngine) -> None:
     num_scored = options.kl_samples if options.kl_to else 0
     base = ranks.together(lambda: divergence.checked(options.kl_to, num_scored, options.temperature, request))
     sources = [*options.problems, *request.policies.values(), *([base] if base else [])]
-    inputs = ranks.together(lambda: provenance.recorded(sources))
+    inputs = provenance.recorded(sources, ranks)
     ranks.together(lambda: selection.refuse_changed(options.selected, inputs.digests))
     decides = provenance.versions() | verifier.VERSION
     resolved = request.resolved | ({"kl_to": inputs.digests[str(base)]} if base else {})

@@ -57,7 +57,8 @@ def checked(name: str, num_scored: int, temperatures: Sequence[float], request: 
         raise InputError(f"--kl-to {name}: its tokenizer is another than that of the policies")
     if longest > (context := checkpoints.context_length(base)):
         raise InputError(f"--kl-to {name}: a prompt and --max-tokens are {longest} tokens, its context is {context}")
-    checkpoints.check_shapes(base)
+    if request.ranks.is_first:
+        checkpoints.check_shapes(base)
     return base
 
 

@@ -130,10 +130,12 @@ class StepDrawing:
             raise Stopped
         settled = [group.settled() for group in mine]
         groups.verify_s += clock.lap()
-        if self.ranks.is_alone:
-            return settled
+        return settled if self.ranks.is_alone else self._gathered(settled, num_wanted)
+
+    def _gathered(self, mine: Sequence[Group], num_wanted: int) -> list[Group]:
+        """The groups of all engines, in order."""
         numbers = self.ranks.share(range(num_wanted)) if self.ranks.keeps else []
-        by_rank = self.ranks.gather(list(zip(numbers, settled, strict=True)))
+        by_rank = self.ranks.gather([(number, group.packed()) for number, group in zip(numbers, mine, strict=True)])
         gathered: dict[int, Group] = dict(chain.from_iterable(by_rank))
         return [gathered[number] for number in range(num_wanted)]
 

@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -120,7 +121,8 @@ class Explorer:
                 outcome = self._step(step)
                 outcome.valid_start, outcome.valid = start, self._validate(step)
                 outcome.num_changes = sum(len(change["changed"]) for change in changes if change["step"] == step)
-                row = steplog.row(outcome, self.settings, self.bound.far(self.start_mismatch))
+                far = self.bound.far(self.start_mismatch)
+                row = self.ranks.on_first(partial(steplog.row, outcome, self.settings, far))
                 self._report(row)
                 recent.append(row)
                 is_long = len(recent) == MAX_COLLAPSED_STEPS
@@ -158,7 +160,8 @@ class Explorer:
 
     def _entropy(self, groups: StepGroups) -> tuple[float, float]:
         """The entropy along all that was drawn, and what it weighs in this step's loss; moves the coefficient."""
-        entropy, coefficient = sampled_entropy(groups.drawn), self.entropy_coefficient
+        entropy = self.ranks.on_first(lambda: sampled_entropy(groups.drawn))
+        coefficient = self.entropy_coefficient
         target = self.settings.entropy_target
         self.entropy_coefficient = dapo.next_coefficient(coefficient, entropy, target, self.settings.entropy_delta)
         return entropy, dapo.entropy_weight(coefficient, entropy, target)

@@ -95,18 +95,18 @@ def _of_update(outcome: StepOutcome, settings: Settings, far: float) -> dict[str
 
 def _of_rollouts(outcome: StepOutcome) -> dict[str, float]:
     groups = outcome.groups
-    rollouts = [rollout for group in groups.drawn for rollout in group.rollouts("", outcome.step)]
-    lengths = [rollout["num_tokens"] for rollout in rollouts]
-    verdicts = Counter(rollout["verdict"] for rollout in rollouts)
-    share = {verdict: count / len(rollouts) for verdict, count in verdicts.items()}
+    completions = [completion for group in groups.drawn for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    verdicts = Counter(score.verdict for group in groups.drawn for score in group.scores)
+    share = {verdict: count / len(completions) for verdict, count in verdicts.items()}
     step_s = outcome.handover_s + outcome.update_s + groups.generate_s + groups.verify_s
     valid_s = outcome.valid_start.seconds + outcome.valid.seconds
     return {
         "pass_rate": share.get("correct", 0.0),
-        "num_rollouts": len(rollouts),
+        "num_rollouts": len(completions),
         "mean_tokens": _mean(lengths),
         "max_tokens": max(lengths),
-        "truncated": _mean([rollout["finish_reason"] == "length" for rollout in rollouts]),
+        "truncated": _mean([completion.finish_reason != "stop" for completion in completions]),
         "no_answer": share.get("no_answer", 0.0),
         "unevaluated": share.get("unevaluated", 0.0),
         "timeouts": verdicts["timeout"],

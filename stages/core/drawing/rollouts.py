@@ -3,8 +3,10 @@
 The verifier works on finished groups while the engine still generates the others.
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,37 @@ def seeded(sampling: Sampling, seed: int, prompts: Sequence[Prompt]) -> Sampling
     return replace(sampling, seeds=[seed_of(seed, prompt.problem["id"]) for prompt in prompts])
 
 
+class Packed(Sequence[Completion]):
+    """Completions that another process reads at its first look, tokens and log-probs as arrays."""
+
+    def __init__(self, completions: Sequence[Completion]):
+        import numpy as np
+
+        ids: Any = partial(np.asarray, dtype=np.int32)
+        log_probs: Any = partial(np.asarray, dtype=np.float32)  # which is how engines compute them
+        arrays = [each._replace(token_ids=ids(each.token_ids), log_probs=log_probs(each.log_probs))
+                  for each in completions]  # fmt: skip
+        self._bytes, self._length = pickle.dumps(arrays, protocol=5), len(arrays)
+
+    @cached_property
+    def _read(self) -> list[Completion]:
+        bytes_, self._bytes = self._bytes, b""
+        read: list[Completion] = pickle.loads(bytes_)
+        return read
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read[index]
+
+
 @dataclass
 class Group:
     """The completions drawn for one prompt, with their scores, in the order of the samples."""
 
     prompt: Prompt
-    completions: list[Completion]
+    completions: Sequence[Completion]
     batch: Pending = field(repr=False)
 
     @property
@@ -52,6 +79,10 @@ class Group:
         """The same group with its scores waited for, free to travel to another process."""
         self.batch.result()
         return self
+
+    def packed(self) -> "Group":
+        """`settled`, its completions as bytes until someone looks at them: of many ranks few need all of them."""
+        return Group(self.prompt, Packed(self.completions), self.settled().batch)
 
     @property
     def is_scored(self) -> bool:
@@ -94,7 +125,7 @@ class Group:
         }
         if others := self.prompt.problem.get("other_answers"):
             rollout["other_answers"] = others
-        if completion.log_probs:
+        if len(completion.log_probs):
             rollout["log_probs"] = pack_log_probs(completion.log_probs)
         if score.parts is not None:
             rollout["rewards"] = score.parts

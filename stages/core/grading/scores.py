@@ -55,7 +55,7 @@ class Grader(Protocol):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def grade(
-        self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[list[int]]
+        self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> Pending:
         """Begin to score the completions of one prompt, and return at once."""
         ...

@@ -203,7 +203,7 @@ class OwnGrader:
             self._verifier.close()
 
     def grade(
-        self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[list[int]]
+        self, problem: Problem, prompt: str, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> Pending:
         """Begin to score the completions of one prompt."""
         call = {"problem": problem, "prompt": prompt, "completions": completions, "completion_ids": completion_ids}
