@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stages import rl
 from stages.core.drawing import engine as engine_module
 from stages.core.drawing.engine import (
     BLOCK_TOKENS,
@@ -119,6 +120,18 @@ def test_a_policy_that_vllm_does_not_know_or_cannot_hold_is_refused_in_one_line(
         with pytest.raises(InputError, match=f"vLLM .* does not start with it .*{reason}") as refused:
             VllmEngine(policy, EngineOptions(max_sequences=sequences), max_model_len=length)
         assert "\n" not in str(refused.value)
+
+
+def test_a_quantization_is_one_of_vllms_and_is_handed_on(tiny_policy, monkeypatch):
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    def start(policy, **options):
+        raise InputError(options["quantization"])
+
+    assert rl.FP8 in QUANTIZATION_METHODS
+    monkeypatch.setattr(engine_module, "_start", start)
+    with pytest.raises(InputError, match=f"^{rl.FP8}$"):
+        VllmEngine(tiny_policy, max_model_len=96, quantization=rl.FP8)
 
 
 @pytest.mark.slow

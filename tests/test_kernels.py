@@ -41,15 +41,27 @@ def test_the_c_code_runs_only_where_rows_lie_one_after_another(kind, is_c):
     assert torch.allclose(together, norm, atol=1e-5)
 
 
+def test_log_probs_come_without_ranks():
+    from vllm.v1.sample.sampler import Sampler
+
+    kernels.leave_ranks_out()
+    log_probs, tokens = torch.randn(3, 9).log_softmax(-1), torch.tensor([4, 0, 8])
+    found = Sampler.gather_logprobs(log_probs, 0, tokens)
+    assert torch.equal(found.logprobs[:, 0], log_probs[range(3), tokens])
+    assert found.logprob_token_ids.tolist() == [[4], [0], [8]] and found.selected_token_ranks.tolist() == [0, 0, 0]
+
+
 def test_without_a_compiler_the_compiled_mode_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"--compile: there is no C\+\+ compiler \(no-such-compiler\): install g"):
         kernels.options(is_compiled=True)
 
 
-def test_a_compiled_engine_takes_new_weights_and_draws_what_an_eager_one_draws(
+def test_a_compiled_engine_takes_new_weights_draws_what_an_eager_one_draws_and_is_compiled_once_for_all_start_policies(
     engine, tiny_policy, other_policy, monkeypatch
 ):
+    from vllm.compilation.counter import compilation_counter
+
     monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)  # `engine` needs the groups
     monkeypatch.setattr(torch._dynamo.config, "disable", True)  # so that it is taken back
     prompts = [[5, 6, 7], [8, 9]]
@@ -64,6 +76,11 @@ def test_a_compiled_engine_takes_new_weights_and_draws_what_an_eager_one_draws(
         eager, ours = (torch.tensor([p for group in groups for c in group for p in c.log_probs]) for groups in drawn)
         assert torch.allclose(eager, ours, atol=1e-4)
     compiled.close()
+    before = compilation_counter.clone()
+    again = VllmEngine(other_policy, EngineOptions(compile=True), max_model_len=96)  # as the next iteration's
+    assert compilation_counter.num_inductor_compiles == before.num_inductor_compiles
+    assert compilation_counter.num_compiled_artifacts_loaded > before.num_compiled_artifacts_loaded
+    again.close()
     prefer_c()  # `engine` goes on
 
 

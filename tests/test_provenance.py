@@ -64,7 +64,7 @@ def test_an_option_with_effect_changes_what_an_output_is_and_no_other_option_doe
 
 
 ENGINE = ("memory_fraction", "max_sequences", "tensor_parallel", "compile")
-UPDATE = ("tokens_per_microbatch", "gradient_checkpointing")
+UPDATE = ("tokens_per_microbatch", "gradient_checkpointing", "attn_implementation", "compile_layers")
 
 
 def with_effect(effect):

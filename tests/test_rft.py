@@ -292,8 +292,12 @@ def loss_by_hand(files, examples):
 
 
 @pytest.mark.slow
-def test_the_first_loss_and_gradient_are_those_of_the_completions_tokens_alone(files):
-    out = tune(files, files.root / "first", batch_size=len(EXAMPLES))
+@pytest.mark.parametrize("faster", [{}, {"compile_layers": True}, {"attn_implementation": "eager"}], ids=str)
+def test_the_first_loss_and_gradient_are_those_of_the_completions_tokens_alone(files, faster, tmp_path, monkeypatch):
+    from stages.core.policy import acceleration
+
+    monkeypatch.setattr(acceleration, "COMPILER", "aot_eager")
+    out = tune(files, tmp_path / "first", batch_size=len(EXAMPLES), **faster)
     loss, count, model = loss_by_hand(files, EXAMPLES)
     loss.backward()
     norm = sum(weight.grad.square().sum() for weight in model.parameters()).sqrt()

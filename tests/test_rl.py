@@ -280,6 +280,7 @@ def test_what_a_run_holds_is_neither_mixed_nor_lost_and_the_refusal_is_one_line(
         ({"entropy_target": -0.1}, "--entropy-target -0.1"),
         ({"entropy_delta": 0.1}, "--entropy-delta 0.1 with --entropy-target 0: give both, or neither"),
         ({"entropy_target": 0.1, "entropy_delta": 0.0}, "--entropy-delta 0 with --entropy-target 0.1: give both"),
+        ({"rollout_dtype": "fp8", "importance_cap": 0.0}, "--rollout-dtype fp8 .* needs --importance-cap"),
     ],
 )
 def test_a_option_that_can_not_work_is_refused_in_its_own_name(option, message):
@@ -298,6 +299,11 @@ def test_an_entropy_that_no_policy_can_have_is_refused_before_anything_starts(ti
         rl.run(options_for(tiny_policy, easy, tmp_path / "rl", max_tokens=32, overlong_buffer=0, entropy_target=5.0))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "rl").exists()
+
+
+def test_fp8_rollouts_are_refused_without_a_gpu(tiny_policy, easy, tmp_path):
+    with pytest.raises(InputError, match="--rollout-dtype fp8: it takes a GPU"):
+        rl.run(options_for(tiny_policy, easy, tmp_path / "rl", rollout_dtype="fp8", max_tokens=32))
 
 
 def test_weights_of_another_shape_are_refused_before_anything_is_written(tiny_policy, easy, tmp_path):

@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 from trl.trainer.utils import add_fused_lm_head
 
 from stages import rl
-from stages.core.policy import checkpoints, heads
+from stages.core.errors import InputError
+from stages.core.policy import acceleration, checkpoints, heads
 from stages.core.policy.adapters import trained
 from stages.rl import prefixes
 from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, start_accelerator, without_dropout
@@ -88,12 +89,27 @@ def test_the_gradient_does_not_depend_on_the_order_of_the_rollouts(tiny_policy):
     assert close(gradient_and_sums(tiny_policy, shuffled)[0], gradient_and_sums(tiny_policy, rollouts)[0], 1e-5)
 
 
-@pytest.mark.parametrize("entropy_weight", [0.0, 0.7])
-def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(tiny_policy, head, entropy_weight):
+COMPILED = [{"compile_layers": True}, {"compile_layers": True, "gradient_checkpointing": True}]
+
+
+@pytest.mark.parametrize(
+    ("entropy_weight", "faster"),
+    [
+        (0.0, {}),
+        (0.7, {}),
+        (0.0, {"attn_implementation": "eager"}),
+        *(pytest.param(0.0, one, marks=pytest.mark.slow) for one in COMPILED),
+    ],
+    ids=str,
+)
+def test_the_gradient_is_that_of_the_token_mean_written_out_in_plain_torch(
+    tiny_policy, head, entropy_weight, faster, monkeypatch
+):
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setattr(acceleration, "COMPILER", "aot_eager")
     rollouts = some_rollouts(12)
-    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, importance_cap=1.5))
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, importance_cap=1.5, **faster))
     sums = trainer.gradient(rollouts, entropy_weight)
     gradient = gradient_of(trainer)
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
@@ -127,6 +143,63 @@ def test_a_prompt_computed_once_gives_the_gradient_of_one_computed_for_each_comp
     assert torch.allclose(once.sums, each.sums, rtol=1e-5)
     assert torch.allclose(once.log_probs, each.log_probs, atol=1e-5)
     assert once.num_tokens < 0.75 * each.num_tokens
+
+
+def test_with_the_engines_log_probs_as_the_old_ones_the_clip_bounds_the_ratio_to_the_engine(tiny_policy):
+    from transformers import AutoModelForCausalLM
+
+    rollouts = some_rollouts(12)
+    found, sums = gradient_and_sums(tiny_policy, rollouts, engine_log_probs=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    total, apart, tokens = 0.0, 0.0, sum(len(rollout.completion_ids) for rollout in rollouts)
+    for rollout in rollouts:
+        scores = model(torch.tensor([rollout.prompt_ids + rollout.completion_ids])).logits[0].log_softmax(-1)
+        completion, engine = torch.tensor(rollout.completion_ids), torch.tensor(rollout.engine_log_probs)
+        own = scores[len(rollout.prompt_ids) - 1 : -1].gather(-1, completion[:, None])[:, 0]
+        ratio = (own - engine).exp()
+        least = torch.minimum(ratio * rollout.advantage, ratio.clamp(0.8, 1.28) * rollout.advantage)
+        total, apart = total - least.sum(), apart + (own - engine).abs().sum()
+    (total / tokens).backward()
+    assert close(found, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), 1e-5)
+    assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
+    names = UpdateStats.SUMS
+    assert sums[names.index("mismatch")].item() == pytest.approx(apart.item(), rel=1e-5)
+    assert sums[names.index("clipped_low")] + sums[names.index("clipped_high")] > 0
+
+
+def test_with_the_engines_log_probs_as_the_old_ones_no_pass_scores_later_mini_batches(tiny_policy, monkeypatch):
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, minibatches=2, engine_log_probs=True))
+    monkeypatch.setattr(trainer, "_remember_log_probs", None)
+    assert len(trainer.update(some_rollouts(16), lr=1e-3).grad_norms) == 2
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_compiled_and_keep_the_names_of_weights_whatever_the_lengths(tiny_policy, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(acceleration, "COMPILER", counter)
+    torch._dynamo.reset()
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, compile_layers=True))
+    trainer.gradient(some_rollouts(12))
+    first = counter.frame_count
+    trainer.gradient(some_rollouts(24, seed=1))
+    trainer.log_probs(some_rollouts(7, seed=2))
+    assert 0 < counter.frame_count <= 2 * first
+    assert dict(trainer.weights()).keys() == dict(checkpoints.disk_weights(tiny_policy)).keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2: it computes in bfloat16 on a GPU only"),
+        ({"compile_layers": True}, r"--compile-layers: there is no C\+\+ compiler \(no-such-compiler\)"),
+    ],
+)
+def test_what_this_machine_cannot_run_is_refused_in_one_line(options, fault, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=fault):
+        acceleration.check(replace(OPTIONS, **options))
 
 
 def test_without_memory_an_update_is_repeated_with_half_the_micro_batch_and_comes_out_the_same(

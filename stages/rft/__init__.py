@@ -91,7 +91,7 @@ def run(options: Options) -> None:
     from stages.rft.card import card
     from stages.rft.finetuning import fine_tune, size_of  # torch and TRL: only once the input is known to be good
 
-    inputs = recorded([read.path, *([options.examples] if str(options.examples) != "-" else [])])
+    inputs = recorded([read.path, *([options.examples] if str(options.examples) != "-" else [])], ranks)
     ranks.refuse_differences(inputs.digests)
     dtype = "bfloat16" if uses_bfloat16(options.dtype) else "float32"
     rounding = {
@@ -149,13 +149,15 @@ def _read(options: Options, ranks: Ranks) -> _Read:
         )
     packed = list(records.read(options.examples, Example))
 
-    from stages.core.policy import adapters, checkpoints
+    from stages.core.policy import acceleration, adapters, checkpoints
     from stages.rft.card import base_of
     from stages.rft.examples import check_ids, check_log_probs, ending, tokenize_fitting, unpack, without_unknown
 
     path, base = checkpoints.resolve(options.start_policy), base_of(options.start_policy)
-    checkpoints.check_shapes(path)
+    if ranks.is_first:  # the others have the same, or are refused
+        checkpoints.check_shapes(path)
     adapters.check(path, options)
+    acceleration.check(options)
     tokenizer = checkpoints.load_tokenizer(path)
     context = checkpoints.context_length(path)
     if options.max_tokens > context:

@@ -29,7 +29,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from stages.core.errors import CollapseError, InputError
 from stages.core.policy import adapters, checkpoints, heads, memory
-from stages.core.policy.acceleration import reduce_in_float32, save_policy, uses_bfloat16
+from stages.core.policy.acceleration import compile_layers, reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.policy.checkpoints import IGNORED, PADDING
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import process_state
@@ -91,8 +91,10 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Tokenized], options: Op
     logging.set_verbosity_error()  # the trainer warns of changes to the configuration, which are undone below
     start = _Start.load(path, options)
     rows = start.weighted(rows) if options.likelihood_weights else rows
-    model = checkpoints.load_model(path, torch.float32)
+    model = checkpoints.load_model(path, torch.float32, options.attn_implementation)
     adapters.attach(model, options, options.seed, uses_bfloat16(options.dtype))
+    if options.compile_layers:
+        compile_layers(model)
     configs = copy.deepcopy((model.config, model.generation_config))
     with tempfile.TemporaryDirectory() as scratch, watch.progress:
         trainer = _Trainer(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import InputError
 from stages.core.progress import warn
-from stages.core.provenance import Identity, digest, identify, manifest, recorded, versions
+from stages.core.provenance import Identity, identify, manifest, recorded, versions
 from stages.core.ranks import Ranks
 from stages.rl.options import Options as Options
 from stages.rl.options import Settings as Settings
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stages.rl.rundir import RunDir
 
 TRAIN, VALID = "problems", "valid"  # the sets of the request
+FP8 = "fp8_per_tensor"  # vLLM's name for weights that it rounds itself, at its start and when they are handed over
 
 
 def run(options: Options) -> None:
@@ -49,10 +50,10 @@ def run(options: Options) -> None:
     if options.exact:
         compute_exactly()
     accelerator = ranks.together(lambda: start_accelerator(options, options.out))
-    inputs, rounding = recorded([request.path, options.problems]), {"processes": ranks.num_ranks}
+    inputs, rounding = recorded([request.path, options.problems], ranks), {"processes": ranks.num_ranks}
     identity = identify("rl", options, inputs, versions() | verifier.VERSION, rounding, **request.resolved)
     seen = {**identity.inputs.digests, **identity.versions, **request.seen}
-    ranks.refuse_differences(seen | ({"valid": digest(options.valid)} if options.valid else {}))
+    ranks.refuse_differences(seen | (recorded([options.valid], ranks).digests if options.valid else {}))
     directory = RunDir(options.out)
     with ExitStack() as stack:
         finished, done = ranks.on_first(lambda: _begin(directory, identity, options, stack))
@@ -71,9 +72,11 @@ def run(options: Options) -> None:
 
 def _read(options: Options, ranks: Ranks) -> "Request":
     """Read and check policy and problems, without an engine. Raises InputError for the first fault."""
+    import torch
+
     from stages.core import outputs, tabular
     from stages.core.drawing.request import read_request
-    from stages.core.policy import adapters
+    from stages.core.policy import acceleration, adapters
     from stages.rl import validation
 
     outputs.refuse_unwritable(options.out)
@@ -92,6 +95,9 @@ def _read(options: Options, ranks: Ranks) -> "Request":
         raise InputError(f"--policy {options.policy} holds {len(request.policies)} checkpoints: name one of them")
     adapters.check(request.path, options)
     _refuse_unreachable(options.entropy_target, request.path)
+    acceleration.check(options)
+    if options.rollout_dtype == "fp8" and not torch.cuda.is_available():
+        raise InputError("--rollout-dtype fp8: it takes a GPU: leave it out")
     if options.valid and (fault := request.too_long(VALID)):  # fewer problems would give another figure
         raise InputError(f"--valid {options.valid}: {fault}: lower it, or remove them")
     if ranks.is_first and (fault := request.too_long(TRAIN)):
@@ -152,7 +158,7 @@ def _explore(
     if ranks.is_first:
         for line in _advice(path, options, request.longest(), memory.gpu_memory(), accelerator.is_fsdp2, ranks):
             warn(line)
-    engine = _start_engine(request, options.max_sequences)
+    engine = _start_engine(request, options)
     trainer = Trainer(path, accelerator, options)
     with request.rewards.grader() as grader, stop_signal() as stop_flag:
         explorer = Explorer(
@@ -180,12 +186,14 @@ def _advice(policy: Path, options: Options, longest: int, gpu_gib: float, is_sha
     return [line for line in (update, engine) if line]
 
 
-def _start_engine(request: "Request", max_sequences: int) -> "VllmEngine":
+def _start_engine(request: "Request", options: Options) -> "VllmEngine":
     """The engine of this rank, with room for the longest prompt and completion."""
     from stages.core.drawing.engine import fitting
 
-    engine = request.start_engine(request.path, sleeps=True)
-    if not max_sequences:  # long prompts of --valid must not change the batches, whose rounding rollouts have
+    engine = request.start_engine(
+        request.path, sleeps=True, quantization=FP8 if options.rollout_dtype == "fp8" else None
+    )
+    if not options.max_sequences:  # long prompts of --valid must not change the batches, whose rounding rollouts have
         engine.max_sequences = fitting(engine.cache_tokens, request.longest(TRAIN))
     return engine
 

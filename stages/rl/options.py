@@ -55,6 +55,17 @@ class Settings(TrainingOptions, RequestOptions):
     importance_cap: Annotated[
         float, "cap on the trainer/engine probability ratio that weights each token; 0 is off", at_least(0)
     ] = 2.0
+    engine_log_probs: Annotated[
+        bool,
+        "take the engine's log-probs for the old ones, which spares the pass that scores later mini-batches; the clip "
+        "then holds the engine's mismatch, too, and importance_cap weighs nothing",
+    ] = False
+    rollout_dtype: Annotated[
+        str,
+        "fp8: on a GPU with vLLM 0.32 or newer the engine's linear layers compute in FP8, their weights rounded anew "
+        "at each hand-over; auto: as --dtype",
+        one_of("auto", "fp8"),
+    ] = "auto"
     lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0), at_most(1)] = 1e-6
     warmup_steps: Annotated[int, "training steps over which the learning rate grows to its full value", at_least(0)] = (
         10
@@ -112,6 +123,8 @@ class Settings(TrainingOptions, RequestOptions):
                 f"--entropy-delta {self.entropy_delta:g} with --entropy-target {self.entropy_target:g}: give both, or "
                 "neither for no entropy term"
             )
+        if self.rollout_dtype == "fp8" and not self.importance_cap:
+            raise InputError("--rollout-dtype fp8 draws from another policy than is trained: it needs --importance-cap")
         if self.advantage == "maxrl" and (min(self.reward_correct, self.reward_wrong) < 0 or self.overlong_buffer):
             raise InputError(
                 "--advantage maxrl divides by the mean reward, so none may be below 0: give --reward-wrong 0 and "

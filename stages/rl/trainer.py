@@ -43,8 +43,8 @@ class TokenRollout:
     """
 
     prompt_ids: list[int]
-    completion_ids: list[int]
-    engine_log_probs: list[float]
+    completion_ids: Sequence[int]
+    engine_log_probs: Sequence[float]
     advantage: float
     old_log_probs: torch.Tensor | None = field(default=None, repr=False)
 
@@ -87,7 +87,7 @@ class Trainer:
         self.settings = settings
         self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32  # of the engine
         self.tokenizer = checkpoints.load_tokenizer(path)
-        model = checkpoints.load_model(path, torch.float32)
+        model = checkpoints.load_model(path, torch.float32, settings.attn_implementation)
         without_dropout(model)
         adapters.attach(model, settings, settings.seed, is_bfloat16=accelerator.mixed_precision == "bf16")
         if settings.gradient_checkpointing:
@@ -96,6 +96,8 @@ class Trainer:
         self._shares_prompts = not (torch.cuda.is_available() or accelerator.is_fsdp2) and prefixes.fits(model)
         if self._shares_prompts:
             prefixes.add_prefixes(model)
+        if settings.compile_layers:
+            acceleration.compile_layers(model)
         vocabulary = model.config.get_text_config().vocab_size
         card, number = memory.gpu_memory(), accelerator.num_processes
         shape = memory.planned_shape(path, card)
@@ -124,7 +126,8 @@ class Trainer:
             group["lr"] = lr
         parts = [[rollouts[i] for i in part] for part in split(range(len(rollouts)), self.settings.minibatches)]
         for part in parts[1:]:  # the first update sees the weights that sampled, so its ratio needs no second forward
-            self._remember_log_probs(part)
+            if not self.settings.engine_log_probs:
+                self._remember_log_probs(part)
         stats = UpdateStats()
         for part in parts:
             self._update(part, stats, entropy_weight)
@@ -276,9 +279,10 @@ class Trainer:
         mask = output.label_mask & counts
         log_probs = torch.where(mask, output.log_probs.float(), 0.0)
         engine = self._aligned([torch.tensor(r.engine_log_probs) for r in batch], batch, mask)
-        old = log_probs.detach()
+        own = log_probs.detach()
         if batch[0].old_log_probs is not None:
-            old = self._aligned([r.old_log_probs for r in batch if r.old_log_probs is not None], batch, mask)
+            own = self._aligned([r.old_log_probs for r in batch if r.old_log_probs is not None], batch, mask)
+        old = engine if self.settings.engine_log_probs else own
         cap = self.settings.importance_cap
         importance = dapo.importance_weights(old, engine, cap) if cap else None
         advantages = torch.tensor([[r.advantage] for r in batch], device=mask.device)
@@ -287,14 +291,14 @@ class Trainer:
         entropy = ((output.entropy if entropy_weight else output.entropy.detach()) * mask).sum()
         loss = surrogate.loss - entropy_weight * entropy if entropy_weight else surrogate.loss
         clipped = [surrogate.clipped_low, surrogate.clipped_high]
-        difference = (old - engine).abs() * mask
+        difference = (own - engine).abs() * mask
         sums = [loss.detach(), entropy.detach(), *clipped, difference.sum(), difference.max()]
         return loss, torch.stack([value.double() for value in sums])
 
     def _forward(self, batch: Sequence[TokenRollout]) -> Any:
         """Score the completion tokens of `batch`. Padding is on the right, where causal attention never looks."""
         device = self.accelerator.device
-        rows = [torch.tensor(rollout.prompt_ids[self._begin(rollout) :] + rollout.completion_ids) for rollout in batch]
+        rows = [torch.cat([_ids(r.prompt_ids[self._begin(r) :]), _ids(r.completion_ids)]) for r in batch]
         labels = [row.clone() for row in rows]
         for row, rollout in zip(labels, batch, strict=True):
             row[: len(row) - len(rollout.completion_ids)] = IGNORED
@@ -351,6 +355,10 @@ class Trainer:
         """Under DDP, reduce gradients once an update rather than once a micro-batch."""
         many = self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         return self.accelerator.no_sync(self.model) if hold and many else nullcontext()
+
+
+def _ids(tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(tokens, dtype=torch.long)
 
 
 def _has_experts(model: Any) -> bool:

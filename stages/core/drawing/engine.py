@@ -78,8 +78,8 @@ class Completion(NamedTuple):
     """
 
     text: str
-    token_ids: list[int]
-    log_probs: list[float]
+    token_ids: Sequence[int]
+    log_probs: Sequence[float]
     finish_reason: str
 
 
@@ -165,10 +165,12 @@ class VllmEngine:
         max_model_len: int,
         sleeps: bool = False,
         distributed: bool = False,
+        quantization: str | None = None,
     ):
         """Start with the checkpoint `policy`, read by vLLM's own loader; InputError if vLLM cannot.
 
-        `distributed` engines start on all ranks at the same time, `tensor_parallel` ranks in a row sharing one.
+        `distributed` engines start on all ranks at the same time, `tensor_parallel` ranks in a row sharing one. With a
+        `quantization` by vLLM's name it rounds weights that are loaded, then and later.
         """
         configure()
         import torch
@@ -193,6 +195,7 @@ class VllmEngine:
             max_num_seqs=max_sequences or MAX_SEQUENCES,
             gpu_memory_utilization=options.memory_fraction,
             enable_sleep_mode=self.sleeps,
+            quantization=quantization,
             logprobs_mode="processed_logprobs",
             use_tqdm_on_load=False,
             **self._distributed(distributed),

@@ -1,10 +1,7 @@
 """vLLM's kernels on the CPU: its own C code for RMSNorm, which it leaves off there, and its compiled mode."""
 
 import os
-import shutil
 from typing import Any
-
-from stages.core.errors import InputError
 
 PROVIDER = "rloop_c"
 NORMS = ("rms_norm", "fused_add_rms_norm")
@@ -17,14 +14,28 @@ def options(is_compiled: bool) -> dict[str, Any]:
     """
     import torch
 
+    from stages.core.policy.acceleration import check_compiler
+
     torch._dynamo.config.disable = not is_compiled  # else one small function of vLLM's is compiled on its first call
+    leave_ranks_out()
     if is_compiled:
-        compiler = os.environ.get("CXX", "g++")  # which inductor calls
-        if shutil.which(compiler) is None:
-            raise InputError(f"--compile: there is no C++ compiler ({compiler}): install g++, set CXX, or leave it out")
+        check_compiler("--compile")
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what it keeps of that, vLLM 0.32 cannot load on a CPU
         return {"enforce_eager": False}
     return {"enforce_eager": True, "kernel_config": {"ir_op_priority": norms()}}
+
+
+def leave_ranks_out() -> None:
+    """Let vLLM's sampler not count how many tokens are likelier than the one it drew, which nobody asks for.
+
+    On a CPU that is a pass over the vocabulary that takes longer than the log-probabilities themselves.
+    """
+    from vllm.v1.sample import sampler
+
+    def no_ranks(log_probs: Any, own: Any) -> Any:
+        return own.new_zeros(len(own), dtype=int)
+
+    sampler.batched_count_greater_than = no_ranks  # type: ignore[attr-defined, assignment]
 
 
 def norms() -> dict[str, list[str]]:

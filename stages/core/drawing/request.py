@@ -96,13 +96,18 @@ class Request:
         """How to sample `prompts`."""
         return seeded(self.sampling, self.options.seed, prompts)
 
-    def start_engine(self, policy: Path, sleeps: bool = False) -> VllmEngine:
+    def start_engine(self, policy: Path, sleeps: bool = False, quantization: str | None = None) -> VllmEngine:
         """An engine with room for the longest prompt and completion; all ranks start theirs together."""
         if self.ranks.is_first:
             warn(f"starting the engine with {policy}")
         with self.ranks.raise_once():
             engine = VllmEngine(
-                policy, self.options, max_model_len=self.longest(), sleeps=sleeps, distributed=not self.ranks.is_alone
+                policy,
+                self.options,
+                max_model_len=self.longest(),
+                sleeps=sleeps,
+                distributed=not self.ranks.is_alone,
+                quantization=quantization,
             )
         if self.ranks.is_first:
             warn(engine.capacity)
@@ -141,7 +146,7 @@ def read_request(
     """Read and check all that is needed to ask `policies` the problems in `files` (by set); InputError for a fault.
 
     A policy is a checkpoint, a directory of checkpoints or a hub id. Of each file the first `limit` problems count,
-    all if it is 0.
+    all if it is 0. Of many ranks the first looks into the weights.
     """
     ranks.refuse_uneven()
     summands = rewards.read(options)
@@ -157,7 +162,7 @@ def read_request(
     }
     prompts = [prompt for own, _ in made.values() for prompt in own]
     _check_alike(paths, tokenizers, template, prompts)
-    for path in paths.values():
+    for path in paths.values() if ranks.is_first else ():
         checkpoints.check_shapes(path)
     checkpoints.check_divisible(paths[first], ranks.tensor_parallel)
     rewards.check(summands, prompts, tokenizer, ranks.is_first)

@@ -1,8 +1,10 @@
 """How rl and rft use accelerate: float32 gradients under bfloat16, whole weights from shards."""
 
+import importlib.util
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from stages.core.errors import InputError
 from stages.core.policy import adapters, checkpoints
+from stages.core.policy.memory import FLASH_PACKAGES, TrainingOptions
+
+COMPILER = "inductor"
 
 # Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
 logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
@@ -29,6 +34,36 @@ def uses_bfloat16(dtype: str) -> bool:
     if is_meant and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError(f"--dtype {dtype}: {torch.cuda.get_device_name()} has no bfloat16: add --dtype float32")
     return is_meant
+
+
+def check(options: TrainingOptions) -> None:
+    """Raise InputError for an attention or a compiler that `options` ask for and this machine lacks."""
+    name = options.attn_implementation
+    if package := FLASH_PACKAGES.get(name):
+        if not uses_bfloat16(options.dtype) or not torch.cuda.is_available():
+            raise InputError(f"--attn-implementation {name}: it computes in bfloat16 on a GPU only: leave it out")
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"--attn-implementation {name}: {package} is not installed: install it, or leave it out")
+    if options.compile_layers and not torch.cuda.is_available():
+        check_compiler("--compile-layers")
+
+
+def check_compiler(option: str) -> None:
+    """Raise InputError if there is no C++ compiler, which inductor calls by CXX or g++."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise InputError(f"{option}: there is no C++ compiler ({compiler}): install g++, set CXX, or leave it out")
+
+
+def compile_layers(model: Any) -> None:
+    """Let each layer of the decoder run as compiled code, for any length; call it before `prepare`.
+
+    In place: names of weights, gradient checkpointing and states stay. accelerate's own way renames the weights.
+    """
+    torch._dynamo.config.disable = False  # as an engine on the CPU has it
+    for layer in model.modules():
+        if type(layer).__name__ in model._no_split_modules:  # what transformers names so are its layers
+            layer.compile(dynamic=True, backend=COMPILER)
 
 
 def compute_exactly() -> None:

@@ -244,8 +244,8 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def load_model(path: Path, dtype: "torch.dtype") -> Any:
-    """The causal language model of a checkpoint in `dtype`, on the CPU.
+def load_model(path: Path, dtype: "torch.dtype", attention: str = "sdpa") -> Any:
+    """The causal language model of a checkpoint in `dtype`, on the CPU, with an `attention` by transformers' name.
 
     Raises InputError if the weights don't fit the configuration: other shapes, or tensors missing.
     """
@@ -255,7 +255,9 @@ def load_model(path: Path, dtype: "torch.dtype") -> Any:
     logging.disable_progress_bar()
     config = load_config(path)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+    if attention != "sdpa":
+        options["attn_implementation"] = attention
+    elif getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # torch's fused attention leaves the cap out
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)

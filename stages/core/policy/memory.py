@@ -27,6 +27,7 @@ ENGINE_WORK_OF_MANY = 3.0  # GiB, estimate: the same for policies that need seve
 TOLERANCE = 0.01  # of the number of weights: biases, or norms of queries, that the plan doesn't know
 MOST_TOKENS, LEAST_TOKENS = 16384, 512  # a micro-batch: without a plan, and the smallest that a plan proposes
 MARGIN = 0.95  # of a GPU's memory, that a plan may fill
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
 
 
@@ -48,6 +49,15 @@ class TrainingOptions(LoraOptions):
         "compute type: float32, bfloat16, or auto (bfloat16 on a GPU, float32 elsewhere)",
         one_of("auto", "float32", "bfloat16"),
     ] = "auto"
+    attn_implementation: Annotated[
+        str,
+        "the attention that transformers computes with; flash_attention_2 and 3 want a GPU, bfloat16 and their package",
+        one_of("sdpa", "eager", *FLASH_PACKAGES),
+        ROUNDING,
+    ] = "sdpa"
+    compile_layers: Annotated[
+        bool, "compile the decoder's layers, in place: the first updates take minutes longer, later ones less", ROUNDING
+    ] = False
 
 
 class Draws(Protocol):
