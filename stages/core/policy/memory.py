@@ -26,6 +26,7 @@ ENGINE_WORK = 2.0  # GiB, estimate: the engine's activations, logits of its samp
 ENGINE_WORK_OF_MANY = 3.0  # GiB, estimate: the same for policies that need several GPUs
 TOLERANCE = 0.01  # of the number of weights: biases, or norms of queries, that the plan doesn't know
 MOST_TOKENS, LEAST_TOKENS = 16384, 512  # a micro-batch: without a plan, and the smallest that a plan proposes
+CPU_TOKENS = 2048  # fewer read weights and gradients too often, more leave the processor's caches and hold more padding
 MARGIN = 0.95  # of a GPU's memory, that a plan may fill
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
@@ -37,7 +38,8 @@ class TrainingOptions(LoraOptions):
 
     tokens_per_microbatch: Annotated[
         int,
-        "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md",
+        "most tokens, padding included, in one forward and backward pass; 0 is the most that fits by docs/memory.md, "
+        "on a CPU 2,048",
         at_least(0),
         ROUNDING,
     ] = 0
@@ -351,7 +353,7 @@ def planned_shape(policy: Path, gpu_gib: float) -> Shape | None:
 def planned_tokens(
     shape: Shape | None, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
 ) -> int:
-    """The tokens of a micro-batch: those given, for 0 those of the plan, and without a plan 16,384."""
+    """The tokens of a micro-batch: those given, for 0 those of the plan; without a plan 16,384, on a CPU 2,048."""
     if options.tokens_per_microbatch or shape is None or not gpu_gib:
-        return options.tokens_per_microbatch or MOST_TOKENS
+        return options.tokens_per_microbatch or (MOST_TOKENS if gpu_gib else CPU_TOKENS)
     return fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded) or LEAST_TOKENS
