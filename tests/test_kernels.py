@@ -1,5 +1,10 @@
 """vLLM's C code for RMSNorm where it is right, and its compiled mode, which takes new weights too."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -57,11 +62,9 @@ def test_without_a_compiler_the_compiled_mode_is_refused_in_one_line(monkeypatch
         kernels.options(is_compiled=True)
 
 
-def test_a_compiled_engine_takes_new_weights_draws_what_an_eager_one_draws_and_is_compiled_once_for_all_start_policies(
+def test_a_compiled_engine_takes_new_weights_and_draws_what_an_eager_one_draws(
     engine, tiny_policy, other_policy, monkeypatch
 ):
-    from vllm.compilation.counter import compilation_counter
-
     monkeypatch.setattr("vllm.v1.engine.core.cleanup_dist_env_and_memory", lambda: None)  # `engine` needs the groups
     monkeypatch.setattr(torch._dynamo.config, "disable", True)  # so that it is taken back
     prompts = [[5, 6, 7], [8, 9]]
@@ -76,11 +79,6 @@ def test_a_compiled_engine_takes_new_weights_draws_what_an_eager_one_draws_and_i
         eager, ours = (torch.tensor([p for group in groups for c in group for p in c.log_probs]) for groups in drawn)
         assert torch.allclose(eager, ours, atol=1e-4)
     compiled.close()
-    before = compilation_counter.clone()
-    again = VllmEngine(other_policy, EngineOptions(compile=True), max_model_len=96)  # as the next iteration's
-    assert compilation_counter.num_inductor_compiles == before.num_inductor_compiles
-    assert compilation_counter.num_compiled_artifacts_loaded > before.num_compiled_artifacts_loaded
-    again.close()
     prefer_c()  # `engine` goes on
 
 
@@ -95,3 +93,26 @@ def test_compiled_code_is_kept_for_policies_of_one_kind_wherever_they_lie(tiny_p
         keys.append(config.compute_hash())
         assert config.model_config.model == str(policy)
     assert keys[0] == keys[1] != keys[2]
+
+
+START = """
+import sys
+from pathlib import Path
+from stages.core.drawing.engine import EngineOptions, VllmEngine
+VllmEngine(Path(sys.argv[1]), EngineOptions(compile=True), max_model_len=96)
+from vllm.compilation.counter import compilation_counter as counter
+print("counts", counter.num_inductor_compiles + counter.num_aot_compiles, counter.num_compiled_artifacts_loaded)
+"""
+
+
+def test_of_two_start_policies_of_one_kind_only_the_first_is_compiled(tiny_policy, other_policy, tmp_path):
+    """Each in a process of its own, as in two iterations."""
+    counts = []
+    for policy in (tiny_policy, other_policy):
+        command = [sys.executable, "-c", START, str(policy)]
+        environment = os.environ | {"VLLM_CACHE_ROOT": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        counts.append([*map(int, done.stdout.partition("counts ")[2].split())])
+    (compiled, _), (compiled_again, loaded) = counts
+    assert compiled > 0 == compiled_again
+    assert loaded > 0

@@ -277,9 +277,7 @@ def test_rl_is_told_at_its_start_what_of_its_options_does_not_fit_the_card(tiny_
 
 
 @pytest.mark.parametrize("options", [Settings(), plans.rft_options(ROOT / "configs/qwen2.5-math-7b.yaml")])
-def test_a_micro_batch_is_by_the_plan_unless_it_is_given_without_a_plan_16384_tokens_or_2048(
-    tiny_policy, options
-):
+def test_a_micro_batch_is_by_the_plan_unless_it_is_given_without_a_plan_16384_tokens_or_2048(tiny_policy, options):
     shape, card = memory.planned_shape(tiny_policy, 1.87), 1.87
     assert options.tokens_per_microbatch == 0
     assert (memory.planned_tokens(None, options, card), memory.planned_tokens(None, options, 0)) == (16384, 2048)
