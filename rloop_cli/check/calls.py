@@ -1,6 +1,5 @@
 """The commands of the graph as they would be called: who makes which file, and how each is launched."""
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -112,11 +111,6 @@ class Launch(NamedTuple):
     is_sharded: bool = False
 
 
-def launch_files(call: Call) -> list[str]:
-    """The files that the launcher reads."""
-    return [word for word in call.launch if PurePath(word).suffix in (".yaml", ".yml", ".json", ".sh", ".py")]
-
-
 def launched(call: Call) -> Launch:
     """What the words before the command say, and the config file of accelerate."""
     words = [part for word in call.launch for part in word.split("=")]
@@ -130,8 +124,3 @@ def launched(call: Call) -> Launch:
     number = str(options.get("__num_processes") or options.get("__nproc_per_node") or config.get("num_processes"))
     is_sharded = config.get("distributed_type") == "FSDP" or "--use_fsdp" in words
     return Launch(int(number) if number.isdigit() else None, is_sharded)
-
-
-def launch_text(call: Call) -> str:
-    """The words before the command, as they stand in the params file."""
-    return shlex.join(call.launch)

@@ -71,17 +71,18 @@ def pairs(evaluations: Sequence[EvalCall]) -> Range:
 
 def rollouts(evaluations: Sequence[EvalCall], sizes: Mapping[str, int]) -> Range:
     """Completions to draw, by the number of problems of each set."""
-    return _total(evaluations, lambda one: one.samples * sum(_limited(one, sizes[file]) for file in one.sets))
+
+    def of_policy(one: EvalCall) -> int:
+        limit = one.call.options.limit
+        return one.samples * sum(min(sizes[file], limit or sizes[file]) for file in one.sets)
+
+    return _total(evaluations, of_policy)
 
 
 def _total(evaluations: Sequence[EvalCall], of_policy: Callable[[EvalCall], int]) -> Range:
     return Range(
         sum(one.fewest * of_policy(one) for one in evaluations), sum(one.most * of_policy(one) for one in evaluations)
     )
-
-
-def _limited(one: EvalCall, size: int) -> int:
-    return min(size, one.call.options.limit or size)
 
 
 class Exploration(NamedTuple):

@@ -2,15 +2,16 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rloop_cli.check.calls import Call, launch_files, launch_text, maker
+from rloop_cli.check.calls import Call, maker
 from stages.core.drawing import templates
 from stages.core.errors import InputError
 from stages.core.grading import rewards
 
-NAMES = ("--policy", "--kl-to", "--decontaminate", "--reward")  # take a name, of the hub's or ours, as well as a path
+READ_BY_LAUNCHERS = (".yaml", ".yml", ".json", ".sh", ".py")
 _FILE = re.compile(r".*\.[a-z]+(\.gz)?")
 
 
@@ -21,9 +22,9 @@ def faults(calls: Sequence[Call]) -> Iterator[str]:
         for flag, path in ((flag, path) for flag, paths in call.paths.items() for path in paths):
             if not _is_name(flag, path) and not Path(path).exists() and maker(calls, path) is None:
                 missing.setdefault(path, call.origin(flag, path))
-        for file in launch_files(call) if call.stage else ():
-            if not Path(file).is_file():
-                yield f"{call.origin('', launch_text(call))}: {file}: no such file"
+        for word in call.launch if call.stage else ():
+            if Path(word).suffix in READ_BY_LAUNCHERS and not Path(word).is_file():
+                yield f"{call.origin('', shlex.join(call.launch))}: {word}: no such file"
         yield from _template_faults(call)
         yield from _reward_faults(call)
     made = [str(path) for call in calls for path in call.made]

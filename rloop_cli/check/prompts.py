@@ -43,8 +43,8 @@ def seen(calls: Sequence[Call]) -> Seen:
     whole, done, broken = Seen(), dict[Rendering, int](), dict[str, str]()
     reader, contexts = cache(_reader), dict[str, int]()
     for call in calls:
-        base = _base(call, calls) if call.stage in ("rl", "sample", "eval") else None
-        if base is None:
+        named = policies_of(call, calls) if call.stage in ("rl", "sample", "eval") else []
+        if not named or (base := base_of(calls, named[0]).path) is None:
             continue
         try:
             tokenizer, context = reader(base)
@@ -61,12 +61,6 @@ def seen(calls: Sequence[Call]) -> Seen:
     whole.faults += [f"{origin}: {error}" for error, origin in broken.items()]
     whole.lines += _longest_of_each(calls, whole.longest, contexts)
     return whole
-
-
-def _base(call: Call, calls: Sequence[Call]) -> Path | None:
-    """The policy that is there and has the tokenizer of those that the call names."""
-    named = policies_of(call, calls)
-    return base_of(calls, named[0]).path if named else None
 
 
 def _reader(base: Path) -> tuple[Any, int]:
@@ -116,10 +110,10 @@ def _flag(error: InputError) -> str:
     return word if word.startswith("--") else "--template" if word == "template" else ""
 
 
-def shortened(text: str, most: int = SHOWN_CHARS) -> str:
+def shortened(text: str) -> str:
     """A prompt on one line, with its middle left out if it is long."""
     line = json.dumps(text, ensure_ascii=False)
-    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+    return line if len(line) <= SHOWN_CHARS else f"{line[: SHOWN_CHARS // 2]} ... {line[-SHOWN_CHARS // 2 :]}"
 
 
 def waiting(calls: Sequence[Call]) -> Iterator[str]:

@@ -33,14 +33,9 @@ def microbatches(
             cost = cheapest[start] + tokens + token_budget / PASS
             if cost < cheapest[end]:
                 cheapest[end], begins[end] = cost, start
-    return _cut(order, begins)
-
-
-def _cut(order: Sequence[int], begins: Sequence[int]) -> list[list[int]]:
-    """`order` in pieces; `begins[end]` is where the piece that ends at `end` begins."""
     pieces = []
     end = len(order)
     while end:
-        pieces.append(list(order[begins[end] : end]))
+        pieces.append(order[begins[end] : end])
         end = begins[end]
     return pieces[::-1]
