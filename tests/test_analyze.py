@@ -295,6 +295,18 @@ def test_the_set_of_an_eval_of_one_set_is_known_by_its_manifest(tmp_path):
     assert json.loads((tmp_path / "out/learning_RL.json").read_text())["set"] == "valid"
 
 
+@pytest.mark.parametrize(("asked", "taken"), [("valid", "valid@0.6"), ("valid@1", "valid@1")])
+def test_of_a_set_at_several_temperatures_the_lowest_is_analyzed_unless_one_is_named(tmp_path, capsys, asked, taken):
+    for at in ("1", "0.6", "1.2"):
+        policies = (BASE, "runs/vanilla/rl/checkpoints/step_000002")
+        evaluate(tmp_path / f"eval/valid@{at}", {policy: {"p": [("a b", 1)]} for policy in policies})
+    analyze.run(analyze.Options(evals=[tmp_path / "eval"], set_=asked, out=tmp_path / "out"))
+    assert json.loads((tmp_path / "out/learning_RL.json").read_text())["set"] == taken
+    assert ("valid@0.6 is analyzed, of valid that at the lowest temperature" in capsys.readouterr().err) == (
+        asked == "valid"
+    )
+
+
 @pytest.fixture
 def two(tmp_path) -> Path:
     steps = ("runs/0/policy", "runs/vanilla/rl/checkpoints/step_000002", "runs/other/rl/checkpoints/step_000002")

@@ -520,7 +520,7 @@ def test_several_temperatures_are_measured_apart_and_each_as_it_is_alone(
         assert load(tmp_path / path / "metrics.json")["temperature"] == temperature
         assert {result["temperature"] for result in read(tmp_path / path, Result)} == {temperature}
     overview = load(tmp_path / "two/metrics.json")
-    assert overview["selected"] == load(tmp_path / "two/sums@1/metrics.json")["selected"], "the first one selects"
+    assert overview["selected"] == load(tmp_path / "two/sums@0.6/metrics.json")["selected"], "the lowest one selects"
     run(both, problems, tmp_path / "two", temperature=[1.0, 0.6], greedy=True, select="avg@4")
     assert len(engines) == 2, "already done"
 

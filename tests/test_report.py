@@ -550,10 +550,30 @@ def test_what_a_method_cost_is_summed_up_to_its_policy(seeds):
     ]
 
 
+def test_over_runs_methods_are_compared_without_the_set_that_checkpoints_are_chosen_on():
+    sets = ["select", "far", "Average", "Average without select"]
+    rows = [
+        (name, method, "avg@4", 10.0 * len(name), 9.0 * len(name), 11.0 * len(name), 3)
+        for name in sets
+        for method in ("RL", "RLoop")
+    ]
+    table = pd.DataFrame(rows, columns=["set", "method", "metric", "value", "low", "high", "num_runs"])
+    assert set(report_seeds.overall(table)["set"]) == {"Average without select"}
+    assert {line["set"] for line in report_seeds.lines_of(table)} == {"select (chosen on it)", *sets[1:]}
+    without = table[table["set"] != "Average without select"]
+    assert set(report_seeds.overall(without)["set"]) == {"Average"}
+    (sentence,) = report_seeds.headline(table[table["method"] == "RL"].assign(method="RLoop − RL"), ("avg@4",))
+    assert sentence == "RLoop against RL in avg@4 on average without select: +220.0 ± 22.0 points over 3 runs."
+
+
 def test_several_runs_have_a_page_tables_and_a_figure_of_the_frontier(seeds, tmp_path, capsys):
     report.run(report.Options(runs=seeds, ks=[2, 4], out=tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
-    assert "RLoop against RL in avg@4: +" in page and "points over 3 runs" in page and page.count("<figure>") == 1
+    assert (
+        "RLoop against RL in avg@4 on average: +" in page
+        and "points over 3 runs" in page
+        and page.count("<figure>") == 1
+    )
     assert re.search(r"\| far \| RL \| 2\.8 ± 12\.0 \| ", (tmp_path / "results.md").read_text())
     assert {row["run"] for row in read_tsv(tmp_path / "results.tsv")} == set(map(str, seeds))
     assert {row["series"] for row in read_tsv(tmp_path / "figures/frontier.tsv")} >= {"Base", "RL", "RLoop"}

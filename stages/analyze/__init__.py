@@ -29,6 +29,7 @@ from stages.core.study.runs import (
     Evaluation,
     Position,
     find_evals,
+    named_set,
     path_of,
     positions,
     read_evals,
@@ -103,14 +104,17 @@ def run(options: Options) -> None:
 
 
 def _one_set(evaluations: Mapping[str, Evaluation], wanted: str) -> Evaluation:
-    """The evaluation of the set `wanted`, or of the only one there is."""
+    """The evaluation of the set `wanted`, of several temperatures at the lowest, or of the only one there is."""
     if not evaluations:
         raise InputError("nothing of the evals descends from what is there now: evaluate again")
-    if wanted and wanted not in evaluations:
+    name = named_set(wanted, evaluations)
+    if wanted and not name:
         raise InputError(f"--set {wanted}: the evals hold {', '.join(evaluations)}")
     if not wanted and len(evaluations) > 1:
         raise InputError(f"the evals hold several problem sets: name one of {', '.join(evaluations)} by --set")
-    return evaluations[wanted or next(iter(evaluations))]
+    if name != wanted:
+        warn(f"{name} is analyzed, of {wanted} that at the lowest temperature")
+    return evaluations[name or next(iter(evaluations))]
 
 
 def _paths(positions: Sequence[Position]) -> dict[str, list[Position]]:

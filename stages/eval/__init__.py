@@ -52,7 +52,9 @@ class Options(SamplingOptions):
     ] = field(default_factory=list)
     all_checkpoints: Annotated[bool, "with --selected: every policy of these eval outputs", PATH] = False
     temperature: Annotated[
-        list[float], "sampling temperature; repeatable: each set is then measured as set@temperature", at_least(0)
+        list[float],
+        "sampling temperature; repeatable: each set is then measured as set@temperature, and the lowest selects",
+        at_least(0),
     ] = field(default_factory=lambda: [1.0])
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = following(
@@ -76,6 +78,7 @@ class Options(SamplingOptions):
             sampling.refuse_alike(temperature, self.num_samples)
         if len(names := [f"{temperature:g}" for temperature in self.temperature]) > len(set(names)):
             raise InputError(f"--temperature {', '.join(names)}: name each once")
+        object.__setattr__(self, "temperature", sorted(self.temperature))
         scoring.check_metrics(self.num_samples, self.k, self.select, self.maj, self.greedy)
         if self.maj and self.has_own_rewards:
             raise InputError("--maj counts answers that math-verify finds equivalent: leave out --maj or --reward")

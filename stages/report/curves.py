@@ -66,8 +66,10 @@ def frontier(rows: pd.DataFrame, axes: tuple[str, str], over: str) -> Iterator[F
     table = both.dropna(subset=["x", "y"]).rename_axis("series").reset_index().astype({"series": str})
     if len(table) > 1:
         where = rows["set"].iloc[0]
-        title = f"Accuracy and coverage on {'average over the sets' if where == AVERAGE else where}"
-        caption = f"{title}: further up and to the right is better. Lines: 95 % intervals over {over}."
+        where = "average over the sets" if where == AVERAGE else where.replace(AVERAGE, AVERAGE.lower(), 1)
+        title, known = f"Accuracy and coverage on {where}", table[["x_low", "y_low"]].notna().any(axis=None)
+        lines_are = f" Lines: 95 % intervals over {over}." if known else ""
+        caption = f"{title}: further up and to the right is better.{lines_are}"
         yield points("frontier", title, caption, table, (f"{axes[0]} (%)", f"{axes[1]} (%)"))
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from stages.core.study import metrics
 from stages.core.study.figures import Figure
 from stages.report import curves, summaries
-from stages.report.study import AVERAGE, COST, Study
+from stages.report.study import AVERAGE, COST, WITHOUT, Study
 
 MIN_RUNS = 3
 KEYS = ["set", "method", "metric"]
@@ -82,7 +82,7 @@ def differences(measured: pd.DataFrame) -> pd.DataFrame:
 
 def frontier(rows: pd.DataFrame, costs: pd.DataFrame, axes: tuple[str, str]) -> list[dict[str, Any]]:
     """A row a method: accuracy and coverage, whether no other has more of both, and its costs, means over runs."""
-    whole = summaries.overall(rows)
+    whole = overall(rows)
     table = whole[whole["metric"].isin(axes)].pivot_table(
         index="method", columns="metric", values="value", observed=True
     )
@@ -92,9 +92,23 @@ def frontier(rows: pd.DataFrame, costs: pd.DataFrame, axes: tuple[str, str]) -> 
     for method, own in table.dropna().iterrows():
         is_behind = bool(((table[list(axes)] > own[list(axes)]).all(axis="columns")).any())
         figures_of = {metric: cells[method][metric] for metric in axes}
-        cost = {name: float(paid.loc[method, name]) for name in COST}
+        cost = {name: _counted(name, paid.loc[method, name]) for name in COST}
         lines.append({"method": method, **figures_of, "on the frontier": "" if is_behind else "yes", **cost})
     return lines
+
+
+def overall(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the average without the set that checkpoints are chosen on, or of what stands for all if that lacks.
+
+    What was chosen on a set is favoured there, so that set is in no comparison of methods.
+    """
+    without = [name for name in rows["set"].unique() if str(name).startswith(WITHOUT)]
+    return rows[rows["set"] == without[0]] if without else summaries.overall(rows)
+
+
+def _counted(name: str, value: float) -> float:
+    """A mean of rollouts or tokens as a whole number."""
+    return value if name == "hours" or value != value else round(value)
 
 
 def _cells(rows: pd.DataFrame, is_difference: bool) -> dict[str, dict[str, str]]:
@@ -114,17 +128,19 @@ def _text(row: Mapping[str, Any], is_difference: bool) -> str:
 def lines_of(rows: pd.DataFrame, is_difference: bool = False) -> list[dict[str, Any]]:
     """A line a set and method with a text a metric, and of how many runs."""
     names = metrics.in_order(rows["metric"].unique())
+    sets = [str(name) for name in rows["set"].unique()]
+    marks = {own: f"{own} (chosen on it)" for name in sets if (own := name.removeprefix(WITHOUT)) != name}
     lines = []
     for (name, method), own in rows.groupby(["set", "method"], observed=True):
         cells = _cells(own, is_difference)[str(method)]
-        head = {"set": name, "difference" if is_difference else "method": method}
+        head = {"set": marks.get(name, name), "difference" if is_difference else "method": method}
         lines.append(head | {each: cells.get(each, "-") for each in names} | {"runs": int(own["num_runs"].max())})
     return lines
 
 
 def headline(rows: pd.DataFrame, axes: tuple[str, str]) -> list[str]:
     """RLoop against RL in words, last against last and chosen against chosen."""
-    whole = summaries.overall(rows)
+    whole = overall(rows)
     wanted = whole[whole["method"].isin(summaries.COMPARED) & whole["metric"].isin(axes)]
     return [_sentence(row) for row in wanted.to_dict("records")]
 
@@ -134,12 +150,16 @@ def _sentence(row: Mapping[str, Any]) -> str:
     is_known, is_real = row["high"] == row["high"], row["low"] > 0 or row["high"] < 0
     doubt = "" if is_real else ", which may be chance" if is_known else ", too few for an interval"
     points = _text(row, is_difference=True).rstrip(" *")
-    return f"{second} against {first} in {row['metric']}: {points} points over {row['num_runs']} runs{doubt}."
+    what = f"{row['metric']} on {str(row['set']).replace(AVERAGE, AVERAGE.lower(), 1)}"
+    return f"{second} against {first} in {what}: {points} points over {row['num_runs']} runs{doubt}."
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """Lines as a Markdown table."""
-    texts = [[f"{v:,.1f}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines]
+    texts = [
+        [f"{v:,.2f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in line.values()]
+        for line in lines
+    ]
     rows = [list(lines[0]), ["---"] * 2 + ["---:"] * (len(lines[0]) - 2), *texts]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -148,7 +168,7 @@ def content(seeds: Seeds, ks: Sequence[int], num_samples: int) -> tuple[dict[str
     """What the page shows, the texts of the files beside it, and the figures."""
     axes = (f"avg@{num_samples}", f"pass@{max(ks)}")
     table, apart = means(seeds.measured), means(differences(seeds.measured))
-    plotted = [*curves.frontier(summaries.overall(table), axes, f"{len(seeds.names)} runs")]
+    plotted = [*curves.frontier(overall(table), axes, f"{len(seeds.names)} runs")]
     sections: dict[str, Any] = {
         "Means over runs": lines_of(table),
         "Differences within runs": lines_of(apart, is_difference=True),

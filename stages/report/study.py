@@ -28,6 +28,7 @@ from stages.core.study.runs import (
     at_temperature,
     evals_below,
     find_evals,
+    named_set,
     num_steps,
     positions,
     read_evals,
@@ -211,10 +212,11 @@ def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str,
         left_out.append(f"{runs / 'eval'} holds no results.jsonl: no results table, no metrics over steps, no rollouts")
     lineage = Lineage(runs if runs.is_dir() else None, directories, chosen(iterations))
     by_set = read_evals(directories, lineage.keeps)
+    valid = named_set(valid, by_set) or valid
+    own, _ = at_temperature(valid)
     evaluations = {
-        name: by_set[name] for name in sorted(by_set, key=lambda name: (at_temperature(name)[0] != valid, name))
+        name: by_set[name] for name in sorted(by_set, key=lambda name: (at_temperature(name)[0] != own, name))
     }
-    valid = next((name for name in evaluations if at_temperature(name)[0] == valid), valid)
     if evaluations and valid not in evaluations:
         others = ", ".join(evaluations)
         left_out.append(f"all by the validation set: no evaluation of {valid} (--valid), only of {others}")

@@ -230,6 +230,14 @@ def at_temperature(name: str) -> tuple[str, str]:
     return (own, mark + temperature) if is_number else (name, "")
 
 
+def named_set(wanted: str, names: Iterable[str]) -> str:
+    """The one of the sets `names` that is called `wanted`, or so but for a temperature, the lowest; "" if none is."""
+    temperatures = {name: at_temperature(name) for name in names}
+    of_set = [name for name, (own, _) in temperatures.items() if wanted == own]
+    lowest = min(of_set, key=lambda name: float(temperatures[name][1].removeprefix("@") or 0), default="")
+    return wanted if wanted in temperatures else lowest
+
+
 def set_name(directory: Path) -> str:
     """A problem set's name: by the eval's manifest, or else the eval's directory, as in runs/eval/1/valid."""
     return str(read_json(directory / "manifest.json").get("set") or directory.name)
