@@ -503,8 +503,10 @@ def test_a_broken_line_anywhere_is_an_error_and_nothing_is_written(tmp_path):
 def test_bad_options_are_told_before_anything_is_read(tmp_path, monkeypatch, options, fault):
     monkeypatch.chdir(tmp_path)
     jsonl.write("rollouts.jsonl", [rollout("a", 1.0)])
-    with pytest.raises(InputError, match=fault):
+    with pytest.raises(InputError, match=fault) as caught:
         stage.run(stage.Options(**{"rollouts": ["rollouts.jsonl"], "out": "out.jsonl", **options}))
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["rollouts.jsonl"]
 
 
 def test_positions_come_back_in_order_whatever_was_flushed():

@@ -558,6 +558,19 @@ def test_sharded_over_two_processes_in_bfloat16_the_weights_are_those_of_one_wit
 
 
 @pytest.mark.slow
+def test_with_a_kl_term_too_the_weights_sharded_over_two_processes_are_those_of_one(files):
+    alone, out = tune(files, files.root / "kl-alone", kl=0.7), files.root / "kl-sharded"
+    stage = f"rft --policy {files.policy} --examples {files.examples} --out {out} --batch-size 8 --lr 3e-3 --kl 0.7"
+    command = [*ranks.LAUNCH, *stage.split(), "--dtype", "float32"]
+    subprocess.run(command, check=True, cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["parameters"]["num_processes"], manifest["parameters"]["kl"]) == (2, 0.7)
+    assert [row["loss"] for row in log_of(out)] == pytest.approx([row["loss"] for row in log_of(alone)], rel=1e-4)
+    assert largest_difference(alone, out) < 1e-5
+    assert largest_difference(alone, tune(files, files.root / "kl-none")) > 1e-4, "the term does nothing"
+
+
+@pytest.mark.slow
 def test_with_adapters_the_loss_falls_and_what_is_written_is_the_policy_with_other_matrices(files, tuned):
     out = tune(files, files.root / "lora", epochs=3, lora_rank=32, lr=1e-2)
     first, last = (log_of(out)[step]["loss"] for step in (0, -1))
