@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from rloop_cli import check
 from rloop_cli.app import app
 from rloop_cli.check import graph
-from stages.core import jsonl, tabular
+from stages.core import jsonl, outputs, tabular
 
 ROOT = Path(__file__).parents[1]
 PROBLEM = {"id": "p/1", "problem": "1+1=", "answer": "2", "source": "p"}
@@ -80,6 +80,14 @@ def test_prompts_and_steps_that_make_a_comparison_unequal_are_noted(project):
     noted = sections(checked(project))["note"]
     assert noted.startswith("templates differ: rl uses none, eval uses qwen-math; a policy is tested")
     assert noted.endswith("vanilla has 60 steps, the iterations together 90: no comparison at equal steps")
+
+
+def test_a_run_that_was_moved_aside_is_named_with_the_disk_it_takes(project):
+    aside = outputs.aside(Path("runs/1/rl"))
+    aside.mkdir(parents=True)
+    (aside / "weights").write_bytes(bytes(3 * 2**20))
+    noted = sections(checked(project))["note"]
+    assert noted == f"{aside} takes 3.0 MiB: an earlier run that was moved aside; remove it when it is not wanted"
 
 
 def test_every_fault_of_the_options_is_named_by_section_and_key(project):

@@ -147,6 +147,13 @@ def test_a_shrunken_loop_runs_whole_and_then_only_what_is_new(tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params | {"launch": processes}, sort_keys=False))
     assert "up to date" in dvc(tmp_path, "repro"), "another launcher makes nothing anew"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    lock = tmp_path / "dvc.lock"  # as of a dvc that was killed when rft had just ended
+    made = yaml.safe_load(lock.read_text())
+    del made["stages"]["rft@1"]
+    lock.write_text(yaml.safe_dump(made, sort_keys=False))
+    manifest = (tmp_path / "runs/1/policy/manifest.json").read_bytes()
+    dvc(tmp_path, "repro")
+    assert (tmp_path / "runs/1/policy/manifest.json").read_bytes() == manifest, "it was made once"
     shown = dvc(tmp_path, "metrics", "show")
     assert max(map(len, shown.splitlines())) <= 100, "it fits a terminal"
     assert [line.split()[0].rpartition("/")[2] for line in shown.splitlines()[1:]] == [

@@ -82,6 +82,7 @@ def test_options_that_only_round_or_have_no_effect_are_few_and_known():
         *(("rl", name) for name in ("restart_if_changed", "valid", "valid_every", "valid_samples")),
         *(("filter", name) for name in ("dry_run", "accept_edited")),
         *(("report", name) for name in ("table", "tsv", "watch")),
+        ("rft", "restart_if_changed"),
         ("rft", "warn_below"),
     }
 
@@ -146,6 +147,23 @@ def test_a_finished_output_of_the_same_identity_is_done_and_any_other_is_named(t
         done(lr=0.2)
     with pytest.raises(InputError, match="out already holds something"):
         done("rft")
+
+
+def test_another_output_is_moved_aside_and_named_where_the_user_asked_for_that(tmp_path, capsys):
+    outputs.write_json(tmp_path / "out/manifest.json", identify("rl", Rounded(), NOTHING).record)
+
+    def done(stage="rl", **options):
+        record = tmp_path / "out/manifest.json"
+        return is_done(tmp_path / "out", record, lambda: identify(stage, Rounded(**options), NOTHING), True)
+
+    assert done()
+    with pytest.raises(InputError, match="out already holds something"):
+        done("rft")
+    assert not done(lr=0.2) and not (tmp_path / "out").exists()
+    (moved,) = tmp_path.glob("out.before-*")
+    assert (moved / "manifest.json").is_file()
+    said = capsys.readouterr().err
+    assert f"is made anew, for lr was 0.1, is now 0.2; what was there is now {moved}" in said
 
 
 def test_the_digest_of_a_directory_follows_names_and_contents(tmp_path):

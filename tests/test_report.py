@@ -300,13 +300,16 @@ def test_a_second_report_replaces_the_first_with_the_same_bytes(made):
 
 
 def test_of_an_empty_directory_all_outputs_are_written_and_say_what_is_missing(tmp_path, capsys):
+    write_rl(outputs.aside(tmp_path / "1/rl"), 2)
     make(tmp_path, out=Path(tmp_path / "out/page.html"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "page.html", "results.md", "results.tsv", "results.json", "curves.tsv", "figures", "metrics",
     }  # fmt: skip
     assert "no results.jsonl" in (tmp_path / "out/results.md").read_text()
     assert "no log.tsv" in (tmp_path / "out/page.html").read_text()
-    assert capsys.readouterr().err.count("left out") == 4
+    said = capsys.readouterr().err
+    assert said.count("left out") == 5
+    assert re.search(r"left out: .*1/rl\.before-\S+ takes 0\.0 MiB: an earlier run that was moved aside", said)
 
 
 def test_what_no_report_wrote_is_never_removed(made, tmp_path):

@@ -109,6 +109,17 @@ def test_a_run_goes_on_where_only_rounding_changes_and_notes_what_and_since_when
     assert not capsys.readouterr().err, "said once"
 
 
+def test_a_change_that_was_noted_for_a_step_that_a_damaged_state_undoes_counts_from_the_one_it_goes_back_to(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(ROUNDED, False)
+    for step in (1, 2):
+        saved(directory, step)
+    flip(directory.state_dir(2) / "weights")
+    directory.begin(replace(ROUNDED, parameters={**ROUNDED.parameters, "processes": 4}), False)
+    assert directory.resume_step() == 1
+    assert [change["step"] for change in directory.changes] == [2]
+
+
 def test_an_exact_run_does_not_go_on_where_rounding_changes(tmp_path):
     directory = RunDir(tmp_path / "rl")
     directory.begin(ROUNDED, False)

@@ -10,6 +10,7 @@ from rloop_cli.check.calls import Call
 from rloop_cli.check.counts import Range
 from rloop_cli.check.notes import notes
 from rloop_cli.check.prompts import Seen
+from stages.core.outputs import set_aside
 
 WIDTH, LABEL = 100, 12
 
@@ -39,7 +40,7 @@ def report(calls: Sequence[Call], runs: Path, gpu_gib: float) -> Report:
         "rl": list(_exploration(calls)),
         "eval": list(_evaluations(calls, seen)),
         "time": list(times.estimates(calls, _rollouts(calls, seen), runs)),
-        "note": [*seen.notes, *notes(calls)],
+        "note": [*seen.notes, *notes(calls), *set_aside(runs)],
         "not yet": list(prompts.waiting(calls)),
     }
     text = "\n".join(

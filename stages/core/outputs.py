@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from stages.core.errors import InputError
 from stages.core.progress import warn
 
 HOST = platform.node().partition(".")[0][-32:] or "host"  # unfinished outputs are named after it, see `_remove_left`
+ASIDE = ".before-"  # in the name of an output that another has taken the place of
 
 
 @contextmanager
@@ -204,6 +206,23 @@ def _remove_left(path: Path) -> None:
             shutil.rmtree(left)
         else:
             left.unlink()
+
+
+def aside(path: Path) -> Path:
+    """A name beside `path` that is not taken, for what it holds: runs/1/rl.before-20261129-113000."""
+    while (name := path.with_name(f"{path.name}{ASIDE}{time.strftime('%Y%m%d-%H%M%S')}")).exists():
+        time.sleep(0.1)
+    return name
+
+
+def set_aside(below: Path) -> list[str]:
+    """A line for each output in `below`, or in a directory of it, that was moved to what `aside` names: its size."""
+    lines = []
+    for path in sorted(path for depth in ("", "*/") for path in below.glob(f"{depth}*{ASIDE}*")):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        shown = f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+        lines.append(f"{path} takes {shown}: an earlier run that was moved aside; remove it when it is not wanted")
+    return lines
 
 
 def _remove_empty(directories: list[Path]) -> None:

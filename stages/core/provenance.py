@@ -141,10 +141,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return record
 
 
-def is_done(out: str | Path, record: Path, identify: Callable[[], Identity]) -> bool:
+def is_done(out: str | Path, record: Path, identify: Callable[[], Identity], restart_if_changed: bool = False) -> bool:
     """Whether `out`, whose manifest is `record`, is the finished output of this identity; then says so in a line.
 
-    Raises InputError if it is another one, naming what differs, and as `outputs.refuse_occupied` does.
+    Raises InputError if it is another one, naming what differs, and as `outputs.refuse_occupied` does. With
+    `restart_if_changed` another one is moved aside.
     """
     if str(out) == "-":
         return False
@@ -153,7 +154,12 @@ def is_done(out: str | Path, record: Path, identify: Callable[[], Identity]) -> 
         outputs.refuse_occupied(out)
         return False
     if changes := identity.differences(known):
-        raise InputError(f"{out} is another output: {'; '.join(changes)}: name another --out, or remove it first")
+        if not restart_if_changed:
+            raise InputError(f"{out} is another output: {'; '.join(changes)}: name another --out, or remove it first")
+        moved = outputs.aside(Path(out))
+        Path(out).rename(moved)
+        warn(f"{out} is made anew, for {'; '.join(changes)}; what was there is now {moved}")
+        return False
     rounded = f" (up to rounding: {'; '.join(changes)})" if (changes := identity.roundings(known)) else ""
     warn(f"{out} is done: the same options and inputs made it{rounded}")
     return True

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from stages.core.errors import InputError
-from stages.core.outputs import read_json
+from stages.core.outputs import read_json, set_aside
 from stages.core.provenance import read_manifest
 from stages.core.study import metrics
 from stages.core.study.lineage import Lineage, chosen
@@ -224,4 +224,5 @@ def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str,
     policies = dict.fromkeys(policy for each in evaluations.values() for policy in each.results)
     num_samples = min((result["num_samples"] for each in results for result in each), default=0)
     at = positions(policies, runs, lineage.bases)
-    return Study(runs, lineage, evaluations, at, num_samples, valid, [*lineage.left_out, *left_out])
+    left_out = [*lineage.left_out, *left_out, *set_aside(runs)]
+    return Study(runs, lineage, evaluations, at, num_samples, valid, left_out)

@@ -63,6 +63,9 @@ class Options(TrainingOptions):
     ] = 0.0
     warn_below: Annotated[int, "warn if there are fewer optimizer steps than this", at_least(0), WITHOUT_EFFECT] = 10
     seed: Annotated[int, "seed of the order of the examples", at_least(0), below(2**32)] = 0
+    restart_if_changed: Annotated[
+        bool, "if OUT holds a policy of other settings or inputs, move that aside and make it anew", WITHOUT_EFFECT
+    ] = False
 
     def __post_init__(self) -> None:
         """Raise InputError for --start base without --base."""
@@ -99,7 +102,8 @@ def run(options: Options) -> None:
         "microbatch_size": size_of(read.path, read.rows, options, ranks.num_ranks),
     }
     identity = identify("rft", options, inputs, rounding=rounding, dtype=dtype)
-    if ranks.on_first(lambda: is_done(options.out, options.out / "manifest.json", lambda: identity)):
+    manifest_file, restart = options.out / "manifest.json", options.restart_if_changed
+    if ranks.on_first(lambda: is_done(options.out, manifest_file, lambda: identity, restart)):
         return
     with ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(outputs.claimed(options.out)))

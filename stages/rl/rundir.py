@@ -11,13 +11,12 @@ takes its place, it is moved aside.
 
 import re
 import shutil
-import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stages.core import jsonl
+from stages.core import jsonl, outputs
 from stages.core.errors import InputError
 from stages.core.outputs import naming, read_json, whole_file, write_json
 from stages.core.progress import warn
@@ -109,19 +108,13 @@ class RunDir:
     def _start_over(self, identity: Identity) -> None:
         parts = [part for part in (*sorted(self._parts()), "manifest.json") if (self.path / part).exists()]
         if parts:
-            aside = self._aside()
+            aside = outputs.aside(self.path)
             aside.mkdir()
             for part in parts:  # the identity last, should this be interrupted
                 (self.path / part).rename(aside / part)
             warn(f"{self.path} is begun anew; what it held is now in {aside}")
         self.state.mkdir(parents=True, exist_ok=True)
         write_json(self.state / "run.json", identity.record)
-
-    def _aside(self) -> Path:
-        """A name beside the run that is not taken: runs/1/rl.before-20261129-113000."""
-        while (aside := self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")).exists():
-            time.sleep(0.1)
-        return aside
 
     def resume_step(self) -> int:
         """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away.
@@ -131,6 +124,7 @@ class RunDir:
         """
         step = self._last_whole_state()
         self._check_log(step)
+        self._note_again(step)
         for path in [*self.path.glob("rollouts/*"), *self.path.glob("checkpoints/*"), *self.state.glob("*")]:
             if (number := _step_of(path)) and number > step:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -138,6 +132,12 @@ class RunDir:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._cut_log(step)
         return step
+
+    def _note_again(self, step: int) -> None:
+        """Let changes of rounding that were noted for steps beyond the next one count from that: they are done anew."""
+        if any(change["step"] > step + 1 for change in self.changes):
+            changes = [{**change, "step": min(change["step"], step + 1)} for change in self.changes]
+            write_json(self.state / "run.json", {**(self._known() or {}), "changes": changes})
 
     def _last_whole_state(self) -> int:
         steps = self._saved_steps()
