@@ -10,7 +10,7 @@ NORMS = ("rms_norm", "fused_add_rms_norm")
 def options(is_compiled: bool) -> dict[str, Any]:
     """vLLM's arguments for an engine on the CPU; one that is not compiled needs no compiler. InputError without one.
 
-    They change results by no more than rounding. Compiled code is kept below VLLM_CACHE_ROOT for the next start.
+    They change results by no more than rounding. Torch keeps compiled code for the next start.
     """
     import torch
 
