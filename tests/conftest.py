@@ -8,9 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny 
 import pytest
 
 from stages import eval as evaluation
+from stages.core import jsonl
 from stages.core.policy import checkpoints
 from stages.toy import arithmetic
-from tests.scripted import ScriptedEngines
+from tests.scripted import ScriptedEngines, problem
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and in what it starts
 
@@ -76,6 +77,13 @@ def toy(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy") / "toy"
     toy.run(toy.Options(out=path, num_train=60, num_test=20, pretrain_steps=60))
     return path
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A file of twelve sums."""
+    jsonl.write(tmp_path / "sums.jsonl", map(problem, range(12)))
+    return tmp_path / "sums.jsonl"
 
 
 @pytest.fixture

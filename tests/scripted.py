@@ -7,6 +7,12 @@ from stages.core.drawing.engine import Completion
 from stages.core.policy import checkpoints
 
 
+def problem(number):
+    """A sum, as the engine adds it up."""
+    a, b = number % 9 + 1, number % 7
+    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
+
+
 class ScriptedEngine:
     """Adds up the numbers of a prompt, right or wrong by luck: the better, the larger the policy's embedding.
 

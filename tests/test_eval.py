@@ -19,21 +19,9 @@ from stages.core.records import Result, Rollout
 from stages.core.study import metrics, scoring
 from stages.core.study.votes import maj_at_k
 from stages.eval.partial import Groups, Writer
+from tests.scripted import problem
 
 NUM_PROBLEMS = 12
-
-
-def problem(number):
-    a, b = number % 9 + 1, number % 7
-    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
-
-
-@pytest.fixture
-def problems(tmp_path):
-    """A file of sums."""
-    path = tmp_path / "sums.jsonl"
-    jsonl.write(path, (problem(number) for number in range(NUM_PROBLEMS)))
-    return path
 
 
 def read(out, kind=Rollout):

@@ -24,6 +24,7 @@ from stages.core.records import Divergence, Rollout
 from stages.sample import Options as SampleOptions
 from tests import ranks as launched
 from tests import warm
+from tests.scripted import problem
 from tests.test_explorer import RecordingTrainer, explore
 
 
@@ -66,11 +67,6 @@ ASKED = ("--policy", "policy", "--policy", "tied", "--problems", "sums.jsonl", "
 HOW = ("--template", "none", "--max-tokens", 60, "--num-samples", 8)
 EVAL = ("eval", *ASKED, *HOW, "--k", 8, "--maj", "--greedy")
 NUM_SUMS, NUM_FEW = 41, 1  # of the few, one rank has none
-
-
-def problem(number):
-    a, b = number % 9 + 1, number % 7
-    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
 
 
 @pytest.fixture

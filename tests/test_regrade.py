@@ -8,18 +8,7 @@ from stages.core import jsonl, records
 from stages.core.errors import InputError
 from stages.core.records import Rollout
 from stages.regrade import Options
-
-
-def problem(number):
-    a, b = number % 9 + 1, number % 7
-    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
-
-
-@pytest.fixture
-def problems(tmp_path):
-    """A file of sums."""
-    jsonl.write(tmp_path / "sums.jsonl", (problem(number) for number in range(12)))
-    return tmp_path / "sums.jsonl"
+from tests.scripted import problem
 
 
 def read(out):

@@ -21,7 +21,7 @@ from stages.core.records import Rollout
 from stages.rft.examples import ending, tokenize, unpack
 from stages.sample import Options
 from tests import warm
-from tests.scripted import ScriptedEngines
+from tests.scripted import ScriptedEngines, problem
 
 HOW = {"template": "none", "max_tokens": 32}
 
@@ -40,17 +40,11 @@ def draw(policy, problems, out, engines=None, num_samples=2, **options):
 CHAT = "{% for message in messages %}({{ message.content }}){% endfor %}{% if add_generation_prompt %}=?{% endif %}"
 
 
-def problem(number):
-    a, b = number % 9 + 1, number % 7
-    return {"id": f"p{number}", "problem": f"{a}+{b}=?", "answer": str(a + b), "source": "sums"}
-
-
 @pytest.fixture
 def problems(tmp_path):
     """A file of six sums."""
-    path = tmp_path / "sums.jsonl"
-    jsonl.write(path, (problem(number) for number in range(6)))
-    return path
+    jsonl.write(tmp_path / "sums.jsonl", map(problem, range(6)))
+    return tmp_path / "sums.jsonl"
 
 
 @pytest.fixture

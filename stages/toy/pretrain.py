@@ -23,9 +23,7 @@ MAX_WARMUP_STEPS = 60
 LAST_LR_SHARE = 0.02
 
 Pair = tuple[str, str]  # prompt, completion
-TokenBatch = tuple[
-    torch.Tensor, torch.Tensor
-]  # token ids and targets, (batch, length); a target is the token that follows
+TokenBatch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (batch, length); a target is the token that follows
 
 
 def build_tokenizer(words: Sequence[str]) -> Qwen2Tokenizer:
