@@ -24,6 +24,8 @@ from stages.core.progress import warn
 from stages.core.study import lineage
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from stages.core.study.figures import Figure
     from stages.report.study import Study
     from stages.report.summaries import Summary
@@ -189,18 +191,12 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     tidy = curves.tidy(summary.table, study.positions)
     on_sets = tidy[~tidy["set"].isin([*study.averages])]
     order = [*(f"pass@{k}" for k in options.ks[-1:]), f"avg@{study.num_samples}"]
-    resets = sorted({position.step for position in study.positions if position.ends_iteration})
     percent = summaries.overall(rows).assign(**{part: 100 * rows[part] for part in ("value", "low", "high")})
     first = [
-        *curves.of_evaluations(tidy[tidy["set"].isin([*study.averages][:1])], resets, order),
+        *curves.of_evaluations(tidy[tidy["set"].isin([*study.averages][:1])], study.resets, order),
         *(curves.frontier(percent, (order[-1], order[0]), "problems") if len(order) > 1 else ()),
     ]
-    figures = {
-        "RLoop against RL over steps": [*curves.of_evaluations(on_sets, resets, order[::-1])],
-        "Over iterations": [*curves.of_iterations(on_sets)],
-        "Learning, forgetting and similarity": [*_analysis(study), *curves.of_divergence(on_sets, resets)],
-        "Training": [*curves.overfitting(on_sets, logs, options.valid, order), *curves.of_logs(logs, resets)],
-    }
+    figures = _figures(study, options, on_sets, order, logs)
     pages = browser.build(study.evaluations, study.positions, summary.chosen, options.max_problems, options.max_samples)
     sections = {
         "Gains and losses": browser.gains(study.evaluations, summary.chosen),
@@ -234,6 +230,20 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
     }
     small = {m: sets[name] for m, sets in summaries.for_dvc(summaries.overall(rows)).items() for name in sets}
     return content, texts, small, [*first, *chain(*figures.values())]
+
+
+def _figures(
+    study: "Study", options: Options, on_sets: "pd.DataFrame", order: list[str], logs: "pd.DataFrame"
+) -> dict[str, list["Figure"]]:
+    """The figures of each section."""
+    from stages.report import curves
+
+    return {
+        "RLoop against RL over steps": [*curves.of_evaluations(on_sets, study.resets, order[::-1])],
+        "Over iterations": [*curves.of_iterations(on_sets)],
+        "Learning, forgetting and similarity": [*_analysis(study), *curves.of_divergence(on_sets, study.resets)],
+        "Training": [*curves.overfitting(on_sets, logs, options.valid, order), *curves.of_logs(logs, study.resets)],
+    }
 
 
 def _results(study: "Study", summary: "Summary", metric: str) -> str:

@@ -70,6 +70,11 @@ class Study:
         return {name: sets for name, sets in several.items() if is_evaluated or not name.startswith(WITHOUT)}
 
     @property
+    def resets(self) -> list[int]:
+        """The steps at which iterations end."""
+        return sorted({position.step for position in self.positions if position.ends_iteration})
+
+    @property
     def temperatures(self) -> str:
         """The temperatures of the samples behind the results, such as "0.6, 1"; "" if no result tells."""
         rows: Iterator[Any] = (row for each in self.evaluations.values() for of in each.results.values() for row in of)

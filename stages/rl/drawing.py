@@ -105,8 +105,8 @@ class StepDrawing:
                 on_round(groups)
                 faults = [group.scores[0].fault for group in groups.drawn]
                 if all(faults):
-                    told = f"the rewards failed on all {len(faults)} groups of step {step}"
-                    raise InputError(f"{told}: --reward {faults[0]}")
+                    failed = f"the rewards failed on all {len(faults)} groups of step {step}"
+                    raise InputError(f"{failed}: --reward {faults[0]}")
         except (Stopped, InputError):
             self.cursor = before
             raise

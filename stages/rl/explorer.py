@@ -74,8 +74,7 @@ class Explorer:
             self.settings, self.ranks, self.engine, self.grader, self.prompts, self.sampling, self.policy.digest
         )
         self.last_valid = ""  # for the progress line: the last measurement of the validation set
-        self.num_short = 0  # steps of this process whose batch was not full; the first gives a warning
-        self.warned_of_grace = False
+        self.warned_of_short_batch = self.warned_of_grace = False
         self.constant: set[str] = set()  # rewards of one's own that were named for being the same over a whole step
 
     def check_hand_over(self) -> LogProbDifference:
@@ -317,14 +316,14 @@ class Explorer:
 
     def _warn_of_short_batch(self, step: int, groups: StepGroups) -> None:
         """Warn of the first batch of this process that is not full."""
-        if not groups.rounds.num_missing:
+        if not groups.rounds.num_missing or self.warned_of_short_batch:
             return
-        if not self.num_short and self.ranks.is_first:
+        self.warned_of_short_batch = True
+        if self.ranks.is_first:
             warn(
                 f"step {step}: {len(groups.kept)} of {groups.rounds.batch_size} groups after --max-rounds "
                 f"{groups.rounds.max_rounds}; a short batch is trained on as it is (log.tsv counts them: short_batch)"
             )
-        self.num_short += 1
 
     def _warn_of_short_grace(self, update_s: float) -> None:
         """Warn once if an update takes longer than the launcher waits after SIGTERM: no state could be saved then."""

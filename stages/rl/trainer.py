@@ -4,6 +4,7 @@ The gradient of an update is that of one sum over all its tokens divided by thei
 spread over ranks and micro-batches.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -242,7 +243,7 @@ class Trainer:
         sums = self._gradient_in_memory(rollouts, stats, entropy_weight)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if torch.isfinite(torch.tensor(norm)) and torch.isfinite(sums).all():
+        if math.isfinite(norm) and torch.isfinite(sums).all():
             self.optimizer.step()
         else:
             stats.num_skipped += 1
