@@ -344,10 +344,15 @@ def test_own_ids_that_are_not_unique_give_way_to_hashes(tmp_path):
 
 
 def test_rows_may_lack_an_id_of_their_own_and_then_none_counts(tmp_path):
-    rows = rows_of("1", "2", "3")
-    rows[0]["id"], rows[1]["id"] = "a", None
+    rows = rows_of("1", "2", "3", "4")
+    rows[0]["id"], rows[1]["id"], rows[2]["id"] = "a", None, float("nan")
     ids = [one["id"] for one in run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows))]
-    assert len(set(ids)) == 3 and not any(one in ("mine/a", "mine/None") for one in ids)
+    assert len(set(ids)) == 4 and not any(one in ("mine/a", "mine/None", "mine/nan") for one in ids)
+
+
+def test_ids_that_pandas_made_floats_of_are_integers_again(tmp_path):
+    rows = [{**row, "id": number + 1.0} for number, row in enumerate(rows_of("1", "2"))]
+    assert [one["id"] for one in run(tmp_path, write_jsonl(tmp_path / "mine.jsonl", *rows))] == ["mine/1", "mine/2"]
 
 
 def test_of_copies_the_same_is_kept_whatever_their_order(tmp_path):
@@ -417,6 +422,12 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         ("a.csv", "problem,answer\na,1,2\n", "a.csv:2: expected 2 fields"),
         ("a.csv", "problem,answer,answer\na,1,2\n", "a.csv:1: two columns are called 'answer'"),
         ("a.csv", 'problem,answer\n"a,1\n', "not valid CSV"),
+        ("a.csv", 'problem,answer\na,1\n"b" c,1\n', "a.csv:3: not valid CSV"),
+        ("a.csv", "PK\x03\x04", "a.csv: a ZIP archive or a spreadsheet: unpack it, or save it as CSV"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", "a.parquet: a Git LFS pointer"),
+        ("a.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "holds several lists of rows (train, test)"),
+        ("a.json", '[{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": 1}]', "holds image, and"),
+        ("a.csv", "prompt,answer\n\"[{'role': 'us\",2\n", "a.csv:2: messages in a text that is cut"),
         ("a.parquet", "no parquet", "a.parquet: not a parquet file"),
         ("a.txt", "a", "must end in one of .jsonl"),
         ("a.txt.gz", "a", "must end in one of .jsonl"),
@@ -500,6 +511,14 @@ GOOD = '{"problem": "1 + 1?", "answer": "2"}'
         ("wrapped.json", '{"version": 1, "data": [' + GOOD + "]}"),
         ("pretty.json", json.dumps({"data": [json.loads(GOOD)]}, indent=2)),
         ("bars.csv", "problem | answer\n1 + 1?|2\n"),
+        ("excel.csv", "\ufeffproblem;answer;;\r\n1 + 1?;2;;\r\n"),
+        ("named.csv", "\ufeffsep=;\r\nproblem;answer\r\n1 + 1?;2\r\n"),
+        ("pandas.json", '{"problem": {"0": "1 + 1?"}, "answer": {"0": "2"}}'),
+        ("nan.jsonl", GOOD.replace('"}', '", "level": NaN}')),
+        ("chat.csv", "prompt,answer\n\"[{'role': 'user', 'content': '1 + 1?'}]\",2\n"),
+        ("parts.jsonl", '{"prompt": [{"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]}], "answer": 2}'),
+        ("quoted.jsonl", GOOD.replace('"2"', '"`2`"')),
+        ("exact.jsonl", GOOD.replace('"2"', "2.0e0")),
     ],
 )
 def test_files_as_people_have_them_are_read(tmp_path, name, text):
@@ -663,7 +682,7 @@ def test_a_text_in_another_encoding_is_read_if_told(tmp_path, written, told, suf
     [
         ("a.jsonl", GOOD + '\n{"problem"\n' + GOOD.replace("1?", "2?") + "\n[1]\n", ["a.jsonl:2", "a.jsonl:4"]),
         ("a.jsonl", '{"problem"\n' + GOOD + "\n" + GOOD.replace("1?", "2?"), ["a.jsonl:1"]),
-        ("a.csv", "problem,answer\n1,1\n2\n3,3,3\n4,4\n", ["a.csv:3", "a.csv:4"]),
+        ("a.csv", 'problem,answer\n1,1\n2\n3,3,3\n"x" y,5\n4,4\n', ["a.csv:3", "a.csv:4", "a.csv:5"]),
         ("a.json", f'[{GOOD}, 1, {GOOD.replace("1?", "2?")}, {{"problem": "a"}}]', ["a.json row 1", "a.json row 3"]),
     ],
 )

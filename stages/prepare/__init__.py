@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from stages.core import jsonl, outputs
 from stages.core.errors import InputError
@@ -197,9 +198,17 @@ def _row(source: Source, row: sources.Columns, where: str, columns: _ColumnNames
     return curation.Row(
         curation.problem_text(problem, where),
         answers.answer_texts(sources.value(row, columns.answer, where), reading, where),
-        str(row[columns.own_id]) if row.get(columns.own_id) is not None else "",
+        _own_id(row.get(columns.own_id)),
         curation.kept_fields(kept, where),
     )
+
+
+def _own_id(value: Any) -> str:
+    """The source's id as text, 1 of 1.0; "" if there is none."""
+    if value is None or value != value or isinstance(value, list | dict):
+        return ""
+    is_whole = isinstance(value, float | Decimal) and value == int(value)
+    return str(int(value) if is_whole else value)
 
 
 def _same_answer(verifier: Verifier, first: str, second: str) -> bool:

@@ -10,6 +10,7 @@ from stages.core.errors import InputError
 from stages.core.grading.verifier.extraction import extract
 
 MAX_EXACT_FLOAT = 2**53
+MAX_INTEGER = 10**1000  # of a decimal such as 1e30, which is exact
 MAX_WORDS = 12  # an answer of more is named as one that may be a worked solution
 _QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 _LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)  # of texts: [1, 2] may be an interval
@@ -20,6 +21,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _WITH_COMMA = re.compile(r"([^\d,.;(\[{]*)(\d{1,3}(?:\.\d{3})+|\d+)(?:,|\{,\})(\d+)([^\d,;(\[].*)?", re.DOTALL)
 _DOUBTFUL = re.compile(r"\d(?:,|\{,\})\d|\d\.\d{3}(?!\d)")
 _LOOKS_DECIMAL = re.compile(r"[\s$]*[+-]?(?!\d{1,3}(?:,\d{3})+(?!\d))\d+,\d+[\s$]*")
+_ENCLOSED = re.compile(r"""(['"`])([^'"`]+)\1""")  # "3" is 3, `3` too
 
 
 class Reading(NamedTuple):
@@ -62,6 +64,8 @@ def answer_text(value: Any, reading: Reading, where: str) -> str:
             "such with --answer-column"
         )
     text = _marked(str(value))
+    if match := _ENCLOSED.fullmatch(text):
+        text = match[2]
     if reading.is_integers and (match := _INTEGER_WITH_POINT.fullmatch(text)):
         text = match[1]
     return _plain_integer(text) if _INTEGER.fullmatch(text) else text
@@ -114,7 +118,8 @@ def _plain_integer(text: str) -> str:
 
 def _decimal_text(value: float | Decimal, where: str) -> str:
     """A number that is whole as an integer, another with the digits that it was written with."""
-    is_exact = -MAX_EXACT_FLOAT < value < MAX_EXACT_FLOAT
+    limit: int = MAX_EXACT_FLOAT if isinstance(value, float) else MAX_INTEGER
+    is_exact = -limit < value < limit
     if isinstance(value, float) and not is_exact:
         raise InputError(f"{where}: the answer {value!r} is a float beyond 2**53: store such answers as text")
     return str(int(value)) if is_exact and value == int(value) else str(value)

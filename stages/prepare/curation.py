@@ -3,6 +3,7 @@
 Reads and writes no files: it decides what a row's values mean, which problems are the same, and which to keep.
 """
 
+import ast
 import hashlib
 import re
 import unicodedata
@@ -38,6 +39,7 @@ TITLES = {
     "problems": "problems",
     "mended": "of all, with a lost \\frac mended",
 }
+_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 _LAYOUT = re.compile(r"\\left|\\right|[^\w+\-*/()=<>^]|_")
 
 
@@ -55,8 +57,11 @@ class Row(NamedTuple):
 
 def problem_text(value: Any, where: str) -> str:
     """The problem in a cell: a text, or the user's turn of a chat; less DAPO's wrapper; "" if there is none."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = _user_turn(value, where)
+    value = chat(value, where)
+    if isinstance(value, list):
+        value = next(reversed(_turns(value, "user", where)), ...)
+        if value is ...:
+            raise InputError(f"{where}: expected messages with a user turn, found none")
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -65,22 +70,36 @@ def problem_text(value: Any, where: str) -> str:
     return text.strip(SPACE)
 
 
-def _user_turn(messages: Sequence[Any], where: str) -> Any:
-    turns = _turns(messages, "user")
-    if not turns:
-        raise InputError(f"{where}: expected messages with a user turn, found none")
-    return turns[-1]
+def chat(value: Any, where: str) -> Any:
+    """The messages that a CSV file holds as a text; any other value as it is."""
+    if not isinstance(value, str) or not _CHAT.match(value):
+        return value
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        raise InputError(f"{where}: messages in a text that is cut or in no form of JSON or Python") from None
 
 
-def _turns(messages: Sequence[Any], role: str) -> list[Any]:
-    return [turn.get("content") for turn in messages if isinstance(turn, Mapping) and turn.get("role") == role]
+def _turns(messages: Sequence[Any], role: str, where: str) -> list[Any]:
+    turns = (turn for turn in messages if isinstance(turn, Mapping) and turn.get("role") == role)
+    return [_content(turn.get("content"), where) for turn in turns]
+
+
+def _content(content: Any, where: str) -> Any:
+    """What a message says; of one in parts, all texts together."""
+    if not isinstance(content, list):
+        return content
+    if others := {str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"}:
+        raise InputError(f"{where}: a message holds {', '.join(sorted(others))}, and only text can be a prompt")
+    return "".join(str(part["text"] if isinstance(part, Mapping) else part) for part in content)
 
 
 def with_system(value: Any, where: str) -> list[Message]:
     """The problem in a cell with the system text before it, as messages of the problem's own."""
+    value = chat(value, where)
     if not isinstance(value, list):
         raise InputError(f"{where}: --keep-system: found no messages: name their column, not a turn of them")
-    system = [Message(role="system", content=text) for text in _turns(value, "system")[-1:]]
+    system = [Message(role="system", content=text) for text in _turns(value, "system", where)[-1:]]
     return [*system, Message(role="user", content=user_turn(problem_text(value, where)))]
 
 

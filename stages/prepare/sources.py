@@ -31,6 +31,10 @@ Columns = Mapping[str, Any]
 OnBad = Callable[[InputError], None]  # is told of a row that cannot be read, and ends the call or not
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}  # may follow each
+OTHER_FORMS = {
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet: unpack it, or save it as CSV",
+    b"version https://git-lfs": "a Git LFS pointer: fetch what it stands for by git lfs pull",
+}
 NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`, beside its rows
 SEPARATORS = ",;\t|"  # of a .csv: the one that cuts its header into most columns
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
@@ -141,8 +145,10 @@ def _unpacked(path: Path) -> str:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked if its content or its name says that it is packed; InputError if it cannot be."""
     with jsonl.opened(path) as file:
-        begin = file.read(8)
+        begin = file.read(24)
         file.seek(0)
+        if other := next((form for magic, form in OTHER_FORMS.items() if begin.startswith(magic)), ""):
+            raise InputError(f"{path}: {other}")
         by_content = next((kind for kind, magic in PACKED.items() if begin.startswith(magic)), "")
         kind = by_content or path.suffix.lower()
         if kind not in PACKED:
@@ -281,7 +287,8 @@ def _json_lines(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
                 where = f"{each.path}:{number}"
                 try:
                     row = _parse_exactly(line, where)
-                    jsonl.parse_line(line, where)  # strictly
+                    if fault := _row_fault(row) or "a line without an end" * (len(line) > jsonl.MAX_LINE_BYTES):
+                        raise InputError(f"{where}: {fault}")
                 except InputError as error:
                     each.on_bad(error)
                 else:
@@ -295,13 +302,13 @@ def _json(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
     if len(data) > MAX_JSON_BYTES:
         raise InputError(f"{path}: a JSON document of more than {MAX_JSON_BYTES // 2**20} MiB: save it as JSON lines")
     if not data.lstrip().startswith(b"[") and _is_object(data.lstrip().partition(b"\n")[0]):
-        rows = _wrapped(_parse_exactly(data, str(path))) if _is_object(data) else None
+        rows = _wrapped(_parse_exactly(data, str(path)), path) if _is_object(data) else None
         if rows is None:
             yield from _json_lines(each)
             return
     else:
         document = _parse_exactly(data, str(path))
-        rows = document if isinstance(document, list) else _wrapped(document)
+        rows = document if isinstance(document, list) else _wrapped(document, path)
     if rows is None:
         raise InputError(f"{path}: expected a list of objects, one object a line, or an object that holds one list")
     for number, row in enumerate(rows):
@@ -331,9 +338,17 @@ def _is_object(text: bytes) -> bool:
         return False
 
 
-def _wrapped(document: Any) -> list[Any] | None:
-    """The rows of {"data": [{...}, ...]}: the one list of objects that an object holds."""
-    lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+def _wrapped(document: Any, where: Path) -> list[Any] | None:
+    """The rows of {"data": [{...}, ...]}: the one list of objects that an object holds; or of pandas' columns."""
+    cells = list(document.values())
+    numbers = cells[0].keys() if cells and isinstance(cells[0], dict) else ()
+    if numbers and all(isinstance(cell, dict) and cell.keys() == numbers for cell in cells):
+        if all(key.isdigit() for key in numbers):  # {"problem": {"0": ..., "1": ...}, ...}
+            return [{name: cell[key] for name, cell in document.items()} for key in numbers]
+        raise InputError(f"{where}: an object of objects ({', '.join(document):.60}): save them as a list")
+    lists = [cell for cell in cells if isinstance(cell, list) and cell and isinstance(cell[0], dict)]
+    if len(lists) > 1 and len(lists) == len(cells):
+        raise InputError(f"{where}: holds several lists of rows ({', '.join(document)}): save the one that you mean")
     return lists[0] if len(lists) == 1 and len(document) - len(lists) <= 3 and "problem" not in document else None
 
 
@@ -344,31 +359,42 @@ def _parse_exactly(text: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: {_NOT_UTF_8.format(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error}): expected a list of objects, or one a line") from None
+        raise InputError(
+            f"{where}: not valid JSON ({error}): expected one object a line, or in a .json a list of them"
+        ) from None
 
 
 def _csv(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
     csv.field_size_limit(jsonl.MAX_LINE_BYTES)
     path = each.path
-    with _text(each) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
+    with _text(each) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         try:
             separator = _separator(path, file.readline())
             if len(separator) == 1:  # else the first line names it, as Excel has it, and the header is the next
                 file.seek(0)
             reader = csv.DictReader(file, strict=True, delimiter=separator[-1])
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            if twice := [name for name, count in Counter(reader.fieldnames).items() if name and count > 1]:
                 raise InputError(f"{path}:1: two columns are called {twice[0]!r}: rename one")
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
+            for where, row in _csv_rows(reader, each):
                 if None in row or None in row.values():
                     each.on_bad(InputError(f"{where}: expected {len(reader.fieldnames or ())} fields"))
                 else:
                     yield where, row
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: {_NOT_UTF_8.format(error)}") from None
+
+
+def _csv_rows(reader: Any, each: _LocalFile) -> Iterator[tuple[str, Columns]]:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+            each.on_bad(InputError(f"{each.path}:{reader.reader.line_num}: not valid CSV ({error})"))
+        else:
+            yield f"{each.path}:{reader.line_num}", row
 
 
 def _separator(path: Path, header: str) -> str:
