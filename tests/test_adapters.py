@@ -1,6 +1,9 @@
 """LoRA: what is trained, what the engine and checkpoints get, and what is refused."""
 
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -207,3 +210,24 @@ def test_targets_are_named_by_the_ends_of_their_names(tiny_policy):
         *("model.layers.1.mlp.up_proj", "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj")
     }
     assert len(targets("all-linear")) == 14
+
+
+@pytest.mark.slow
+def test_an_adapter_is_refused_with_the_command_that_merges_it(tiny_policy, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = checkpoints.load_model(tiny_policy, torch.float32)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_policy)
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.copy(tiny_policy / "config.json", tmp_path / "adapter")
+    with pytest.raises(InputError, match=f"adapter: a LoRA adapter of {tiny_policy}, which has to be merged") as caught:
+        checkpoints.resolve(str(tmp_path / "adapter"))
+    (tmp_path / "adapter/config.json").unlink()
+    command = re.search('python -c ".*?"', str(caught.value)).group()
+    subprocess.run(["bash", "-c", command.replace("python", sys.executable, 1)], cwd=tmp_path, check=True)
+    written = dict(checkpoints.disk_weights(tmp_path / "merged"))
+    expected = adapted.merge_and_unload().state_dict()
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in written)

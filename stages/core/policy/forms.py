@@ -22,7 +22,7 @@ def refuse_others(path: Path) -> None:
         raise InputError(
             f"policy {path}: GGUF, which is llama.cpp's form, is not read: take the checkpoint that it was made from"
         )
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if (path / "adapter_config.json").is_file() and not _has(path, "model*.safetensors"):
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path", "its base")
         raise InputError(
             f'policy {path}: a LoRA adapter of {base}, which has to be merged first: python -c "from peft import '
