@@ -224,6 +224,7 @@ def test_a_reward_that_is_the_same_over_a_whole_step_is_named_once(tmp_path, cap
     explore(tmp_path, lambda number: 1, steps=2, max_rounds=1, reward=[f"{file}:thinks", f"{file}:number"])
     said = capsys.readouterr().err
     assert said.count("so it teaches nothing") == said.count("step 1: the reward mine.py:thinks is 0 for all") == 1
+    assert "rl 2/2  reward 1.5  pass rate 0.75  " in said, "the line of progress has both"
 
 
 def test_rewards_that_fail_on_some_groups_are_counted_and_on_a_whole_step_end_the_run_in_one_line(tmp_path):

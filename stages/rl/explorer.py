@@ -264,7 +264,8 @@ class Explorer:
             self.directory.append_log(row)
             self._warn_of_short_grace(row["update_s"])
         self.accelerator.log({name: value for name, value in row.items() if value == value}, step=row["step"])
-        note = f"pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s{self.last_valid}"
+        reward = f"reward {row['reward']:.3g}  " if self.settings.has_own_rewards else ""
+        note = f"{reward}pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s{self.last_valid}"
         self.progress.step(row["step"], note)
 
     def _strain(self, num_preemptions: int | None, memory_gib: float) -> tuple[float, float]:
