@@ -45,6 +45,7 @@ class Scale:
     drawn: str = "64 16 512"  # prompts, samples of each, tokens
     trl: str = "--problems 32 --group-size 16 --max-tokens 512 --tokens-per-microbatch 16384 --trl-batch 32 --rounds 1"
     peer: str = "TRL vllm"
+    fp8: str = "--rollout-dtype fp8"
 
 
 REHEARSAL = Scale(
@@ -58,6 +59,7 @@ REHEARSAL = Scale(
     drawn="4 2 8",
     trl="--problems 2 --group-size 4 --max-tokens 16 --tokens-per-microbatch 128 --trl-batch 8 --rounds 1 --steps 1",
     peer="TRL generate",
+    fp8="--rollout-dtype auto",
 )
 
 
@@ -187,6 +189,12 @@ def segments(bench: Bench) -> dict[str, Any]:
     return figures(rows_of(bench.rl("segments", "--steps 3", env=conf))[1:])
 
 
+def rollouts(bench: Bench) -> dict[str, Any]:
+    """rl with FP8 rollouts, and with the engine's log-probabilities as the old ones: mismatch and speed."""
+    runs = {"fp8": bench.scale.fp8, "engine-log-probs": "--engine-log-probs"}
+    return {name: figures(rows_of(bench.rl(name, f"--steps 3 {words}"))[1:]) for name, words in runs.items()}
+
+
 def _update(bench: Bench, flags: str, rank: int = 0) -> dict[str, Any]:
     """benchmarks/lora.py on the random policy, beside the plan."""
     policy = bench.random(bench.scale.policy)
@@ -205,7 +213,8 @@ PARTS = {
     part.run.__name__: part
     for part in (
         Part(tests, 200), Part(fsdp2, 150), Part(trl, 180), Part(update, 120), Part(resume, 240), Part(runners, 120),
-        Part(lora, 120), Part(compiled, 90), Part(segments, 60), Part(short, 90),
+        Part(lora, 120), Part(compiled, 90), Part(rollouts, 120), Part(segments, 60),
+        Part(short, 90),
     )
 }  # fmt: skip
 
