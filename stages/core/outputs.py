@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -164,7 +164,9 @@ def locked(path: str | Path, *others: str | Path) -> Iterator[None]:
             yield
         finally:
             beside.unlink(missing_ok=True)
-            _remove_empty(made)
+            with suppress(OSError):  # of the first that holds something
+                for directory in made:
+                    directory.rmdir()
 
 
 def _lock(file: IO[str], path: Path) -> None:
@@ -223,15 +225,6 @@ def set_aside(below: Path) -> list[str]:
         shown = f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
         lines.append(f"{path} takes {shown}: an earlier run that was moved aside; remove it when it is not wanted")
     return lines
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    """Remove `directories`, the innermost first, up to the first one that holds something."""
-    for directory in directories:
-        try:
-            directory.rmdir()
-        except OSError:
-            return
 
 
 def default_mode() -> int:

@@ -227,7 +227,9 @@ class VllmEngine:
         """
         if not is_distributed:
             return {}
-        _keep_process_group()
+        from vllm.distributed import parallel_state
+
+        parallel_state.destroy_distributed_environment = lambda: None  # accelerate began the group: it goes on
         options = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": self.tensor_parallel}
         if self.on_gpu:
             return options
@@ -461,13 +463,6 @@ def _sharing() -> Any:
     from vllm.distributed import get_tp_group
 
     return get_tp_group()
-
-
-def _keep_process_group() -> None:
-    """Let engines end without ending the process group: accelerate began it, and the ranks go on with it."""
-    from vllm.distributed import parallel_state
-
-    parallel_state.destroy_distributed_environment = lambda: None
 
 
 def fitting(cache_tokens: int, longest: int) -> int:

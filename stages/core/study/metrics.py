@@ -52,20 +52,16 @@ def pass_at_k(num_samples: "ArrayLike", num_correct: "ArrayLike", k: int) -> "Ar
     import numpy as np
 
     n, c = np.asarray(num_samples, dtype=np.float64), np.asarray(num_correct, dtype=np.float64)
-    _check_counts(n, c, k)
-    all_wrong = np.ones(np.broadcast_shapes(n.shape, c.shape))
-    for i in range(k):  # 0 once fewer than k are wrong: k samples must hold a right one
-        all_wrong *= np.maximum(n - c - i, 0) / (n - i)
-    return 1 - all_wrong
-
-
-def _check_counts(n: "Array", c: "Array", k: int) -> None:
     if k < 1:
         raise InputError(f"pass@{k} means nothing: name a k of 1 or more")
     if n.size and k > n.min():
         raise InputError(f"pass@{k} needs at least {k} samples a problem, found {n.min():.0f}: draw more or lower k")
     if (c < 0).any() or (c > n).any():
         raise InputError("a result counts more correct samples than samples (or fewer than none): was it edited?")
+    all_wrong = np.ones(np.broadcast_shapes(n.shape, c.shape))
+    for i in range(k):  # 0 once fewer than k are wrong: k samples must hold a right one
+        all_wrong *= np.maximum(n - c - i, 0) / (n - i)
+    return 1 - all_wrong
 
 
 Values = Callable[[Mapping[str, Any], int], "ArrayLike"]
