@@ -75,8 +75,8 @@ def test_the_gradient_of_the_entropy_is_that_of_autograd_and_of_the_fused_head(n
     sum((values[part] * weights * turn).sum() for turn, part in enumerate(of, 1)).backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in written_out.parameters()])
     assert expected.norm() > 0.1
-    for found in (gradient, scored(fused, of)[1]):
-        assert (found - expected).norm() < 1e-5 * expected.norm()
+    for computed in (gradient, scored(fused, of)[1]):
+        assert (computed - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_in_bfloat16_log_probs_are_float32_and_no_further_from_the_exact_ones_than_those_of_the_fused_head():

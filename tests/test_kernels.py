@@ -51,9 +51,13 @@ def test_log_probs_come_without_ranks():
 
     kernels.leave_ranks_out()
     log_probs, tokens = torch.randn(3, 9).log_softmax(-1), torch.tensor([4, 0, 8])
-    found = Sampler.gather_logprobs(log_probs, 0, tokens)
-    assert torch.equal(found.logprobs[:, 0], log_probs[range(3), tokens])
-    assert found.logprob_token_ids.tolist() == [[4], [0], [8]] and found.selected_token_ranks.tolist() == [0, 0, 0]
+    ours = Sampler.gather_logprobs(log_probs, 0, tokens)
+    assert torch.equal(ours.logprobs[:, 0], log_probs[range(3), tokens])
+    assert ours.logprob_token_ids.tolist() == [[4], [0], [8]] and ours.selected_token_ranks.tolist() == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_without_a_compiler_the_compiled_mode_is_refused_in_one_line(monkeypatch):

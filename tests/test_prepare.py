@@ -690,7 +690,7 @@ def test_lines_that_do_not_parse_are_left_out_and_counted_if_asked(tmp_path, nam
     (tmp_path / name).write_text(text)
     assert len(run(tmp_path, str(tmp_path / name), skip_bad=True)) == 2
     told = json.loads((tmp_path / "out.manifest.json").read_text())
-    assert [place.rpartition("/")[2] for place in told["ids"]["bad"]] == bad
+    assert [where.rpartition("/")[2] for where in told["ids"]["bad"]] == bad
     assert told["counts"]["rows"] == 2 + len(bad)
     with pytest.raises(InputError, match=bad[0]):
         run(tmp_path, str(tmp_path / name), out="b.jsonl")

@@ -266,8 +266,8 @@ def count_reads(directory, log):
         trainer.save_checkpoint = trainer.save_state = partial(os.makedirs, exist_ok=True)
         drawn = explore(where / str(ranks.rank), lambda number: int(number % 3 == 0), trainer=trainer, ranks=ranks)
     kept = len(drawn.trainer.batches[0]) // 4
-    found = {"counts": counts, "digests": [*inputs.digests.values()], "kept": kept, "groups": len(drawn.written)}
-    Path(log).write_text(json.dumps(found))
+    outcome = {"counts": counts, "digests": [*inputs.digests.values()], "kept": kept, "groups": len(drawn.written)}
+    Path(log).write_text(json.dumps(outcome))
 
 
 @pytest.mark.slow

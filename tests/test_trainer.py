@@ -149,7 +149,7 @@ def test_with_the_engines_log_probs_as_the_old_ones_the_clip_bounds_the_ratio_to
     from transformers import AutoModelForCausalLM
 
     rollouts = some_rollouts(12)
-    found, sums = gradient_and_sums(tiny_policy, rollouts, engine_log_probs=True)
+    gradient, sums = gradient_and_sums(tiny_policy, rollouts, engine_log_probs=True)
     model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
     total, apart, tokens = 0.0, 0.0, sum(len(rollout.completion_ids) for rollout in rollouts)
     for rollout in rollouts:
@@ -160,7 +160,7 @@ def test_with_the_engines_log_probs_as_the_old_ones_the_clip_bounds_the_ratio_to
         least = torch.minimum(ratio * rollout.advantage, ratio.clamp(0.8, 1.28) * rollout.advantage)
         total, apart = total - least.sum(), apart + (own - engine).abs().sum()
     (total / tokens).backward()
-    assert close(found, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), 1e-5)
+    assert close(gradient, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), 1e-5)
     assert sums[0].item() == pytest.approx(total.item(), rel=1e-5)
     names = UpdateStats.SUMS
     assert sums[names.index("mismatch")].item() == pytest.approx(apart.item(), rel=1e-5)

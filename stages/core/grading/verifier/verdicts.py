@@ -105,16 +105,16 @@ class Verifier:
                 elif len(prediction) > MAX_LENGTH:  # of which nothing is kept but its beginning
                     pending.append((prediction[:MAX_LENGTH], ["rejected"]))
                 else:
-                    found = [self._find(answer, prediction, jobs, prompt) for answer in answers]
-                    pending.append((prediction, found))
+                    verdicts = [self._find(answer, prediction, jobs, prompt) for answer in answers]
+                    pending.append((prediction, verdicts))
             self._send(jobs.values())
-        awaited = [promise for _, found in pending for promise in found if isinstance(promise, Future)]
+        awaited = [promise for _, verdicts in pending for promise in verdicts if isinstance(promise, Future)]
         return Pending(awaited, partial(self._settle, pending))
 
     def _settle(self, pending: Sequence[tuple[str | None, list[Promise]]]) -> list[Score]:
         scores = []
-        for prediction, found in pending:
-            verdict = min((each.result() if isinstance(each, Future) else each for each in found), key=BEST.index)
+        for prediction, verdicts in pending:
+            verdict = min((each.result() if isinstance(each, Future) else each for each in verdicts), key=BEST.index)
             if verdict == "unevaluated" and self.accept_unevaluated:
                 verdict = "correct"
             scores.append(Score(verdict, 1.0 if verdict == "correct" else 0.0, prediction))
