@@ -265,6 +265,20 @@ def test_a_saved_policy_has_the_end_tokens_and_settings_of_its_start_and_rope_in
     assert checkpoints.difference(copied, tmp_path / "saved") is None
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_end_tokens_within_a_text_config_are_kept_where_they_stand(tmp_path, is_nested):
+    start, saved = tmp_path / "start", tmp_path / "saved"
+    trained = {"eos_token_id": 7, "vocab_size": 9}
+    for path, config in ((start, {"text_config": {"eos_token_id": 5}}),
+                         (saved, {"text_config": trained} if is_nested else trained)):  # fmt: skip
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+    checkpoints._keep_settings(start, saved)
+    after = json.loads((saved / "config.json").read_text())
+    assert (after["text_config"] if is_nested else after) == {"eos_token_id": 5, "vocab_size": 9}
+    assert json.loads((saved / "generation_config.json").read_text()) == {"eos_token_id": 5}
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027])
 def test_saved_weights_honour_the_umask(copied, tmp_path, mask):
     model, tokenizer = checkpoints.load_model(copied, torch.float32), checkpoints.load_tokenizer(copied)

@@ -444,7 +444,10 @@ def _keep_settings(start: Path, path: Path) -> None:
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     before = read_json(start / "config.json")
-    config |= {name: before[name] for name in SPECIAL_TOKENS if name in before}
+    inner = before.get("text_config") or {}  # of a language model beside one for images, which may be saved alone
+    config |= {name: (inner | before)[name] for name in SPECIAL_TOKENS if name in inner | before}
+    if "text_config" in config:
+        config["text_config"] |= {name: inner[name] for name in SPECIAL_TOKENS if name in inner}
     outputs.write_json(path / "config.json", config)
     if (start / GENERATION).is_file():
         shutil.copyfile(start / GENERATION, path / GENERATION)
