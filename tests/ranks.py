@@ -2,7 +2,9 @@
 
     -m tests.ranks numbers POLICY OUT     gradients and log-probabilities of one fixed batch, to a file; of adapters
                                           on the policy in `coarse` beside OUT, to lora.pt there
+    -m tests.ranks hybrid POLICY OUT      the same in float32 on four ranks: two groups of two, each with all weights
     -m tests.ranks rl|rft ...             the stage, its policy sharded
+    -m tests.ranks starved rl ...         the same, and the second rank has no memory for its first update
 
 accelerate offers FSDP on GPUs only; the sharding itself runs on the CPU, too. So it is told that there are GPUs, and
 goes its usual way from what the launcher puts into the environment.
@@ -37,6 +39,8 @@ LAUNCH = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
     *("--config_file", str(ROOT / "configs/accelerate/gpu8-fsdp2.yaml"), "-m", "tests.ranks"),
 )
+HYBRID = ("--num_processes", "4", "--use_parallelism_config", "true", "--parallelism_config_dp_replicate_size", "2")
+HYBRID += ("--parallelism_config_dp_shard_size", "2")
 DDP = (  # to be followed by a command of rloop
     *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
     *("--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"), "-m", "rloop_cli"),
@@ -110,11 +114,30 @@ def numbers(policy: str, out: str) -> None:
     PartialState().wait_for_everyone()
 
 
+def hybrid(policy: str, out: str) -> None:
+    found = numbers_of(policy, Path(out).with_suffix(""), "fsdp2", "float32")
+    if PartialState().is_main_process:
+        torch.save(found, out)
+    PartialState().wait_for_everyone()
+
+
+def starve() -> None:
+    """Let the second rank have no memory for its first update: the check of the hand-over scores, this sums up."""
+    accumulate = Trainer._accumulate
+
+    def starved(self, rollouts):
+        if not self.ranks.is_first:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return accumulate(self, rollouts)
+
+    Trainer._accumulate = starved
+
+
 def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) -> dict:
     from tests.test_trainer import OPTIONS, some_rollouts
 
     accelerator = start_accelerator(rl.Settings(dtype=dtype))
-    assert accelerator.num_processes == 2
+    assert accelerator.num_processes == int(os.environ["WORLD_SIZE"]) > 1
     trainer = Trainer(Path(policy), accelerator, replace(OPTIONS, gradient_checkpointing=True, **changes))
     sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
     assert sharded == (kind != "ddp")
@@ -142,6 +165,8 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
             trainer.update(some_rollouts(31, seed=1), 1e-3)
         trainer.update(some_rollouts(31, seed=2), 1e-3)
         again[part] = {name: weight.clone() for name, weight in trainer.weights()}
+    if kind == "ddp" and dtype == "float32":
+        check_starved(trainer, state / "second")
     return {
         "gradient": gradients, "with_entropy": with_entropy, "sums": sums, "log_probs": log_probs, "norms": norms,
         "weights": weights, "again": again,
@@ -151,6 +176,28 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
 def gradients_of(trainer: Trainer, sharded: bool) -> dict[str, torch.Tensor]:
     parameters = trained(trainer.accelerator.unwrap_model(trainer.model)).items()
     return {name: (weight.grad.full_tensor() if sharded else weight.grad).clone() for name, weight in parameters}
+
+
+def check_starved(trainer: Trainer, state: Path) -> None:
+    """Both ranks halve the micro-batch of an update as often as one of them needs, and it comes to the same."""
+    from tests.test_trainer import some_rollouts
+
+    trainer.settings = replace(trainer.settings, minibatches=2)
+    forward, weights = trainer._forward, []
+    budget = trainer._token_budget
+    for is_limited in (False, True):
+
+        def limited(batch, is_limited=is_limited):
+            if is_limited and not trainer.ranks.is_first and trainer._token_budget > budget / 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(batch)
+
+        trainer._forward = limited
+        trainer.load_state(state)
+        stats = trainer.update(some_rollouts(31, seed=3), 1e-3)
+        assert stats.num_halvings == 2 * is_limited
+        weights.append({name: weight.clone() for name, weight in trainer.weights()})
+    assert all((weight - weights[1][name]).abs().max() < 1e-5 for name, weight in weights[0].items())
 
 
 def assert_merged(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -166,7 +213,10 @@ def assert_merged(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> N
 
 if __name__ == "__main__":
     offer_fsdp()
-    if sys.argv[1] == "numbers":
-        numbers(*sys.argv[2:])
+    if sys.argv[1] in ("numbers", "hybrid"):
+        {"numbers": numbers, "hybrid": hybrid}[sys.argv[1]](*sys.argv[2:])
     else:
+        if sys.argv[1] == "starved":
+            del sys.argv[1]
+            starve()
         rloop()

@@ -400,12 +400,18 @@ def both_ranks(tiny_policy, tmp_path_factory):
         checkpoints.load_tokenizer(tiny_policy),
         out.parent / "coarse",
     )
-    done = subprocess.run(
-        [*ranks.LAUNCH, "numbers", tiny_policy, out], cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = launched("numbers", tiny_policy, out)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out), out.parent
+
+
+def launched(*arguments, more=()):
+    """What came of the ranks of `tests.ranks ARGUMENTS`; `more` are options of the launcher."""
+    command = [*ranks.LAUNCH[:-2], *more, *ranks.LAUNCH[-2:], *arguments]
+    return subprocess.run(
+        command, cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT, capture_output=True, text=True, check=False,
+        timeout=2 * ranks.LIMIT_S,
+    )  # fmt: skip
 
 
 def flat(gradients):
@@ -429,6 +435,34 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, both_r
     trainer.optimizer.zero_grad()
     assert case["norms"] == pytest.approx(trainer.update(some_rollouts(31, seed=1), 1e-3).grad_norms, rel=1e-5)
     assert set(case["weights"]) == set(dict(trainer.weights()))
+
+
+@pytest.mark.slow
+def test_nor_on_groups_of_ranks_of_which_each_shards_the_policy(tiny_policy, tmp_path):
+    """Two by two, as accelerate's parallelism_config asks for; the state is taken back by one process."""
+    done = launched("hybrid", tiny_policy, tmp_path / "found.pt", more=ranks.HYBRID)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    trainer = trainer_in("float32", tiny_policy)
+    sums = trainer.gradient(some_rollouts(31))
+    assert close(flat(found["gradient"]), gradient_of(trainer), 1e-5)
+    assert torch.allclose(found["sums"], sums, rtol=1e-5)
+    for again in found["again"].values():
+        assert all(torch.equal(weight, again[name]) for name, weight in found["weights"].items())
+    trainer.load_state(tmp_path / "found/second")
+    trainer.update(some_rollouts(31, seed=2), 1e-3)
+    assert all((weight - found["weights"][name]).abs().max() < 1e-5 for name, weight in trainer.weights())
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_for_a_sharded_update_ends_all_with_a_line(toy, tmp_path):
+    """The other one waits for it within its pass, where nothing reaches it but the launcher."""
+    run = ["rl", "--policy", toy / "policy", "--problems", toy / "train.jsonl", "--out", tmp_path / "rl"]
+    how = ["--template", "none", "--steps", "2", "--problems-per-step", "4", "--group-size", "4", "--max-tokens", "32"]
+    done = launched("starved", *run, *how, "--overlong-buffer", "0")
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("rloop: out of memory"))
+    assert "while updating in step 1 (CUDA out of memory): lower --tokens-per-microbatch" in line
 
 
 @pytest.mark.slow

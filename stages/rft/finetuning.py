@@ -91,7 +91,7 @@ def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Tokenized], options: Op
     logging.set_verbosity_error()  # the trainer warns of changes to the configuration, which are undone below
     start = _Start.load(path, options)
     rows = start.weighted(rows) if options.likelihood_weights else rows
-    model = checkpoints.load_model(path, torch.float32, options.attn_implementation)
+    model = checkpoints.load_model(path, torch.float32, options.attn_implementation, by_first=True)
     adapters.attach(model, options, options.seed, uses_bfloat16(options.dtype))
     if options.compile_layers:
         compile_layers(model)

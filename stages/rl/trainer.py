@@ -6,15 +6,14 @@ spread over ranks and micro-batches.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
@@ -88,7 +87,7 @@ class Trainer:
         self.settings = settings
         self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32  # of the engine
         self.tokenizer = checkpoints.load_tokenizer(path)
-        model = checkpoints.load_model(path, torch.float32, settings.attn_implementation)
+        model = checkpoints.load_model(path, torch.float32, settings.attn_implementation, by_first=True)
         without_dropout(model)
         adapters.attach(model, settings, settings.seed, is_bfloat16=accelerator.mixed_precision == "bf16")
         if settings.gradient_checkpointing:
@@ -114,7 +113,13 @@ class Trainer:
         if self.ranks.is_first and self.dtype is torch.bfloat16 and not accelerator.is_fsdp2 and _has_experts(model):
             warn("outside FSDP2 a mixture of experts computes its experts in float32: see configs/accelerate")
         acceleration.reduce_in_float32(accelerator)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        else:  # without DDP, whose ranks wait for each other within a pass: see _repeating
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        plan = accelerator.parallelism_config
+        self._is_hybrid = accelerator.is_fsdp2 and plan is not None and plan.dp_replicate_enabled
         self.model.train()
 
     def update(self, rollouts: Sequence[TokenRollout], lr: float, entropy_weight: float = 0.0) -> UpdateStats:
@@ -126,10 +131,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         parts = [[rollouts[i] for i in part] for part in split(range(len(rollouts)), self.settings.minibatches)]
+        stats = UpdateStats()
         for part in parts[1:]:  # the first update sees the weights that sampled, so its ratio needs no second forward
             if not self.settings.engine_log_probs:
-                self._remember_log_probs(part)
-        stats = UpdateStats()
+                self._repeating(partial(self._remember_log_probs, part), part, stats)
         for part in parts:
             self._update(part, stats, entropy_weight)
         for rollout in rollouts:
@@ -137,21 +142,32 @@ class Trainer:
         return stats
 
     def gradient(self, rollouts: Sequence[TokenRollout], entropy_weight: float = 0.0) -> torch.Tensor:
-        """Accumulate the gradient of one update on `rollouts`; return the sums of all ranks that `UpdateStats` names.
+        """Make the gradient of one update on `rollouts`; return the sums over all ranks that `UpdateStats` names."""
+        return self._summed(self.ranks.gather(self._accumulate(rollouts, entropy_weight)))
 
-        They are on the CPU, the last one a maximum.
-        """
+    def _accumulate(self, rollouts: Sequence[TokenRollout], entropy_weight: float) -> torch.Tensor:
+        """Accumulate the gradient of this rank's share of an update; its sums for `UpdateStats`, on the CPU."""
         num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+        scale = self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1  # it averages over ranks
         passes = self._passes(rollouts)
         sums = torch.zeros(len(UpdateStats.SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
         for number, (batch, counts) in enumerate(passes, 1):
-            with self._hold_sync(number < len(passes)):
-                loss, values = self._loss(batch, counts, entropy_weight)
-                # DDP and FSDP average over ranks; the sum over ranks is what the formula asks for
-                self.accelerator.backward(loss * self.accelerator.num_processes / num_tokens)
+            if self._is_hybrid:  # the sums of each group of ranks are added up once, in the last pass
+                self.model.set_requires_all_reduce(number == len(passes))
+            loss, values = self._loss(batch, counts, entropy_weight)
+            self.accelerator.backward(loss * scale / num_tokens)
             sums[:-1] += values[:-1]
             sums[-1] = torch.maximum(sums[-1], values[-1])
-        gathered = torch.stack(self.ranks.gather(sums.cpu()))
+        return sums.cpu()
+
+    def _summed(self, by_rank: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Add up the gradients of all ranks where FSDP2 has not; and what `_accumulate` gave, the last a maximum."""
+        if not self.ranks.is_alone and not self.accelerator.is_fsdp2:
+            for parameter in adapters.trained(self.model).values():
+                if parameter.grad is None:  # an expert that no token of this rank met
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+        gathered = torch.stack([*by_rank])
         return torch.cat([gathered[:, :-1].sum(0), gathered[:, -1].max()[None]])
 
     def log_probs(self, rollouts: Sequence[TokenRollout]) -> list[torch.Tensor]:
@@ -240,7 +256,7 @@ class Trainer:
         return {"model": model_state, "optimizer": optimizer_state}
 
     def _update(self, rollouts: Sequence[TokenRollout], stats: UpdateStats, entropy_weight: float) -> None:
-        sums = self._gradient_in_memory(rollouts, stats, entropy_weight)
+        sums = self._summed(self._repeating(partial(self._accumulate, rollouts, entropy_weight), rollouts, stats))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(norm) and torch.isfinite(sums).all():
@@ -254,23 +270,32 @@ class Trainer:
             setattr(stats, name, getattr(stats, name) + value)
         stats.mismatch_max = max(stats.mismatch_max, float(sums[-1]))
 
-    def _gradient_in_memory(
-        self, rollouts: Sequence[TokenRollout], stats: UpdateStats, entropy_weight: float
-    ) -> torch.Tensor:
-        """`gradient`, again with half the micro-batch if there is no memory for it: nothing has moved until then.
+    def _repeating(self, work: Callable[[], Any], rollouts: Sequence[TokenRollout], stats: UpdateStats) -> list[Any]:
+        """What `work`, passes over `rollouts`, gives on each rank.
 
-        Not on several ranks, of which the others wait in the middle of theirs: there the error passes on.
+        If one has no memory for it, all repeat it with half the micro-batch: no weight has moved until then. Under
+        FSDP2 the ranks that have memory wait for the others within their pass, and nothing reaches them there: the
+        error passes on, this process ends, and the launcher ends the others.
         """
         while True:
+            value, fault = None, ""
             try:
-                return self.gradient(rollouts, entropy_weight)
-            except torch.OutOfMemoryError:
-                if not self.ranks.is_alone or self._token_budget <= max(rollout.length for rollout in rollouts):
+                value = work()
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.is_fsdp2:
                     raise
+                fault = in_one_line(error)  # not the error itself, which would hold the memory
+            by_rank = self.ranks.gather((value, fault))
+            faults = [fault for _, fault in by_rank if fault]
+            if not faults:
+                return [value for value, _ in by_rank]
             self.release()
+            if self._token_budget <= max(rollout.length for rollout in rollouts):
+                raise torch.OutOfMemoryError(faults[0])
             stats.num_halvings += 1
             self._token_budget //= 2
-            warn(f"out of memory in an update: it is repeated with {self._token_budget:,} tokens a micro-batch")
+            if self.ranks.is_first:
+                warn(f"out of memory in an update: it is repeated with {self._token_budget:,} tokens a micro-batch")
 
     def _loss(
         self, batch: Sequence[TokenRollout], counts: bool, entropy_weight: float
@@ -351,11 +376,6 @@ class Trainer:
             return microbatches([rollout.length for rollout in rollouts], self._token_budget)
         prompts = [rollout.prompt_ids for rollout in rollouts]
         return microbatches([len(r.completion_ids) + 1 for r in rollouts], self._token_budget, prompts)
-
-    def _hold_sync(self, hold: bool) -> AbstractContextManager[Any]:
-        """Under DDP, reduce gradients once an update rather than once a micro-batch."""
-        many = self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        return self.accelerator.no_sync(self.model) if hold and many else nullcontext()
 
 
 def _ids(tokens: Sequence[int]) -> torch.Tensor:

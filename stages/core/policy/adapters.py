@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from stages.core.errors import InputError
 from stages.core.options import OptionGroup, above, at_least
 from stages.core.policy import checkpoints
+from stages.core.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -110,13 +111,17 @@ def _targets(model: Any, options: LoraOptions) -> dict[str, Any]:
 
 
 def _hold_in_bfloat16(model: Any) -> None:
-    """Keep frozen matrices of linear layers in bfloat16 if no bit of them is lost; the embedding stays as it is."""
+    """Keep frozen matrices of linear layers in bfloat16 if no bit of them is lost; the embedding stays as it is.
+
+    The first rank decides for all, which may not hold the weights yet.
+    """
     import torch
 
-    embedding = model.get_input_embeddings().weight
+    embedding, layers = model.get_input_embeddings().weight, []
     for layer in model.modules():
-        if not isinstance(layer, torch.nn.Linear) or layer.weight.requires_grad or layer.weight is embedding:
-            continue
-        tensors = [layer.weight.data, *([layer.bias.data] if layer.bias is not None else [])]
-        if all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors):
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad and layer.weight is not embedding:
+            layers.append(layer)
+    keeps = [all(torch.equal(own, own.bfloat16().float()) for own in layer.parameters(False)) for layer in layers]
+    for layer, keep in zip(layers, Ranks().gather(keeps)[0], strict=True):
+        if keep:
             layer.to(torch.bfloat16)

@@ -1,9 +1,10 @@
 """Policies as checkpoint directories: find them, refuse broken ones, load, save, and read their weights."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ MAX_CONTEXT = 2**24  # tokens; the longest of any policy is 10 million
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what families of models call their number
 PROBE = "Let $x_1 = \\frac{12}{5} + 3$ apples.\n\nThe answer is \\boxed{-42}."  # what each tokenizer has to give back
 PLAIN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # how completions are decoded
+READ_BY_FIRST = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # the variable by which accelerate tells transformers
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -244,9 +246,11 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def load_model(path: Path, dtype: "torch.dtype", attention: str = "sdpa") -> Any:
+def load_model(path: Path, dtype: "torch.dtype", attention: str = "sdpa", by_first: bool = False) -> Any:
     """The causal language model of a checkpoint in `dtype`, on the CPU, with an `attention` by transformers' name.
 
+    With `by_first`, for a model that FSDP then shards, only the first rank of a node reads it, if the launcher's
+    configuration asks for that (fsdp_cpu_ram_efficient_loading): zeros that take no memory stand for it on the others.
     Raises InputError if the weights don't fit the configuration: other shapes, or tensors missing.
     """
     from transformers import AutoModelForCausalLM
@@ -260,7 +264,8 @@ def load_model(path: Path, dtype: "torch.dtype", attention: str = "sdpa") -> Any
     elif getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # torch's fused attention leaves the cap out
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        with nullcontext() if by_first else _read_by_all():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as error:  # as in _reading, but name what the files lack first
         check_shapes(path)
         raise InputError(f"policy {path}: the weights do not load: {in_one_line(error)}") from error
@@ -275,6 +280,17 @@ def load_model(path: Path, dtype: "torch.dtype", attention: str = "sdpa") -> Any
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"policy {path}: {len(info['missing_keys'])} weights are missing, such as {names}")
     return model
+
+
+@contextmanager
+def _read_by_all() -> Iterator[None]:
+    """Let transformers load whole models on all ranks, also where FSDP is to shard another one."""
+    asked = os.environ.pop(READ_BY_FIRST, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[READ_BY_FIRST] = asked
 
 
 def difference(first: Path, second: Path) -> str | None:
