@@ -39,8 +39,11 @@ LAUNCH = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
     *("--config_file", str(ROOT / "configs/accelerate/gpu8-fsdp2.yaml"), "-m", "tests.ranks"),
 )
-HYBRID = ("--num_processes", "4", "--use_parallelism_config", "true", "--parallelism_config_dp_replicate_size", "2")
-HYBRID += ("--parallelism_config_dp_shard_size", "2")
+HYBRID = {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 DDP = (  # to be followed by a command of rloop
     *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
     *("--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"), "-m", "rloop_cli"),

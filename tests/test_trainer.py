@@ -405,12 +405,12 @@ def both_ranks(tiny_policy, tmp_path_factory):
     return torch.load(out), out.parent
 
 
-def launched(*arguments, more=()):
-    """What came of the ranks of `tests.ranks ARGUMENTS`; `more` are options of the launcher."""
-    command = [*ranks.LAUNCH[:-2], *more, *ranks.LAUNCH[-2:], *arguments]
+def launched(*arguments, num=2, **environment):
+    """What came of `num` ranks of `tests.ranks ARGUMENTS`."""
+    command = [*ranks.LAUNCH[:-2], "--num_processes", str(num), *ranks.LAUNCH[-2:], *arguments]
     return subprocess.run(
-        command, cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT, capture_output=True, text=True, check=False,
-        timeout=2 * ranks.LIMIT_S,
+        command, cwd=ranks.ROOT, env=os.environ | ranks.ENVIRONMENT | environment, capture_output=True, text=True,
+        check=False, timeout=2 * ranks.LIMIT_S,
     )  # fmt: skip
 
 
@@ -440,7 +440,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(tiny_policy, both_r
 @pytest.mark.slow
 def test_nor_on_groups_of_ranks_of_which_each_shards_the_policy(tiny_policy, tmp_path):
     """Two by two, as accelerate's parallelism_config asks for; the state is taken back by one process."""
-    done = launched("hybrid", tiny_policy, tmp_path / "found.pt", more=ranks.HYBRID)
+    done = launched("hybrid", tiny_policy, tmp_path / "found.pt", num=4, **ranks.HYBRID)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
     trainer = trainer_in("float32", tiny_policy)
@@ -451,7 +451,8 @@ def test_nor_on_groups_of_ranks_of_which_each_shards_the_policy(tiny_policy, tmp
         assert all(torch.equal(weight, again[name]) for name, weight in found["weights"].items())
     trainer.load_state(tmp_path / "found/second")
     trainer.update(some_rollouts(31, seed=2), 1e-3)
-    assert all((weight - found["weights"][name]).abs().max() < 1e-5 for name, weight in trainer.weights())
+    apart = torch.cat([(weight - found["weights"][name]).abs().flatten() for name, weight in trainer.weights()])
+    assert apart.max() < 1e-4 and apart.quantile(0.99) < 1e-6, "an update moves most weights by nearly 1e-3"
 
 
 @pytest.mark.slow
@@ -462,7 +463,7 @@ def test_a_rank_without_memory_for_a_sharded_update_ends_all_with_a_line(toy, tm
     done = launched("starved", *run, *how, "--overlong-buffer", "0")
     assert done.returncode != 0
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("rloop: out of memory"))
-    assert "while updating in step 1 (CUDA out of memory): lower --tokens-per-microbatch" in line
+    assert "while updating in step 1 (OutOfMemoryError: CUDA out of memory): lower --tokens-per-microbatch" in line
 
 
 @pytest.mark.slow
