@@ -449,10 +449,10 @@ def test_nor_on_groups_of_ranks_of_which_each_shards_the_policy(tiny_policy, tmp
     assert torch.allclose(found["sums"], sums, rtol=1e-5)
     for again in found["again"].values():
         assert all(torch.equal(weight, again[name]) for name, weight in found["weights"].items())
+    trainer.optimizer.zero_grad()
     trainer.load_state(tmp_path / "found/second")
     trainer.update(some_rollouts(31, seed=2), 1e-3)
-    apart = torch.cat([(weight - found["weights"][name]).abs().flatten() for name, weight in trainer.weights()])
-    assert apart.max() < 1e-4 and apart.quantile(0.99) < 1e-6, "an update moves most weights by nearly 1e-3"
+    assert all((weight - found["weights"][name]).abs().max() < 1e-5 for name, weight in trainer.weights())
 
 
 @pytest.mark.slow
