@@ -128,10 +128,10 @@ def starve() -> None:
     """Let the second rank have no memory for its first update: the check of the hand-over scores, this sums up."""
     accumulate = Trainer._accumulate
 
-    def starved(self, rollouts):
+    def starved(self, *how):
         if not self.ranks.is_first:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return accumulate(self, rollouts)
+        return accumulate(self, *how)
 
     Trainer._accumulate = starved
 
