@@ -23,6 +23,7 @@ from stages.core.drawing.engine import (
 )
 from stages.core.errors import InputError
 from stages.core.policy import checkpoints
+from stages.core.ranks import STEP_LIMIT
 
 QUESTIONS = [f"{a}+{b}*{c}=?" for a in range(1, 5) for b in range(1, 4) for c in range(2, 4)]
 
@@ -333,3 +334,10 @@ def test_seeded_prompts_beyond_one_pass_of_the_engine_are_all_answered(engine, p
     many = [prompts[i % len(prompts)] for i in range(MAX_BATCHED_TOKENS // min(map(len, prompts)) + 50)]
     sampling = Sampling(1, 2, seeds=list(range(len(many))), log_probs=False)
     assert len(engine.generate(many, sampling)) == len(many)
+
+
+@pytest.mark.slow
+def test_the_groups_of_ranks_that_vllm_makes_have_the_time_limit_of_the_others(engine):
+    options = engine._distributed(True)
+    limits = [options[name] for name in ("distributed_timeout_seconds", "cpu_distributed_timeout_seconds")]
+    assert limits == [STEP_LIMIT.total_seconds()] * 2

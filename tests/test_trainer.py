@@ -539,3 +539,18 @@ def test_a_tied_policy_is_saved_and_taken_back(tied_policy, tmp_path):
     assert all(torch.equal(weight, saved[name]) for name, weight in trainer.weights())
     trainer.update(some_rollouts(8, seed=1), 1e-3)
     assert all(torch.equal(weight, after[name]) for name, weight in trainer.weights())
+
+
+def test_a_mixture_of_experts_outside_fsdp2_is_warned_of_in_bfloat16(tmp_path, capsys):
+    trainer_in("bfloat16", make("Mixtral", tmp_path / "policy"))
+    assert "outside FSDP2 a mixture of experts computes its experts in float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_gpu_without_bfloat16_is_refused_in_a_line(dtype, monkeypatch):
+    answers = {"is_available": True, "is_bf16_supported": False, "get_device_name": "Tesla V100"}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer, **_: answer)
+    with pytest.raises(InputError, match=f"--dtype {dtype}: Tesla V100 has no bfloat16: add --dtype float32"):
+        acceleration.uses_bfloat16(dtype)
+    assert not acceleration.uses_bfloat16("float32")

@@ -22,6 +22,7 @@ from stages.core.lifetime import Stopped
 from stages.core.options import ROUNDING, OptionGroup, above, at_least, at_most, one_of
 from stages.core.policy import checkpoints
 from stages.core.progress import warn
+from stages.core.ranks import STEP_LIMIT
 
 if TYPE_CHECKING:
     import torch
@@ -175,10 +176,12 @@ class VllmEngine:
         configure()
         import torch
 
+        from stages.core.policy.acceleration import uses_bfloat16
+
         self.on_gpu = torch.cuda.is_available()
         dtype, max_sequences = options.dtype, options.max_sequences
         if dtype == "auto":  # vLLM's own choice would depend on the checkpoint's type
-            dtype = "bfloat16" if self.on_gpu else "float32"
+            dtype = "bfloat16" if uses_bfloat16(dtype) else "float32"
         self.sleeps = sleeps and self.on_gpu
         self.tensor_parallel = options.tensor_parallel
         self._asleep = False
@@ -223,14 +226,18 @@ class VllmEngine:
     def _distributed(self, is_distributed: bool) -> dict[str, Any]:
         """vLLM's arguments for many ranks: as the launcher numbers them, each `tensor_parallel` of them make a group.
 
-        To vLLM the groups are independent: none waits for another after the start.
+        To vLLM the groups are independent: none waits for another after the start. Those that it makes itself have the
+        time limit of the others, as far as the installed version lets it be told.
         """
         if not is_distributed:
             return {}
         from vllm.distributed import parallel_state
+        from vllm.engine.arg_utils import EngineArgs
 
         parallel_state.destroy_distributed_environment = lambda: None  # accelerate began the group: it goes on
         options = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": self.tensor_parallel}
+        limits = ("distributed_timeout_seconds", "cpu_distributed_timeout_seconds")
+        options |= {name: int(STEP_LIMIT.total_seconds()) for name in limits if hasattr(EngineArgs, name)}
         if self.on_gpu:
             return options
         from stages.core.drawing.cpu_worker import Worker
