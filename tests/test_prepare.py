@@ -467,7 +467,7 @@ def test_a_column_that_can_not_be_kept_is_refused(tmp_path, column, fault):
     row = {"problem": "a", "answer": "1", "source": "me", "big": 10**30}
     path = write_jsonl(tmp_path / "a.jsonl", row)
     with pytest.raises(InputError) as caught:
-        run(tmp_path, path, keep_column=[column])
+        run(tmp_path, path, keep_column=[column], skip_bad=column == "Source")
     assert fault in str(caught.value)
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -559,7 +559,11 @@ def test_a_packed_file_that_was_cut_is_named(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(("value", "answer"), [("['18']", "18"), ('["x"]', "x"), (["3"], "3"), ("[1, 2]", "[1, 2]"),
-                                                ("['2' ]", "2"), ("['x']['y']", "['x']['y']")])  # fmt: skip
+                                                ("['2' ]", "2"), ("['x']['y']", "['x']['y']"),
+                                                (r"['\\frac{1}{2}']", r"\frac{1}{2}"), (r"['\frac12']", r"\frac12"),
+                                                (r'["\\text{a}\\\\b"]', r"\text{a}\\b"),
+                                                ('["\\ud835\\udc65"]', "\U0001d465"),
+                                                ("['a'], ['b']", "['a'], ['b']")])  # fmt: skip
 def test_a_list_of_one_answer_is_unpacked_as_a_text_too(value, answer):
     assert answers.answer_texts(value, Reading(), "here") == (answer,)
 
@@ -572,6 +576,13 @@ def test_several_answers_end_the_call_or_are_left_out_and_counted(tmp_path):
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["counts"]["rows"] == 3 and manifest["counts"]["bad"] == 2
     assert [where.rpartition("/")[2] for where in manifest["ids"]["bad"]] == ["mine.jsonl:2", "mine.jsonl:3"]
+
+
+def test_a_chat_that_a_csv_file_holds_as_json_is_read_as_json(tmp_path):
+    turn = {"role": "user", "content": "What is \U0001d465 if \U0001d465 = 2?", "name": None}
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "answer"], [json.dumps([turn]), "2"], [repr([turn | {"name": 1}]), "2"]])
+    assert [one["problem"] for one in run(tmp_path, str(tmp_path / "a.csv"))] == [turn["content"]]
 
 
 def test_of_a_chat_with_a_system_message_the_last_user_turn_is_the_problem(tmp_path):
@@ -587,6 +598,8 @@ def test_of_a_chat_with_a_system_message_the_last_user_turn_is_the_problem(tmp_p
     [
         ("['2', '3']", ("2", "3")),
         ("['2' '3']", ("2", "3")),
+        (r"['\\frac{1}{2}' 'x']", (r"\frac{1}{2}", "x")),
+        (r"['\frac{1}{2}', 'x']", (r"\frac{1}{2}", "x")),
         ('["it\'s", "x"]', ("it's", "x")),
         ([2, 3.0, "2", None], ("2", "3")),
         (["\\boxed{5}", "025"], ("5", "25")),
@@ -607,6 +620,8 @@ def test_alternatives_are_kept_and_copies_that_share_one_agree(tmp_path):
     problems = run(tmp_path, path, alternatives=True, drop_unparseable=True)
     right = {one["problem"]: [one["answer"], *one.get("other_answers", [])] for one in problems}
     assert right == {"A?": ["2", "3"], "C?": ["?", "5"]}
+    again = run(tmp_path, str(tmp_path / "out.jsonl"), out="again.jsonl")  # without --alternatives
+    assert {one["problem"]: [one["answer"], *one.get("other_answers", [])] for one in again} == right
 
 
 @pytest.mark.parametrize(
@@ -621,6 +636,8 @@ def test_alternatives_are_kept_and_copies_that_share_one_agree(tmp_path):
         ("2,5 \\cdot 10^{3}", "2.5 \\cdot 10^{3}"),
         ("Also \\boxed{2,5}.", "2.5"),
         ("#### 2,5", "2.5"),
+        ("#### 1,500", "1.500"),
+        ("#### 1.500,250", "1500.250"),
         ("2.5", "2.5"),
         ("2, 5", "2, 5"),
         ("12", "12"),
@@ -673,8 +690,9 @@ def test_a_text_in_another_encoding_is_read_if_told(tmp_path, written, told, suf
     if told != "utf-8":
         with pytest.raises(InputError, match=rf"a\.{suffix}.*--encoding latin-1"):
             run(tmp_path, str(tmp_path / f"a.{suffix}"), out="b.jsonl")
-    with pytest.raises(InputError, match="--encoding klingon: Python knows none of that name"):
-        prepare.Options(source=str(tmp_path / f"a.{suffix}"), out="c.jsonl", encoding="klingon")
+    for wrong in ("klingon", "base64"):
+        with pytest.raises(InputError, match=f"--encoding {wrong}: Python knows none of that name"):
+            prepare.Options(source=str(tmp_path / f"a.{suffix}"), out="c.jsonl", encoding=wrong)
 
 
 @pytest.mark.parametrize(

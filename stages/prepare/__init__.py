@@ -24,6 +24,7 @@ from stages.prepare.sources import Source
 
 PROBLEM_DEFAULT = f"if not given, the first of {', '.join(sources.PROBLEM_COLUMNS)}"
 ANSWER_DEFAULT = f"if not given, the first of {', '.join(sources.ANSWER_COLUMNS)}"
+OTHERS = "other_answers"  # beside "answer" in a file of problems that was prepared before
 CHECKED_AT_ONCE = 128  # answers between two moves of the bar
 
 
@@ -184,7 +185,9 @@ def _columns(row: sources.Columns, options: Options, where: str) -> _ColumnNames
         sources.kept_columns(row, options.keep_column, where),
     )
     ids = f"ids from {columns.own_id}" if columns.own_id else "ids from a hash of the problem"
-    said = f"problems are read from column {columns.problem}, answers from {columns.answer}, {ids}"
+    curation.refuse_taken(columns.kept)
+    read = " and ".join([columns.answer, *([OTHERS] if columns.answer == "answer" and OTHERS in row else [])])
+    said = f"problems are read from column {columns.problem}, answers from {read}, {ids}"
     print(said, file=sys.stderr)
     return columns
 
@@ -192,12 +195,17 @@ def _columns(row: sources.Columns, options: Options, where: str) -> _ColumnNames
 def _row(source: Source, row: sources.Columns, where: str, columns: _ColumnNames, options: Options) -> curation.Row:
     problem = sources.value(row, columns.problem, where)
     reading = answers.Reading(source.is_integers, options.alternatives, options.decimal_comma)
+    others = row.get(OTHERS) if columns.answer == "answer" else None
+    right = (
+        *answers.answer_texts(sources.value(row, columns.answer, where), reading, where),
+        *answers.answer_texts(others, reading._replace(alternatives=True), where),
+    )
     kept = {name: sources.value(row, name, where) for name in columns.kept}
     if options.keep_system:
         kept["prompt"] = curation.with_system(problem, where)
     return curation.Row(
         curation.problem_text(problem, where),
-        answers.answer_texts(sources.value(row, columns.answer, where), reading, where),
+        tuple(dict.fromkeys(right)),
         _own_id(row.get(columns.own_id)),
         curation.kept_fields(kept, where),
     )

@@ -1,6 +1,7 @@
 """What the value in a column of answers says: every answer that is right, as texts, their digits exact."""
 
 import ast
+import json
 import re
 from contextlib import suppress
 from decimal import Decimal
@@ -15,6 +16,7 @@ MAX_WORDS = 12  # an answer of more is named as one that may be a worked solutio
 _QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 _LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)  # of texts: [1, 2] may be an interval
 _ARRAY = re.compile(rf"\[\s*{_QUOTED}(?:\s+{_QUOTED})*\s*\]")  # as numpy prints it: ['2' '3']
+_LONE = re.compile(r"(?<!\\)\\(?!n|u[0-9a-fA-F]{4})[a-zA-Z]{2}")  # of \frac, which JSON and Python double
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _INTEGER_WITH_POINT = re.compile(r"([+-]?[0-9]+)\.0*")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -57,13 +59,13 @@ def answer_text(value: Any, reading: Reading, where: str) -> str:
     if isinstance(value, float | Decimal):
         value = _decimal_text(value, where)
     elif isinstance(value, str) and reading.decimal_comma:
-        value = _with_point(_marked(value), where)
+        value = _with_point(_marked(value, reading), where)
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise InputError(
             f"{where}: an answer must be a text or a number, found {type(value).__name__}: name a column or field of "
             "such with --answer-column"
         )
-    text = _marked(str(value))
+    text = _marked(str(value), reading)
     if match := _ENCLOSED.fullmatch(text):
         text = match[2]
     if reading.is_integers and (match := _INTEGER_WITH_POINT.fullmatch(text)):
@@ -83,19 +85,35 @@ def looks_decimal(answer: str) -> bool:
 
 def _listed(value: Any) -> list[Any]:
     """The items of a list, also of one that a CSV file holds as a text, ['18'] or numpy's ['2' '3']."""
-    if isinstance(value, str) and _ARRAY.fullmatch(value.strip()):
-        return [text[1:-1] for text in re.findall(_QUOTED, value)]
-    if isinstance(value, str) and _LIST.fullmatch(value.strip()):
-        with suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value.strip())
+    if isinstance(value, str) and (is_array := _ARRAY.fullmatch(value.strip()) or _LIST.fullmatch(value.strip())):
+        text = value.replace("\\", "\\\\") if _LONE.search(value) else value
+        with suppress(ValueError):
+            if is_array.re is _ARRAY:
+                return [literal(item) for item in re.findall(_QUOTED, text)]
+            items = literal(text)
+            return items if isinstance(items, list) else [value]
     return value if isinstance(value, list) else [value]
 
 
-def _marked(text: str) -> str:
+def literal(text: str) -> Any:
+    """What a text says in JSON or Python; ValueError if it is neither, or not valid UTF-8."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(str(error)) from None
+    json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode()
+    return value
+
+
+def _marked(text: str, reading: Reading) -> str:
     """What a worked solution marks as its answer; the text itself if it marks none."""
     text = text.strip()
     if "####" in text:
-        return _THOUSANDS.sub("", text.rpartition("####")[2].strip())
+        answer = text.rpartition("####")[2].strip()
+        return answer if reading.decimal_comma else _THOUSANDS.sub("", answer)
     return extract(text) or "" if "\\boxed" in text else text
 
 
@@ -108,7 +126,10 @@ def _with_point(text: str, where: str) -> str:
             return text
     elif not _DOUBTFUL.search(text):
         return text
-    raise InputError(f"{where}: --decimal-comma: the answer {text!r:.60} can be read in two ways: write it with points")
+    raise InputError(
+        f"{where}: --decimal-comma: the answer {text!r:.60} can be read in two ways: write it as 1500.25 is, with a "
+        "decimal point and no mark of thousands"
+    )
 
 
 def _plain_integer(text: str) -> str:

@@ -3,7 +3,6 @@
 Reads and writes no files: it decides what a row's values mean, which problems are the same, and which to keep.
 """
 
-import ast
 import hashlib
 import re
 import unicodedata
@@ -20,6 +19,7 @@ from stages.core.drawing.templates import DAPO_AFTER, DAPO_BEFORE, user_turn
 from stages.core.errors import InputError
 from stages.core.records import Message, Problem, accepted, prompt_fault
 from stages.core.tabular import aligned, some
+from stages.prepare.answers import literal
 
 LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
 SPACE = " \t\r\n"  # not the form feed: it may be what is left of \frac
@@ -75,8 +75,8 @@ def chat(value: Any, where: str) -> Any:
     if not isinstance(value, str) or not _CHAT.match(value):
         return value
     try:
-        return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
+        return literal(value)
+    except ValueError:
         raise InputError(f"{where}: messages in a text that is cut or in no form of JSON or Python") from None
 
 
@@ -103,13 +103,17 @@ def with_system(value: Any, where: str) -> list[Message]:
     return [*system, Message(role="user", content=user_turn(problem_text(value, where)))]
 
 
+def refuse_taken(names: Iterable[str]) -> None:
+    """Raise InputError for a column to keep that has the name of a Problem's field."""
+    if taken := sorted({*names} & {*Problem.__required_keys__, "other_answers"}):
+        raise InputError(f"--keep-column {taken[0]}: a problem has a field of that name already: rename the column")
+
+
 def kept_fields(fields: Mapping[str, Any], where: str) -> bytes:
-    """Further columns of a row as JSON; InputError for one that has the name of a Problem's field, or can't be JSON.
+    """Further columns of a row as JSON; InputError for one that can't be.
 
     A kept column "prompt" becomes the problem's own, and must be one.
     """
-    if taken := sorted(fields.keys() & {*Problem.__required_keys__, "other_answers"}):
-        raise InputError(f"--keep-column {taken[0]}: a problem has a field of that name already: rename the column")
     if fault := prompt_fault(fields.get("prompt")):
         raise InputError(f"{where}: --keep-column prompt: {fault}")
     try:

@@ -88,6 +88,7 @@ def find(
     or a split, or for an encoding that nobody knows.
     """
     try:
+        "".encode(encoding)  # which also asks whether it is one of texts: base64 is none
         encoding = codecs.lookup(encoding).name
     except LookupError:
         raise InputError(
