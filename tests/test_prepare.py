@@ -268,6 +268,7 @@ def test_integers_are_exact_whatever_their_length_and_way_of_writing(tmp_path):
         ("Thus $x = \\boxed{\\frac{1}{2}}$.", False, "\\frac{1}{2}"),
         (" -1./3 ", False, "-1./3"),
         ("1,000", False, "1,000"),
+        ("\frac{1}{2}", False, "\\frac{1}{2}"),
     ],
 )
 def test_an_answer_cell_becomes_text(value, is_integers, answer):
@@ -654,7 +655,7 @@ def test_a_decimal_comma_is_read_if_told_and_what_is_in_doubt_is_refused(text, a
 
 
 def test_without_being_told_a_number_with_a_comma_is_named(tmp_path, capsys):
-    rows = [{**row, "id": number} for number, row in enumerate(rows_of("2,5", "1,500", "2, 5", "(2,5)", "-0,25"))]
+    rows = [{**row, "id": number} for number, row in enumerate(rows_of("2,5", "1,500", "2, 5", "(2,5)", "-0,125"))]
     path = write_jsonl(tmp_path / "mine.jsonl", *rows)
     assert run(tmp_path, path)[0]["answer"] == "2,5"
     assert "answers such as 2,5, read as lists (--decimal-comma) 2 mine/0, mine/4" in " ".join(

@@ -76,7 +76,7 @@ def test_sets_are_graded_again_side_by_side_and_a_file_alone(run, engines, tiny_
 def test_of_several_answers_any_is_right_when_drawn_and_when_graded_again(run, tiny_policy, tmp_path):
     both = [problem(n) | {"answer": "x", "other_answers": [problem(n)["answer"]]} for n in range(12)]
     jsonl.write(tmp_path / "both.jsonl", both)
-    jsonl.write(tmp_path / "one.jsonl", map(problem, range(12)))
+    jsonl.write(tmp_path / "one.jsonl", [problem(n) | {"other_answers": None} for n in range(12)])
     for name in ("both", "one"):
         run([tiny_policy], tmp_path / f"{name}.jsonl", tmp_path / name)
     regrade.run(Options(rollouts=tmp_path / "both", out=tmp_path / "again"))

@@ -50,14 +50,14 @@ class Problem(TypedDict):
 
     `prompt` is how the problem itself says it: a text that the engine sees as it is, or the messages of a chat, which
     the policy's chat template renders. It replaces --template, but for the template's stop texts; without
-    one, or with null, the template renders `problem`. `other_answers` are right as well as `answer`.
+    one, or with null, the template renders `problem`. `other_answers`, if there are any, are right as well as `answer`.
     """
 
     id: str
     problem: str
     answer: str
     source: str
-    other_answers: NotRequired[list[str]]
+    other_answers: NotRequired[list[str] | None]
     prompt: NotRequired[str | list[Message] | None]
 
 
@@ -312,7 +312,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         if problem["id"] in seen:
             first = seen[problem["id"]]
             raise InputError(f"{path}:{number}: problem id {problem['id']!r} was already used on line {first}")
-        if fault := prompt_fault(problem.get("prompt")) or _answers_fault(problem.get("other_answers", [])):
+        if fault := prompt_fault(problem.get("prompt")) or _answers_fault(problem.get("other_answers")):
             raise InputError(f"{path}:{number}: {fault}")
         seen[problem["id"]] = number
         problems.append(problem)
@@ -332,11 +332,11 @@ def _said_how_to_make(path: str | Path) -> Iterator[Problem]:
 
 def accepted(record: Problem | Rollout) -> list[str]:
     """Every answer that is right."""
-    return [record["answer"], *record.get("other_answers", ())]
+    return [record["answer"], *(record.get("other_answers") or ())]
 
 
 def _answers_fault(answers: Any) -> str | None:
-    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+    if answers is None or (isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)):
         return None
     return f"field 'other_answers' of Problem must be a list of texts, found {answers!r:.60}"
 

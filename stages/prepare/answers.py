@@ -13,6 +13,7 @@ from stages.core.grading.verifier.extraction import extract
 MAX_EXACT_FLOAT = 2**53
 MAX_INTEGER = 10**1000  # of a decimal such as 1e30, which is exact
 MAX_WORDS = 12  # an answer of more is named as one that may be a worked solution
+LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
 _QUOTED = r"""(?:'[^']*'|"[^"]*")"""
 _LIST = re.compile(r"""\[\s*(['"]).*\1\s*\]""", re.DOTALL)  # of texts: [1, 2] may be an interval
 _ARRAY = re.compile(rf"\[\s*{_QUOTED}(?:\s+{_QUOTED})*\s*\]")  # as numpy prints it: ['2' '3']
@@ -22,7 +23,7 @@ _INTEGER_WITH_POINT = re.compile(r"([+-]?[0-9]+)\.0*")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _WITH_COMMA = re.compile(r"([^\d,.;(\[{]*)(\d{1,3}(?:\.\d{3})+|\d+)(?:,|\{,\})(\d+)([^\d,;(\[].*)?", re.DOTALL)
 _DOUBTFUL = re.compile(r"\d(?:,|\{,\})\d|\d\.\d{3}(?!\d)")
-_LOOKS_DECIMAL = re.compile(r"[\s$]*[+-]?(?!\d{1,3}(?:,\d{3})+(?!\d))\d+,\d+[\s$]*")
+_LOOKS_DECIMAL = re.compile(r"[\s$]*[+-]?(?![1-9]\d{0,2}(?:,\d{3})+(?!\d))\d+,\d+[\s$]*")
 _ENCLOSED = re.compile(r"""(['"`])([^'"`]+)\1""")  # "3" is 3, `3` too
 
 
@@ -110,7 +111,7 @@ def literal(text: str) -> Any:
 
 def _marked(text: str, reading: Reading) -> str:
     """What a worked solution marks as its answer; the text itself if it marks none."""
-    text = text.strip()
+    text = text.replace(LOST_FRAC, "\\frac{").strip()
     if "####" in text:
         answer = text.rpartition("####")[2].strip()
         return answer if reading.decimal_comma else _THOUSANDS.sub("", answer)

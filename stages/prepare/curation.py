@@ -19,9 +19,8 @@ from stages.core.drawing.templates import DAPO_AFTER, DAPO_BEFORE, user_turn
 from stages.core.errors import InputError
 from stages.core.records import Message, Problem, accepted, prompt_fault
 from stages.core.tabular import aligned, some
-from stages.prepare.answers import literal
+from stages.prepare.answers import LOST_FRAC, literal
 
-LOST_FRAC = "\x0crac{"  # "\frac{" that once passed through a language in which \f is a form feed
 SPACE = " \t\r\n"  # not the form feed: it may be what is left of \frac
 MAX_SHOWN = 5  # ids of a kind in the printed table; the manifest has them all
 TITLES = {
