@@ -81,7 +81,7 @@ class RecordingTrainer:
         skipped = int(self.norm != self.norm)
         num_tokens = 3 * len(rollouts)
         apart = self.mismatch(len(self.batches)) * num_tokens
-        return UpdateStats(num_tokens, grad_norms=[self.norm], num_skipped=skipped, mismatch=apart)
+        return UpdateStats(num_tokens, num_tokens, grad_norms=[self.norm], num_skipped=skipped, mismatch=apart)
 
     def save_checkpoint(self, path):
         (path / "weights").write_text("")

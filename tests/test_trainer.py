@@ -173,6 +173,19 @@ def test_with_the_engines_log_probs_as_the_old_ones_no_pass_scores_later_mini_ba
     assert len(trainer.update(some_rollouts(16), lr=1e-3).grad_norms) == 2
 
 
+def test_the_mismatch_is_never_that_of_weights_which_the_steps_own_updates_have_moved(tiny_policy):
+    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, minibatches=4, engine_log_probs=True))
+    rollouts = some_rollouts(16)
+    rollouts = [
+        replace(one, engine_log_probs=own.tolist())
+        for one, own in zip(rollouts, trainer.log_probs(rollouts), strict=True)
+    ]
+    stats = trainer.update(rollouts, lr=1e-2)
+    assert stats.mismatch_max < 1e-4 and stats.mean("mismatch") < 1e-5
+    moved = zip(rollouts, trainer.log_probs(rollouts), strict=True)
+    assert max(abs(own - torch.tensor(one.engine_log_probs)).max() for one, own in moved) > 0.1
+
+
 @pytest.mark.slow
 def test_compiled_layers_are_compiled_and_keep_the_names_of_weights_whatever_the_lengths(tiny_policy, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -55,9 +55,13 @@ class TokenRollout:
 
 @dataclass
 class UpdateStats:
-    """A step's updates: sums over its completion tokens, and what became of each optimizer update."""
+    """A step's updates: sums over its completion tokens, and what became of each optimizer update.
+
+    The mismatch counts `num_compared` of the tokens: those that are scored with the weights that sampled.
+    """
 
     num_tokens: int = 0
+    num_compared: int = 0
     loss: float = 0.0
     entropy: float = 0.0
     clipped_low: float = 0.0
@@ -72,7 +76,8 @@ class UpdateStats:
 
     def mean(self, name: str) -> float:
         """A sum divided by the number of tokens; NaN if nothing was trained on."""
-        return float(getattr(self, name)) / self.num_tokens if self.num_tokens else float("nan")
+        number = self.num_compared if name == "mismatch" else self.num_tokens
+        return float(getattr(self, name)) / number if number else float("nan")
 
 
 class Trainer:
@@ -264,7 +269,12 @@ class Trainer:
         else:
             stats.num_skipped += 1
         self.optimizer.zero_grad()
-        stats.num_tokens += sum(len(rollout.completion_ids) for rollout in rollouts)
+        num_tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+        stats.num_tokens += num_tokens
+        if self.settings.engine_log_probs and stats.grad_norms:  # the updates before this one have moved the weights
+            sums[[UpdateStats.SUMS.index("mismatch"), -1]] = 0.0
+        else:
+            stats.num_compared += num_tokens
         stats.grad_norms.append(norm)
         for name, value in zip(UpdateStats.SUMS, sums.tolist(), strict=False):
             setattr(stats, name, getattr(stats, name) + value)
