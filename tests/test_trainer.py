@@ -19,7 +19,7 @@ from stages.core.errors import InputError
 from stages.core.policy import acceleration, checkpoints, heads
 from stages.core.policy.adapters import trained
 from stages.rl import prefixes
-from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, start_accelerator, without_dropout
+from stages.rl.trainer import TokenRollout, Trainer, UpdateStats, refuse_others, start_accelerator, without_dropout
 from tests import ranks
 from tests.architectures import ARCHITECTURES, make
 
@@ -213,6 +213,16 @@ def test_what_this_machine_cannot_run_is_refused_in_one_line(options, fault, mon
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=fault):
         acceleration.check(replace(OPTIONS, **options))
+
+
+def test_a_launcher_that_shards_the_policy_otherwise_than_fsdp2_is_refused_in_one_line():
+    from accelerate.utils import DistributedType
+
+    for kind, is_fsdp2 in (("NO", False), ("MULTI_CPU", False), ("MULTI_GPU", False), ("FSDP", True)):
+        refuse_others(DistributedType[kind], is_fsdp2)
+    for kind in ("FSDP", "DEEPSPEED"):
+        with pytest.raises(InputError, match=f"asks for {kind}, other than FSDP2: give fsdp_version: 2"):
+            refuse_others(DistributedType[kind], False)
 
 
 def test_without_memory_an_update_is_repeated_with_half_the_micro_batch_and_comes_out_the_same(

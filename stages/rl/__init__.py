@@ -20,8 +20,6 @@ from stages.rl.options import Options as Options
 from stages.rl.options import Settings as Settings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from accelerate import Accelerator
 
     from stages.core.drawing.engine import VllmEngine
@@ -72,8 +70,6 @@ def run(options: Options) -> None:
 
 def _read(options: Options, ranks: Ranks) -> "Request":
     """Read and check policy and problems, without an engine. Raises InputError for the first fault."""
-    import torch
-
     from stages.core import outputs, tabular
     from stages.core.drawing.request import read_request
     from stages.core.policy import acceleration, adapters
@@ -96,8 +92,8 @@ def _read(options: Options, ranks: Ranks) -> "Request":
     adapters.check(request.path, options)
     _refuse_unreachable(options.entropy_target, request.path)
     acceleration.check(options)
-    if options.rollout_dtype == "fp8" and not torch.cuda.is_available():
-        raise InputError("--rollout-dtype fp8: it takes a GPU: leave it out")
+    if options.rollout_dtype == "fp8" and not acceleration.is_bfloat16_on_gpu(options.dtype):
+        raise InputError("--rollout-dtype fp8: it takes a GPU that computes in bfloat16: leave it out")
     if options.valid and (fault := request.too_long(VALID)):  # fewer problems would give another figure
         raise InputError(f"--valid {options.valid}: {fault}: lower it, or remove them")
     if ranks.is_first and (fault := request.too_long(TRAIN)):
@@ -110,7 +106,7 @@ def _read(options: Options, ranks: Ranks) -> "Request":
     return request
 
 
-def _refuse_unreachable(target: float, policy: "Path") -> None:
+def _refuse_unreachable(target: float, policy: Path) -> None:
     """Raise InputError for more nats a token than the policy's vocabulary allows."""
     from stages.core.policy import checkpoints
 

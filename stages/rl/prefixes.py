@@ -43,7 +43,7 @@ def fits(model: Any) -> bool:
 def add_prefixes(model: Any) -> None:
     """Let `model(..., prefixes=Prefixes)` go on from prefixes. Call it after the head is added, before it is wrapped.
 
-    Both passes are within one call of the model, which is what DDP reduces gradients after.
+    Both passes are within one call of the model, whose autocast holds for both.
     """
     original = model.forward
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
@@ -107,7 +108,8 @@ class Trainer:
         card, number = memory.gpu_memory(), accelerator.num_processes
         shape = memory.planned_shape(path, card)
         tokens = memory.planned_tokens(shape, settings, card, number, accelerator.is_fsdp2)
-        self._token_budget = heads.token_budget(tokens, vocabulary)
+        budget = heads.token_budget(tokens, vocabulary)
+        self._token_budget = min(self.ranks.gather(budget))  # all plan the passes of all, also on another kind of GPU
         optimizer = torch.optim.AdamW(
             adapters.trained(model).values(),
             lr=0.0,
@@ -409,9 +411,21 @@ def start_accelerator(settings: Settings, out: Path = Path()) -> Accelerator:
     """Join the launched processes, in the compute type and with the tracker of `settings`, which writes below `out`."""
     tracker = None if settings.tracker == "none" else settings.tracker
     process_state()
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # or several gloo processes would each take themselves for the only one
         mixed_precision="bf16" if acceleration.uses_bfloat16(settings.dtype) else "no",
         log_with=tracker,
         project_dir=str(out / "tracker") if tracker else None,
     )
+    refuse_others(accelerator.distributed_type, accelerator.is_fsdp2)
+    return accelerator
+
+
+def refuse_others(kind: DistributedType, is_fsdp2: bool) -> None:
+    """Raise InputError for a launcher that shares the policy in another way than FSDP2, as FSDP1 or DeepSpeed do."""
+    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if kind not in whole and not is_fsdp2:
+        raise InputError(
+            f"the launcher's configuration asks for {kind.value}, other than FSDP2: give fsdp_version: 2, as in "
+            "configs/accelerate/gpu8-fsdp2.yaml"
+        )

@@ -36,11 +36,16 @@ def uses_bfloat16(dtype: str) -> bool:
     return is_meant
 
 
+def is_bfloat16_on_gpu(dtype: str) -> bool:
+    """Whether there is a GPU, and `--dtype` means bfloat16 on it."""
+    return torch.cuda.is_available() and uses_bfloat16(dtype)
+
+
 def check(options: TrainingOptions) -> None:
     """Raise InputError for an attention or a compiler that `options` ask for and this machine lacks."""
     name = options.attn_implementation
     if package := FLASH_PACKAGES.get(name):
-        if not uses_bfloat16(options.dtype) or not torch.cuda.is_available():
+        if not is_bfloat16_on_gpu(options.dtype):
             raise InputError(f"--attn-implementation {name}: it computes in bfloat16 on a GPU only: leave it out")
         if importlib.util.find_spec(package) is None:
             raise InputError(f"--attn-implementation {name}: {package} is not installed: install it, or leave it out")
@@ -84,7 +89,7 @@ def exact_environment(capability: tuple[int, int]) -> dict[str, str]:
     vLLM's mode for batches of any size is for Hopper and newer: on 8.x (A100, L40S, RTX 4090) it puts products without
     a gradient into the place of torch's, in the whole process, so that no policy could be trained beside it.
     """
-    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     return settings | ({"VLLM_BATCH_INVARIANT": "1"} if capability >= (9, 0) else {})
 
 
