@@ -428,6 +428,7 @@ def test_answers_that_the_verifier_cannot_read_are_reported_and_dropped_if_asked
         ("a.parquet", "version https://git-lfs.github.com/spec/v1\n", "a.parquet: a Git LFS pointer"),
         ("a.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', "holds several lists of rows (train, test)"),
         ("a.json", '[{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": 1}]', "holds image, and"),
+        ("a.json", '[{"prompt": [{"role": "user", "content": [{"text": 1}]}], "answer": 1}]', "a part without a text"),
         ("a.csv", "prompt,answer\n\"[{'role': 'us\",2\n", "a.csv:2: messages in a text that is cut"),
         ("a.parquet", "no parquet", "a.parquet: not a parquet file"),
         ("a.txt", "a", "must end in one of .jsonl"),
@@ -675,6 +676,8 @@ def test_a_system_message_is_kept_if_asked_and_the_chat_template_renders_it(tmp_
     for template in ("none", "chat"):
         (text,) = rollouts._texts([problem], templates.load(template, tokenizer), tokenizer, "mine.jsonl")
         assert text == f"<system>Be brief.<user>1 + 1?\n{templates.INSTRUCTION}<assistant>"
+    empty = write_jsonl(tmp_path / "empty.jsonl", {"prompt": [turns[0] | {"content": None}, turns[1]], "answer": "2"})
+    assert [turn["role"] for turn in run(tmp_path, empty, out="d.jsonl", keep_system=True)[0]["prompt"]] == ["user"]
     with pytest.raises(InputError, match="--keep-system: found no messages"):
         run(tmp_path, path, out="b.jsonl", keep_system=True, problem_column="prompt[-1].content")
     with pytest.raises(InputError, match="leave out one"):
@@ -713,3 +716,6 @@ def test_lines_that_do_not_parse_are_left_out_and_counted_if_asked(tmp_path, nam
     assert told["counts"]["rows"] == 2 + len(bad)
     with pytest.raises(InputError, match=bad[0]):
         run(tmp_path, str(tmp_path / name), out="b.jsonl")
+    (tmp_path / "all.jsonl").write_text("{\n")
+    with pytest.raises(InputError, match=r"no problem is left of its rows\n.*\n.*cannot be read +1 .*all\.jsonl:1\n"):
+        run(tmp_path, str(tmp_path / "all.jsonl"), out="c.jsonl", skip_bad=True)

@@ -88,9 +88,12 @@ def _content(content: Any, where: str) -> Any:
     """What a message says; of one in parts, all texts together."""
     if not isinstance(content, list):
         return content
-    if others := {str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"}:
+    if others := {str(part.get("type", "text")) for part in content if isinstance(part, Mapping)} - {"text"}:
         raise InputError(f"{where}: a message holds {', '.join(sorted(others))}, and only text can be a prompt")
-    return "".join(str(part["text"] if isinstance(part, Mapping) else part) for part in content)
+    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where}: a message has a part without a text: {content!r:.60}")
+    return "".join(texts)
 
 
 def with_system(value: Any, where: str) -> list[Message]:
@@ -98,7 +101,7 @@ def with_system(value: Any, where: str) -> list[Message]:
     value = chat(value, where)
     if not isinstance(value, list):
         raise InputError(f"{where}: --keep-system: found no messages: name their column, not a turn of them")
-    system = [Message(role="system", content=text) for text in _turns(value, "system", where)[-1:]]
+    system = [Message(role="system", content=text) for text in _turns(value, "system", where)[-1:] if text]
     return [*system, Message(role="user", content=user_turn(problem_text(value, where)))]
 
 

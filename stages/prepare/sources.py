@@ -211,9 +211,15 @@ def refuse(error: InputError) -> None:
 
 def rows(source: Source, on_bad: OnBad = refuse) -> Iterator[tuple[str, Columns]]:
     """Yield (position such as "FILE row 3", columns) for every row of `source`; InputError if there is none."""
-    files = (_READERS[_suffix(path)](_LocalFile(path, source.encoding, on_bad)) for path in source.paths)
-    stream = chain.from_iterable(files) if source.paths else _hub(source)
     empty = True
+
+    def note(error: InputError) -> None:
+        nonlocal empty
+        empty = False
+        on_bad(error)
+
+    files = (_READERS[_suffix(path)](_LocalFile(path, source.encoding, note)) for path in source.paths)
+    stream = chain.from_iterable(files) if source.paths else _hub(source)
     for row in stream:
         empty = False
         yield row
