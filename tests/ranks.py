@@ -144,7 +144,7 @@ def numbers_of(policy: str, state: Path, kind: str, dtype: str, **changes: int) 
     planned = OPTIONS.tokens_per_microbatch * (1 + accelerator.process_index)  # as on GPUs of different memory
     changes = {"gradient_checkpointing": True, "tokens_per_microbatch": planned} | changes
     trainer = Trainer(Path(policy), accelerator, replace(OPTIONS, **changes))
-    assert trainer._token_budget == OPTIONS.tokens_per_microbatch
+    assert trainer.token_budget == OPTIONS.tokens_per_microbatch
     sharded = any(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
     assert sharded == (kind != "ddp")
     group = torch.distributed.group.WORLD._get_backend(accelerator.device)
@@ -190,11 +190,11 @@ def check_starved(trainer: Trainer, state: Path) -> None:
 
     trainer.settings = replace(trainer.settings, minibatches=2)
     forward, weights = trainer._forward, []
-    budget = trainer._token_budget
+    budget = trainer.token_budget
     for is_limited in (False, True):
 
         def limited(batch, is_limited=is_limited):
-            if is_limited and not trainer.ranks.is_first and trainer._token_budget > budget / 4:
+            if is_limited and not trainer.ranks.is_first and trainer.token_budget > budget / 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return forward(batch)
 

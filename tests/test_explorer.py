@@ -67,6 +67,7 @@ class RecordingTrainer:
     def __init__(self, norm=1.0, mismatch=lambda number: 0.0):
         self.norm = norm
         self.mismatch = mismatch
+        self.token_budget = 1024
         self.batches, self.weighed = [], []
 
     def weights(self):
@@ -384,6 +385,15 @@ def test_alarms_in_a_row_are_counted_on_by_a_resumed_run(tmp_path):
 def test_a_resumed_run_has_as_many_sequences_under_way_as_before_unless_others_are_asked_for(tmp_path, given, used):
     explore(tmp_path, lambda number: 1, steps=1, fit=8)
     assert explore(tmp_path, lambda number: 1, steps=2, done=1, fit=4, max_sequences=given).engine.max_sequences == used
+
+
+@pytest.mark.parametrize(("given", "used"), [(0, 256), (512, 1024)], ids=["planned", "given"])
+def test_a_resumed_run_has_micro_batches_as_before_unless_they_are_given(tmp_path, given, used):
+    halved = RecordingTrainer()
+    halved.token_budget = 256
+    explore(tmp_path, lambda number: 1, steps=1, trainer=halved)
+    resumed = explore(tmp_path, lambda number: 1, steps=2, done=1, tokens_per_microbatch=given)
+    assert resumed.trainer.token_budget == used
 
 
 def test_the_entropy_term_follows_what_was_drawn_and_is_taken_up_by_a_resumed_run(tmp_path):

@@ -48,6 +48,8 @@ class RecordingCore:
 class IdleTrainer:
     """Learns nothing."""
 
+    token_budget = 0
+
     def weights(self):
         return ()
 

@@ -238,7 +238,7 @@ def test_without_memory_an_update_is_repeated_with_half_the_micro_batch_and_come
         return forward(self, batch)
 
     monkeypatch.setattr(Trainer, "_forward", limited)
-    monkeypatch.setattr(trainers[1], "_token_budget", 1024)
+    monkeypatch.setattr(trainers[1], "token_budget", 1024)
     again = trainers[1].update(rollouts, lr=1e-3)
     assert again.num_halvings >= 1 and stats.num_halvings == 0
     assert "it is repeated with 512 tokens a micro-batch" in capsys.readouterr().err

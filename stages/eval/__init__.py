@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,6 @@ from stages.core.grading import verifier
 from stages.core.grading.ballots import Ballots
 from stages.core.lifetime import end_with_parent, going_on
 from stages.core.options import PATH, at_least, following
-from stages.core.provenance import Identity
 from stages.core.ranks import Ranks
 from stages.core.study import scoring
 from stages.core.study.metrics import KS
@@ -121,7 +120,7 @@ def draw(options: Options, start_engine: StartEngine) -> None:
     identity = provenance.identify("eval", options, inputs, decides, **resolved)
     ranks.refuse_differences(inputs.digests | decides | request.seen)
     with ExitStack() as stack:
-        directory = ranks.on_first(lambda: _begin(options.out, identity, list(request.policies), stack))
+        directory = ranks.on_first(lambda: partial.begin(options.out, identity, list(request.policies), stack))
         if directory is None:
             return
         ranks.refuse_unseen(directory / partial.SETTINGS)
@@ -173,31 +172,3 @@ def _read(options: Options, ranks: Ranks) -> Request:
     if ranks.is_first:
         request.warn_of_templates()
     return request
-
-
-def _begin(out: Path, identity: Identity, policies: list[str], stack: ExitStack) -> Path | None:
-    """Lock `out` for as long as `stack` lives; its partial directory, or None if `out` is done."""
-    stack.enter_context(outputs.locked(out))
-    if _is_done(out, identity, policies):
-        print(f"{out} is already done: the same policies, problems and parameters")
-        return None
-    outputs.refuse_occupied(out)
-    return partial.directory(out, identity)
-
-
-def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
-    """Whether `out` is what this call would write.
-
-    Raises InputError if only the version of the verifier differs: to regrade is enough.
-    """
-    known = provenance.read_manifest(out / "manifest.json")
-    if known.get("stage") != "eval" or known.get("policies") != policies:
-        return False
-    if replace(identity, versions=provenance.versions()).differences(known):
-        return False
-    if changes := identity.differences(known):
-        raise InputError(
-            f"{out} was graded by another verifier ({', '.join(changes)}): grade it anew with rloop regrade "
-            f"--rollouts {out} and another --out, or remove it"
-        )
-    return True

@@ -14,7 +14,7 @@ of them are read, so a repeated call may have more ranks or fewer.
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +25,7 @@ from stages.core import outputs
 from stages.core.drawing.request import Request
 from stages.core.drawing.rollouts import Group, Prompt
 from stages.core.errors import InputError
-from stages.core.provenance import Identity, Inputs, read_manifest
+from stages.core.provenance import Identity, Inputs, read_manifest, versions
 
 SETTINGS = "settings.json"
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
@@ -40,6 +40,34 @@ NO_MATTER = (
     "select",
     "limit",
 )  # options of eval on which no group of rollouts depends
+
+
+def begin(out: Path, identity: Identity, policies: list[str], stack: ExitStack) -> Path | None:
+    """Lock `out` for as long as `stack` lives; its partial directory, or None if `out` is done."""
+    stack.enter_context(outputs.locked(out))
+    if _is_done(out, identity, policies):
+        print(f"{out} is already done: the same policies, problems and parameters")
+        return None
+    outputs.refuse_occupied(out)
+    return directory(out, identity)
+
+
+def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
+    """Whether `out` is what this call would write.
+
+    Raises InputError if only the version of the verifier differs: to regrade is enough.
+    """
+    known = read_manifest(out / "manifest.json")
+    if known.get("stage") != "eval" or known.get("policies") != policies:
+        return False
+    if replace(identity, versions=versions()).differences(known):
+        return False
+    if changes := identity.differences(known):
+        raise InputError(
+            f"{out} was graded by another verifier ({', '.join(changes)}): grade it anew with rloop regrade "
+            f"--rollouts {out} and another --out, or remove it"
+        )
+    return True
 
 
 def directory(out: Path, identity: Identity) -> Path:

@@ -112,6 +112,8 @@ class Explorer:
             self.entropy_coefficient = state.entropy_coefficient
             if not self.settings.max_sequences:  # free memory may be another now, and the batches with it
                 self.engine.max_sequences = state.max_sequences
+            if not self.settings.tokens_per_microbatch:
+                self.trainer.token_budget = state.token_budget
         rows, changes = self.ranks.on_first(lambda: (directory.log_rows()[-MAX_COLLAPSED_STEPS:], directory.changes))
         recent: deque[Mapping[str, Any]] = deque(rows, maxlen=MAX_COLLAPSED_STEPS)
         with StepProgress("rl", self.settings.steps, done, quiet=not self.ranks.is_first) as self.progress:
@@ -276,7 +278,10 @@ class Explorer:
         return max(gib for _, gib in by_rank), sum(num for num, _ in by_rank)
 
     def _state(self) -> RunState:
-        return RunState(self.drawing.cursor, self.start_mismatch, self.engine.max_sequences, self.entropy_coefficient)
+        limits = {"max_sequences": self.engine.max_sequences, "token_budget": self.trainer.token_budget}
+        return RunState(
+            self.drawing.cursor, self.start_mismatch, entropy_coefficient=self.entropy_coefficient, **limits
+        )
 
     def _save(self, step: int, with_checkpoint: bool, with_state: bool) -> None:
         """A checkpoint and the state to resume from, if they are due or the run ends here.

@@ -30,6 +30,7 @@ class RunState:
     start_mismatch: float
     max_sequences: int = 0  # of the engine, since the batches of one decide how its floats are rounded
     entropy_coefficient: float = 0.0  # of the next step
+    token_budget: int = 0  # of a micro-batch, as it was planned by the GPU's memory, or halved for want of it
 
     def write(self, path: Path) -> None:
         position, acceptance = self.cursor

@@ -85,6 +85,7 @@ class Trainer:
     """A policy under training; every rank holds one and calls the same methods in the same order.
 
     With LoRA only the adapters are trained: optimizer and state hold nothing else, and the weights are those of `path`.
+    A micro-batch has at most `token_budget` tokens; it is halved where memory runs out.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, settings: Settings):
@@ -109,7 +110,7 @@ class Trainer:
         shape = memory.planned_shape(path, card)
         tokens = memory.planned_tokens(shape, settings, card, number, accelerator.is_fsdp2)
         budget = heads.token_budget(tokens, vocabulary)
-        self._token_budget = min(self.ranks.gather(budget))  # all plan the passes of all, also on another kind of GPU
+        self.token_budget = min(self.ranks.gather(budget))  # all plan the passes of all, also on another kind of GPU
         optimizer = torch.optim.AdamW(
             adapters.trained(model).values(),
             lr=0.0,
@@ -302,12 +303,12 @@ class Trainer:
             if not faults:
                 return [value for value, _ in by_rank]
             self.release()
-            if self._token_budget <= max(rollout.length for rollout in rollouts):
+            if self.token_budget <= max(rollout.length for rollout in rollouts):
                 raise torch.OutOfMemoryError(faults[0])
             stats.num_halvings += 1
-            self._token_budget //= 2
+            self.token_budget //= 2
             if self.ranks.is_first:
-                warn(f"out of memory in an update: it is repeated with {self._token_budget:,} tokens a micro-batch")
+                warn(f"out of memory in an update: it is repeated with {self.token_budget:,} tokens a micro-batch")
 
     def _loss(
         self, batch: Sequence[TokenRollout], counts: bool, entropy_weight: float
@@ -385,9 +386,9 @@ class Trainer:
 
     def _microbatches(self, rollouts: Sequence[TokenRollout]) -> list[list[int]]:
         if not self._shares_prompts:
-            return microbatches([rollout.length for rollout in rollouts], self._token_budget)
+            return microbatches([rollout.length for rollout in rollouts], self.token_budget)
         prompts = [rollout.prompt_ids for rollout in rollouts]
-        return microbatches([len(r.completion_ids) + 1 for r in rollouts], self._token_budget, prompts)
+        return microbatches([len(r.completion_ids) + 1 for r in rollouts], self.token_budget, prompts)
 
 
 def _ids(tokens: Sequence[int]) -> torch.Tensor:

@@ -64,11 +64,16 @@ def compile_layers(model: Any) -> None:
     """Let each layer of the decoder run as compiled code, for any length; call it before `prepare`.
 
     In place: names of weights, gradient checkpointing and states stay. accelerate's own way renames the weights.
+    Raises InputError for a policy whose layers transformers does not name.
     """
+    layers = [layer for layer in model.modules() if type(layer).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise InputError(
+            f"--compile-layers: transformers does not name the layers of {type(model).__name__}: leave it out"
+        )
     torch._dynamo.config.disable = False  # as an engine on the CPU has it
-    for layer in model.modules():
-        if type(layer).__name__ in model._no_split_modules:  # what transformers names so are its layers
-            layer.compile(dynamic=True, backend=COMPILER)
+    for layer in layers:
+        layer.compile(dynamic=True, backend=COMPILER)
 
 
 def compute_exactly() -> None:
