@@ -92,15 +92,13 @@ def run(options: Options) -> None:
 
     from stages.core.policy.acceleration import uses_bfloat16
     from stages.rft.card import card
-    from stages.rft.finetuning import fine_tune, size_of  # torch and TRL: only once the input is known to be good
+    from stages.rft.finetuning import fine_tune, planned  # torch and TRL: only once the input is known to be good
 
     inputs = recorded([read.path, *([options.examples] if str(options.examples) != "-" else [])], ranks)
     ranks.refuse_differences(inputs.digests)
     dtype = "bfloat16" if uses_bfloat16(options.dtype) else "float32"
-    rounding = {
-        "num_processes": ranks.num_ranks,
-        "microbatch_size": size_of(read.path, read.rows, options, ranks.num_ranks),
-    }
+    plan = planned(read.path, read.rows, options, ranks.num_ranks)
+    rounding = {"num_processes": ranks.num_ranks, "microbatch_size": plan.size}
     identity = identify("rft", options, inputs, rounding=rounding, dtype=dtype)
     manifest_file, restart = options.out / "manifest.json", options.restart_if_changed
     if ranks.on_first(lambda: is_done(options.out, manifest_file, lambda: identity, restart)):
@@ -113,9 +111,11 @@ def run(options: Options) -> None:
                 longer = f"longer than {read.max_tokens} tokens with their prompt ({tabular.some(read.left_out)})"
                 warn(f"{len(read.left_out)} examples are left out: {longer}")
             _warn_of_few_steps(len(read.rows), options)
+            if plan.advice:
+                warn(plan.advice)
             beside = stack.enter_context(outputs.whole_dir(options.out))
         with ranks.raise_once():
-            tuned = fine_tune(read.path, read.tokenizer, read.rows, options, beside)
+            tuned = fine_tune(read.path, read.tokenizer, read.rows, options, plan.size, beside)
         if beside is None:
             return
         seconds = time.perf_counter() - started

@@ -149,10 +149,17 @@ def without_unknown(tokenizer: Any, examples: Sequence[Unpacked]) -> tuple[list[
 
     A padded vocabulary has ids that stand for no text, and at temperature 1 one is sampled now and then.
     """
-    kept = [example for example in examples if max(example.token_ids or [0]) < len(tokenizer)]
+    size = len(tokenizer)
+    kept: list[Unpacked] = []
+    unknown: list[str] = []
+    for example in examples:
+        if max(example.token_ids or [0]) < size:
+            kept.append(example)
+        else:
+            unknown.append(example.problem_id)
     if not kept:
         raise InputError(f"each of {len(examples)} examples holds tokens that the policy's tokenizer lacks")
-    return kept, [example.problem_id for example in examples if max(example.token_ids or [0]) >= len(tokenizer)]
+    return kept, unknown
 
 
 def check_ids(tokenizer: Any, examples: Sequence[Unpacked], vocabulary: int) -> list[str]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -31,7 +31,7 @@ from stages.core.errors import CollapseError, InputError
 from stages.core.policy import adapters, checkpoints, heads, memory
 from stages.core.policy.acceleration import compile_layers, reduce_in_float32, save_policy, uses_bfloat16
 from stages.core.policy.checkpoints import IGNORED, PADDING
-from stages.core.progress import StepProgress, warn
+from stages.core.progress import StepProgress
 from stages.core.ranks import process_state
 from stages.rft import Options
 from stages.rft.examples import Tokenized, lr_share, microbatch_size, order
@@ -58,32 +58,34 @@ class Tuned:
         }
 
 
-def size_of(path: Path, rows: Sequence[Tokenized], options: Options, num_processes: int) -> int:
-    """Examples in a micro-batch of one process."""
+class Planned(NamedTuple):
+    """What the memory plan gives: examples in a micro-batch of one process, and what to change if it does not fit."""
+
+    size: int
+    advice: str | None
+
+
+def planned(path: Path, rows: Sequence[Tokenized], options: Options, num_processes: int) -> Planned:
+    """The micro-batches of a fine-tuning of the policy at `path`, by the memory of the GPU, if there is one."""
     vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
-    machine = _machine(num_processes)
+    machine = (memory.gpu_memory(), num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true")
     shape = memory.planned_shape(path, machine[0])
     budget = heads.token_budget(memory.planned_tokens(shape, options, *machine), vocabulary)
-    return microbatch_size(options.batch_size // num_processes, max(map(len, rows)), budget)
+    size = microbatch_size(options.batch_size // num_processes, max(map(len, rows)), budget)
+    return Planned(size, memory.update_advice(shape, options, *machine) if shape else None)
 
 
-def _machine(num_processes: int) -> tuple[float, int, bool]:
-    """What the plan has to know of it: GiB of a GPU, their number, and whether they share the policy."""
-    return memory.gpu_memory(), num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true"
+def fine_tune(
+    path: Path, tokenizer: Any, rows: Sequence[Tokenized], options: Options, size: int, out: Path | None
+) -> Tuned:
+    """Train the policy at `path` on `rows`, `size` of them in a micro-batch of a process.
 
-
-def fine_tune(path: Path, tokenizer: Any, rows: Sequence[Tokenized], options: Options, out: Path | None) -> Tuned:
-    """Train the policy at `path` on `rows`; write the checkpoint to the directory `out` (None: not this process).
+    The checkpoint is written to the directory `out` (None: not this process).
 
     Every launched process must call this, with a batch that divides among them. Raises CollapseError if loss or
     gradient are no longer finite.
     """
-    num_processes = process_state().num_processes
-    share, size = options.batch_size // num_processes, size_of(path, rows, options, num_processes)
-    machine = _machine(num_processes)
-    shape = memory.planned_shape(path, machine[0])
-    if out is not None and shape and (advice := memory.update_advice(shape, options, *machine)):
-        warn(advice)
+    share = options.batch_size // process_state().num_processes
     steps = order([len(row) for row in rows], options.batch_size, options.epochs, options.seed)
     counts = [sum(rows[number].num_labels for number in step) for step in steps]
     watch = _Watch(counts, StepProgress("rft", len(steps), quiet=out is None))
