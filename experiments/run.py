@@ -15,8 +15,8 @@ An experiment is a file of this form, in which $seed stands for the seed:
       all: {filter: {max_pass_rate: 1.0}}
 
 The projects are <directory of the file>/runs/<name of the file>/<seed>-<arm>/. What an arm shares with the first of its
-seed (base, first exploration, baseline, their evaluations) is copied with its dvc.lock: DVC makes anew what the arm's
-params change, and nothing else. Output goes to log.txt in each project.
+seed that is there (base, first exploration, baseline, their evaluations) is copied with its dvc.lock: DVC makes anew
+what the arm's params change, and nothing else. Output goes to log.txt in each project.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def projects(file: Path, seed: str, arms: Sequence[str]) -> list[Project]:
     params = patched(yaml.safe_load((file.parent / settings["params"]).read_text()), settings.get("common", {}))
     paths = {arm: runs / f"{seed}-{arm}" for arm in settings["arms"]}
     asked = [arm for arm in paths if not arms or arm in arms]
-    first = next(path for arm, path in paths.items() if path.exists() or arm in asked)
+    first = next((path for path in paths.values() if path.exists()), paths[asked[0]])
     command = shlex.split(settings.get("start", ""))
     start = runs / "-".join(["start", *command[1:]]) if command else None
     return [Project(paths[arm], patched(params, settings["arms"][arm]), start, first) for arm in asked]

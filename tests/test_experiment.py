@@ -71,7 +71,9 @@ def test_a_seed_and_an_arm_are_the_params_with_their_patches(experiments, small)
     assert {project.first for project in (loop, everything, twice)} == {loop.path}
     (alone,) = experiments.projects(small, "4", ["all"])
     assert alone.first == alone.path, "there is nothing yet to share with"
-    loop.path.mkdir(parents=True)
+    twice.path.mkdir(parents=True)
+    assert {project.first for project in experiments.projects(small, "4", ["loop", "all"])} == {twice.path}
+    loop.path.mkdir()
     assert experiments.projects(small, "4", ["all"])[0].first == loop.path
 
 
