@@ -265,6 +265,8 @@ def test_integers_are_exact_whatever_their_length_and_way_of_writing(tmp_path):
         (None, False, ""),
         (float("nan"), False, ""),
         ("so 1,000 + 1\n#### 1,001", False, "1001"),
+        ("#### 0,125", False, "0,125"),
+        ("#### $1,234,567", False, "$1234567"),
         ("Thus $x = \\boxed{\\frac{1}{2}}$.", False, "\\frac{1}{2}"),
         (" -1./3 ", False, "-1./3"),
         ("1,000", False, "1,000"),
@@ -676,6 +678,10 @@ def test_a_system_message_is_kept_if_asked_and_the_chat_template_renders_it(tmp_
     for template in ("none", "chat"):
         (text,) = rollouts._texts([problem], templates.load(template, tokenizer), tokenizer, "mine.jsonl")
         assert text == f"<system>Be brief.<user>1 + 1?\n{templates.INSTRUCTION}<assistant>"
+    developer = write_jsonl(
+        tmp_path / "new.jsonl", {"prompt": [turns[0] | {"role": "developer"}, turns[1]], "answer": "2"}
+    )
+    assert run(tmp_path, developer, out="e.jsonl", keep_system=True)[0]["prompt"] == problem["prompt"]
     empty = write_jsonl(tmp_path / "empty.jsonl", {"prompt": [turns[0] | {"content": None}, turns[1]], "answer": "2"})
     assert [turn["role"] for turn in run(tmp_path, empty, out="d.jsonl", keep_system=True)[0]["prompt"]] == ["user"]
     with pytest.raises(InputError, match="--keep-system: found no messages"):
@@ -694,6 +700,13 @@ def test_a_text_in_another_encoding_is_read_if_told(tmp_path, written, told, suf
     if told != "utf-8":
         with pytest.raises(InputError, match=rf"a\.{suffix}.*--encoding latin-1"):
             run(tmp_path, str(tmp_path / f"a.{suffix}"), out="b.jsonl")
+        with pytest.raises(InputError, match=rf"a\.{suffix}.*: save it in UTF-8"):
+            run(
+                tmp_path,
+                write_jsonl(tmp_path / "d.jsonl", row),
+                out="e.jsonl",
+                decontaminate=[str(tmp_path / f"a.{suffix}")],
+            )
     for wrong in ("klingon", "base64"):
         with pytest.raises(InputError, match=f"--encoding {wrong}: Python knows none of that name"):
             prepare.Options(source=str(tmp_path / f"a.{suffix}"), out="c.jsonl", encoding=wrong)

@@ -64,16 +64,14 @@ class Options(OptionGroup):
     decimal_comma: Annotated[
         bool, "answers are written as 2,5 and 1.500,25; what then can be read in two ways is refused"
     ] = False
-    encoding: Annotated[str, "encoding of a local text file, such as latin-1 or cp1252; UTF-16 is seen by itself"] = (
-        "utf-8"
-    )
+    encoding: Annotated[str, "encoding of --source, such as latin-1 or cp1252; UTF-16 is seen by itself"] = "utf-8"
     config: Annotated[str, "configuration of a hub id"] = ""
     split: Annotated[str, "split of a hub id, for example test or train[:100]"] = ""
     limit: Annotated[int, "keep at most N problems, drawn at random; 0 keeps all", at_least(0)] = 0
     seed: Annotated[int, "seed of the draw of --limit"] = 0
-    decontaminate: Annotated[list[str], "drop the problems that this file of problems also holds; repeatable", PATH] = (
-        field(default_factory=list)
-    )
+    decontaminate: Annotated[
+        list[str], "drop the problems that this file of problems, in UTF-8, also holds; repeatable", PATH
+    ] = field(default_factory=list)
     skip_bad: Annotated[
         bool, "leave out rows that cannot be read, or whose problem or answer cannot, and count them, instead of ending"
     ] = False

@@ -114,7 +114,7 @@ def _marked(text: str, reading: Reading) -> str:
     text = text.replace(LOST_FRAC, "\\frac{").strip()
     if "####" in text:
         answer = text.rpartition("####")[2].strip()
-        return answer if reading.decimal_comma else _THOUSANDS.sub("", answer)
+        return answer if reading.decimal_comma or looks_decimal(answer) else _THOUSANDS.sub("", answer)
     return extract(text) or "" if "\\boxed" in text else text
 
 

@@ -58,7 +58,7 @@ def problem_text(value: Any, where: str) -> str:
     """The problem in a cell: a text, or the user's turn of a chat; less DAPO's wrapper; "" if there is none."""
     value = chat(value, where)
     if isinstance(value, list):
-        value = next(reversed(_turns(value, "user", where)), ...)
+        value = next(reversed(_turns(value, where, "user")), ...)
         if value is ...:
             raise InputError(f"{where}: expected messages with a user turn, found none")
     if value is None:
@@ -79,8 +79,8 @@ def chat(value: Any, where: str) -> Any:
         raise InputError(f"{where}: messages in a text that is cut or in no form of JSON or Python") from None
 
 
-def _turns(messages: Sequence[Any], role: str, where: str) -> list[Any]:
-    turns = (turn for turn in messages if isinstance(turn, Mapping) and turn.get("role") == role)
+def _turns(messages: Sequence[Any], where: str, *roles: str) -> list[Any]:
+    turns = (turn for turn in messages if isinstance(turn, Mapping) and turn.get("role") in roles)
     return [_content(turn.get("content"), where) for turn in turns]
 
 
@@ -101,7 +101,7 @@ def with_system(value: Any, where: str) -> list[Message]:
     value = chat(value, where)
     if not isinstance(value, list):
         raise InputError(f"{where}: --keep-system: found no messages: name their column, not a turn of them")
-    system = [Message(role="system", content=text) for text in _turns(value, "system", where)[-1:] if text]
+    system = [Message(role="system", content=text) for text in _turns(value, where, "system", "developer")[-1:] if text]
     return [*system, Message(role="user", content=user_turn(problem_text(value, where)))]
 
 

@@ -325,7 +325,7 @@ def _json(each: _LocalFile) -> Iterator[tuple[str, Columns]]:
             yield f"{path} row {number}", row
 
 
-_NOT_UTF_8 = "not in UTF-8 ({}): name its encoding, such as --encoding latin-1, or save it in UTF-8"
+_NOT_UTF_8 = "not in UTF-8 ({}): save it in UTF-8 or, of --source, name the encoding, such as --encoding latin-1"
 
 
 def _row_fault(row: Any) -> str:
