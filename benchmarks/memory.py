@@ -18,7 +18,7 @@ import yaml
 from tabulate import tabulate
 
 from stages import rft
-from stages.core.policy.memory import Shape, generation, update
+from stages.core.policy.memory import Gpus, Shape, generation, update
 from stages.rl import Settings
 
 GPUS = {24: 22.0, 48: 44.0, 80: 79.0}  # GiB that the smallest of its kind offers: L4 and A10G, L40S, A100 and H100
@@ -68,8 +68,8 @@ def seconds(shape: Shape, options: Settings, gpu: int, num_gpus: int) -> dict[st
 def told(path: Path) -> str:
     """The lines of a params file that say what a step should take."""
     shape, gpu, number, options = plan(path)
-    sharing = number, number > 1
-    updating, drawing = update(shape, options, *sharing), generation(shape, options, GPUS[gpu], *sharing)
+    gpus = Gpus(GPUS[gpu], number, number > 1)
+    updating, drawing = update(shape, options, gpus), generation(shape, options, gpus)
     step = seconds(shape, options, gpu, number)
     return f"""\
 # Reckoned, for a GPU: updates in {updating["sum"]:.1f} of {GPUS[gpu]:g} GiB, draws in {drawing["sum"]:.1f} with a \
@@ -95,11 +95,11 @@ def largest_microbatch(shape: Shape, options: Settings, gpu_gib: float) -> int:
 
 def cache_left(shape: Shape, options: Settings, gpu_gib: float) -> float:
     """Thousands of tokens that the engine's cache may hold if it gets all that the trainer leaves."""
-    beside = generation(shape, options, gpu_gib)
+    beside = generation(shape, options, Gpus(gpu_gib))
     share = 1 - (beside["sum"] - beside["engine"]) / gpu_gib
     if share <= 0:
         return 0.0
-    return generation(shape, replace(options, memory_fraction=share), gpu_gib)["cache tokens (thousands)"]
+    return generation(shape, replace(options, memory_fraction=share), Gpus(gpu_gib))["cache tokens (thousands)"]
 
 
 def verdict(shape: Shape, gpu_gib: float, options: Settings) -> str:
@@ -136,13 +136,13 @@ def main() -> None:
         return
     path = Path(sys.argv[1])
     shape, gpu, number, options = plan(path)
-    sharing = number, number > 1
+    gpus = Gpus(GPUS[gpu], number, number > 1)
     print(told(path))
     print(f"{number} x {gpu} GB, which offers {GPUS[gpu]:g} GiB; GiB by part, and seconds of a step:")
     moments = {
-        "rl updates": update(shape, options, *sharing),
-        "rl generates": generation(shape, options, GPUS[gpu], *sharing),
-        "rft": update(shape, rft_options(path), *sharing),
+        "rl updates": update(shape, options, gpus),
+        "rl generates": generation(shape, options, gpus),
+        "rft": update(shape, rft_options(path), gpus),
         "a step": seconds(shape, options, gpu, number),
     }
     for name, parts in moments.items():

@@ -22,7 +22,7 @@ from stages.core.provenance import Identity, Inputs
 from stages.core.ranks import Ranks
 from stages.core.records import Divergence, Rollout, Verdict
 from stages.core.study import scoring
-from stages.core.study.metrics import KS
+from stages.core.study.metrics import usual_ks
 from stages.core.study.scoring import GREEDY, KL, ROLLOUTS, Drawn, ResultCounter
 from stages.core.tabular import aligned
 
@@ -124,12 +124,11 @@ def _drawn(
 
 
 def _ks(file: Path) -> list[int]:
-    """The usual k of pass@k that a file's rollouts allow, or else the smallest number of samples of a problem."""
+    """The usual k of pass@k for the smallest number of samples that a file's rollouts have of a problem."""
     counter = ResultCounter()
     for rollout in records.read(file, Rollout):
         counter.add(rollout)
-    fewest = min((result["num_samples"] for result in counter.results), default=1)
-    return [k for k in KS if k <= fewest] or [fewest]
+    return usual_ks(min((result["num_samples"] for result in counter.results), default=1))
 
 
 class Changes:

@@ -30,15 +30,15 @@ def test_overlong_penalty_scales_and_can_be_off():
 def test_advantages_are_deviations_in_units_of_the_sample_standard_deviation():
     rewards = [1.0, 0.0, 0.0, -1.0]
     expected = [reward / math.sqrt(2 / 3) for reward in rewards]
-    assert dapo.advantages(rewards, 0.0) == pytest.approx(expected)
+    assert dapo.normalised(rewards, 0.0) == pytest.approx(expected)
     reference = torch.tensor(rewards, dtype=torch.float64)
     reference = (reference - reference.mean()) / (reference.std() + 1e-4)
-    assert dapo.advantages(rewards, 1e-4) == pytest.approx(reference.tolist(), abs=1e-15)
+    assert dapo.normalised(rewards, 1e-4) == pytest.approx(reference.tolist(), abs=1e-15)
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -1.0, 1e9])
 def test_a_constant_group_has_advantages_of_exactly_zero(reward):
-    assert dapo.advantages([reward] * 7, 1e-6) == [0.0] * 7
+    assert dapo.normalised([reward] * 7, 1e-6) == [0.0] * 7
 
 
 def test_centred_advantages_are_plain_deviations_whatever_their_spread():

@@ -213,7 +213,7 @@ def test_one_s_own_rewards_enter_the_advantage_as_they_are_without_what_none_app
     assert row["num_trained"] == len(batch) == 4 * (GROUP - 1)
     each = {name: row[f"rewards/mine.py:{name}"] for name in ("index", "last")}
     assert each == {"index": (1 + 2 + 3) / 3, "last": 1.0}, "means over what they apply to"
-    assert [rollout.advantage for rollout in batch[:3]] == pytest.approx(dapo.advantages([0.5, 1.0, 2.5], 1e-6))
+    assert [rollout.advantage for rollout in batch[:3]] == pytest.approx(dapo.normalised([0.5, 1.0, 2.5], 1e-6))
 
 
 def test_a_reward_that_is_the_same_over_a_whole_step_is_named_once(tmp_path, capsys):

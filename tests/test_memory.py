@@ -19,8 +19,7 @@ from benchmarks import memory as plans
 from stages import rl
 from stages.core.options import declared
 from stages.core.policy import adapters, memory
-from stages.core.policy.memory import Shape
-from stages.core.ranks import ALONE
+from stages.core.policy.memory import Gpus, Shape
 from stages.rl import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +134,7 @@ def configurations_of_one_gpu():
 def test_a_configuration_for_one_gpu_fits_the_memory_that_it_names(path):
     shape, gpu, _, options = plans.plan(path)
     offered = plans.GPUS[gpu]
-    drawing = memory.generation(shape, options, offered)
+    drawing = memory.generation(shape, options, Gpus(offered))
     assert memory.update(shape, options)["sum"] < 0.95 * offered
     assert drawing["sum"] < 0.95 * offered
     assert drawing["cache tokens (thousands)"] > 100
@@ -171,8 +170,8 @@ def several_gpus(**changes):
 
 def test_on_eight_gpus_the_plan_comes_to_the_sums_of_the_docs():
     shape, options = plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus()
-    updating = memory.update(shape, options, 8, is_sharded=True)
-    drawing = memory.generation(shape, options, 79, 8, is_sharded=True)
+    updating = memory.update(shape, options, Gpus(79, 8, is_sharded=True))
+    drawing = memory.generation(shape, options, Gpus(79, 8, is_sharded=True))
     docs = (ROOT / "docs/memory-many-gpus.md").read_text()
     assert f"| **sum within the layers** | | **{updating['sum'] - updating['context']:.1f}** |" in docs
     assert f"| **sum** | | **{drawing['sum']:.0f}** |" in docs
@@ -185,8 +184,8 @@ def test_the_paper_s_configuration_fits_eight_gpus_as_it_and_the_docs_say():
     given = yaml.safe_load(path.read_text())["rl"]
     names = ("gradient_checkpointing", "tokens_per_microbatch", "memory_fraction")
     shape, options = plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus(**{name: given[name] for name in names})
-    updating = memory.update(shape, options, 8, is_sharded=True)["sum"]
-    drawing = memory.generation(shape, options, 79, 8, is_sharded=True)
+    updating = memory.update(shape, options, Gpus(79, 8, is_sharded=True))["sum"]
+    drawing = memory.generation(shape, options, Gpus(79, 8, is_sharded=True))
     docs = (ROOT / "docs/memory-many-gpus.md").read_text()
     assert max(updating, drawing["sum"]) < 0.95 * 79
     assert f"{updating:.1f} of 79 GiB" in path.read_text() and f"{updating:.1f} GiB in all" in docs
@@ -204,10 +203,10 @@ def test_a_shared_engine_and_a_sharded_policy_of_32_b_take_what_the_tables_of_th
 
     for tokens, row in ((16384, "| **sum** | **89"), (4096, "| with 4,096 tokens")):
         options = several_gpus(tokens_per_microbatch=tokens)
-        assert f"{memory.update(shape, options, number, is_sharded=True)['sum']:.1f}" == cell(row)
+        assert f"{memory.update(shape, options, Gpus(79, number, is_sharded=True))['sum']:.1f}" == cell(row)
     for shared in (2, 4, 8):
         options = several_gpus(memory_fraction=fraction, tensor_parallel=shared)
-        drawing = memory.generation(shape, options, 79, number, is_sharded=True)
+        drawing = memory.generation(shape, options, Gpus(79, number, is_sharded=True))
         cached = drawing["cache tokens (thousands)"] * 1000 * number / shared
         said = cell(f"| k = {shared} |").replace(",", "")
         assert cached == pytest.approx(int(said), rel=0.01) if said else cached < 0
@@ -216,15 +215,15 @@ def test_a_shared_engine_and_a_sharded_policy_of_32_b_take_what_the_tables_of_th
 def test_the_plan_proposes_what_fits_and_says_what_to_change():
     shape = plans.SHAPES["Qwen/Qwen2.5-0.5B"]
     plain = several_gpus(gradient_checkpointing=False)
-    assert memory.fitting_tokens(shape, plain, 79) == 16384
-    tokens = memory.fitting_tokens(shape, plain, 22)
+    assert memory.fitting_tokens(shape, plain, Gpus(79)) == 16384
+    tokens = memory.fitting_tokens(shape, plain, Gpus(22))
     assert tokens == 4096
     for number, fits in ((tokens, True), (2 * tokens, False)):
         planned = memory.TrainingOptions(tokens_per_microbatch=number)
         assert (memory.update(shape, planned)["sum"] <= 0.95 * 22) == fits
-    assert memory.update_advice(shape, plain, 79) is None
+    assert memory.update_advice(shape, plain, Gpus(79)) is None
     said = "an update takes 34.9 GiB by the plan, and the GPU has 22.0: --tokens-per-microbatch 4096 fits"
-    assert memory.update_advice(shape, plain, 22) == said
+    assert memory.update_advice(shape, plain, Gpus(22)) == said
 
 
 @pytest.mark.parametrize(
@@ -236,51 +235,54 @@ def test_the_plan_proposes_what_fits_and_says_what_to_change():
     ],
 )
 def test_a_policy_whose_weights_alone_do_not_fit_is_told_of_adapters_or_more_gpus(gpu_gib, advice):
-    said = memory.update_advice(plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus(), gpu_gib)
+    said = memory.update_advice(plans.SHAPES["Qwen/Qwen2.5-7B"], several_gpus(), Gpus(gpu_gib))
     assert advice in said
 
 
 def test_the_engine_s_share_that_fits_beside_the_trainer_is_proposed():
     shape, options = plans.SHAPES["Qwen/Qwen2.5-0.5B"], Settings(memory_fraction=0.9)
-    said = memory.engine_advice(shape, options, 1024, 22)
+    said = memory.engine_advice(shape, options, 1024, Gpus(22))
     assert said == "drawing takes 27.3 GiB by the plan, and the GPU has 22.0: --memory-fraction 0.6 fits"
-    assert memory.engine_advice(shape, replace(options, memory_fraction=0.6), 1024, 22) is None
+    assert memory.engine_advice(shape, replace(options, memory_fraction=0.6), 1024, Gpus(22)) is None
     for fraction, fits in ((0.6, True), (0.65, False)):  # it is the most that does, in twentieths
-        needed = memory.generation(shape, replace(options, memory_fraction=fraction), 22)["sum"]
+        needed = memory.generation(shape, replace(options, memory_fraction=fraction), Gpus(22))["sum"]
         assert (needed <= 0.95 * 22) == fits
 
 
 def test_sequences_that_the_cache_cannot_hold_are_named_with_how_many_it_can():
     shape, options = plans.SHAPES["Qwen/Qwen2.5-1.5B"], Settings(memory_fraction=0.6, lora_rank=32)
-    assert memory.engine_advice(shape, options, 1000, 22) is None
+    assert memory.engine_advice(shape, options, 1000, Gpus(22)) is None
     many = replace(options, max_sequences=10**4)
-    said = memory.engine_advice(shape, many, 1000, 22)
+    said = memory.engine_advice(shape, many, 1000, Gpus(22))
     fraction, sequences = re.search(
         r"needs 5,000,000: --memory-fraction (\S+) --max-sequences (\d+) fits", said
     ).groups()
     fitting = replace(many, memory_fraction=float(fraction), max_sequences=int(sequences))
-    assert memory.engine_advice(shape, fitting, 1000, 22) is None
-    assert memory.engine_advice(shape, replace(fitting, max_sequences=int(sequences) + 9), 1000, 22)
-    whole = memory.engine_advice(plans.SHAPES["Qwen/Qwen2.5-7B"], Settings(), 1000, 79)
+    assert memory.engine_advice(shape, fitting, 1000, Gpus(22)) is None
+    assert memory.engine_advice(shape, replace(fitting, max_sequences=int(sequences) + 9), 1000, Gpus(22))
+    whole = memory.engine_advice(plans.SHAPES["Qwen/Qwen2.5-7B"], Settings(), 1000, Gpus(79))
     assert whole.endswith("no --memory-fraction makes it fit; take --lora-rank, or share the policy among GPUs")
 
 
 def test_rl_is_told_at_its_start_what_of_its_options_does_not_fit_the_card(tiny_policy):
     asked = {"policy": "tiny", "problems": Path("problems.jsonl"), "out": Path("out")}
     options = rl.Options(**asked, tokens_per_microbatch=2**21, memory_fraction=0.95)
-    update, drawing = rl._advice(tiny_policy, options, 96, 4, False, ALONE)
+    update, drawing = rl._advice(tiny_policy, options, 96, Gpus(4))
     assert update.endswith("--tokens-per-microbatch 16384 fits") and update.startswith("an update takes ")
     assert drawing.endswith("--memory-fraction 0.55 fits") and drawing.startswith("drawing takes ")
     fitting = replace(options, tokens_per_microbatch=0, memory_fraction=0.55)
-    assert rl._advice(tiny_policy, fitting, 96, 4, False, ALONE) == []
-    assert rl._advice(tiny_policy, options, 96, 0, False, ALONE) == []  # no GPU
+    assert rl._advice(tiny_policy, fitting, 96, Gpus(4)) == []
+    assert rl._advice(tiny_policy, options, 96, memory.NO_GPU) == []  # no GPU
 
 
 @pytest.mark.parametrize("options", [Settings(), plans.rft_options(ROOT / "configs/qwen2.5-math-7b.yaml")])
 def test_a_micro_batch_is_by_the_plan_unless_it_is_given_without_a_plan_16384_tokens_or_2048(tiny_policy, options):
-    shape, card = memory.planned_shape(tiny_policy, 1.87), 1.87
+    shape, card = memory.planned_shape(tiny_policy, 1.87), Gpus(1.87)
     assert options.tokens_per_microbatch == 0
-    assert (memory.planned_tokens(None, options, card), memory.planned_tokens(None, options, 0)) == (16384, 2048)
+    assert (memory.planned_tokens(None, options, card), memory.planned_tokens(None, options, memory.NO_GPU)) == (
+        16384,
+        2048,
+    )
     assert memory.planned_tokens(shape, options, card) == memory.fitting_tokens(shape, options, card) < 16384
     assert memory.planned_tokens(shape, replace(options, tokens_per_microbatch=100), card) == 100
     assert memory.planned_shape(tiny_policy, memory.gpu_memory()) is None, "no test runs on a GPU but those marked gpu"
@@ -291,5 +293,5 @@ def test_the_gpu_check_of_the_readme_fits_the_card_of_24_gb_that_it_names():
     given = {name.lstrip("-").replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
     options = Settings(**{name: declared(Settings)[name].type(value) for name, value in given.items()})
     shape, card = plans.SHAPES["Qwen/Qwen2.5-0.5B"], plans.GPUS[24]
-    assert options.tokens_per_microbatch == 0 and memory.fitting_tokens(shape, options, card) == 4096
-    assert memory.engine_advice(shape, options, 1024, card) is None
+    assert options.tokens_per_microbatch == 0 and memory.fitting_tokens(shape, options, Gpus(card)) == 4096
+    assert memory.engine_advice(shape, options, 1024, Gpus(card)) is None

@@ -478,16 +478,14 @@ def test_differences_are_paired_by_problem_and_averaged_over_sets(made):
 
 def test_the_chosen_checkpoint_is_the_first_best_on_the_validation_set_and_never_the_base():
     values = {"runs/0/policy": 0.9, VANILLA[0]: 0.6, VANILLA[1]: 0.4, RLOOP[0]: 0.3, RLOOP[1]: 0.5, RLOOP[2]: 0.5}
-    rows = [{"set": "valid", "metric": "avg@4", "policy": name, "value": value} for name, value in values.items()]
-    rows += [{"set": name, "metric": "avg@4", "policy": VANILLA[1], "value": 0.99} for name in ("far", "Average")]
-    listed, table = runs.positions(values), pd.DataFrame(rows)
-    best = summaries.chosen_on("valid", "avg@4", table, listed)
+    listed, by_policy = runs.positions(values), pd.Series(values)
+    best = summaries.chosen_by(by_policy, listed)
     assert {method: position.policy for method, position in best.items()} == {"RL": VANILLA[0], "RLoop": RLOOP[1]}
     assert summaries.methods(listed, best)["RL, chosen"] == VANILLA[0]
-    lost = {row["method"]: row["lost"] for row in summaries.peaks("valid", "avg@4", table, listed, best)}
+    lost = {row["method"]: row["lost"] for row in summaries.peaks(by_policy, listed, best)}
     assert lost == {"RL": pytest.approx(20), "RLoop": 0}
-    assert summaries.chosen_on("valid", "avg@4", table[table["policy"] != VANILLA[0]], listed).keys() == {"RLoop"}
-    assert summaries.chosen_on("other", "avg@4", table, listed) == {}
+    assert summaries.chosen_by(by_policy.drop(VANILLA[0]), listed).keys() == {"RLoop"}
+    assert summaries.chosen_by(by_policy[:0], listed) == {}
 
 
 def test_the_set_that_checkpoints_are_chosen_on_is_left_out_of_an_average_of_its_own(made, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rloop_cli.check.calls import Call, Launch, base_of, launched, policies_of
 from stages.core.errors import InputError
 from stages.core.policy import adapters, checkpoints, memory
-from stages.core.policy.memory import Shape
+from stages.core.policy.memory import Gpus, Shape
 
 
 class Plan(NamedTuple):
@@ -15,7 +15,7 @@ class Plan(NamedTuple):
 
     call: Call
     shape: Shape
-    machine: tuple[float, int, bool]  # GiB of a GPU, their number, and whether the policy is shared among them
+    gpus: Gpus
     moments: dict[str, dict[str, float]]
 
     @property
@@ -94,14 +94,14 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
 
 
 def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
-    options, sharing = call.options, (launch.num_processes or 1, launch.is_sharded)
+    options, gpus = call.options, Gpus(gpu_gib, launch.num_processes or 1, launch.is_sharded)
     moments: dict[str, dict[str, float]] = {}
     if call.stage in ("rl", "rft"):
-        tokens = memory.planned_tokens(shape, options, gpu_gib, *sharing)
-        moments["updates"] = memory.update(shape, memory.with_tokens(options, tokens), *sharing)
+        tokens = memory.planned_tokens(shape, options, gpus)
+        moments["updates"] = memory.update(shape, memory.with_tokens(options, tokens), gpus)
     if call.stage != "rft" and gpu_gib:
-        moments["draws"] = memory.generation(shape, options, gpu_gib, *sharing, trains=call.stage == "rl")
-    return Plan(call, shape, (gpu_gib, *sharing), moments)
+        moments["draws"] = memory.generation(shape, options, gpus, trains=call.stage == "rl")
+    return Plan(call, shape, gpus, moments)
 
 
 def lines(plans: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
@@ -118,13 +118,13 @@ def lines(plans: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> 
 
 def faults(plans: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
     """A line for each plan that does not fit a GPU, with the option that does."""
-    for call, shape, machine, moments in plans if gpu_gib else ():
+    for call, shape, gpus, moments in plans if gpu_gib else ():
         said: dict[str, str | None] = {}
         if "updates" in moments:
-            said["--tokens-per-microbatch"] = memory.update_advice(shape, call.options, *machine)
+            said["--tokens-per-microbatch"] = memory.update_advice(shape, call.options, gpus)
         if "draws" in moments:
             needed, trains = longest.get(call.name, 1), call.stage == "rl"
-            said["--memory-fraction"] = memory.engine_advice(shape, call.options, needed, *machine, trains=trains)
+            said["--memory-fraction"] = memory.engine_advice(shape, call.options, needed, gpus, trains=trains)
         for flag, advice in said.items():
             if advice:
                 yield f"{call.origin(flag)}: {call.stage}: {advice}"

@@ -73,8 +73,8 @@ def _span(seconds: float) -> str:
 
 def explored(runs: Path) -> Explored | None:
     """The run of rl in `runs` with the most steps."""
-    runs_ = (_explored(log, read_manifest(log.parent / "manifest.json")) for log in sorted(runs.glob("*/rl/log.tsv")))
-    return max(filter(None, runs_), key=lambda run: run.num_steps, default=None)
+    each = (_explored(log, read_manifest(log.parent / "manifest.json")) for log in sorted(runs.glob("*/rl/log.tsv")))
+    return max(filter(None, each), key=lambda run: run.num_steps, default=None)
 
 
 def _explored(log: Path, record: dict[str, Any]) -> Explored | None:

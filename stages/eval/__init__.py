@@ -26,7 +26,7 @@ from stages.core.lifetime import end_with_parent, going_on
 from stages.core.options import PATH, at_least, following
 from stages.core.ranks import Ranks
 from stages.core.study import scoring
-from stages.core.study.metrics import KS
+from stages.core.study.metrics import KS, usual_ks
 from stages.core.study.scoring import GREEDY, KL, ROLLOUTS, Drawn
 from stages.eval import divergence, drawing, partial, selection
 from stages.eval.drawing import Drawing
@@ -58,7 +58,7 @@ class Options(SamplingOptions):
     num_samples: Annotated[int, "rollouts for each problem", at_least(1)] = 32
     k: Annotated[list[int], "a k of pass@k; repeatable", at_least(1)] = following(
         f"those of {', '.join(map(str, KS))} that --num-samples allows, or that number itself",
-        lambda options: [k for k in KS if k <= options.num_samples] or [options.num_samples],
+        lambda options: usual_ks(options.num_samples),
     )
     maj: Annotated[bool, "also maj@k: the chance that the most frequent answer among k samples is right"] = False
     greedy: Annotated[bool, "also draw one completion at temperature 0 for each problem"] = False

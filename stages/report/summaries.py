@@ -54,17 +54,17 @@ def sum_up(study: Study, ks: Sequence[int], seed: int) -> Summary:
     """Sum up a study: which policies stand for the methods, and their results."""
     scores, metric = study.scores(ks), f"avg@{study.num_samples}"
     table = summarise(scores, study.averages, seed)
-    best = chosen_on(study.valid, metric, table, study.positions)
+    of_valid = table[(table["set"] == study.valid) & (table["metric"] == metric)].set_index("policy")["value"]
+    best = chosen_by(of_valid, study.positions)
     chosen = methods(study.positions, best)
-    lost = peaks(study.valid, metric, table, study.positions, best)
-    return Summary(scores, table, chosen, results(table, chosen), lost)
+    return Summary(scores, table, chosen, results(table, chosen), peaks(of_valid, study.positions, best))
 
 
 def methods(positions: Sequence[Position], best: Mapping[str, Position]) -> dict[str, str]:
     """The policies that represent each method: the base, the last of RL and other runs, RLoop's last, and the chosen.
 
     RLoop's output is the policy fine-tuned after the last iteration (Algorithm 1); if its last RL phase has a
-    checkpoint, that one is a row of its own. The paper's protocol is `best`, see `chosen_on`. Any other policy is a
+    checkpoint, that one is a row of its own. The paper's protocol is `best`, see `chosen_by`. Any other policy is a
     method of its own.
     """
     rows: dict[str, str] = {}
@@ -81,33 +81,30 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
-def chosen_on(valid: str, metric: str, table: pd.DataFrame, positions: Sequence[Position]) -> dict[str, Position]:
-    """For each method the policy on its path with the largest `metric` on the set `valid`, the earliest of equals.
+def chosen_by(values: "pd.Series[float]", positions: Sequence[Position]) -> dict[str, Position]:
+    """For each method the policy on its path with the largest of the `values` by policy, the earliest of equals.
 
     The base is none of the candidates, and a method with a single one has nothing to choose.
     """
-    here = table[(table["set"] == valid) & (table["metric"] == metric)].set_index("policy")["value"].round(9)
+    values = values.round(9)
     best: dict[str, Position] = {}
     for method in dict.fromkeys(position.method for position in positions if position.method != BASE):
-        candidates = [each for each in positions if each.method == method and each.policy in here.index]
+        candidates = [each for each in positions if each.method == method and each.policy in values.index]
         if len(candidates) > 1:
-            best[method] = max(candidates, key=lambda position: here[position.policy])
+            best[method] = max(candidates, key=lambda position: values[position.policy])
     return best
 
 
 def peaks(
-    valid: str, metric: str, table: pd.DataFrame, positions: Sequence[Position], best: Mapping[str, Position]
+    values: "pd.Series[float]", positions: Sequence[Position], best: Mapping[str, Position]
 ) -> list[dict[str, Any]]:
-    """What each method loses from its best checkpoint to its end on the set it was chosen on, in percent and points."""
-    here = table[(table["set"] == valid) & (table["metric"] == metric)].set_index("policy")["value"] * 100
+    """What each method loses from its best checkpoint to its end by the `values` by policy, in percent and points."""
     rows = []
     for method, position in best.items():
-        last = [each for each in positions if each.method == method and each.policy in here.index][-1]
-        values = {"best": float(here[position.policy]), "at its end": float(here[last.policy])}
-        lost = values["best"] - values["at its end"]
-        rows.append(
-            {"method": method, "best at step": position.label, "ends at step": last.label, **values, "lost": lost}
-        )
+        last = [each for each in positions if each.method == method and each.policy in values.index][-1]
+        most, least = (100 * float(values[each.policy]) for each in (position, last))
+        row = {"method": method, "best at step": position.label, "ends at step": last.label}
+        rows.append({**row, "best": most, "at its end": least, "lost": most - least})
     return rows
 
 

@@ -164,8 +164,9 @@ def _read(options: Options, ranks: Ranks) -> _Read:
     acceleration.check(options)
     tokenizer = checkpoints.load_tokenizer(path)
     context = checkpoints.context_length(path)
-    if options.max_tokens > context:
-        raise InputError(f"--max-tokens {options.max_tokens} is beyond the policy's context of {context}: lower it")
+    max_tokens = options.max_tokens or context
+    if max_tokens > context:
+        raise InputError(f"--max-tokens {max_tokens} is beyond the policy's context of {context}: lower it")
     examples = [unpack(example) for example in packed]
     differing = check_ids(tokenizer, examples, checkpoints.load_config(path).get_text_config().vocab_size)
     if differing and ranks.is_first:
@@ -178,10 +179,8 @@ def _read(options: Options, ranks: Ranks) -> _Read:
     end = ending(tokenizer, checkpoints.end_token_ids(path))
     if options.likelihood_weights:
         check_log_probs(examples)
-    rows, left_out = tokenize_fitting(tokenizer, examples, options.max_tokens or context, end)
-    return _Read(
-        path, base, tokenizer, [each.example for each in examples], rows, left_out, options.max_tokens or context
-    )
+    rows, left_out = tokenize_fitting(tokenizer, examples, max_tokens, end)
+    return _Read(path, base, tokenizer, [each.example for each in examples], rows, left_out, max_tokens)
 
 
 def _warn_of_few_steps(num_examples: int, options: Options) -> None:

@@ -68,11 +68,11 @@ class Planned(NamedTuple):
 def planned(path: Path, rows: Sequence[Tokenized], options: Options, num_processes: int) -> Planned:
     """The micro-batches of a fine-tuning of the policy at `path`, by the memory of the GPU, if there is one."""
     vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
-    machine = (memory.gpu_memory(), num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true")
-    shape = memory.planned_shape(path, machine[0])
-    budget = heads.token_budget(memory.planned_tokens(shape, options, *machine), vocabulary)
+    gpus = memory.Gpus(memory.gpu_memory(), num_processes, os.environ.get("ACCELERATE_USE_FSDP") == "true")
+    shape = memory.planned_shape(path, gpus.gib)
+    budget = heads.token_budget(memory.planned_tokens(shape, options, gpus), vocabulary)
     size = microbatch_size(options.batch_size // num_processes, max(map(len, rows)), budget)
-    return Planned(size, memory.update_advice(shape, options, *machine) if shape else None)
+    return Planned(size, memory.update_advice(shape, options, gpus) if shape else None)
 
 
 def fine_tune(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from stages.core.drawing.engine import VllmEngine
     from stages.core.drawing.request import Request
+    from stages.core.policy.memory import Gpus
     from stages.rl.rundir import RunDir
 
 TRAIN, VALID = "problems", "valid"  # the sets of the request
@@ -152,7 +153,8 @@ def _explore(
     ((name, path),) = request.policies.items()
     policy = StartPolicy(name, path, identity.inputs.digests[str(path)])
     if ranks.is_first:
-        for line in _advice(path, options, request.longest(), memory.gpu_memory(), accelerator.is_fsdp2, ranks):
+        gpus = memory.Gpus(memory.gpu_memory(), ranks.num_ranks, accelerator.is_fsdp2)
+        for line in _advice(path, options, request.longest(), gpus):
             warn(line)
     engine = _start_engine(request, options)
     trainer = Trainer(path, accelerator, options)
@@ -170,16 +172,14 @@ def _explore(
         explorer.run(directory, done)
 
 
-def _advice(policy: Path, options: Options, longest: int, gpu_gib: float, is_sharded: bool, ranks: Ranks) -> list[str]:
+def _advice(policy: Path, options: Options, longest: int, gpus: "Gpus") -> list[str]:
     """What to change of what does not fit the GPU by the plan of docs/memory.md, in the update and in the engine."""
     from stages.core.policy import memory
 
-    shape, machine = memory.planned_shape(policy, gpu_gib), (gpu_gib, ranks.num_ranks, is_sharded)
-    if shape is None:
+    if (shape := memory.planned_shape(policy, gpus.gib)) is None:
         return []
-    update = memory.update_advice(shape, options, *machine)
-    engine = memory.engine_advice(shape, options, longest, *machine)
-    return [line for line in (update, engine) if line]
+    advice = memory.update_advice(shape, options, gpus), memory.engine_advice(shape, options, longest, gpus)
+    return [line for line in advice if line]
 
 
 def _start_engine(request: "Request", options: Options) -> "VllmEngine":

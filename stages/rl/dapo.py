@@ -32,7 +32,7 @@ def overlong_penalty(num_tokens: int, max_tokens: int, buffer: int, penalty: flo
     return -penalty * min(max(over / buffer, 0.0), 1.0)
 
 
-def advantages(rewards: Sequence[float], eps: float) -> list[float]:
+def normalised(rewards: Sequence[float], eps: float) -> list[float]:
     """(reward - mean) / (std + eps) within one group (DAPO equation 9); std over n - 1, as TRL and verl take it.
 
     A group of equal rewards gives exact zeros, whatever rounding the mean suffers.
@@ -62,7 +62,7 @@ def per_success(rewards: Sequence[float], eps: float) -> list[float]:
     return [deviation / (mean + eps) for deviation in centred(rewards, eps)]
 
 
-ADVANTAGES = {"dapo": advantages, "centred": centred, "maxrl": per_success}
+ADVANTAGES = {"dapo": normalised, "centred": centred, "maxrl": per_success}
 
 
 class TokenLoss(NamedTuple):

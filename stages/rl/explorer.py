@@ -126,12 +126,12 @@ class Explorer:
                 row = self.ranks.on_first(partial(steplog.row, outcome, self.settings, far))
                 self._report(row)
                 recent.append(row)
-                is_long = len(recent) == MAX_COLLAPSED_STEPS
+                is_full = len(recent) == MAX_COLLAPSED_STEPS
                 skipped = (row["skipped_updates"] > 0 and row["num_trained"] == 0 for row in recent)
-                has_collapsed = is_long and all(skipped)
+                has_collapsed = is_full and all(skipped)
                 is_ending = has_collapsed or self._is_stopped()
                 self._save(step, with_checkpoint=has_collapsed, with_state=is_ending)
-                if has_collapsed or (is_long and all(row["mismatch_alarms"] > 0 for row in recent)):
+                if has_collapsed or (is_full and all(row["mismatch_alarms"] > 0 for row in recent)):
                     raise CollapseError(self._why(step, has_collapsed))
                 if is_ending and step < self.settings.steps:
                     self._end_stopped(f"after step {step}")
@@ -155,7 +155,7 @@ class Explorer:
             stats = self.trainer.update(rollouts, lr, entropy_weight) if rollouts else UpdateStats()
         outcome = StepOutcome(step, groups, stats, lr, handover_s, clock.lap())
         outcome.entropy_drawn, outcome.entropy_weight = entropy, entropy_weight
-        outcome.peak_memory_gib, outcome.num_preemptions = self._strain(num_preemptions, memory_gib)
+        outcome.peak_memory_gib, outcome.num_preemptions = self._memory_and_preemptions(num_preemptions, memory_gib)
         self._write(step, groups.drawn, outcome.trained)
         return outcome
 
@@ -270,7 +270,7 @@ class Explorer:
         note = f"{reward}pass rate {row['pass_rate']:.2f}  {row['tokens_per_s']:.0f} tokens/s{self.last_valid}"
         self.progress.step(row["step"], note)
 
-    def _strain(self, num_preemptions: int | None, memory_gib: float) -> tuple[float, float]:
+    def _memory_and_preemptions(self, num_preemptions: int | None, memory_gib: float) -> tuple[float, float]:
         """The most memory in use on any GPU, and the preemptions of all engines since `num_preemptions`."""
         now = self.engine.num_preemptions
         since = math.nan if now is None or num_preemptions is None else now - num_preemptions

@@ -106,9 +106,8 @@ class Trainer:
         if settings.compile_layers:
             acceleration.compile_layers(model)
         vocabulary = model.config.get_text_config().vocab_size
-        card, number = memory.gpu_memory(), accelerator.num_processes
-        shape = memory.planned_shape(path, card)
-        tokens = memory.planned_tokens(shape, settings, card, number, accelerator.is_fsdp2)
+        gpus = memory.Gpus(memory.gpu_memory(), accelerator.num_processes, accelerator.is_fsdp2)
+        tokens = memory.planned_tokens(memory.planned_shape(path, gpus.gib), settings, gpus)
         budget = heads.token_budget(tokens, vocabulary)
         self.token_budget = min(self.ranks.gather(budget))  # all plan the passes of all, also on another kind of GPU
         optimizer = torch.optim.AdamW(

@@ -102,20 +102,20 @@ def draw_scored(
     are kept once another has succeeded; if none has so far, that is an InputError.
     """
     waiting: deque[tuple[int, Group]] = deque()
-    failed: list[tuple[int, Group]] = []
+    held: list[tuple[int, Group]] = []
 
     def hand_over(max_waiting: int) -> None:
         while waiting and (len(waiting) > max_waiting or waiting[0][1].is_scored):
             number, group = waiting.popleft()
             meter.scored(group.num_correct, len(group.scores))
-            failed.append((number, group))
+            held.append((number, group))
             if not group.scores[0].fault:
                 keep_all()
 
     def keep_all() -> None:
-        for number, group in failed:
+        for number, group in held:
             keep(number, group)
-        failed.clear()
+        held.clear()
 
     def drawn(number: int, group: Group) -> None:
         meter.drawn(group.num_tokens)

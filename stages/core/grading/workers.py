@@ -29,11 +29,10 @@ MAX_WALL_S = 300.0  # a worker silent for so long is neither working nor dying: 
 DEADLINE_SIGNALS = (signal.SIGXCPU, signal.SIGPROF)  # what a worker dies of that ran out of CPU time
 MAX_ATTEMPTS = 2  # a worker that something else killed takes no reply along: its job is tried once more
 
-T = TypeVar("T")
-
-
 INHERITED = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "CONDA_PREFIX")
 PREFIXES = ("LC_", "PYTHON", "LD_", "DYLD_", "OMP_", "MKL_", "OPENBLAS_", "RLOOP_")  # RLOOP_: for rewards of one's own
+
+T = TypeVar("T")
 
 
 class Loss(NamedTuple):
@@ -103,7 +102,7 @@ class Pool(Generic[T]):
         self._closed = True
         for tender in self._tenders:
             tender.end()
-        for tender in self._tenders:  # only now: any of them may have taken the word to end that was meant for another
+        for tender in self._tenders:  # once all are told: a tender may take the None that was put for another
             tender.join()
         self._tenders.clear()
         while not self._jobs.empty():

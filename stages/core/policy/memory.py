@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from stages.core.errors import InputError
 from stages.core.options import ROUNDING, at_least, one_of
@@ -76,6 +76,17 @@ class Draws(Protocol):
 
     @property
     def max_sequences(self) -> int: ...
+
+
+class Gpus(NamedTuple):
+    """What a stage runs on: the memory of each GPU, 0 without one, their number, whether they share the policy."""
+
+    gib: float = 0.0
+    number: int = 1
+    is_sharded: bool = False
+
+
+NO_GPU = Gpus()
 
 
 @dataclass(frozen=True)
@@ -200,10 +211,10 @@ def head_work(shape: Shape, tokens: int, rank: int = 0) -> int:
     return tile + 2 * 4 * shape.hidden * tokens + (0 if rank else 4 * shape.embedding)
 
 
-def update(shape: Shape, options: TrainingOptions, num_gpus: int = 1, is_sharded: bool = False) -> dict[str, float]:
-    """GiB by part while rl or rft updates with these options, and their sum; on each of `num_gpus` the same."""
-    if is_sharded:
-        return _sharded_update(shape, options, num_gpus)
+def update(shape: Shape, options: TrainingOptions, gpus: Gpus = NO_GPU) -> dict[str, float]:
+    """GiB by part while rl or rft updates with these options, and their sum; on each of the GPUs the same."""
+    if gpus.is_sharded:
+        return _sharded_update(shape, options, gpus.number)
     rank, checkpointing = options.lora_rank, options.gradient_checkpointing
     tokens = options.tokens_per_microbatch or MOST_TOKENS
     layer = backward_work(shape, rank, checkpointing) * tokens
@@ -241,19 +252,17 @@ def _sharded_update(shape: Shape, options: TrainingOptions, num_gpus: int) -> di
     return parts | {"sum": sum(parts.values())}
 
 
-def generation(
-    shape: Shape, options: Draws, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False, trains: bool = True
-) -> dict[str, float]:
+def generation(shape: Shape, options: Draws, gpus: Gpus, trains: bool = True) -> dict[str, float]:
     """GiB by part while the engine draws, their sum, and the tokens (thousands) that its cache holds.
 
-    On several GPUs `tensor_parallel` of them share an engine. The trainer's part is a share of it if it `is_sharded`,
+    On several GPUs `tensor_parallel` of them share an engine. The trainer's part is a share of it if it is sharded,
     and none in eval and sample, which do not train.
     """
-    is_alone = trains and num_gpus == 1
-    parts = {"engine": options.memory_fraction * gpu_gib}
+    is_alone = trains and gpus.number == 1
+    parts = {"engine": options.memory_fraction * gpus.gib}
     if trains:
         trainer = held(shape, options.lora_rank)
-        own = (trainer["weights"] + trainer["moments"]) / (num_gpus if is_sharded else 1)
+        own = (trainer["weights"] + trainer["moments"]) / (gpus.number if gpus.is_sharded else 1)
         parts |= {"trainer": own / GIB, "hand-over": 2 * 2 * shape.embedding / GIB}
     parts |= {"context": CONTEXT if is_alone else CONTEXT_OF_MANY}
     shared = min(options.tensor_parallel, shape.kv_heads)  # fewer key/value heads than GPUs are held several times over
@@ -263,13 +272,11 @@ def generation(
     return parts | {"sum": sum(parts.values()), "cache tokens (thousands)": cached}
 
 
-def fitting_tokens(
-    shape: Shape, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
-) -> int:
+def fitting_tokens(shape: Shape, options: TrainingOptions, gpus: Gpus) -> int:
     """The most tokens a micro-batch, 16,384 or a half, a quarter, ... of it, that fit the memory; 0 if none do."""
     tokens = MOST_TOKENS
     while tokens >= LEAST_TOKENS:
-        if update(shape, with_tokens(options, tokens), num_gpus, is_sharded)["sum"] <= MARGIN * gpu_gib:
+        if update(shape, with_tokens(options, tokens), gpus)["sum"] <= MARGIN * gpus.gib:
             return tokens
         tokens //= 2
     return 0
@@ -281,16 +288,13 @@ def with_tokens(options: TrainingOptions, tokens: int) -> TrainingOptions:
     return TrainingOptions(lora_rank=rank, gradient_checkpointing=checkpointing, tokens_per_microbatch=tokens)
 
 
-def update_advice(
-    shape: Shape, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
-) -> str | None:
+def update_advice(shape: Shape, options: TrainingOptions, gpus: Gpus) -> str | None:
     """What to change if an update with these options does not fit the memory by the plan; None if it fits."""
-    tokens = planned_tokens(shape, options, gpu_gib, num_gpus, is_sharded)
-    needed = update(shape, with_tokens(options, tokens), num_gpus, is_sharded)["sum"]
-    if needed <= gpu_gib:
+    needed = update(shape, with_tokens(options, planned_tokens(shape, options, gpus)), gpus)["sum"]
+    if needed <= gpus.gib:
         return None
-    said = f"an update takes {needed:.1f} GiB by the plan, and the GPU has {gpu_gib:.1f}"
-    if tokens := fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded):
+    said = f"an update takes {needed:.1f} GiB by the plan, and the GPU has {gpus.gib:.1f}"
+    if tokens := fitting_tokens(shape, options, gpus):
         return f"{said}: --tokens-per-microbatch {tokens} fits"
     for flag, rank, checkpointing in (
         ("--gradient-checkpointing", options.lora_rank, True),
@@ -298,36 +302,28 @@ def update_advice(
         ("--lora-rank 32 --gradient-checkpointing", 32, True),
     ):
         other = TrainingOptions(lora_rank=rank, gradient_checkpointing=checkpointing)
-        if tokens := fitting_tokens(shape, other, gpu_gib, num_gpus, is_sharded):
+        if tokens := fitting_tokens(shape, other, gpus):
             return f"{said}: {flag} --tokens-per-microbatch {tokens} fits"
     return f"{said}: no option makes it fit; share the policy among GPUs (configs/accelerate/gpu8-fsdp2.yaml)"
 
 
-def engine_advice(
-    shape: Shape,
-    options: Draws,
-    longest: int,
-    gpu_gib: float,
-    num_gpus: int = 1,
-    is_sharded: bool = False,
-    trains: bool = True,
-) -> str | None:
+def engine_advice(shape: Shape, options: Draws, longest: int, gpus: Gpus, trains: bool = True) -> str | None:
     """What to change if by the plan the engine does not fit beside the trainer, or its cache does not do; else None.
 
     It has to hold one sequence of the `longest` length, in tokens, and `max_sequences`, if given, at half of it.
     """
-    parts = generation(shape, options, gpu_gib, num_gpus, is_sharded, trains)
+    parts = generation(shape, options, gpus, trains)
     cached, wanted = 1000 * parts["cache tokens (thousands)"], max(1.0, options.max_sequences / 2) * longest
-    if parts["sum"] <= gpu_gib and cached >= wanted:
+    if parts["sum"] <= gpus.gib and cached >= wanted:
         return None
-    if parts["sum"] > gpu_gib:
-        said = f"drawing takes {parts['sum']:.1f} GiB by the plan, and the GPU has {gpu_gib:.1f}"
+    if parts["sum"] > gpus.gib:
+        said = f"drawing takes {parts['sum']:.1f} GiB by the plan, and the GPU has {gpus.gib:.1f}"
     else:
         said = f"the engine's cache has room for {max(0.0, cached):,.0f} tokens by the plan, and needs {wanted:,.0f}"
-    spare = MARGIN * gpu_gib - parts["sum"]
-    fraction = int(20 * (options.memory_fraction + spare / gpu_gib)) / 20
+    spare = MARGIN * gpus.gib - parts["sum"]
+    fraction = int(20 * (options.memory_fraction + spare / gpus.gib)) / 20
     a_gib = GIB * min(options.tensor_parallel, shape.kv_heads) / shape.cache_per_token
-    cached += (fraction - options.memory_fraction) * gpu_gib * a_gib
+    cached += (fraction - options.memory_fraction) * gpus.gib * a_gib
     if fraction > 0 and cached >= longest:
         fewer = f" --max-sequences {2 * cached // longest:.0f}" if cached < wanted else ""
         return f"{said}: --memory-fraction {fraction:g}{fewer} fits"
@@ -350,10 +346,8 @@ def planned_shape(policy: Path, gpu_gib: float) -> Shape | None:
         return None
 
 
-def planned_tokens(
-    shape: Shape | None, options: TrainingOptions, gpu_gib: float, num_gpus: int = 1, is_sharded: bool = False
-) -> int:
+def planned_tokens(shape: Shape | None, options: TrainingOptions, gpus: Gpus) -> int:
     """The tokens of a micro-batch: those given, for 0 those of the plan; without a plan 16,384, on a CPU 2,048."""
-    if options.tokens_per_microbatch or shape is None or not gpu_gib:
-        return options.tokens_per_microbatch or (MOST_TOKENS if gpu_gib else CPU_TOKENS)
-    return fitting_tokens(shape, options, gpu_gib, num_gpus, is_sharded) or LEAST_TOKENS
+    if options.tokens_per_microbatch or shape is None or not gpus.gib:
+        return options.tokens_per_microbatch or (MOST_TOKENS if gpus.gib else CPU_TOKENS)
+    return fitting_tokens(shape, options, gpus) or LEAST_TOKENS

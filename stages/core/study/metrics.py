@@ -123,6 +123,11 @@ METRICS = (
 ALWAYS = frozenset(("num_samples", "num_correct", "num_truncated"))  # what every Result has
 
 
+def usual_ks(num_samples: int) -> list[int]:
+    """The k of pass@k where none is named: those of KS that so many samples allow, or else their number itself."""
+    return [k for k in KS if k <= num_samples] or [num_samples]
+
+
 def named(name: str) -> Metric:
     """The metric behind a figure's name: pass of pass@8."""
     return next(metric for metric in METRICS if metric.name == name.partition("@")[0])
