@@ -8,6 +8,7 @@
 # pip install -c constraints-gpu.txt -e '.[gpu,dev]': gpu-check uses the Python that is active, or PYTHON.
 
 PYTHON ?= python3
+WORKERS ?= 2 # processes of make test: each takes a core and 3 GB
 BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -54,8 +55,8 @@ stage-%:
 plan: .venv/installed .dvc/scm # without --force-downstream DVC stops at the first thing that is not made yet
 	dvc repro --dry --force-downstream
 
-test: .venv/installed
-	pytest
+test: .venv/installed # a file in one process; the longest files first
+	pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: test
 	ruff check $(SOURCES)

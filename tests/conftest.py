@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny policies a second thread only waits
 
@@ -14,6 +15,21 @@ from stages.toy import arithmetic
 from tests.scripted import ScriptedEngines, problem
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and in what it starts
+
+LONG = "rl pipeline ranks trainer rft cli kernels gpu architectures tensor_parallel readme engine toy".split()  # noqa: SIM905
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, or one process would be busy with them at the end and the other idle."""
+    order = {f"test_{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def new_accelerate_state():
+    """A file meets nothing that accelerate keeps of an earlier one in the same process, such as its precision."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
