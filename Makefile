@@ -8,7 +8,8 @@
 # pip install -c constraints-gpu.txt -e '.[gpu,dev]': gpu-check uses the Python that is active, or PYTHON.
 
 PYTHON ?= python3
-WORKERS ?= 2 # processes of make test: each takes a core and 3 GB
+# Processes of make test. Each takes a core and, at most, 4 GB.
+WORKERS ?= 2
 BIN := .venv/bin
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -40,8 +41,8 @@ parts:
 	dvc repro toy
 	@echo "The loop and, beside it, the baseline, whose output goes to runs/baseline.log"
 	@$(MAKE) --no-print-directory -j2 loop baseline
-	@$(STAGES) | sed -n 's/^eval/stage-eval/p' | xargs $(MAKE) --no-print-directory -j2 -O
-	@$(STAGES) | sed -n 's/^test/stage-test/p' | xargs $(MAKE) --no-print-directory -j2 -O
+	@$(STAGES) | sed -n 's/^eval/stage-eval/p' | xargs -r $(MAKE) --no-print-directory -j2 -O
+	@$(STAGES) | sed -n 's/^test/stage-test/p' | xargs -r $(MAKE) --no-print-directory -j2 -O
 
 loop: # rl, and filter and rft or merge, of each iteration after the one before
 	$(STAGES) | grep -E '^(rl|filter|rft|merge)@' | sort -s -t@ -k2n | xargs $(REPRO)
@@ -55,7 +56,7 @@ stage-%:
 plan: .venv/installed .dvc/scm # without --force-downstream DVC stops at the first thing that is not made yet
 	dvc repro --dry --force-downstream
 
-test: .venv/installed # a file in one process; the longest files first
+test: .venv/installed # each file in one process, in the order of tests/conftest.py
 	pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: test
