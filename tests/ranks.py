@@ -49,7 +49,7 @@ DDP = (  # to be followed by a command of rloop
     *("--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"), "-m", "rloop_cli"),
 )
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-LIMIT_S = 120  # a rank that is not done then is taken for one that hangs
+LIMIT_S = 400  # beside other work, too; a rank that is not done then is taken for one that hangs
 
 
 def start(arguments, *directories):

@@ -73,7 +73,7 @@ class Meeting:
 
     def __init__(self, num_ranks):
         self.num_ranks = num_ranks
-        self.barrier = Barrier(num_ranks, timeout=10)
+        self.barrier = Barrier(num_ranks, timeout=60)
         self.here = local()
         self.given = {}
 
