@@ -113,6 +113,8 @@ def test_every_policy_is_compared_with_the_base_along_its_own_completions(
     assert sum(r["kl_nats"] for r in results) == pytest.approx(nats)
     assert sum(r["num_kl_tokens"] for r in results if r["policy"] == str(other_policy)) == tokens
     assert "nats a token" in capsys.readouterr().out
+    with pytest.raises(InputError, match="kl_to was"):  # the same files are read
+        run([tiny_policy, other_policy], problems, tmp_path / "out", other_policy, kl_samples=2)
 
 
 @pytest.mark.slow
@@ -157,7 +159,7 @@ def test_a_call_that_was_begun_without_it_is_done_again_where_tokens_are_missing
     assert len(engines[-1].prompted) == 5
     assert len(of(tmp_path / "out")) == 5 and len(list(records.read(tmp_path / "out/rollouts.jsonl", Rollout))) == 20
     run([other_policy], problems, tmp_path / "out", tiny_policy)  # already done
-    with pytest.raises(InputError, match="already holds something"):
+    with pytest.raises(InputError, match="out is another output"):
         run([other_policy], problems, tmp_path / "out", other_policy)
     run([tiny_policy], problems, tmp_path / "to-another", other_policy)
     run([tiny_policy], problems, tmp_path / "to-none")

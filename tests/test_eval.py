@@ -170,10 +170,12 @@ def test_a_finished_call_is_not_repeated_and_another_is_refused(run, engines, ti
     run([tiny_policy], problems, tmp_path / "out")
     before = (tmp_path / "out/manifest.json").read_bytes()
     run([tiny_policy], problems, tmp_path / "out", memory_fraction=0.5)
-    assert "already done" in capsys.readouterr().out
+    assert "out is done: the same options and inputs made it" in capsys.readouterr().err
     assert len(engines) == 1 and (tmp_path / "out/manifest.json").read_bytes() == before
-    with pytest.raises(InputError, match="already holds something"):
+    with pytest.raises(InputError, match=r"out is another output: k was \[.*\], is now \[1, 2\]: name another --out"):
         run([tiny_policy], problems, tmp_path / "out", k=[1, 2])
+    with pytest.raises(InputError, match=f"out evaluates other policies \\({tiny_policy}\\): name another --out"):
+        run([f"{tiny_policy}/../{tiny_policy.name}"], problems, tmp_path / "out")
     assert len(engines) == 1
 
 
@@ -208,7 +210,7 @@ def test_one_s_own_rewards_score_an_evaluation_and_are_part_of_what_it_is(
     with pytest.raises(InputError, match="--maj counts answers that math-verify"):
         run([tiny_policy], problems, tmp_path / "again", **own, maj=True)
     file.write_text("def boxed(completions, **_):\n    return [1 / len(text) for text in completions if text != '7']\n")
-    with pytest.raises(InputError, match="already holds something"):
+    with pytest.raises(InputError, match="reward_digest was"):
         run([tiny_policy], problems, tmp_path / "out", **own)
     file.write_text(
         "def boxed(completions, **_):\n    return [1.0] * len(completions) if len(completions) == 2 else 7\n"

@@ -57,22 +57,13 @@ class Identity:
         fields = {"stage": self.stage, "parameters": self.parameters, **inputs, "versions": self.versions}
         return orjson.loads(orjson.dumps(fields, default=str))
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that decides the result: two outputs of one digest are the same up to rounding."""
-        record = self.record
-        counted = {"stage": record["stage"], "inputs": [*record["inputs"].values()]}
-        counted["parameters"] = {name: record["parameters"][name] for name in self._deciding(record["parameters"])}
-        counted["versions"] = {name: record["versions"][name] for name in _of_rewards(record["versions"])}
-        return hashlib.sha256(orjson.dumps(counted, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
     def differences(self, known: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
         """ "lr was 0.001, is now 0.002" for all by which the result of the `record` or manifest `known` is another.
 
         Parameters named in `free` may differ besides. Of a manifest's versions only those count that this one names.
         """
         now, before = self.record, _parts(known)
-        names = self._deciding({**before["parameters"], **now["parameters"]}) - {*free}
+        names = {**before["parameters"], **now["parameters"]}.keys() - self.free - self.rounding - {*free}
         changes = _changes(names, before["parameters"], now["parameters"])
         changes += _changed_inputs(before["inputs"], now["inputs"])
         return changes + _changes(_of_rewards(now["versions"]), before["versions"], now["versions"])
@@ -83,9 +74,6 @@ class Identity:
         changes = _changes(self.rounding, before["parameters"], now["parameters"])
         others = now["versions"].keys() - _of_rewards(now["versions"])
         return changes + _changes(others, before["versions"], now["versions"])
-
-    def _deciding(self, names: Collection[str]) -> set[str]:
-        return {*names} - self.free - self.rounding
 
 
 def _of_rewards(versions: Collection[str]) -> set[str]:
@@ -122,13 +110,14 @@ def identify(
     """The identity of what `stage` makes with `options`.
 
     `inputs` are `recorded`; `resolved` is what options stand for beyond their values, such as a template's digest, and
-    `rounding` what is no option and changes the result by rounding alone, such as the number of processes.
+    counts whatever their marks; `rounding` is what is no option and changes the result by rounding alone, such as the
+    number of processes.
     """
     effects = {name.rstrip("_"): option.effect for name, option in declared(type(options)).items()}
     parameters = {name: value for name, value in options.values.items() if effects[name] is not PATH}
     rounding = dict(rounding or {})
     rounded = frozenset(rounding).union(name for name, effect in effects.items() if effect is ROUNDING)
-    free = frozenset(name for name, effect in effects.items() if effect is not None) - rounded
+    free = frozenset(name for name, effect in effects.items() if effect is not None) - rounded - resolved.keys()
     return Identity(stage, {**parameters, **resolved, **rounding}, inputs, dict(versions or {}), free, rounded)
 
 

@@ -21,11 +21,11 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from stages.core import outputs
+from stages.core import outputs, tabular
 from stages.core.drawing.request import Request
 from stages.core.drawing.rollouts import Group, Prompt
 from stages.core.errors import InputError
-from stages.core.provenance import Identity, Inputs, read_manifest, versions
+from stages.core.provenance import Identity, Inputs, is_done, read_manifest, versions
 
 SETTINGS = "settings.json"
 Stems = dict[tuple[str, str], str]  # what the names of the partial files begin with, by set and policy
@@ -45,29 +45,24 @@ NO_MATTER = (
 def begin(out: Path, identity: Identity, policies: list[str], stack: ExitStack) -> Path | None:
     """Lock `out` for as long as `stack` lives; its partial directory, or None if `out` is done."""
     stack.enter_context(outputs.locked(out))
-    if _is_done(out, identity, policies):
-        print(f"{out} is already done: the same policies, problems and parameters")
-        return None
-    outputs.refuse_occupied(out)
-    return directory(out, identity)
+    _refuse_other(out, identity, policies)
+    return None if is_done(out, out / "manifest.json", lambda: identity) else directory(out, identity)
 
 
-def _is_done(out: Path, identity: Identity, policies: list[str]) -> bool:
-    """Whether `out` is what this call would write.
-
-    Raises InputError if only the version of the verifier differs: to regrade is enough.
-    """
+def _refuse_other(out: Path, identity: Identity, policies: list[str]) -> None:
+    """Raise InputError for an evaluation of other policies, and if only the verifier differs: to regrade is enough."""
     known = read_manifest(out / "manifest.json")
-    if known.get("stage") != "eval" or known.get("policies") != policies:
-        return False
-    if replace(identity, versions=versions()).differences(known):
-        return False
-    if changes := identity.differences(known):
+    if known.get("stage") != "eval":
+        return
+    if known.get("policies") != policies:
+        named = tabular.some(known.get("policies") or [])
+        raise InputError(f"{out} evaluates other policies ({named}): name another --out, or remove it first")
+    changes = identity.differences(known)
+    if changes and not replace(identity, versions=versions()).differences(known):
         raise InputError(
             f"{out} was graded by another verifier ({', '.join(changes)}): grade it anew with rloop regrade "
             f"--rollouts {out} and another --out, or remove it"
         )
-    return True
 
 
 def directory(out: Path, identity: Identity) -> Path:
