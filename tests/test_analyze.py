@@ -13,7 +13,7 @@ from stages import analyze
 from stages.analyze import dynamics, means, similarity, temporal
 from stages.core import jsonl
 from stages.core.errors import InputError
-from stages.core.study import runs
+from stages.core.study import figures, runs
 from stages.core.study.runs import RL, RLOOP
 
 BASE = "runs/0/policy"
@@ -300,8 +300,19 @@ def test_of_a_set_at_several_temperatures_the_lowest_is_analyzed_unless_one_is_n
     for at in ("1", "0.6", "1.2"):
         policies = (BASE, "runs/vanilla/rl/checkpoints/step_000002")
         evaluate(tmp_path / f"eval/valid@{at}", {policy: {"p": [("a b", 1)]} for policy in policies})
+        file = tmp_path / f"eval/valid@{at}/results.jsonl"
+        rows = [row | {"temperature": float(at)} for _, row in jsonl.read(file)]
+        file.unlink()
+        jsonl.write(file, rows)
     analyze.run(analyze.Options(evals=[tmp_path / "eval"], set_=asked, out=tmp_path / "out"))
-    assert json.loads((tmp_path / "out/learning_RL.json").read_text())["set"] == taken
+    matrix, curve, similar = (
+        json.loads((tmp_path / f"out/{name}.json").read_text())
+        for name in ("learning_RL", "retention", "similarity_by_step")
+    )
+    assert matrix["set"] == taken
+    captions = [figure.caption for figure in figures.of_analysis([matrix, curve, similar])]
+    drawn = f"; samples drawn at temperature {taken.partition('@')[2]}"
+    assert len(captions) == 3 and all(drawn in caption for caption in captions)
     assert ("valid@0.6 is analyzed, of valid that at the lowest temperature" in capsys.readouterr().err) == (
         asked == "valid"
     )

@@ -1,6 +1,7 @@
 """The report of a small synthetic directory of runs: its numbers, its files, and its page clicked through."""
 
 import csv
+import html
 import html.parser
 import json
 import re
@@ -190,10 +191,11 @@ def test_the_divergence_from_the_base_is_a_curve_in_nats():
         for name, nats in zip(names, (0.0, 3.0, 1.0, 0.5), strict=True)
         for metric, value in (("kl", nats), ("avg@4", 0.25))
     ]
-    tidy = curves.tidy(pd.DataFrame(rows), runs.positions(names))
+    tidy = curves.tidy(pd.DataFrame(rows), runs.positions(names), {"valid": "0.6"})
     assert tidy.groupby("metric")["value"].max().to_dict() == {"avg@4": 25, "kl": 3}, "the others are in percent"
     [figure] = curves.of_divergence(tidy, [])
     assert (figure.name, figure.title) == ("kl_valid", "KL to the base on valid")
+    assert "; samples drawn at temperature 0.6" in figure.caption
     drawn = [(row["series"], row["RL steps"], row["nats a completion"]) for row in figure.data]
     assert drawn == [("RL", 0, 0), ("RL", 4, 3), ("RLoop", 0, 0), ("RLoop", 2, 1), ("RLoop", 2, 0.5)]
 
@@ -274,17 +276,23 @@ def test_the_first_screen_says_who_leads_with_the_averages_and_their_way_over_st
     summary = summaries.sum_up(study, [2, 4], 0)
     compared = summaries.differences(summary.scores, study.averages, summary.chosen)
     coverage, accuracy = summaries.headline(summary.rows, compared, ["pass@4", "avg@4"])
-    assert coverage.startswith("RLoop, RLoop, last RL endpoint and RLoop, chosen lead in pass@4 on average over 2 sets")
-    assert accuracy.startswith("RLoop and RLoop, chosen lead in avg@4 on average over 2 sets: 62.5 % (")
-    assert re.search(
-        r" RLoop against RL: \+29\.2 points \(\+[\d.]+ to \+[\d.]+\)\. RLoop, chosen against RL, ch", accuracy
+    assert coverage.endswith("RLoop, “RLoop, last RL endpoint” and “RLoop, chosen” lead with 100.0 % (54.1 to 100.0).")
+    assert re.fullmatch(
+        r"avg@4 on average over the sets\. RLoop against RL: chosen \+29\.2 points \(\+[\d.]+ to \+[\d.]+\); "
+        r"last \+29\.2 points \(\+[\d.]+ to \+[\d.]+\)\. "
+        r"RLoop and “RLoop, chosen” lead with 62\.5 % \([\d.]+ to [\d.]+\)\.",
+        accuracy,
     )
-    chance = summaries.headline(summary.rows, compared.assign(real=False), ["avg@4"])
-    assert chance[0].endswith(", which may be chance.")
+    (chance,) = summaries.headline(summary.rows, compared.assign(real=False), ["avg@4"])
+    assert chance.count("), which may be chance") == 2
+    (equal,) = summaries.headline(summary.rows, compared.assign(value=0.0, low=0.0, high=0.0), ["avg@4"])
+    assert "chosen the same on every problem; last the same on every problem" in equal
+    lost = "Lost after the best checkpoint, in avg@4 on valid: RL 0.0 points (best at step 4 of 4), RLoop 0.0 points"
     first = (made / "report.html").read_text().partition("</header>")[0]
-    assert accuracy in first and first.count('<tr><th scope="row">') == 6 and first.count("<figure>") == 3
+    assert html.unescape(first).count(accuracy) == 1 and lost in first and first.count("<figure>") == 3
+    assert first.count('<tr><th scope="row">') == 6 + 5, "six methods and five differences"
     best = re.findall(r'class="best">([\d.]+)<', first)
-    assert best == [f"{100 * value:.2f}" for value in (7.5 / 12, 11 / 12, 1, 1, 7.5 / 12, 11 / 12, 1)]
+    assert best == [f"{100 * value:.2f}" for value in (7.5 / 12, 1, 1, 7.5 / 12, 1)]
 
 
 def test_ids_of_the_page_are_unique(made):
@@ -396,7 +404,7 @@ def test_a_method_that_lacks_a_set_has_no_average_and_is_named(made, tmp_path, c
     headline = summaries.headline(
         summaries.results(summaries.summarise(scores, study.averages), chosen), apart, ["avg@4"]
     )
-    assert headline[0].startswith("RLoop leads in avg@4 on average over 2 sets") and "against" not in headline[0]
+    assert headline == ["avg@4 on average over the sets. RLoop leads with 62.5 % (54.2 to 70.8)."]
 
 
 @pytest.mark.slow
@@ -414,6 +422,22 @@ def test_analyses_of_two_sets_are_both_shown_and_names_with_any_mark_make_files(
     make(tmp_path)
     names = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert {"a_b_forgetting_org_model_", "c_x__forgetting_org_model_", "a_b_similarity_by_step"} <= names
+
+
+def test_what_chance_forgets_stands_beside_what_is_forgotten_within_and_across_iterations(made, tmp_path):
+    own = {"mean_learning": 0.1, "mean_forgetting": 0.2, "mean_similarity": 0.5, "mean_forgetting_of_halves": 0.3}
+    own |= {"floor_of_forgetting": 0.25, "mean_similarity_within": 0.9}
+    own |= {f"{name}_across_iterations": value / 2 for name, value in own.items() if name.startswith("mean_f")}
+    copy = Path(shutil.copytree(made, tmp_path / "runs"))
+    outputs.write_json(copy / "analysis/metrics.json", {"RL": own, "RL - RLoop": {"mean_differential_forgetting": 1}})
+    outputs.write_json(copy / "analysis/manifest.json", {"parameters": {"set": "valid"}, "inputs": {}})
+    columns = ["on valid", "learned", "alike", "forgotten", "forgotten, half of the samples", "of that by chance"]
+    assert report._means(studied(copy)) == [
+        dict(zip(columns, ["RL, all pairs", "10.0", "50.0", "20.0", "30.0", "25.0"], strict=True)),
+        dict(zip(columns, ["RL, pairs across a reset", "", "", "10.0", "15.0", ""], strict=True)),
+    ]
+    outputs.write_json(copy / "analysis/manifest.json", {"inputs": {"runs/vanilla/rl": "another"}})
+    assert report._means(studied(copy)) == [], "of other runs than those that are there"
 
 
 def test_parameters_are_named_once_and_runs_only_where_they_differ(made):
@@ -498,6 +522,13 @@ def test_the_set_that_checkpoints_are_chosen_on_is_left_out_of_an_average_of_its
     make(copy, tsv=False, out=tmp_path / "page.html")
     rows = {(row["set"], row["method"]): row for row in read_tsv(tmp_path / "results.tsv")}
     assert rows["Average without valid", "RLoop"]["avg@4"] == rows["far", "RLoop"]["avg@4"]
+    first = (tmp_path / "page.html").read_text().partition("</header>")[0]
+    assert re.findall(r'scope="rowgroup">([^<]+)', first) == [
+        "Average without valid",
+        "Average",
+        "Average without valid",
+    ]
+    assert "avg@4 on average without valid. RLoop against RL: " in first
 
 
 @pytest.fixture(scope="module")
@@ -537,18 +568,21 @@ def test_what_a_method_cost_is_summed_up_to_its_policy(seeds):
     read = report_seeds.read([studied(root) for root in seeds], [2, 4], 0)
     lines = {
         line["method"]: line
-        for line in report_seeds.frontier(report_seeds.means(read.measured), read.costs, ("avg@4", "pass@4"))
+        for line in report_seeds.frontier(report_seeds.means(read.measured), read.costs, ["avg@4", "pass@4"])
     }
     cost = {name: [line[key] for key in ("rollouts", "tokens", "hours")] for name, line in lines.items()}
     assert cost["Base"] == [0, 0, 0]
-    assert cost["RL"] == pytest.approx([32, 4 * 180, 6 / 3600])
-    assert cost["RLoop"] == pytest.approx([32, 4 * 180 + 80, 7 / 3600])
-    assert cost["RLoop, last RL endpoint"] == pytest.approx([32, 4 * 180 + 40, 6.5 / 3600]), "not its last fine-tuning"
-    assert [name for name, line in lines.items() if line["on the frontier"]] == [
-        "RLoop",
-        "RLoop, last RL endpoint",
-        "RLoop, chosen",
-    ]
+    assert cost["RL"] == [32, 4 * 180, "0.002"]
+    assert cost["RLoop"] == [32, 4 * 180 + 80, "0.002"]
+    assert cost["RLoop, last RL endpoint"][:2] == [32, 4 * 180 + 40], "not its last fine-tuning"
+    hours = read.costs.groupby("method")["hours"].mean()
+    assert hours["RLoop"] * 3600 == pytest.approx(7) and hours["RLoop, last RL endpoint"] * 3600 == pytest.approx(6.5)
+    assert [name for name, line in lines.items() if line["frontier"]] == ["RLoop", "RLoop, chosen"]
+
+
+def test_what_has_as_much_of_one_and_less_of_the_other_is_not_on_the_frontier():
+    accuracy, coverage = pd.Series([10.0, 20.0, 20.0, 20.0, 15.0]), pd.Series([90.0, 80.0, 70.0, 80.0, 90.0])
+    assert curves.leads(accuracy, coverage) == [False, True, False, True, True]
 
 
 def test_over_runs_methods_are_compared_without_the_set_that_checkpoints_are_chosen_on():
@@ -559,27 +593,69 @@ def test_over_runs_methods_are_compared_without_the_set_that_checkpoints_are_cho
         for method in ("RL", "RLoop")
     ]
     table = pd.DataFrame(rows, columns=["set", "method", "metric", "value", "low", "high", "num_runs"])
-    assert set(report_seeds.overall(table)["set"]) == {"Average without select"}
-    assert {line["set"] for line in report_seeds.lines_of(table)} == {"select (chosen on it)", *sets[1:]}
+    assert set(summaries.compared(table)["set"]) == {"Average without select"}
+    assert set(report_seeds.nested(table, "select")) == {"select (chosen on it)", *sets[1:]}
+    assert "select" in report_seeds.nested(table, "select@0.6"), "of two temperatures the lowest selects"
     without = table[table["set"] != "Average without select"]
-    assert set(report_seeds.overall(without)["set"]) == {"Average"}
-    (sentence,) = report_seeds.headline(table[table["method"] == "RL"].assign(method="RLoop − RL"), ("avg@4",))
-    assert sentence == "RLoop against RL in avg@4 on average without select: +220.0 ± 22.0 points over 3 runs."
+    assert set(summaries.compared(without)["set"]) == {"Average"}
+    of_pair = table[table["method"] == "RL"]
+    (sentence,) = report_seeds.headline(of_pair.assign(method="RLoop − RL"), ["avg@4"])
+    assert sentence == "avg@4 on average without select. RLoop against RL: last +220.0 ± 22.0 points."
+    (sentence,) = report_seeds.headline(
+        of_pair.assign(method="RL − RL, chosen", low=float("nan"), high=float("nan")), ["avg@4"]
+    )
+    assert sentence == (
+        "The last policy against the chosen one: RL +220.0 points (too few runs for an interval) of avg@4."
+    )
 
 
 def test_several_runs_have_a_page_tables_and_a_figure_of_the_frontier(seeds, tmp_path, capsys):
     report.run(report.Options(runs=seeds, ks=[2, 4], out=tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
+    assert "avg@4 on average over the sets. RLoop against RL: chosen +" in page and page.count("<figure>") == 3
+    assert "<h1>RLoop: 3 runs</h1>" in page and "Average over the sets. Means over runs, in percent" in page
+    text = (tmp_path / "results.md").read_text()
+    assert re.search(r"\| far \| Base \| .*\n\|  \| RL \| 2\.8 ± 12\.0 \| ", text)
     assert (
-        "RLoop against RL in avg@4 on average: +" in page
-        and "points over 3 runs" in page
-        and page.count("<figure>") == 1
+        re.findall(r"^\| (\w[^|]*) \| (?:Base|RL − Base) ", text, re.M)
+        == ["Average", "valid (chosen on it)", "far"] * 2
     )
-    assert re.search(r"\| far \| RL \| 2\.8 ± 12\.0 \| ", (tmp_path / "results.md").read_text())
+    assert [row["RL steps"] for row in read_tsv(tmp_path / "figures/steps_valid_avg4.tsv")] == [*"024", *"02244"]
     assert {row["run"] for row in read_tsv(tmp_path / "results.tsv")} == set(map(str, seeds))
     assert {row["series"] for row in read_tsv(tmp_path / "figures/frontier.tsv")} >= {"Base", "RL", "RLoop"}
     report.run(report.Options(runs=seeds, ks=[2, 4], table=True))
     assert capsys.readouterr().out == (tmp_path / "results.md").read_text()
+
+
+def test_several_runs_count_by_the_sets_that_all_have_and_are_told_where_they_differ(seeds, tmp_path, capsys):
+    fewer, other, shorter = (Path(shutil.copytree(seeds[0], tmp_path / name)) for name in ("fewer", "other", "shorter"))
+    for directory in fewer.glob("eval/*/far"):
+        shutil.rmtree(directory)
+    shutil.rmtree(shorter / "vanilla")
+    write_rl(shorter / "vanilla/rl", 3)
+    for file in shorter.glob("eval/*/valid/results.jsonl"):
+        rows = [row for _, row in jsonl.read(file)]
+        file.unlink()
+        jsonl.write(file, [row for row in rows if row["problem_id"] != "valid/0"])
+    report.run(report.Options(runs=[seeds[1], fewer, shorter], ks=[2, 8], table=True))
+    printed, said = capsys.readouterr()
+    assert "valid (chosen on it)" in printed and "far" not in printed.partition("Left out")[0]
+    for line in (
+        "Left out: far: evaluated in 2 of 3 runs.",
+        f"evaluations of valid differ in number of problems: 3 ({seeds[1]}, {fewer}), 2 ({shorter})",
+        f"runs differ in their steps: 4 of RL and 4 of RLoop ({seeds[1]}), 4 of RL and 4 of RLoop ({fewer}), 3 of RL",
+    ):
+        assert line in printed and line.removeprefix("Left out: ").rstrip(".") in said
+    for directory in other.glob("eval/*/far"):
+        shutil.rmtree(directory.with_name("valid"))
+    with pytest.raises(
+        InputError, match=r"no problem set was evaluated in all of them \(.*fewer: valid; .*other: far\)"
+    ):
+        report.run(report.Options(runs=[fewer, other], table=True))
+    report.run(report.Options(runs=seeds, ks=[64], out=tmp_path / "page.html"))
+    said = capsys.readouterr().err
+    assert f"{seeds[0]}: left out: pass@64: some problems have 4 samples only" in said
+    assert "RLoop against RL: " in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -637,9 +713,27 @@ def test_sets_at_several_temperatures_are_averaged_and_chosen_on_apart(made, tmp
             jsonl.write(tmp_path / f"runs/eval/{group}/{name}@{at}/results.jsonl", rows)
     study = studied(tmp_path / "runs")
     assert study.averages == {f"Average@{at}": [f"valid@{at}", f"far@{at}"] for at in ("0.6", "1")}
-    assert (study.valid, study.temperatures) == ("valid@0.6", "0.6, 1")
+    assert study.valid == "valid@0.6"
+    assert study.temperatures == {f"{name}@{at}": at for name in ("valid", "far", "Average") for at in ("0.6", "1")}
     make(tmp_path / "runs", table=True)
-    assert "| valid@0.6 (chosen on it) | Base | 25.00" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| valid@0.6 (chosen on it) | Base | 25.00" in printed and printed.count("(chosen on it)") == 1
+    assert "In percent; samples drawn at temperature 0.6, 1.\n" in printed
+    for part in ("1", "2", "vanilla"):
+        shutil.copytree(made / part, tmp_path / "runs" / part)
+    make(tmp_path / "runs")
+    assert {(row["set"], row["temperature"]) for row in read_tsv(tmp_path / "runs/results.tsv")} == {
+        *study.temperatures.items()
+    }
+    page = (tmp_path / "runs/report.html").read_text()
+    captions = [text for text in re.findall("<figcaption>([^<]+)", page) if "from log.tsv" not in text]
+    assert len(captions) > 6 and all("; samples drawn at temperature " in text for text in captions)
+    assert any(text.startswith("RL alone") and "on valid@0.6; samples" in text for text in captions)
+    both = [tmp_path / "runs", Path(shutil.copytree(tmp_path / "runs", tmp_path / "again"))]
+    report.run(report.Options(runs=both, ks=[2], table=True))
+    printed = capsys.readouterr().out
+    assert printed.count("valid@0.6 (chosen on it)") == 2 and printed.count("(chosen on it)") == 2
+    assert "Samples drawn at temperature 0.6, 1." in printed
 
 
 def test_whatever_eval_measured_is_shown_and_a_policy_that_lacks_it_has_a_dash(tmp_path, capsys):

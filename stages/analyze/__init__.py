@@ -94,7 +94,7 @@ def run(options: Options) -> None:
     matrices, steps = _matrices(evaluation, paths, options.min_correct, pair)
     over_steps = curves.measure(evaluation, paths, options.min_correct, options.ks)
     with outputs.claimed(options.out), outputs.whole_dir(options.out) as directory:
-        _write(directory, matrices, over_steps, steps)
+        _write(directory, matrices, over_steps, steps, evaluation.temperature)
         outputs.write_json(directory / "metrics.json", means.measure(matrices, steps, paths))
         read = recorded(path / "results.jsonl" for path in directories)
         identity = identify("analyze", options, read, set=evaluation.problem_set, compare=list(pair or ()))
@@ -249,14 +249,22 @@ def _similarity_by_step(
 
 
 def _write(
-    directory: Path, matrices: Sequence[Matrix], over_steps: Sequence[Curve], steps: Sequence[Similarity]
+    directory: Path,
+    matrices: Sequence[Matrix],
+    over_steps: Sequence[Curve],
+    steps: Sequence[Similarity],
+    temperature: str,
 ) -> None:
     from stages.core.study import figures
 
+    for matrix in matrices:
+        matrix["temperature"] = temperature
+    for curve in over_steps:
+        curve["temperature"] = temperature
     plotted = [*figures.of_matrices(matrices), *map(figures.of_curve, over_steps)]
     for record, figure in zip([*matrices, *over_steps], plotted, strict=True):
         outputs.write_json(directory / f"{figure.name}.json", record)
         figures.save(figure, directory)
     if steps:
-        outputs.write_json(directory / "similarity_by_step.json", {"steps": list(steps)})
-        figures.save(figures.of_similarity(steps), directory)
+        outputs.write_json(directory / "similarity_by_step.json", {"temperature": temperature, "steps": list(steps)})
+        figures.save(figures.of_similarity(steps, temperature), directory)

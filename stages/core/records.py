@@ -170,6 +170,7 @@ class Matrix(TypedDict):
     policies: list[str]
     values: list[list[float]]
     compared: NotRequired[str]
+    temperature: NotRequired[str]  # of the samples; "0.6, 1" if those of policies differ
 
 
 class Point(TypedDict):
@@ -196,6 +197,7 @@ class Curve(TypedDict):
     definition: str
     x_label: str
     rows: list[Point]
+    temperature: NotRequired[str]
 
 
 class Similarity(TypedDict):

@@ -6,11 +6,12 @@ earlier one, but no other files: written.json among the figures lists those of t
 over the sets, a file a method, so that `dvc metrics show` is a table of these; results.json has all sets.
 """
 
+import math
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from stages.core.errors import InputError
 from stages.core.options import PATH, WITHOUT_EFFECT, OptionGroup, at_least
 from stages.core.outputs import read_json
 from stages.core.progress import warn
+from stages.core.provenance import read_manifest
 from stages.core.study import lineage
 
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ if TYPE_CHECKING:
     from stages.report.study import Study
     from stages.report.summaries import Summary
 
+MEANS = {"learning": "learned", "similarity": "alike", "forgetting": "forgotten"}
+MEANS |= {"forgetting_of_halves": "forgotten, half of the samples"}
+PAIRS_OF_CHECKPOINTS = {
+    "": "all pairs",
+    "_at_common_steps": "pairs at steps that both have",
+    "_within_iterations": "pairs within an iteration",
+    "_across_iterations": "pairs across a reset",
+}
 FIGURES, METRICS, WRITTEN = "figures", "metrics", "written.json"
 BESIDE = ("results.md", "results.tsv", "results.json", "curves.tsv")  # the page
 INDENTED = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
@@ -107,7 +117,8 @@ def _report(options: Options) -> None:
     num_samples = min(study.num_samples for study in studies)
     wanted = options.ks or sorted({k for study in studies for k in study.ks})
     if beyond := [f"pass@{k}" for k in wanted if k > num_samples > 0]:
-        studies[0].left_out.append(f"{', '.join(beyond)}: some problems have {num_samples} samples only")
+        fewest = min(studies, key=lambda study: study.num_samples)
+        fewest.left_out.append(f"{', '.join(beyond)}: some problems have {num_samples} samples only")
     options = replace(options, ks=[k for k in wanted if k <= num_samples])
     page = options.out or studies[0].runs / "report.html"
     if is_printed:
@@ -120,17 +131,27 @@ def _report(options: Options) -> None:
     for study in studies:
         under_way = [f"under way: {line}" for line in study.under_way()]
         for line in [*under_way, *(f"left out: {line}" for line in study.left_out), *study.unequal()]:
-            warn(line)
+            warn(f"{study.runs}: {line}" if len(studies) > 1 else line)
     if not is_printed:
         print(f"rloop: wrote {page}", file=sys.stderr)
 
 
+def _together(studies: Sequence["Study"], options: Options) -> tuple[dict[str, Any], dict[str, str], list["Figure"]]:
+    """What several directories say together, and what they differ in."""
+    from stages.report import seeds
+
+    read = seeds.read(studies, options.ks, options.seed)
+    for line in [*read.unequal, *read.left_out]:
+        if not any(line.startswith(f"{study.runs}: ") for study in studies):  # those are said with their run
+            warn(line)
+    return seeds.content(read, options.ks, studies[0].num_samples, studies[0].resets)
+
+
 def _printed(studies: Sequence["Study"], options: Options) -> str:
-    from stages.report import seeds, summaries
+    from stages.report import summaries
 
     if len(studies) > 1:
-        read = seeds.read(studies, options.ks, options.seed)
-        _, texts, _ = seeds.content(read, options.ks, studies[0].num_samples)
+        _, texts, _ = _together(studies, options)
         return texts["results.tsv" if options.tsv else "results.md"]
     summary = summaries.sum_up(studies[0], options.ks, options.seed)
     studies[0].left_out += summaries.unlike(summary.scores, summary.chosen)
@@ -139,15 +160,13 @@ def _printed(studies: Sequence["Study"], options: Options) -> str:
 
 def _write(page: Path, studies: Sequence["Study"], options: Options) -> None:
     from stages.core.study import figures
-    from stages.report import seeds
     from stages.report.page import render
 
     pictures = page.parent / FIGURES
     before = _refuse_strangers(pictures, [page, *(page.parent / name for name in BESIDE)])
     small: dict[str, Any] = {}
     if len(studies) > 1:
-        read = seeds.read(studies, options.ks, options.seed)
-        content, texts, plotted = seeds.content(read, options.ks, studies[0].num_samples)
+        content, texts, plotted = _together(studies, options)
     else:
         content, texts, small, plotted = _content(studies[0], options)
     texts[page.name] = render(content)
@@ -184,14 +203,18 @@ def _refuse_strangers(pictures: Path, files: Collection[Path]) -> list[str]:
 
 def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str, str], dict[str, Any], list["Figure"]]:
     """What the page shows, the texts of the files beside it, each method's metrics for DVC, and all figures."""
+    from stages.core.study import runs
     from stages.report import browser, curves, summaries
+    from stages.report.study import listed
 
     summary, logs = summaries.sum_up(study, options.ks, options.seed), study.logs()
     rows, apart = summary.rows, summaries.differences(summary.scores, study.averages, summary.chosen, seed=options.seed)
-    tidy = curves.tidy(summary.table, study.positions)
+    tidy = curves.tidy(summary.table, study.positions, study.temperatures)
     on_sets = tidy[~tidy["set"].isin([*study.averages])]
     order = [*(f"pass@{k}" for k in options.ks[-1:]), f"avg@{study.num_samples}"]
-    percent = summaries.overall(rows).assign(**{part: 100 * rows[part] for part in ("value", "low", "high")})
+    of_pairs = apart.rename(columns={"policy": "method"})
+    of_methods = of_pairs[~of_pairs["method"].str.endswith(f" − {runs.BASE}") & of_pairs["metric"].isin(order)]
+    percent = summaries.compared(rows).assign(**{part: 100 * rows[part] for part in ("value", "low", "high")})
     first = [
         *curves.of_evaluations(tidy[tidy["set"].isin([*study.averages][:1])], study.resets, order),
         *(curves.frontier(percent, (order[-1], order[0]), "problems") if len(order) > 1 else ()),
@@ -202,7 +225,7 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "Gains and losses": browser.gains(study.evaluations, summary.chosen),
         "Rollouts": pages,
         "Results": summaries.nested(rows),
-        "Which differences are real": summaries.nested(apart.rename(columns={"policy": "method"})),
+        "Which differences are real": summaries.nested(of_pairs),
         **figures,
         "Forgetting in numbers": _means(study),
         "Compute": summaries.costs(logs).to_dict("records"),
@@ -214,9 +237,12 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "name": str(study.runs),
         "under_way": study.under_way(),
         "watch": options.watch,
-        "temperatures": study.temperatures,
-        "headline": summaries.headline(rows, apart, order),
-        "whole": summaries.nested(summaries.overall(rows)),
+        "temperatures": listed(study.temperatures.values()),
+        "headline": summaries.headline(rows, apart, order) + summaries.decline(summary.peaks, study.valid, order[-1]),
+        "whole": summaries.nested(summaries.averaged(rows[rows["metric"].isin(order)])),
+        "apart": summaries.nested(summaries.compared(of_methods)) if len(of_methods) else {},
+        "glance": (),
+        "note": "",
         "first": first,
         "valid": study.valid,
         "peaks": summary.peaks,
@@ -242,7 +268,7 @@ def _figures(
         "RLoop against RL over steps": [*curves.of_evaluations(on_sets, study.resets, order[::-1])],
         "Over iterations": [*curves.of_iterations(on_sets)],
         "Learning, forgetting and similarity": [*_analysis(study), *curves.of_divergence(on_sets, study.resets)],
-        "Training": [*curves.overfitting(on_sets, logs, options.valid, order), *curves.of_logs(logs, study.resets)],
+        "Training": [*curves.overfitting(on_sets, logs, study.valid, order), *curves.of_logs(logs, study.resets)],
     }
 
 
@@ -269,15 +295,23 @@ def _missing(study: "Study", options: Options, sections: Mapping[str, Any]) -> l
 
 
 def _means(study: "Study") -> list[dict[str, Any]]:
-    """What analyze says of each run in numbers, in percent, in the words of its means.py."""
-    measured = read_json(study.runs / "analysis" / "metrics.json")
+    """What analyze says of each run in numbers (its means.py): a row a kind of pairs of checkpoints."""
+    root = study.runs / "analysis"
+    measured = {} if study.stale(root, {}) else read_json(root / "metrics.json")
     runs = {run: means for run, means in measured.items() if isinstance(means, dict) and "mean_forgetting" in means}
-    names = dict.fromkeys(name for means in runs.values() for name in means if "forgetting" in name)
-    return [
-        {"in percent": name.removeprefix("mean_").replace("_", " ")}
-        | {run: 100 * means[name] if name in means else float("nan") for run, means in runs.items()}
-        for name in names
-    ]
+    where = (read_manifest(root / "manifest.json").get("parameters") or {}).get("set", "one set")
+    rows: list[dict[str, Any]] = []
+    for (run, means), (kind, words) in product(runs.items(), PAIRS_OF_CHECKPOINTS.items()):
+        own = {name: means.get(f"mean_{name}{kind}", math.nan) for name in MEANS}
+        if own["forgetting"] == own["forgetting"]:
+            figures = {name_in_words: _in_percent(own[name]) for name, name_in_words in MEANS.items()}
+            chance = math.nan if kind else means.get("floor_of_forgetting", math.nan)
+            rows.append({f"on {where}": f"{run}, {words}"} | figures | {"of that by chance": _in_percent(chance)})
+    return rows
+
+
+def _in_percent(share: float) -> str:
+    return "" if share != share else f"{100 * share:.1f}"
 
 
 def _analysis(study: "Study") -> list["Figure"]:

@@ -41,4 +41,4 @@ def inline_svg(figure: Figure) -> Markup:
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.4g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -7,7 +7,7 @@
 What is missing, or does not descend from the base (core/study/lineage.py), is named in `left_out`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,15 @@ class Study:
         return sorted({position.step for position in self.positions if position.ends_iteration})
 
     @property
-    def temperatures(self) -> str:
-        """The temperatures of the samples behind the results, such as "0.6, 1"; "" if no result tells."""
-        rows: Iterator[Any] = (row for each in self.evaluations.values() for of in each.results.values() for row in of)
-        return ", ".join(f"{value:g}" for value in sorted({row["temperature"] for row in rows if "temperature" in row}))
+    def temperatures(self) -> dict[str, str]:
+        """The temperature that the samples of each set, and of each average, were drawn at; "" if no result tells."""
+        of_sets = {name: each.temperature for name, each in self.evaluations.items()}
+        return of_sets | {name: listed(of_sets[each] for each in sets) for name, sets in self.averages.items()}
 
     @property
     def ks(self) -> list[int]:
         """The k that the evaluations measured pass@k of, or else KS."""
-        manifests = (read_manifest(home / "manifest.json") for home in self._homes)
+        manifests = (read_manifest(home / "manifest.json") for home in self.homes)
         ks = {k for manifest in manifests for k in (manifest.get("parameters") or {}).get("k", ())}
         return sorted(ks) or list(metrics.KS)
 
@@ -154,21 +154,27 @@ class Study:
                     yield path
         yield from sorted((self.runs / "analysis").rglob("manifest.json"))
         for path in sorted((self.runs / "eval").rglob("manifest.json")):
-            if any(home.is_relative_to(path.parent) for home in self._homes):
+            if any(home.is_relative_to(path.parent) for home in self.homes):
                 yield path
 
     @property
-    def _homes(self) -> dict[Path, None]:
+    def homes(self) -> dict[Path, None]:
+        """The eval outputs that results are from."""
         return dict.fromkeys(home for each in self.evaluations.values() for home in each.homes.values())
 
     def unequal(self) -> list[str]:
         """A line for each difference that makes figures incomparable: settings of evaluations, numbers of steps."""
-        alone = self.runs / "vanilla" / "rl"
-        of_rloop = sum(num_steps(self.runs / str(iteration) / "rl") for iteration in self.lineage.iterations())
-        of_rl = num_steps(alone) if self.lineage.includes(alone) else 0
+        of_rl, of_rloop = self.num_steps
         differ = of_rl and of_rloop and of_rl != of_rloop
         steps = f"{RL} has {of_rl} steps and {RLOOP} {of_rloop}: to compare them give {RL} --steps {of_rloop}"
-        return self.lineage.unequal(self._homes) + [steps] * bool(differ)
+        return self.lineage.unequal(self.homes) + [steps] * bool(differ)
+
+    @property
+    def num_steps(self) -> tuple[int, int]:
+        """The steps of RL alone, and of RLoop's iterations together; 0 for what is not there."""
+        alone = self.runs / "vanilla" / "rl"
+        of_rloop = sum(num_steps(self.runs / str(iteration) / "rl") for iteration in self.lineage.iterations())
+        return num_steps(alone) if self.lineage.includes(alone) else 0, of_rloop
 
     def under_way(self) -> list[str]:
         """A line for each rl run that is not finished: how far it is, and the time left at its pace."""
@@ -200,6 +206,11 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def listed(temperatures: Iterable[str]) -> str:
+    """Each temperature once: "0.6, 1"."""
+    return ", ".join(dict.fromkeys(filter(None, temperatures)))
 
 
 def read(named: Path | None, evals: Sequence[Path], valid: str, iterations: str, needed: bool) -> Study:

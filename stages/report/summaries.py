@@ -15,7 +15,8 @@ import pandas as pd
 from stages.core import tabular
 from stages.core.study import metrics
 from stages.core.study.runs import BASE, RL, RLOOP, Position
-from stages.report.study import AVERAGE, KEYS, Study
+from stages.report.curves import in_words
+from stages.report.study import AVERAGE, KEYS, WITHOUT, Study, listed
 
 RLOOP_ENDPOINT = f"{RLOOP}, last RL endpoint"
 CHOSEN = ", chosen"
@@ -23,7 +24,11 @@ PAIRS = (
     *((BASE, RL), (BASE, RLOOP), (RL, RLOOP), (RL, RLOOP_ENDPOINT), (RL + CHOSEN, RLOOP + CHOSEN)),
     *((RL + CHOSEN, RL), (RLOOP + CHOSEN, RLOOP)),  # what a method loses after the checkpoint that was chosen
 )
-COMPARED = (f"{RLOOP} − {RL}", f"{RLOOP}{CHOSEN} − {RL}{CHOSEN}")  # in words, on top of the page
+COMPARED = {  # in words, on top of the page
+    f"{RLOOP}{CHOSEN} − {RL}{CHOSEN}": "chosen",
+    f"{RLOOP} − {RL}": "last",
+}
+DECLINES = {f"{method} − {method}{CHOSEN}": method for method in (RL, RLOOP)}
 COLUMNS = ["set", "policy", "metric", "num_problems", "num_samples", "value", "low", "high"]
 SECONDS = ["seconds", "generate_s", "verify_s", "update_s", "handover_s"]
 COSTS = ["steps", "num_rollouts", "rollout_tokens", "update_tokens", *SECONDS]
@@ -57,7 +62,9 @@ def sum_up(study: Study, ks: Sequence[int], seed: int) -> Summary:
     of_valid = table[(table["set"] == study.valid) & (table["metric"] == metric)].set_index("policy")["value"]
     best = chosen_by(of_valid, study.positions)
     chosen = methods(study.positions, best)
-    return Summary(scores, table, chosen, results(table, chosen), peaks(of_valid, study.positions, best))
+    rows = results(table, chosen)
+    rows["temperature"] = rows["set"].astype(str).map(study.temperatures)
+    return Summary(scores, table, chosen, rows, peaks(of_valid, study.positions, best))
 
 
 def methods(positions: Sequence[Position], best: Mapping[str, Position]) -> dict[str, str]:
@@ -172,7 +179,8 @@ def markdown(rows: pd.DataFrame, valid: str) -> str:
             name_of_method = tabular.one_line(method).replace("|", "\\|")
             texts = " | ".join(map(_percent, cells.values()))
             lines.append(f"| {'' if index else mark.get(name, name)} | {name_of_method} | {texts} |")
-    return "\n".join(lines) + "\n"
+    at = listed(rows["temperature"]) if "temperature" in rows else ""
+    return "\n".join([*lines, *([f"\nIn percent; samples drawn at temperature {at}."] if at else [])]) + "\n"
 
 
 def markdown_of_peaks(rows: Sequence[Mapping[str, Any]], valid: str, metric: str) -> str:
@@ -189,7 +197,7 @@ def _percent(cell: Mapping[str, Any] | None) -> str:
 
 def tsv(rows: pd.DataFrame) -> str:
     """The results with their intervals, a line a set and method, in percent: avg@32, avg@32_low, avg@32_high, ..."""
-    keys = ["set", "method", "policy", "num_problems", "num_samples"]
+    keys = ["set", "method", "policy", "num_problems", "num_samples", "temperature"]
     lines: dict[Any, dict[str, Any]] = {}
     for row in rows.to_dict("records"):
         line = lines.setdefault((row["set"], row["method"]), {key: row[key] for key in keys})
@@ -244,40 +252,64 @@ def unlike(scores: pd.DataFrame, chosen: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def overall(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the average over sets, or of the first set if there is none."""
+def overall(rows: pd.DataFrame, start: str = AVERAGE) -> pd.DataFrame:
+    """The rows of the first average that begins with `start`, else of that over all sets, else of the first set."""
     averages = [name for name in rows["set"].unique() if str(name).startswith(AVERAGE)]
-    return rows[rows["set"] == (averages[0] if averages else rows["set"].min())]
+    wanted = [name for name in averages if str(name).startswith(start)] or averages
+    return rows[rows["set"] == (wanted[0] if wanted else rows["set"].min())]
+
+
+def compared(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows by which methods are compared: without the set that checkpoints are chosen on, which favours them."""
+    return overall(rows, WITHOUT)
+
+
+def averaged(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of every average, those by which methods are compared first; of the first set if there is none."""
+    averages = rows[rows["set"].map(lambda name: str(name).startswith(AVERAGE)).astype(bool)]
+    is_first = averages["set"].isin(compared(rows)["set"])
+    return pd.concat([averages[is_first], averages[~is_first]]) if len(averages) else overall(rows)
 
 
 def headline(rows: pd.DataFrame, apart: pd.DataFrame, wanted: Sequence[str]) -> list[str]:
-    """For each metric in words: which method leads, and what RLoop has over RL."""
-    whole = overall(rows)
+    """For each metric in words: what RLoop has over RL, by the chosen policies and by the last ones, and who leads."""
+    whole = compared(rows)
     name = "".join(whole["set"].unique())
-    num_sets = rows["set"].map(lambda each: not str(each).startswith(AVERAGE)).groupby(rows["set"], observed=True).any()
-    where = f"on average over {num_sets.sum()} sets" if name.startswith(AVERAGE) else f"on {name}"
+    where = in_words(name)
     here = apart[apart["policy"].isin(COMPARED) & (apart["set"] == name)]
-    return [
-        _leads(of_metric, f"{metric} {where}") + "".join(map(_ahead, here[here["metric"] == metric].to_dict("records")))
-        for metric in wanted
-        if len(of_metric := whole[whole["metric"] == metric]) > 1
-    ]
+    lines = []
+    for metric in wanted:
+        of_metric = whole[whole["metric"] == metric]
+        if len(of_metric) > 1:
+            rows_of = {row["policy"]: row for row in here[here["metric"] == metric].to_dict("records")}
+            ahead = [f"{words} {_ahead(rows_of[pair])}" for pair, words in COMPARED.items() if pair in rows_of]
+            against = f"{RLOOP} against {RL}: {'; '.join(ahead)}. " if ahead else ""
+            lines.append(f"{metric} on {where}. {against}{_leads(of_metric)}.")
+    return lines
 
 
-def _leads(rows: pd.DataFrame, what: str) -> str:
+def _leads(rows: pd.DataFrame) -> str:
     best = rows[rows["value"].round(9) == rows["value"].max().round(9)]
     value, low, high = (100 * best[part].iloc[0] for part in ("value", "low", "high"))
-    *others, last = best["method"]
+    *others, last = (f"“{name}”" if "," in name else name for name in best["method"])
     leads = f"{', '.join(others)} and {last} lead" if others else f"{last} leads"
-    return f"{leads} in {what}: {value:.1f} % ({low:.1f} to {high:.1f})."
+    return f"{leads} with {value:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def _ahead(row: Mapping[str, Any]) -> str:
+    if row["value"] == row["low"] == row["high"] == 0:
+        return "the same on every problem"
     value, low, high = (f"{100 * row[part]:+.1f}".replace("-", "−") for part in ("value", "low", "high"))
-    second, _, first = row["policy"].partition(" − ")
-    return (
-        f" {second} against {first}: {value} points ({low} to {high}){'' if row['real'] else ', which may be chance'}."
-    )
+    return f"{value} points ({low} to {high}){'' if row['real'] else ', which may be chance'}"
+
+
+def decline(rows: Sequence[Mapping[str, Any]], valid: str, metric: str) -> list[str]:
+    """What `peaks` says, in words."""
+    lost = [
+        f"{row['method']} {row['lost']:.1f} points (best at step {row['best at step']} of {row['ends at step']})"
+        for row in rows
+    ]
+    return [f"Lost after the best checkpoint, in {metric} on {valid}: {', '.join(lost)}."] if lost else []
 
 
 def costs(logs: pd.DataFrame) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from stages.core import tabular
 from stages.core.records import Curve, Matrix, Similarity
+from stages.core.study.runs import drawn_at
 
 INK = "#20242a"  # text and axes; inside a page it becomes the colour of the page's text, so that dark pages work
 COLOURS = {"Base": "#7d838c", "RL": "#d9483b", "RLoop": "#2f74d8", "training pass rate": "#7d838c"}
@@ -43,6 +44,7 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+MARKS = {"": ("o", 5.5), "last RL endpoint": ("s", 5.0), "chosen": ("*", 10.0)}  # by what stands for a method
 OWN_SCALE = ("similarity", "differential_forgetting")  # the other matrices are shares of problems
 MAX_DRAWN = 1e100
 MAX_NAME = 24
@@ -120,24 +122,28 @@ def _plot(axes: Axes, label: str, rows: pd.DataFrame, colour: str) -> None:
 
 
 def points(name: str, title: str, caption: str, table: pd.DataFrame, labels: tuple[str, str]) -> Figure:
-    """A dot with its name for each row of a table with the columns series, x, y, and an interval of each if known.
+    """A mark for each row of a table with the columns series, x, y, ahead, and an interval of each if known.
 
-    x_low, x_high, y_low and y_high are the intervals; `labels` names the axes.
+    x_low, x_high, y_low and y_high are the intervals; a line joins those `ahead`; `labels` names the axes.
     """
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6, 3.4))
-        axes = canvas.add_axes((0.13, 0.14, 0.84, 0.77))
-        turns = iter(MORE_COLOURS * len(table))
+        canvas = Canvas(figsize=(4.6, 3.7))
+        axes = canvas.add_axes((0.13, 0.13, 0.84, 0.66))
+        first = table[table["ahead"]].sort_values("x")
+        axes.plot(first["x"], first["y"], color=INK, alpha=0.5, linewidth=0.9, linestyle="--")
+        turns, drawn = iter(MORE_COLOURS * len(table)), []
         for row in table.to_dict("records"):
-            colour = COLOURS.get(row["series"].partition(",")[0]) or next(turns)
+            method, _, kind = row["series"].partition(", ")
+            colour = COLOURS.get(method) or next(turns)
             for ends in ({"x": ("x_low", "x_high"), "y": ("y", "y")}, {"x": ("x", "x"), "y": ("y_low", "y_high")}):
                 axes.plot(*([row[end] for end in ends[axis]] for axis in "xy"), color=colour, alpha=0.3, linewidth=1)
-            axes.plot(row["x"], row["y"], "o", color=colour, markersize=5)
-            at, side = ((-5, 4), "right") if row["x"] > table["x"].mean() else ((5, 4), "left")
-            how: Any = {"xytext": at, "textcoords": "offset points", "ha": side, "fontsize": 7.5, "color": colour}
-            axes.annotate(_short(row["series"]), (row["x"], row["y"]), **how)
+            mark, size = MARKS.get(kind, MARKS[""])
+            drawn.append((row["x"], row["y"]))
+            size *= 0.55 ** (drawn.count(drawn[-1]) - 1)  # that of an equal one shows around it
+            axes.plot(row["x"], row["y"], mark, color=colour, markersize=size, label=_short(row["series"]))
         axes.set(xlabel=labels[0], ylabel=labels[1])
-        axes.set_title(title)
+        axes.set_title(title, pad=34)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=3, fontsize=7.5, columnspacing=1)
         axes.margins(0.12)
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     named = table.rename(
@@ -164,15 +170,16 @@ def of_analysis(records: Iterable[Mapping[str, Any]]) -> list[Figure]:
     records = list(records)
     matrices: Any = [record for record in records if record.keys() >= Matrix.__required_keys__]
     curves: Any = [record for record in records if record.keys() >= Curve.__required_keys__]
-    steps = [record["steps"] for record in records if isinstance(record.get("steps"), list)]  # no run of this name
-    return of_matrices(matrices) + list(map(of_curve, curves)) + list(map(of_similarity, steps))
+    similar = [record for record in records if isinstance(record.get("steps"), list)]  # no run of this name
+    of_steps = [of_similarity(record["steps"], record.get("temperature", "")) for record in similar]
+    return of_matrices(matrices) + list(map(of_curve, curves)) + of_steps
 
 
 def of_curve(record: Curve) -> Figure:
     """Lines of shares."""
     title = f"{record['name'].replace('_', ' ').capitalize()} on {record['set']}"
     panel = Panel("share", x_label=record["x_label"], top=1)
-    caption = f"{title}: {record['definition']}."
+    caption = f"{title}: {record['definition']}{drawn_at(record.get('temperature', ''))}."
     return lines(file_name(record["name"]), title, caption, pd.DataFrame(record["rows"]), panel)
 
 
@@ -215,7 +222,8 @@ def _matrix(record: Matrix, shown: Any, bound: float) -> Figure:
     name = "_".join(file_name(part) for part in (kind, record["run"]) if part)
     rows = zip(labels, shown.data.tolist(), strict=True)
     data = [{"step": label} | dict(zip(labels, row, strict=True)) for label, row in rows]
-    return _render(Figure(name, title, f"{title}: {record['definition']}.", data, record["number"], "", b""), canvas)
+    caption = f"{title}: {record['definition']}{drawn_at(record.get('temperature', ''))}."
+    return _render(Figure(name, title, caption, data, record["number"], "", b""), canvas)
 
 
 def file_name(text: str) -> str:
@@ -223,12 +231,13 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
-def of_similarity(steps: Sequence[Similarity]) -> Figure:
+def of_similarity(steps: Sequence[Similarity], temperature: str = "") -> Figure:
     """Similarity within each checkpoint over steps, a line a run, from analyze's similarity_by_step."""
     table = pd.DataFrame(steps).rename(columns={"run": "series", "step": "x", "within": "y"})
     caption = (
         "Mean Jaccard similarity of bigrams between the completions of one checkpoint (each with itself included, "
-        "as in the paper's Appendix A); lower is more diverse. Diamonds: fine-tuned start policies."
+        f"as in the paper's Appendix A{drawn_at(temperature)}); lower is more diverse. Diamonds: fine-tuned start "
+        "policies."
     )
     title = "Similarity within a checkpoint"
     figure = lines("similarity_by_step", title, caption, table, Panel("Jaccard similarity", number="5b"))

@@ -25,6 +25,7 @@ from stages.core.study.runs import at_temperature, iteration_of, num_steps, posi
 
 ALL = "all"
 # parameters of an eval that comparable figures share
+Settings = dict[tuple[str, str], dict[str, list[str]]]  # (set, setting) -> value -> the names of what has it
 SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "accept_unevaluated", "reward_digest", "kl_to")
 
 
@@ -95,7 +96,11 @@ class Lineage:
 
     def unequal(self, evals: Iterable[Path]) -> list[str]:
         """A line for each setting in which these evaluations of one set differ: their figures are not comparable."""
-        values: dict[tuple[str, str], dict[str, list[str]]] = {}
+        return differing(self.settings(evals))
+
+    def settings(self, evals: Iterable[Path]) -> Settings:
+        """The eval outputs by what they have, of each set and each of the SETTINGS."""
+        values: Settings = {}
         for directory in evals:
             manifest = self._manifests.get(directory, {})
             settings = (manifest.get("parameters") or {}) | manifest
@@ -103,12 +108,7 @@ class Lineage:
                 if name in settings:
                     of_set = values.setdefault((self._set_name(directory), name), {})
                     of_set.setdefault(str(settings[name])[:12], []).append(self._name(directory))
-        return [
-            f"evaluations of {problem_set} differ in {name}: "
-            + ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
-            for (problem_set, name), by_value in values.items()
-            if len(by_value) > 1
-        ]
+        return values
 
     def fault_of_policy(self, policy: str) -> str:
         """Why the policy of this name does not belong, whatever its evaluations; "" if it does."""
@@ -296,6 +296,16 @@ class Lineage:
         if fault:
             self._noted.setdefault(fault)
         return fault
+
+
+def differing(settings: Settings) -> list[str]:
+    """A line for each setting of which there are several values."""
+    return [
+        f"evaluations of {problem_set} differ in {name}: "
+        + ", ".join(f"{value} ({', '.join(names)})" for value, names in by_value.items())
+        for (problem_set, name), by_value in settings.items()
+        if len(by_value) > 1
+    ]
 
 
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, str]:

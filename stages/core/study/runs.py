@@ -63,6 +63,12 @@ class Evaluation(NamedTuple):
         files = (home / "rollouts.jsonl" for home in dict.fromkeys(self.homes.values()))
         return [file for file in files if file.exists()]
 
+    @property
+    def temperature(self) -> str:
+        """What the samples were drawn at: "1", "0.6, 1" if policies differ, "" if no result tells."""
+        known = {row["temperature"] for of in self.results.values() for row in of if "temperature" in row}
+        return ", ".join(f"{value:g}" for value in sorted(known))
+
 
 def positions(policies: Iterable[str], root: str | Path | None = None, bases: Collection[str] = ()) -> list[Position]:
     """Each policy's position, by method (the base, RL, RLoop, then other runs by name) and then along its path.
@@ -228,6 +234,11 @@ def at_temperature(name: str) -> tuple[str, str]:
     own, mark, temperature = name.rpartition("@")
     is_number = mark and temperature.replace(".", "", 1).isdecimal()
     return (own, mark + temperature) if is_number else (name, "")
+
+
+def drawn_at(temperature: str) -> str:
+    """What a caption ends with: "; samples drawn at temperature 1", or "" if it is not known."""
+    return f"; samples drawn at temperature {temperature}" if temperature else ""
 
 
 def named_set(wanted: str, names: Iterable[str]) -> str:
