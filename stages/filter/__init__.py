@@ -290,11 +290,11 @@ def _warn_of_running(paths: list[str]) -> None:
 
 
 def _nothing_selected(tallies: Sequence[Tally], max_pass_rate: float | None) -> str:
-    """The message if no problem is hard enough, with the yield table below it."""
+    """The message if no problem is hard enough."""
     most = max(tally.num_rollouts for tally in tallies)
     if max_pass_rate is None or not any(tally.num_usable for tally in tallies):
-        fault = "no rollout succeeded within the token limit: start from a stronger policy or easier problems"
-    elif not can_select(tallies, max_pass_rate):
+        return "no rollout succeeded within the token limit: start from a stronger policy or easier problems"
+    if not can_select(tallies, max_pass_rate):
         fault = (
             f"--max-pass-rate {max_pass_rate:g} can select nothing: no problem has more than {most} rollouts, and one "
             f"success in {most} is {1 / most:.3g} already; raise it above that, or draw more rollouts a problem"
@@ -304,7 +304,8 @@ def _nothing_selected(tallies: Sequence[Tally], max_pass_rate: float | None) -> 
             f"no problem with a success has a pass rate below --max-pass-rate {max_pass_rate:g}: raise it, "
             "take the hardest by --hardest, or explore for more steps"
         )
-    return f"{fault}. The yield by threshold:\n{yield_table(tallies, max_pass_rate)}"
+    lowest = min((tally for tally in tallies if tally.num_usable), key=lambda tally: tally.pass_rate)
+    return f"{fault}. The lowest is {lowest.pass_rate:.3g} ({lowest.problem_id}); --dry-run shows them by threshold"
 
 
 def _summary(
