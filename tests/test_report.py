@@ -652,6 +652,9 @@ def test_several_runs_count_by_the_sets_that_all_have_and_are_told_where_they_di
         InputError, match=r"no problem set was evaluated in all of them \(.*fewer: valid; .*other: far\)"
     ):
         report.run(report.Options(runs=[fewer, other], table=True))
+    report.run(report.Options(runs=[fewer, shorter], valid="nope", ks=[2], table=True))
+    printed, said = capsys.readouterr()
+    assert "chosen on it" not in printed and f"{shorter}: left out: all by the validation set: no evaluation" in said
     report.run(report.Options(runs=seeds, ks=[64], out=tmp_path / "page.html"))
     said = capsys.readouterr().err
     assert f"{seeds[0]}: left out: pass@64: some problems have 4 samples only" in said

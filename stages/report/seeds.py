@@ -27,9 +27,10 @@ MIN_RUNS = 3
 KEYS = ["set", "method", "metric"]
 ON_WAY = [*KEYS, "step", "after_rft"]
 NOTE = (
-    "Means over runs, in percent, with 95 % intervals (Student's t). RLoop: the policy after its last fine-tuning; "
-    "chosen: a method's best checkpoint on the validation set, never the base. On the frontier no other method has as "
-    "much of both and more of one. Rollouts, tokens (drawn and trained on) and hours are what it took."
+    "Means over runs, in percent, with 95 % intervals (Student's t) from three runs on. RLoop: the policy after its "
+    "last fine-tuning; chosen: a method's best checkpoint on the validation set, never the base. On the frontier no "
+    "other method has as much of both and more of one. Rollouts, tokens (drawn and trained on) and hours are what it "
+    "took."
 )
 
 
@@ -60,8 +61,8 @@ def read(studies: Sequence[Study], ks: Sequence[int], seed: int) -> Seeds:
         summary, logs, name = summaries.sum_up(study, ks, seed), study.logs(), str(study.runs)
         own = summary.rows.assign(run=name, value=100 * summary.rows["value"])
         rows.append(own[["run", *KEYS, "value", "temperature"]])
-        tidy = curves.tidy(summary.table[summary.table["set"] == study.valid], study.positions, study.temperatures)
-        way.append(tidy.assign(run=name)[["run", *ON_WAY, "value", "temperature"]])
+        tidy = curves.tidy(summary.table, study.positions, study.temperatures)
+        way.append(tidy[tidy["set"] == study.valid].assign(run=name)[["run", *ON_WAY, "value", "temperature"]])
         at = {position.policy: position for position in study.positions}
         costs += [{"run": name, "method": m} | study.cost(at[policy], logs) for m, policy in summary.chosen.items()]
         left_out += [f"{name}: {line}" for line in [*study.left_out, *summaries.unlike(summary.scores, summary.chosen)]]
@@ -162,8 +163,10 @@ def frontier(rows: pd.DataFrame, costs: pd.DataFrame, axes: Sequence[str]) -> li
 
 def _counted(name: str, value: float) -> float | str:
     """A mean of rollouts or tokens as a whole number, of hours to two digits at least."""
-    if value != value or not value:
+    if value != value:
         return value
+    if not value:
+        return 0
     return round(value) if name != "hours" else f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
@@ -229,8 +232,10 @@ def _markdown_of_sets(sets: Mapping[str, Mapping[str, Mapping[str, str]]], title
 
 def _over_steps(seeds: Seeds, axes: Sequence[str], resets: Sequence[int]) -> list[Figure]:
     """Means over the runs of what each method has on the set that checkpoints are chosen on, over steps."""
+    if seeds.way.empty:
+        return []
     rows = means(seeds.way.astype({"set": str}), ON_WAY).sort_values(["method", "step", "after_rft"], kind="stable")
-    rows = rows[rows["num_runs"] == len(seeds.names)].assign(temperature=seeds.temperatures)
+    rows = rows[rows["num_runs"] == len(seeds.names)].assign(temperature=listed(seeds.way["temperature"]))
     return [*curves.of_evaluations(rows, resets, axes, f"{len(seeds.names)} runs")]
 
 
@@ -241,7 +246,9 @@ def content(
     axes = [f"avg@{num_samples}", *(f"pass@{k}" for k in ks[-1:])]
     table, apart = means(seeds.measured), means(differences(seeds.measured))
     over, glance = f"{len(seeds.names)} runs", frontier(table, seeds.costs, axes)
-    whole = summaries.compared(table).assign(temperature=seeds.temperatures)
+    whole = summaries.compared(table)
+    at_of_set = dict(zip(seeds.measured["set"].astype(str), seeds.measured["temperature"], strict=True))
+    whole = whole.assign(temperature=whole["set"].astype(str).map(at_of_set))
     plotted = [*(curves.frontier(whole, (axes[0], axes[1]), over) if len(axes) > 1 else ())]
     plotted += _over_steps(seeds, axes, resets)
     in_sets = {
