@@ -307,13 +307,13 @@ def test_the_first_loss_and_gradient_are_those_of_the_completions_tokens_alone(f
     assert row["tokens"] == count
 
 
-def weighted_by_hand(files, records, kl):
-    """The objective in plain torch, one token at a time, with the start policy itself as the policy."""
+def weighted_by_hand(files, policy, records, kl):
+    """The objective of `policy` in plain torch, one token at a time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(files.policy)
-    model = AutoModelForCausalLM.from_pretrained(files.policy)
+    model = AutoModelForCausalLM.from_pretrained(policy)
     start = AutoModelForCausalLM.from_pretrained(files.policy)
     total, count = torch.tensor(0.0), 0
     for record in records:
@@ -351,12 +351,18 @@ def test_weights_by_likelihood_failures_and_the_kl_term_are_those_of_plain_torch
     jsonl.write(file, records)
     source = SimpleNamespace(policy=files.policy, examples=file)
     options = {"batch_size": len(EXAMPLES), "likelihood_weights": True, "kl": kl, "tokens_per_microbatch": 200}
-    [row] = log_of(tune(source, files.root / f"weighted{kl}", **options))
-    loss, model = weighted_by_hand(files, records, kl)
-    loss.backward()
-    norm = sum(weight.grad.square().sum() for weight in model.parameters()).sqrt()
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    options |= {"lr": 0.03, "warmup_share": 0, "min_lr_share": 1}
+    moved = tune(source, files.root / f"moved{kl}", **options)  # at the start policy itself the KL term is zero
+    rows = log_of(tune(source, files.root / f"weighted{kl}", epochs=2, **options))
+    assert len(rows) == 2
+    for row, policy in zip(rows, (files.policy, moved), strict=True):
+        loss, model = weighted_by_hand(files, policy, records, kl)
+        loss.backward()
+        norm = sum(weight.grad.square().sum() for weight in model.parameters()).sqrt()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    with_kl, without_kl = (weighted_by_hand(files, moved, records, weight)[0].item() for weight in (0.7, 0.0))
+    assert with_kl > 1.01 * without_kl, "a term within the tolerance would be no test"
 
 
 def test_an_example_weighs_the_geometric_mean_of_its_ratios_and_at_most_1():
