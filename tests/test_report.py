@@ -580,6 +580,17 @@ def test_what_a_method_cost_is_summed_up_to_its_policy(seeds):
     assert [name for name, line in lines.items() if line["frontier"]] == ["RLoop", "RLoop, chosen"]
 
 
+@pytest.mark.parametrize(("select", "metric"), [("pass@2", "pass@2"), ("avg@32", "avg@4"), ("", "avg@4")])
+def test_checkpoints_are_chosen_by_the_metric_that_the_evaluations_select_by(made, tmp_path, select, metric):
+    shutil.copytree(made / "eval", tmp_path / "eval")
+    for directory in tmp_path.glob("eval/*/valid"):
+        outputs.write_json(directory / "manifest.json", {"set": "valid", "parameters": {"select": select}})
+    summary = summaries.sum_up(studied(tmp_path), [2, 4], 0)
+    assert summary.metric == metric
+    assert summary.chosen["RL, chosen"] == f"runs/{VANILLA[1 if metric == 'avg@4' else 0]}", "pass@2 is 2/3 at both"
+    assert f"best {metric} on valid" in summaries.markdown_of_peaks(summary, "valid")
+
+
 def test_what_has_as_much_of_one_and_less_of_the_other_is_not_on_the_frontier():
     accuracy, coverage = pd.Series([10.0, 20.0, 20.0, 20.0, 15.0]), pd.Series([90.0, 80.0, 70.0, 80.0, 90.0])
     assert curves.leads(accuracy, coverage) == [False, True, False, True, True]

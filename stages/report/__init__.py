@@ -238,7 +238,7 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "under_way": study.under_way(),
         "watch": options.watch,
         "temperatures": listed(study.temperatures.values()),
-        "headline": summaries.headline(rows, apart, order) + summaries.decline(summary.peaks, study.valid, order[-1]),
+        "headline": summaries.headline(rows, apart, order) + summaries.decline(summary, study.valid),
         "whole": summaries.nested(summaries.averaged(rows[rows["metric"].isin(order)])),
         "apart": summaries.nested(summaries.compared(of_methods)) if len(of_methods) else {},
         "glance": (),
@@ -246,10 +246,11 @@ def _content(study: "Study", options: Options) -> tuple[dict[str, Any], dict[str
         "first": first,
         "valid": study.valid,
         "peaks": summary.peaks,
+        "select": summary.metric,
         "sections": sections | {"Left out": study.left_out},
     }
     texts = {
-        "results.md": _results(study, summary, order[-1]),
+        "results.md": _results(study, summary),
         "results.tsv": summaries.tsv(rows),
         "results.json": orjson.dumps(summaries.for_dvc(rows), option=INDENTED).decode(),
         "curves.tsv": on_sets.to_csv(sep="\t", index=False, float_format="%.6g"),
@@ -272,12 +273,12 @@ def _figures(
     }
 
 
-def _results(study: "Study", summary: "Summary", metric: str) -> str:
-    """results.md: the table, where each method was best by `metric`, what was left out and what is unequal."""
+def _results(study: "Study", summary: "Summary") -> str:
+    """results.md: the table, where each method was best, what was left out and what is unequal."""
     from stages.report import summaries
 
     notes = [*(f"Left out: {line}.\n" for line in study.left_out), *(f"{line}\n" for line in study.unequal())]
-    peaks = [summaries.markdown_of_peaks(summary.peaks, study.valid, metric)] if summary.peaks else []
+    peaks = [summaries.markdown_of_peaks(summary, study.valid)] if summary.peaks else []
     table = summaries.markdown(summary.rows, study.valid) if len(summary.rows) else "No results.\n"
     return "\n".join([table, *peaks, *notes])
 

@@ -259,7 +259,7 @@ def content(
     page = {
         "name": over,
         "headline": headline(apart, axes) if len(apart) else [],
-        **dict.fromkeys(("under_way", "watch", "whole", "apart", "valid", "peaks"), ()),  # none of it
+        **dict.fromkeys(("under_way", "watch", "whole", "apart", "valid", "peaks", "select"), ()),  # none of it
         "temperatures": seeds.temperatures,
         "first": plotted,
         "glance": glance,

@@ -81,6 +81,14 @@ class Study:
         return of_sets | {name: listed(of_sets[each] for each in sets) for name, sets in self.averages.items()}
 
     @property
+    def select(self) -> str:
+        """The metric that the evaluations of the validation set select by; "" if they name none or several."""
+        homes = self.evaluations[self.valid].homes.values() if self.valid in self.evaluations else ()
+        manifests = [read_manifest(home / "manifest.json").get("parameters") or {} for home in dict.fromkeys(homes)]
+        named = {str(parameters.get("select", "")) for parameters in manifests} - {""}
+        return named.pop() if len(named) == 1 else ""
+
+    @property
     def ks(self) -> list[int]:
         """The k that the evaluations measured pass@k of, or else KS."""
         manifests = (read_manifest(home / "manifest.json") for home in self.homes)

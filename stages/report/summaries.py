@@ -46,25 +46,30 @@ MIN_SECONDS = 1.0  # a ratio of shorter times would be noise
 
 
 class Summary(NamedTuple):
-    """What a study's evaluations say: the scores, the long table, each row's policy, the rows, and `peaks`."""
+    """What a study's evaluations say: the scores, the long table, each row's policy, the rows, and `peaks`.
+
+    `metric` is that by which checkpoints are chosen.
+    """
 
     scores: pd.DataFrame
     table: pd.DataFrame
     chosen: dict[str, str]
     rows: pd.DataFrame
     peaks: list[dict[str, Any]]
+    metric: str
 
 
 def sum_up(study: Study, ks: Sequence[int], seed: int) -> Summary:
     """Sum up a study: which policies stand for the methods, and their results."""
-    scores, metric = study.scores(ks), f"avg@{study.num_samples}"
+    scores, select = study.scores(ks), study.select
+    metric = select if select in scores else f"avg@{study.num_samples}"
     table = summarise(scores, study.averages, seed)
     of_valid = table[(table["set"] == study.valid) & (table["metric"] == metric)].set_index("policy")["value"]
     best = chosen_by(of_valid, study.positions)
     chosen = methods(study.positions, best)
     rows = results(table, chosen)
     rows["temperature"] = rows["set"].astype(str).map(study.temperatures)
-    return Summary(scores, table, chosen, rows, peaks(of_valid, study.positions, best))
+    return Summary(scores, table, chosen, rows, peaks(of_valid, study.positions, best), metric)
 
 
 def methods(positions: Sequence[Position], best: Mapping[str, Position]) -> dict[str, str]:
@@ -183,9 +188,10 @@ def markdown(rows: pd.DataFrame, valid: str) -> str:
     return "\n".join([*lines, *([f"\nIn percent; samples drawn at temperature {at}."] if at else [])]) + "\n"
 
 
-def markdown_of_peaks(rows: Sequence[Mapping[str, Any]], valid: str, metric: str) -> str:
+def markdown_of_peaks(summary: Summary, valid: str) -> str:
     """`peaks` as a Markdown table."""
-    head = [*list(rows[0])[:3], f"best {metric} on {valid}", "at its end", "lost"]
+    rows = summary.peaks
+    head = [*list(rows[0])[:3], f"best {summary.metric} on {valid}", "at its end", "lost"]
     lines = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---", *["---:"] * 5], *lines]) + "\n"
 
@@ -303,13 +309,13 @@ def _ahead(row: Mapping[str, Any]) -> str:
     return f"{value} points ({low} to {high}){'' if row['real'] else ', which may be chance'}"
 
 
-def decline(rows: Sequence[Mapping[str, Any]], valid: str, metric: str) -> list[str]:
+def decline(summary: Summary, valid: str) -> list[str]:
     """What `peaks` says, in words."""
     lost = [
         f"{row['method']} {row['lost']:.1f} points (best at step {row['best at step']} of {row['ends at step']})"
-        for row in rows
+        for row in summary.peaks
     ]
-    return [f"Lost after the best checkpoint, in {metric} on {valid}: {', '.join(lost)}."] if lost else []
+    return [f"Lost after the best checkpoint, in {summary.metric} on {valid}: {', '.join(lost)}."] if lost else []
 
 
 def costs(logs: pd.DataFrame) -> pd.DataFrame:
