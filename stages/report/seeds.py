@@ -96,7 +96,7 @@ def _keep_common(studies: Sequence[Study]) -> list[str]:
 
 def unequal(studies: Sequence[Study]) -> list[str]:
     """A line for each thing in which the runs differ, or in which the methods of one do."""
-    settings: lineage.Settings = {}
+    settings: lineage.BySetting = {}
     for study in studies:
         counts = {
             (name, "number of problems"): str(max(map(len, each.results.values())))

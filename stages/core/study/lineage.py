@@ -25,7 +25,7 @@ from stages.core.study.runs import at_temperature, iteration_of, num_steps, posi
 
 ALL = "all"
 # parameters of an eval that comparable figures share
-Settings = dict[tuple[str, str], dict[str, list[str]]]  # (set, setting) -> value -> the names of what has it
+BySetting = dict[tuple[str, str], dict[str, list[str]]]  # (set, setting) -> value -> the names of what has it
 SETTINGS = ("template_digest", "max_tokens", "temperature", "bare", "accept_unevaluated", "reward_digest", "kl_to")
 
 
@@ -98,9 +98,9 @@ class Lineage:
         """A line for each setting in which these evaluations of one set differ: their figures are not comparable."""
         return differing(self.settings(evals))
 
-    def settings(self, evals: Iterable[Path]) -> Settings:
+    def settings(self, evals: Iterable[Path]) -> BySetting:
         """The eval outputs by what they have, of each set and each of the SETTINGS."""
-        values: Settings = {}
+        values: BySetting = {}
         for directory in evals:
             manifest = self._manifests.get(directory, {})
             settings = (manifest.get("parameters") or {}) | manifest
@@ -298,7 +298,7 @@ class Lineage:
         return fault
 
 
-def differing(settings: Settings) -> list[str]:
+def differing(settings: BySetting) -> list[str]:
     """A line for each setting of which there are several values."""
     return [
         f"evaluations of {problem_set} differ in {name}: "
