@@ -28,7 +28,7 @@ class Rendering(NamedTuple):
 
 @dataclass
 class Seen:
-    """What the prompts came to: faults, notes, and the sizes that other parts need."""
+    """What was found when the prompts were rendered: faults, notes, and the sizes that other parts need."""
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

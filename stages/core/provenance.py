@@ -130,6 +130,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return record
 
 
+def manifest_of(output: Path) -> dict[str, Any]:
+    """The manifest within a directory or beside a file; of an rl run that goes on, what it began with; {} for none."""
+    files = (output / "manifest.json", output / "state/run.json", output.with_suffix(".manifest.json"))
+    return next((manifest for file in files if (manifest := read_manifest(file))), {})
+
+
 def is_done(out: str | Path, record: Path, identify: Callable[[], Identity], restart_if_changed: bool = False) -> bool:
     """Whether `out`, whose manifest is `record`, is the finished output of this identity; then says so in a line.
 

@@ -7,11 +7,10 @@ are never taken from the rollouts of another chain.
 """
 
 from pathlib import Path
-from typing import Any
 
 from stages.core.errors import InputError
 from stages.core.progress import warn
-from stages.core.provenance import digest, read_manifest, stamp
+from stages.core.provenance import digest, manifest_of, stamp
 
 BY_HAND = "name the rollouts that count by --rollouts, with --per-policy in the place of --accumulate"
 
@@ -34,7 +33,7 @@ def _follow(output: Path, runs: dict[str, None], seen: set[Path]) -> None:
     if output in seen:
         return
     seen.add(output)
-    is_run, manifest = (output / "rollouts").is_dir(), _manifest_of(output)
+    is_run, manifest = (output / "rollouts").is_dir(), manifest_of(output)
     inputs, stamps = (manifest.get(part) or {} for part in ("inputs", "stamps"))
     if is_run and not inputs:
         raise InputError(f"--accumulate: {output} has no manifest.json that names its start policy: {BY_HAND}")
@@ -48,11 +47,6 @@ def _follow(output: Path, runs: dict[str, None], seen: set[Path]) -> None:
         _follow(_run_of(Path(path)), runs, seen)
     if is_run:
         runs.setdefault(str(output))
-
-
-def _manifest_of(output: Path) -> dict[str, Any]:
-    files = (output / "manifest.json", output / "state/run.json", output.parent / f"{output.stem}.manifest.json")
-    return next((manifest for file in files if (manifest := read_manifest(file))), {})
 
 
 def _run_of(path: Path) -> Path:

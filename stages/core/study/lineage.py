@@ -20,7 +20,7 @@ from typing import Any
 
 from stages.core import provenance
 from stages.core.errors import InputError
-from stages.core.provenance import read_manifest, stamp
+from stages.core.provenance import manifest_of, read_manifest, stamp
 from stages.core.study.runs import at_temperature, iteration_of, num_steps, position_below
 
 ALL = "all"
@@ -166,7 +166,7 @@ class Lineage:
 
         A policy from anywhere else stands for the one that the output would start from by its path.
         """
-        inputs = _inputs(self._manifest_of(output))
+        inputs = _inputs(manifest_of(output))
         sources = {source: digest for path, digest in inputs.items() if (source := self._find(path)) is not None}
         if output.name not in ("rl", "policy") or any(position_below(str(source)) for source in sources):
             return sources
@@ -175,11 +175,6 @@ class Lineage:
             return dict.fromkeys([start, output.with_name("rl")] if output.name == "policy" else [start], "")
         others = [digest for path, digest in inputs.items() if self._find(path) is None and ".jsonl" not in path]
         return {start: others[0], **sources} if others and output != start else sources
-
-    def _manifest_of(self, output: Path) -> dict[str, Any]:
-        """The manifest within a directory or beside a file; of a run that goes on, what it began with."""
-        files = (output / "state/run.json", output / "manifest.json", output.with_suffix(".manifest.json"))
-        return next((manifest for file in files if (manifest := read_manifest(file))), {})
 
     def _start(self, output: Path) -> Path:
         """The policy that an iteration, or a run beside them, starts from."""
