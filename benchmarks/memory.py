@@ -21,7 +21,7 @@ from stages import rft
 from stages.core.policy.memory import Gpus, Shape, generation, update
 from stages.rl import Settings
 
-GPUS = {24: 22.0, 48: 44.0, 80: 79.0}  # GiB that the smallest of its kind offers: L4 and A10G, L40S, A100 and H100
+GPUS = {24: 22.0, 32: 31.0, 48: 44.0, 80: 79.0}  # GiB that the smallest offers: L4, A10G; 5090; L40S; A100, H100
 
 SHAPES = {
     "Qwen/Qwen2.5-0.5B": Shape(896, 4864, 24, 14, 2, 64, 151936, tied=True),

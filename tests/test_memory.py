@@ -5,7 +5,6 @@ import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,24 +54,27 @@ def configuration(shape):
     )  # fmt: skip
 
 
-def model(rank, checkpointing):
-    """A decoder of the SMALL shape as rl trains it in bfloat16: rounded weights, so that frozen ones are held in it."""
+def model(rank, checkpointing=False, width=memory.AUTOCAST):
+    """A decoder of the SMALL shape as rl trains it: rounded weights, so that frozen ones may be held in bfloat16.
+
+    Under FSDP2 all weights of a pass are in bfloat16.
+    """
     model = Qwen2ForCausalLM(configuration(SMALL)).train()
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
-    adapters.attach(model, Settings(lora_rank=rank), seed=0, is_bfloat16=True)
+    adapters.attach(model, Settings(lora_rank=rank), seed=0, is_bfloat16=width is not memory.FLOAT32)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return model.bfloat16() if width is memory.SHARDED else model
 
 
-def states(model, samples):
-    with torch.autocast("cpu", torch.bfloat16):
+def states(model, samples, width):
+    with torch.autocast("cpu", torch.bfloat16, enabled=width is memory.AUTOCAST):
         ids = torch.arange(samples * TOKENS).view(samples, TOKENS) % SMALL.vocab
         return model.model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def saved_bytes(model, samples):
+def saved_bytes(model, samples, width):
     """The bytes that a forward pass saves for its backward pass, each storage once, the weights left out."""
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept, sizes = [], {}
@@ -83,7 +85,7 @@ def saved_bytes(model, samples):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        states(model, samples)
+        states(model, samples, width)
     return sum(size for address, size in sizes.items() if address not in own)
 
 
@@ -93,37 +95,85 @@ def a_token(measure):
     return (many - few) / (TOKENS * (SAMPLES[1] - SAMPLES[0]))
 
 
+WIDTHS = pytest.mark.parametrize(
+    "width", [memory.AUTOCAST, memory.FLOAT32, memory.SHARDED], ids=["bfloat16", "float32", "sharded"]
+)
+
+
+@WIDTHS
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_the_bytes_that_torch_saves(rank, checkpointing):
-    trained = model(rank, checkpointing)
-    measured = a_token(lambda samples: saved_bytes(trained, samples))
-    assert measured == memory.activations(SMALL, rank, checkpointing)
+def test_activations_are_the_bytes_that_torch_saves(rank, checkpointing, width):
+    trained = model(rank, checkpointing, width)
+    measured = a_token(lambda samples: saved_bytes(trained, samples, width))
+    assert measured == memory.activations(SMALL, rank, checkpointing, width)
 
 
+@WIDTHS
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.slow
-def test_the_most_that_is_alive_in_a_pass_is_below_the_plan_by_a_third_at_most(rank, checkpointing):
+def test_the_most_that_is_alive_in_a_pass_is_below_the_plan_by_a_third_at_most(rank, checkpointing, width):
     def peak(samples):
-        trained = model(rank, checkpointing)
+        trained = model(rank, checkpointing, width)
         with Live() as live:
-            states(trained, samples).sum().backward()
+            states(trained, samples, width).sum().backward()
         return live.peak
 
-    planned = memory.activations(SMALL, rank, checkpointing) + memory.backward_work(SMALL, rank, checkpointing)
+    how = rank, checkpointing, width
+    planned = memory.activations(SMALL, *how) + memory.backward_work(SMALL, *how)
     assert 0.67 * planned < a_token(peak) <= planned
 
 
 @pytest.mark.parametrize("name", plans.SHAPES)
-def test_parameters_and_frozen_bytes_are_those_of_the_model(name):
+def test_parameters_are_those_of_the_model(name):
     shape = plans.SHAPES[name]
     with torch.device("meta"):
         whole = Qwen2ForCausalLM(configuration(shape))
     assert sum(weight.numel() for weight in whole.parameters()) == shape.parameters
-    small = model(5, checkpointing=False)
-    assert sum(weight.numel() for weight in adapters.trained(small).values()) == SMALL.adapter(5)
-    assert sum(weight.nbytes for weight in small.parameters()) == memory.held(SMALL, 5)["weights"]
+
+
+@pytest.mark.parametrize("width", [memory.AUTOCAST, memory.FLOAT32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_what_is_held_are_the_bytes_of_the_model_and_of_its_optimizer(rank, width):
+    small = model(rank, width=width)
+    trained = adapters.trained(small).values()
+    planned = memory.held(SMALL, rank, width)
+    assert sum(weight.nbytes for weight in small.parameters()) == planned["weights"]
+    assert 2 * planned["gradients"] == planned["moments"] == 2 * sum(weight.nbytes for weight in trained)
+    layers = [layer for layer in small.model.modules() if isinstance(layer, torch.nn.Linear)]
+    rounded = [weight for layer in layers for weight in layer.parameters(False) if weight.requires_grad]
+    assert planned["casts"] == (2 * sum(map(torch.numel, rounded)) if width is memory.AUTOCAST else 0)
+
+
+def test_in_float32_update_and_engine_take_the_bytes_counted_by_hand():
+    """Qwen2.5-0.5B: 494,032,768 weights, 136,134,656 of them in the embedding, which is the head; a key of 128."""
+    shape, options = plans.SHAPES["Qwen/Qwen2.5-0.5B"], Settings(dtype="float32", tokens_per_microbatch=1024)
+    parts = memory.update(shape, options)
+    assert parts["weights"] + parts["moments"] + parts["gradients"] == 16 * 494_032_768 / memory.GIB
+    layer = 8 * (896 + 128) + 4 * 14 + 8 * 896 + 2 * (4 * 896 + 4) + 8 * 896 + 16 * 4864
+    kept = 24 * layer + (4 * 896 + 4) + 4 * 896 + 8
+    assert parts["activations"] == 1024 * kept / memory.GIB and parts["casts"] == 0
+    drawing = memory.generation(shape, options, Gpus(80))
+    assert drawing["hand-over"] == 2 * 4 * 136_134_656 / memory.GIB
+    cache = 40 * memory.GIB - 4 * 494_032_768 - 2 * memory.GIB
+    assert drawing["cache tokens (thousands)"] == pytest.approx(cache / (24 * 2 * 128 * 4) / 1000)
+    half = memory.generation(shape, replace(options, dtype="auto"), Gpus(80))
+    assert half["cache tokens (thousands)"] > 2 * drawing["cache tokens (thousands)"]
+
+
+def test_shared_among_gpus_a_policy_with_adapters_takes_the_bytes_counted_by_hand():
+    """Qwen2.5-7B on eight: 6,525,417,472 weights in linear layers, 544,997,376 in the embedding and in the head."""
+    shape, rank = plans.SHAPES["Qwen/Qwen2.5-7B"], 32
+    parts = memory.update(shape, Settings(lora_rank=rank, tokens_per_microbatch=4096), Gpus(79, 8, is_sharded=True))
+    vectors, adapter = 57 * 3584, 28 * 32 * (4 * 3584 + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    frozen = 2 * (6_525_417_472 + 544_997_376) + 4 * (544_997_376 + vectors)
+    assert parts["weights"] == (frozen + 4 * adapter) // 8 / memory.GIB
+    assert parts["moments"] == 2 * parts["gradients"] == 8 * adapter / 8 / memory.GIB
+    layer = (6_525_417_472 + vectors + adapter) // 28
+    assert parts["gathered"] == 2 * (2 * layer + 544_997_376) / memory.GIB
+    kept = 4 * (3584 + 512) + 4 * 28 + 4 * 3584 + 2 * (4 * 3584 + 4) + 7 * 2 * rank + 8 * 18944
+    assert parts["activations"] == 4096 * 28 * kept / memory.GIB and "casts" not in parts
 
 
 def configurations_of_one_gpu():
@@ -164,8 +214,9 @@ def test_the_tables_of_the_docs_are_those_that_the_plan_prints():
 
 
 def several_gpus(**changes):
-    options = {"lora_rank": 0, "gradient_checkpointing": True, "tokens_per_microbatch": 16384}
-    return SimpleNamespace(**options | {"memory_fraction": 0.5, "tensor_parallel": 1} | changes)
+    return Settings(
+        **{"gradient_checkpointing": True, "tokens_per_microbatch": 16384, "memory_fraction": 0.5} | changes
+    )
 
 
 def test_on_eight_gpus_the_plan_comes_to_the_sums_of_the_docs():
@@ -201,7 +252,7 @@ def test_a_shared_engine_and_a_sharded_policy_of_32_b_take_what_the_tables_of_th
         (line,) = (line for line in docs.splitlines() if line.startswith(row))
         return line.strip("|").split("|")[column + 1].strip(" *")
 
-    for tokens, row in ((16384, "| **sum** | **89"), (4096, "| with 4,096 tokens")):
+    for tokens, row in ((16384, "| **sum** | **90"), (4096, "| with 4,096 tokens")):
         options = several_gpus(tokens_per_microbatch=tokens)
         assert f"{memory.update(shape, options, Gpus(79, number, is_sharded=True))['sum']:.1f}" == cell(row)
     for shared in (2, 4, 8):

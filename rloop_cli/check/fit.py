@@ -1,6 +1,7 @@
 """Does it fit: the plan of memory.py for every call that trains or draws, and rules on the number of processes."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ class Plan(NamedTuple):
     @property
     def engine(self) -> float:
         """GiB of the weights in the engine."""
-        return 2 * self.shape.parameters / getattr(self.call.options, "tensor_parallel", 1) / memory.GIB
+        a_weight = memory.widths(self.call.options.dtype).product
+        return a_weight * self.shape.parameters / getattr(self.call.options, "tensor_parallel", 1) / memory.GIB
 
     @property
     def cache_tokens(self) -> float | None:
@@ -85,8 +87,6 @@ def plans(calls: Sequence[Call], gpu_gib: float) -> tuple[list[Plan], list[str]]
             continue
         if launch.num_processes is None:
             unknown[f"{' '.join(call.launch)} names no number of processes"] = None
-        elif call.options.dtype == "float32":
-            unknown[f"{call.stage} computes in float32, and the plan is for bfloat16"] = None
         else:
             plan = _plan(call, shape, launch, gpu_gib)
             by_kind.setdefault(f"{call.stage} {plan.moments}", plan)
@@ -98,7 +98,7 @@ def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
     moments: dict[str, dict[str, float]] = {}
     if call.stage in ("rl", "rft"):
         tokens = memory.planned_tokens(shape, options, gpus)
-        moments["updates"] = memory.update(shape, memory.with_tokens(options, tokens), gpus)
+        moments["updates"] = memory.update(shape, replace(options, tokens_per_microbatch=tokens), gpus)
     if call.stage != "rft" and gpu_gib:
         moments["draws"] = memory.generation(shape, options, gpus, trains=call.stage == "rl")
     return Plan(call, shape, gpus, moments)

@@ -1,13 +1,13 @@
 """What a policy needs on a GPU while rl or rft updates it and while it generates, by arithmetic (docs/memory.md).
 
-bfloat16 autocast: weights, gradients and moments in float32, frozen matrices of linear layers in bfloat16.
-tests/test_memory.py holds parameters and activations against torch's own bytes, and sharding against the tables of
-docs/memory.md. What is marked as an estimate was read in the sources or seen elsewhere; nothing here was measured on a
-GPU.
+Weights, gradients and moments are float32 whatever the compute type. In bfloat16 frozen matrices of linear layers are
+held in it; autocast, or FSDP2, rounds the others. tests/test_memory.py holds parameters and activations against torch's
+own bytes, and sharding against the tables of docs/memory-many-gpus.md. What is marked as an estimate was read in the
+sources or seen elsewhere; nothing here was measured on a GPU.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -69,6 +69,9 @@ class Draws(Protocol):
     def lora_rank(self) -> int: ...
 
     @property
+    def dtype(self) -> str: ...
+
+    @property
     def memory_fraction(self) -> float: ...
 
     @property
@@ -87,6 +90,21 @@ class Gpus(NamedTuple):
 
 
 NO_GPU = Gpus()
+
+
+class Widths(NamedTuple):
+    """Bytes of a number: in products, and in the stream of values between layers."""
+
+    product: int
+    stream: int
+
+
+FLOAT32, AUTOCAST, SHARDED = Widths(4, 4), Widths(2, 4), Widths(2, 2)  # the last two in bfloat16; of FSDP2 the last
+
+
+def widths(dtype: str, is_sharded: bool = False) -> Widths:
+    """Those of an update on a GPU with this `--dtype`."""
+    return FLOAT32 if dtype == "float32" else SHARDED if is_sharded else AUTOCAST
 
 
 @dataclass(frozen=True)
@@ -135,9 +153,9 @@ class Shape:
         return self.layers * rank * sizes
 
     @property
-    def cache_per_token(self) -> int:
-        """Bytes of the engine's cache a token, in bfloat16."""
-        return self.layers * 2 * self.key * 2
+    def cached(self) -> int:
+        """Numbers in the engine's cache a token."""
+        return self.layers * 2 * self.key
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape | None:
@@ -166,90 +184,76 @@ def read_shape(policy: Path) -> Shape:
     return shape
 
 
-def layer_activations(shape: Shape, rank: int = 0) -> int:
+def layer_activations(shape: Shape, rank: int = 0, width: Widths = AUTOCAST) -> int:
     """Bytes a token that one layer keeps for its backward pass.
 
-    Between layers the stream is float32, in products bfloat16, and each linear layer keeps a bfloat16 copy of its input
-    of its own. Attention keeps query, key, value, output, and a float32 a head. An adapter keeps its inner values, and
-    an input where the frozen layer needs none; a frozen norm does not keep what it has normalised.
+    Attention keeps query, key, value, output, and a float32 a head; a norm its input in float32, and what it has
+    normalised if it is trained. Under autocast each linear layer keeps a rounded copy of its input of its own; else
+    query, key and value share one, and so do gate and up. An adapter keeps its inner values and, under autocast, an
+    input where the frozen layer needs none.
     """
-    attention = 4 * shape.query + 4 * shape.key + 4 * shape.heads
-    inputs = (3 + 2) * 2 * shape.hidden  # of query, key, value; of gate, up
-    stream = 2 * (4 * shape.hidden + 4)  # before each norm, and its scale
-    extra = 2 * shape.query + 7 * 2 * rank if rank else 2 * 4 * shape.hidden
-    return attention + inputs + stream + extra + 8 * shape.mlp
+    product, stream = width
+    is_cast = product < stream
+    attention = 2 * product * (shape.query + shape.key) + 4 * shape.heads
+    inputs = (5 if is_cast else 2) * product * shape.hidden  # of query, key, value; of gate, up
+    norms = 2 * (4 * shape.hidden + 4)
+    extra = 2 * stream * shape.hidden
+    if rank:
+        extra = 7 * product * rank + (product * shape.query if is_cast else 0)
+    return attention + inputs + norms + extra + 4 * product * shape.mlp
 
 
-def activations(shape: Shape, rank: int = 0, checkpointing: bool = False) -> int:
+def activations(shape: Shape, rank: int = 0, checkpointing: bool = False, width: Widths = AUTOCAST) -> int:
     """Bytes a token that a forward pass keeps, without the head."""
     norm = 4 * shape.hidden + 4
-    end = norm if rank else norm + 4 * shape.hidden + 8  # the last norm; the token's id, for the embedding's gradient
+    end = norm if rank else norm + width.stream * shape.hidden + 8  # the last norm; the token's id, for the embedding
     if checkpointing:
-        return shape.layers * 4 * shape.hidden + end
-    return shape.layers * layer_activations(shape, rank) - (norm if rank else 0) + end
+        return shape.layers * width.stream * shape.hidden + end
+    return shape.layers * layer_activations(shape, rank, width) - (norm if rank else 0) + end
 
 
-def backward_work(shape: Shape, rank: int = 0, checkpointing: bool = False) -> int:
+def backward_work(shape: Shape, rank: int = 0, checkpointing: bool = False, width: Widths = AUTOCAST) -> int:
     """Bytes a token while the backward pass is in a layer: gradients (estimate), and what is computed again."""
-    gradients = 8 * shape.mlp + 8 * shape.hidden
-    return gradients + (layer_activations(shape, rank) - 4 * shape.hidden if checkpointing else 0)
+    gradients = 4 * width.product * shape.mlp + 8 * shape.hidden
+    again = layer_activations(shape, rank, width) - width.stream * shape.hidden
+    return gradients + (again if checkpointing else 0)
 
 
-def held(shape: Shape, rank: int = 0) -> dict[str, int]:
+def held(shape: Shape, rank: int = 0, width: Widths = AUTOCAST) -> dict[str, int]:
     """Bytes of what stays from step to step, and of gradients and the weights' casts while an update runs."""
-    if not rank:
-        size = shape.parameters
-        return {"weights": 4 * size, "moments": 8 * size, "gradients": 4 * size, "casts": 2 * shape.linear}
-    adapter = shape.adapter(rank)
-    frozen = 2 * (shape.linear + (0 if shape.tied else shape.embedding)) + 4 * (shape.embedding + shape.vectors)
-    return {"weights": frozen + 4 * adapter, "moments": 8 * adapter, "gradients": 4 * adapter, "casts": 2 * adapter}
+    trained = shape.adapter(rank) if rank else shape.parameters
+    rounded = shape.linear + (0 if shape.tied else shape.embedding) if rank else 0  # frozen, in the products' type
+    frozen = width.product * rounded + 4 * (shape.parameters - rounded if rank else 0)
+    casts = (trained if rank else shape.linear) if width == AUTOCAST else 0
+    return {"weights": frozen + 4 * trained, "moments": 8 * trained, "gradients": 4 * trained, "casts": 2 * casts}
 
 
-def head_work(shape: Shape, tokens: int, rank: int = 0) -> int:
+def head_work(shape: Shape, tokens: int, rank: int = 0, width: Widths = AUTOCAST) -> int:
     """Bytes at the head: a tile of logits, a tile of weights, the states and their gradient, the weights' gradient."""
-    tile = 2 * HEAD_TILE + 2 * 32768 * shape.hidden
+    tile = width.product * (HEAD_TILE + 32768 * shape.hidden)
     return tile + 2 * 4 * shape.hidden * tokens + (0 if rank else 4 * shape.embedding)
 
 
 def update(shape: Shape, options: TrainingOptions, gpus: Gpus = NO_GPU) -> dict[str, float]:
     """GiB by part while rl or rft updates with these options, and their sum; on each of the GPUs the same."""
-    if gpus.is_sharded:
-        return _sharded_update(shape, options, gpus.number)
-    rank, checkpointing = options.lora_rank, options.gradient_checkpointing
+    how = options.lora_rank, options.gradient_checkpointing, widths(options.dtype, gpus.is_sharded)
+    rank, _, width = how
     tokens = options.tokens_per_microbatch or MOST_TOKENS
-    layer = backward_work(shape, rank, checkpointing) * tokens
-    parts = {name: size / GIB for name, size in held(shape, rank).items()}
-    parts |= {
-        "activations": activations(shape, rank, checkpointing) * tokens / GIB,
-        "at work": max(layer, head_work(shape, tokens, rank)) / GIB,
-        "context": CONTEXT,
+    kept, work = activations(shape, *how) * tokens, backward_work(shape, *how) * tokens
+    parts = held(shape, rank, width)
+    if gpus.is_sharded:
+        parts = {name: size // gpus.number for name, size in parts.items() if name != "casts"}
+        layer = (shape.linear + shape.vectors + shape.adapter(rank)) // shape.layers
+        parts["gathered"] = width.product * (2 * layer + shape.embedding)  # two layers, one of them ahead; the head
+        summed = 0 if rank else width.product + 4  # bytes a gradient: as computed, and as it is summed over the ranks
+        work, head = work + summed * layer, width.product * HEAD_TILE + summed * shape.embedding
+    else:
+        head = head_work(shape, tokens, rank, width)
+    parts |= {"activations": kept, "at work": max(work, head)}
+    gib = {name: size / GIB for name, size in parts.items()} | {
+        "context": ASLEEP_OF_MANY if gpus.is_sharded else CONTEXT
     }
-    return parts | {"sum": sum(parts.values())}
-
-
-def sharded_layer(shape: Shape) -> int:
-    """Bytes a token that one layer keeps under FSDP2, where what passes from layer to layer is bfloat16."""
-    return 8 * shape.mlp + 29 * shape.hidden
-
-
-def _sharded_update(shape: Shape, options: TrainingOptions, num_gpus: int) -> dict[str, float]:
-    """Under FSDP2: each GPU holds its part, gathers two layers (one ahead) and the head."""
-    tokens, layer = options.tokens_per_microbatch or MOST_TOKENS, (shape.linear + shape.vectors) / shape.layers
-    held_by_all = {name: size for name, size in held(shape, options.lora_rank).items() if name != "casts"}
-    gradients = (
-        0 if options.lora_rank else 2 + 4
-    )  # bytes a weight: bfloat16, and float32 as it is summed over the ranks
-    kept, again = 2 * shape.hidden, sharded_layer(shape)
-    if not options.gradient_checkpointing:
-        kept, again = again, 0
-    in_layer = (again + 6 * shape.mlp) * tokens + gradients * layer
-    parts = {name: size / num_gpus / GIB for name, size in held_by_all.items()} | {
-        "gathered": (2 * 2 * layer + 2 * shape.embedding) / GIB,
-        "activations": shape.layers * kept * tokens / GIB,
-        "at work": max(in_layer, 2 * HEAD_TILE + gradients * shape.embedding) / GIB,
-        "context": ASLEEP_OF_MANY,
-    }
-    return parts | {"sum": sum(parts.values())}
+    return gib | {"sum": sum(gib.values())}
 
 
 def generation(shape: Shape, options: Draws, gpus: Gpus, trains: bool = True) -> dict[str, float]:
@@ -259,16 +263,17 @@ def generation(shape: Shape, options: Draws, gpus: Gpus, trains: bool = True) ->
     and none in eval and sample, which do not train.
     """
     is_alone = trains and gpus.number == 1
+    width = widths(options.dtype)
     parts = {"engine": options.memory_fraction * gpus.gib}
     if trains:
-        trainer = held(shape, options.lora_rank)
+        trainer = held(shape, options.lora_rank, width)
         own = (trainer["weights"] + trainer["moments"]) / (gpus.number if gpus.is_sharded else 1)
-        parts |= {"trainer": own / GIB, "hand-over": 2 * 2 * shape.embedding / GIB}
+        parts |= {"trainer": own / GIB, "hand-over": 2 * width.product * shape.embedding / GIB}
     parts |= {"context": CONTEXT if is_alone else CONTEXT_OF_MANY}
     shared = min(options.tensor_parallel, shape.kv_heads)  # fewer key/value heads than GPUs are held several times over
     work = ENGINE_WORK if is_alone else ENGINE_WORK_OF_MANY
-    cache = parts["engine"] - 2 * shape.parameters / options.tensor_parallel / GIB - work
-    cached = cache * GIB / shape.cache_per_token * shared / 1000
+    cache = parts["engine"] - width.product * shape.parameters / options.tensor_parallel / GIB - work
+    cached = cache * GIB / (width.product * shape.cached) * shared / 1000
     return parts | {"sum": sum(parts.values()), "cache tokens (thousands)": cached}
 
 
@@ -276,21 +281,16 @@ def fitting_tokens(shape: Shape, options: TrainingOptions, gpus: Gpus) -> int:
     """The most tokens a micro-batch, 16,384 or a half, a quarter, ... of it, that fit the memory; 0 if none do."""
     tokens = MOST_TOKENS
     while tokens >= LEAST_TOKENS:
-        if update(shape, with_tokens(options, tokens), gpus)["sum"] <= MARGIN * gpus.gib:
+        if update(shape, replace(options, tokens_per_microbatch=tokens), gpus)["sum"] <= MARGIN * gpus.gib:
             return tokens
         tokens //= 2
     return 0
 
 
-def with_tokens(options: TrainingOptions, tokens: int) -> TrainingOptions:
-    """What counts of `options` here, with another micro-batch."""
-    rank, checkpointing = options.lora_rank, options.gradient_checkpointing
-    return TrainingOptions(lora_rank=rank, gradient_checkpointing=checkpointing, tokens_per_microbatch=tokens)
-
-
 def update_advice(shape: Shape, options: TrainingOptions, gpus: Gpus) -> str | None:
     """What to change if an update with these options does not fit the memory by the plan; None if it fits."""
-    needed = update(shape, with_tokens(options, planned_tokens(shape, options, gpus)), gpus)["sum"]
+    tokens = planned_tokens(shape, options, gpus)
+    needed = update(shape, replace(options, tokens_per_microbatch=tokens), gpus)["sum"]
     if needed <= gpus.gib:
         return None
     said = f"an update takes {needed:.1f} GiB by the plan, and the GPU has {gpus.gib:.1f}"
@@ -301,7 +301,7 @@ def update_advice(shape: Shape, options: TrainingOptions, gpus: Gpus) -> str | N
         ("--lora-rank 32", 32, options.gradient_checkpointing),
         ("--lora-rank 32 --gradient-checkpointing", 32, True),
     ):
-        other = TrainingOptions(lora_rank=rank, gradient_checkpointing=checkpointing)
+        other = replace(options, lora_rank=rank, gradient_checkpointing=checkpointing)
         if tokens := fitting_tokens(shape, other, gpus):
             return f"{said}: {flag} --tokens-per-microbatch {tokens} fits"
     return f"{said}: no option makes it fit; share the policy among GPUs (configs/accelerate/gpu8-fsdp2.yaml)"
@@ -322,7 +322,7 @@ def engine_advice(shape: Shape, options: Draws, longest: int, gpus: Gpus, trains
         said = f"the engine's cache has room for {max(0.0, cached):,.0f} tokens by the plan, and needs {wanted:,.0f}"
     spare = MARGIN * gpus.gib - parts["sum"]
     fraction = int(20 * (options.memory_fraction + spare / gpus.gib)) / 20
-    a_gib = GIB * min(options.tensor_parallel, shape.kv_heads) / shape.cache_per_token
+    a_gib = GIB * min(options.tensor_parallel, shape.kv_heads) / (widths(options.dtype).product * shape.cached)
     cached += (fraction - options.memory_fraction) * gpus.gib * a_gib
     if fraction > 0 and cached >= longest:
         fewer = f" --max-sequences {2 * cached // longest:.0f}" if cached < wanted else ""
