@@ -57,9 +57,13 @@ def main() -> int:
 
 
 def driver_fault(missing: list[str]) -> str:
-    """Why torch can't use this machine's driver; says how the two go together. "" also where one is missing."""
-    if "torch" in missing or not shutil.which("nvidia-smi") or not (drivers := ask("driver_version")):
+    """Why torch can't use this machine's driver; says how the two go together. "" also without torch or nvidia-smi."""
+    if "torch" in missing or not shutil.which("nvidia-smi"):
         return ""
+    try:
+        drivers = ask("driver_version")
+    except subprocess.CalledProcessError as error:
+        return f"nvidia-smi finds no driver ({' '.join(error.stdout.split())}): install it, or start it"
     import torch
 
     fault = too_old(drivers[0], torch.version.cuda)

@@ -2,29 +2,39 @@
 
     python -m benchmarks.gpu_quarter_hour                     on a GPU, all parts, the most wanted first
     python -m benchmarks.gpu_quarter_hour --only trl update   these
+    python -m benchmarks.gpu_quarter_hour --minutes 13        begin no part that would take longer than that in all
     python -m benchmarks.gpu_quarter_hour --rehearse          the same on the CPU, with tiny policies and few tokens
 
 Each part has a process group and a time limit of its own, and a line in --results as soon as it ends: its figures, or
-what went wrong, with which versions and on which GPU. The same command goes on with the parts that have no figures yet.
-All policies are made here, so no network is needed: the toy's, and random weights of Qwen2.5's sizes. The rehearsal
-gives the same commands other numbers (`Scale`); a CPU has no engine that sleeps, no newer runner of vLLM, no vLLM in
-TRL.
+what went wrong, with which versions and on which GPU. The same command goes on with the parts that have no figures yet,
+also after a kill, and in the end prints all as a table for the docs. All policies are made here, so no network is
+needed: the toy's, and random weights of Qwen2.5's sizes. The rehearsal gives the same commands other numbers (`Scale`);
+a CPU has no engine that sleeps, no newer runner of vLLM, no vLLM in TRL.
+
+`PARTS` says how long each takes on an H100 or H200, policies and compilations that it is the first to need included:
+14.7 minutes together. That is reckoned from what was timed on one: starts of rl (25 s, and 35 for a first
+compilation), and the tests.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tabulate import tabulate
+
 from benchmarks import gpu_check
 from benchmarks.gpu_check import ROOT, figures, rows_of, versions
+from stages.core import outputs
 
 PYTHON = sys.executable
 FSDP2 = "-m accelerate.commands.launch --config_file configs/accelerate/gpu8-fsdp2.yaml --num_processes 1"
@@ -63,13 +73,21 @@ REHEARSAL = Scale(
 )
 
 
+RUNS = "runs"  # of the part that is being done, below the scratch directory
+
+
+def _end_with_parent() -> None:
+    """Let Linux send this process SIGTERM when its parent ends, by SIGKILL too: nothing stays on the GPU."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 @dataclass
 class Bench:
     """Where a part works, and until when it may."""
 
     scratch: Path
     scale: Scale
-    deadline: float = field(default=float("inf"))
+    deadline: float = field(default_factory=lambda: time.monotonic() + 3600)
 
     def call(self, *words: str | Path, env: Mapping[str, str] | None = None) -> str:
         """Run a Python command in the repository; its standard output. Raises CalledProcessError or TimeoutExpired."""
@@ -77,6 +95,7 @@ class Bench:
         with subprocess.Popen(
             [PYTHON, *parts], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(env or {}),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=_end_with_parent,
         ) as process:  # fmt: skip
             try:
                 out, err = process.communicate(timeout=max(1.0, self.deadline - time.monotonic()))
@@ -91,6 +110,7 @@ class Bench:
     def toy(self) -> Path:
         """The toy with a rough policy, made once."""
         if not (self.scratch / "toy/policy").exists():
+            shutil.rmtree(self.scratch / "toy", ignore_errors=True)
             self.call("-m rloop_cli toy --out", self.scratch / "toy", self.scale.toy)
         return self.scratch / "toy"
 
@@ -102,22 +122,17 @@ class Bench:
         return path
 
     def rl(self, name: str, *words: str, launch: str = "-m rloop_cli", env: Mapping[str, str] | None = None) -> Path:
-        """Run rl on the toy's policy, or go on with it; its output."""
-        out = self.scratch / name
+        """Run rl on the toy's policy, or go on with what this part has begun; its output."""
+        out = self.scratch / RUNS / name
         files = ("--policy", self.toy / "policy", "--problems", self.toy / "train.jsonl", "--out", out)
         self.call(f"{launch} rl", *files, STEP, self.scale.rl, *words, env=env)
         return out
 
 
 def tests(bench: Bench) -> dict[str, Any]:
-    """The tests marked gpu."""
-    out = bench.call("-m pytest -p no:cacheprovider --durations=0 -m gpu tests/test_gpu.py")
+    """The tests marked gpu, on the kind of policy that has vLLM's newer runner in each version."""
+    out = bench.call("-m pytest -p no:cacheprovider --durations=0 -m gpu -k llama tests/test_gpu.py")
     return {"said": out.strip().splitlines()[-1]}
-
-
-def short(bench: Bench) -> dict[str, Any]:
-    """Five steps of rl on the toy, as `make gpu-check` does them."""
-    return figures(rows_of(bench.rl("short", "--steps 5 --save-every 5"))[1:])
 
 
 def fsdp2(bench: Bench) -> dict[str, Any]:
@@ -129,17 +144,20 @@ def fsdp2(bench: Bench) -> dict[str, Any]:
 
 
 def resume(bench: Bench) -> dict[str, Any]:
-    """Two steps and then two more, beside four at once, with and without --exact: how many steps drew the same."""
-    said = {}
+    """Two steps and then two more, beside four at once, with and without --exact: how many steps drew the same.
+
+    The figures are those of four at once.
+    """
+    said: dict[str, Any] = {}
     for flag in ("", "--exact"):
         runs = []
         for name, counts in (("twice", (2, 4)), ("once", (4,))):
             for steps in counts:
                 runs.append(bench.rl(f"{name}{flag}", f"--steps {steps} --save-every 2 {flag}"))
         files = zip(*(sorted(run.glob("rollouts/*")) for run in (runs[0], runs[-1])), strict=True)
-        said[f"same rollouts {flag}".strip()] = sum(one.read_bytes() == other.read_bytes() for one, other in files)
-        said[f"seconds a step {flag}".strip()] = figures(rows_of(runs[-1])[1:])["a step, s"]
-    return said | {"of": 4}
+        same = sum(one.read_bytes() == other.read_bytes() for one, other in files)
+        said[flag or "default"] = {"same rollouts": f"{same} of 4 steps"} | figures(rows_of(runs[-1])[1:])
+    return said
 
 
 def trl(bench: Bench) -> dict[str, Any]:
@@ -203,51 +221,113 @@ def _update(bench: Bench, flags: str, rank: int = 0) -> dict[str, Any]:
 
 
 class Part(NamedTuple):
-    """What is done, and the seconds that it may take on a GPU."""
+    """What is done, and the seconds that it should take on a GPU."""
 
     run: Callable[[Bench], dict[str, Any]]
-    limit_s: int
+    estimate_s: int
 
 
+LIMIT = 1.6  # of a part's estimate, after which it is ended
+# What matters most comes first: that hand-over and sleep are right; sharding, which no GPU has run; the comparison that
+# users ask for; the plan, which all who choose a card rely on.
 PARTS = {
     part.run.__name__: part
     for part in (
-        Part(tests, 200), Part(fsdp2, 150), Part(trl, 180), Part(update, 120), Part(resume, 240), Part(runners, 120),
-        Part(lora, 120), Part(compiled, 90), Part(rollouts, 120), Part(segments, 60),
-        Part(short, 90),
+        Part(tests, 90), Part(fsdp2, 110), Part(trl, 110), Part(update, 75), Part(resume, 190), Part(rollouts, 85),
+        Part(runners, 90), Part(lora, 50), Part(compiled, 55), Part(segments, 25),
     )
 }  # fmt: skip
 
 
+def lines_of(results: Path) -> dict[str, dict[str, Any]]:
+    """By part its figures, or what last went wrong."""
+    rows = map(json.loads, results.read_text().splitlines()) if results.exists() else ()
+    known: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if "figures" in row or "figures" not in known.get(row["part"], {}):
+            known[row["part"]] = row
+    return known
+
+
 def done(results: Path) -> set[str]:
     """The parts that have figures."""
-    lines = results.read_text().splitlines() if results.exists() else []
-    return {row["part"] for row in map(json.loads, lines) if "figures" in row}
+    return {name for name, row in lines_of(results).items() if "figures" in row}
 
 
 def measure(
-    names: Iterable[str], bench: Bench, results: Path, parts: Mapping[str, Part] = PARTS, slack: float = 1
+    names: Iterable[str],
+    bench: Bench,
+    results: Path,
+    parts: Mapping[str, Part] = PARTS,
+    slack: float = 1,
+    minutes: float = float("inf"),
 ) -> None:
-    """Do the parts that have no figures yet, each within its limit times `slack`, and write each one's line at once."""
+    """Do the parts that have no figures yet, each within its limit times `slack`, and write each one's line at once.
+
+    None is begun whose estimate is beyond the `minutes` that there are.
+    """
     results.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
     for name in [name for name in names if name not in done(results)]:
         began = time.monotonic()
-        bench.deadline = began + slack * parts[name].limit_s
+        if began + parts[name].estimate_s > end:
+            print(f"{name:9s} not begun: it should take {parts[name].estimate_s} s, and {end - began:.0f} are left")
+            continue
+        limit = slack * LIMIT * parts[name].estimate_s
+        bench.deadline = began + limit
+        shutil.rmtree(bench.scratch / RUNS, ignore_errors=True)
         row: dict[str, Any] = {"part": name}
         try:
             row["figures"] = parts[name].run(bench)
         except subprocess.TimeoutExpired:
-            row["fault"] = f"not done in {slack * parts[name].limit_s:.0f} s"
+            row["fault"] = f"not done in {limit:.0f} s"
         except subprocess.CalledProcessError as error:
             row["fault"] = (
                 f"{' '.join(error.cmd)} ended with {error.returncode}: {error.stdout[-500:]}{error.stderr[-1500:]}"
             )
         except Exception as error:  # whatever a part's own reading meets: the others are to run
             row["fault"] = repr(error)
-        row |= {"seconds": round(time.monotonic() - began, 1), "on": versions()}
+        row |= {"seconds": round(time.monotonic() - began, 1), "on": machine()}
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{name:9s} {row['seconds']:6.1f} s  {row.get('fault', row.get('figures'))}", flush=True)
+
+
+def no_gpu() -> str:
+    """What to do where there is none; "" if there is one."""
+    return "" if gpu_check.has_gpu([]) else "there is no GPU here: --rehearse goes through the parts on the CPU"
+
+
+def machine() -> str:
+    """The GPU, or that there is none, and the versions."""
+    gpus = gpu_check.ask("name,driver_version,memory.total") if gpu_check.has_gpu([]) else ["no GPU"]
+    return "; ".join([*gpus, versions()])
+
+
+def table(results: Path, names: Iterable[str]) -> str:
+    """What there is of the parts, as a table for the docs, and below it on what machine."""
+    known = {name: row for name, row in lines_of(results).items() if name in names}
+    cells = []
+    for name, row in known.items():
+        fault = {"fault": " ".join(row["fault"].split())[-200:].replace("|", "/")} if "fault" in row else {}
+        for run, figures_ in flat(row.get("figures", fault)):
+            said = "; ".join(f"{figure} {value}" for figure, value in figures_.items() if value is not None)
+            cells.append([name, run, f"{row['seconds']:.0f}", said])
+    missing = [name for name in names if name not in known]
+    below = [
+        *dict.fromkeys(row["on"] for row in known.values()),
+        *([f"not done: {', '.join(missing)}"] * bool(missing)),
+    ]
+    return tabulate(cells, ["part", "of", "seconds", "figures"], "github") + "\n\n" + "\n".join(below)
+
+
+def flat(said: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures of a part, those of each run in it under the run's name."""
+    if own := {key: value for key, value in said.items() if not isinstance(value, dict)}:
+        yield name, own
+    for key, value in said.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{name} {key}".strip())
 
 
 def make(path: Path, name: str) -> None:
@@ -256,7 +336,8 @@ def make(path: Path, name: str) -> None:
     from benchmarks.rl_vs_trl import make_policy
 
     if name == "tiny":
-        make_policy(path, 96, 1024, "bfloat16")
+        with outputs.whole_dir(path) as beside:
+            make_policy(beside, 96, 1024, "bfloat16")
         return
     shape = SHAPES[name]
     sizes = {
@@ -265,7 +346,8 @@ def make(path: Path, name: str) -> None:
     }  # fmt: skip
     if name == Scale.policy:
         sizes["vocab_size"] = shape.vocab
-    make_policy(path, 4096, 1024, "bfloat16", **sizes)
+    with outputs.whole_dir(path) as beside:
+        make_policy(beside, 4096, 1024, "bfloat16", **sizes)
 
 
 def draw(policy: Path, num_prompts: int, num_samples: int, num_tokens: int) -> None:
@@ -288,6 +370,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts; default: all")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny; its results lie below --scratch")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="that there are; default: no limit")
     parser.add_argument("--scratch", type=Path, default=ROOT / "runs/gpu-quarter-hour", help="policies and runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/gpu-quarter-hour.jsonl")
     parser.add_argument("--make", nargs=2, metavar=("DIR", "NAME"), help=argparse.SUPPRESS)
@@ -299,8 +382,8 @@ def main() -> int:
     if given.draw:
         draw(Path(given.draw[0]), *map(int, given.draw[1:]))
         return 0
-    if fault := gpu_check.driver_fault([]):
-        print(fault)
+    if not given.rehearse and (fault := gpu_check.driver_fault([]) or no_gpu()):
+        print(f"gpu-quarter-hour: {fault}")
         return 2
     scratch = given.scratch / ("rehearsal" if given.rehearse else "gpu")
     results = scratch / "results.jsonl" if given.rehearse else given.results
@@ -310,7 +393,9 @@ def main() -> int:
         Bench(scratch.absolute(), REHEARSAL if given.rehearse else Scale()),
         results,
         slack=4 if given.rehearse else 1,
+        minutes=given.minutes,
     )
+    print(f"\n{table(results, given.only)}")
     return len(set(given.only) - done(results))
 
 

@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from stages.core import records
+from stages.core.drawing import rollouts
 from stages.core.drawing.engine import Completion, Sampling
 from stages.core.drawing.rollouts import Prompt
+from stages.core.drawing.tokens import pack_ids
 from stages.core.errors import CollapseError, InputError
 from stages.core.grading import rewards
 from stages.core.lifetime import Stopped, StopSignal
@@ -186,6 +188,17 @@ def test_a_problem_that_comes_twice_in_a_step_counts_its_samples_on(tmp_path):
     run = explore(tmp_path, lambda number: 1, num_problems=3, problems_per_step=6, max_rounds=1)
     samples = [rollout["sample"] for rollout in run.written[0] if rollout["problem_id"] == "p0"]
     assert samples == list(range(2 * GROUP))
+
+
+def test_a_completion_is_packed_once_however_often_its_step_is_written(tmp_path, monkeypatch):
+    packed, written = [], []
+    monkeypatch.setattr(rollouts, "pack_ids", lambda ids: packed.append(ids) or pack_ids(ids))
+    write = RunDir.write_rollouts
+    monkeypatch.setattr(RunDir, "write_rollouts", lambda *given: written.append(given[1]) or write(*given))
+    run = explore(tmp_path, lambda number: int(number == 3), num_problems=12, max_rounds=3)
+    assert written == [1, 1], "after the round, and after the update"
+    assert len(packed) == len(run.written[0]) == 12 * GROUP
+    assert [rollout["trained"] for rollout in run.written[0]].count(True) == GROUP
 
 
 def test_shaped_rewards_train_and_raw_rewards_decide(tmp_path):

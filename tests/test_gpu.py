@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,10 +177,34 @@ def test_a_driver_that_is_too_old_for_torch_is_named(driver, cuda, fault):
     assert said.startswith(fault) and bool(said) == bool(fault)
 
 
+def test_a_driver_that_does_not_answer_is_said_in_a_line(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = "nvidia-smi finds no driver (NVIDIA-SMI has failed): install it, or start it"
+    assert gpu_check.driver_fault([]) == said
+
+
 def test_exactly_the_engine_of_cards_before_hopper_keeps_torch_s_own_products_which_have_a_gradient():
     old, new = (acceleration.exact_environment(capability) for capability in ((8, 9), (9, 0)))
     assert new.items() - old.items() == {("VLLM_BATCH_INVARIANT", "1")}
     assert set(old) == {"CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "fault"),
+    [
+        ("auto", None, "it takes a GPU that computes in bfloat16"),
+        ("float32", (9, 0), "it takes a GPU that computes in bfloat16"),
+        ("auto", (8, 0), "this GPU has no products in FP8"),
+        ("bfloat16", (8, 9), ""),
+        ("auto", (12, 0), ""),
+    ],
+)
+def test_rollouts_in_fp8_are_for_gpus_that_compute_in_it(dtype, capability, fault):
+    said = acceleration.fp8_fault(dtype, capability)
+    assert said.startswith(fault) and bool(said) == bool(fault)
 
 
 def lines_of(results):
@@ -191,7 +216,7 @@ def test_of_a_quarter_of_an_hour_a_part_that_is_done_is_not_done_again_and_one_t
 
     def good(bench):
         calls.append("good")
-        return {"tokens/s": 7}
+        return {"tokens/s": 7, "fp8": {"update, s": 0.5, "peak GiB": None}}
 
     def bad(bench):
         calls.append("bad")
@@ -204,15 +229,36 @@ def test_of_a_quarter_of_an_hour_a_part_that_is_done_is_not_done_again_and_one_t
     assert calls == ["bad", "good", "bad"]
     first, second, third = lines_of(results)
     assert "No module named no_such_module" in first["fault"] and first["part"] == third["part"] == "bad"
-    assert second["figures"] == {"tokens/s": 7} and "torch" in second["on"]
+    assert second["figures"]["tokens/s"] == 7 and second["on"].startswith("no GPU; torch ")
+    head, _, *rows = gpu_quarter_hour.table(results, ["bad", "good", "later"]).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows[:3])]
+    assert [row[:2] for row in cells] == [["part", "of"], ["bad", ""], ["good", ""], ["good", "fp8"]]
+    assert [row[3] for row in cells[2:]] == ["tokens/s 7", "update, s 0.5"] and "no_such_module" in cells[1][3]
+    assert rows[-1] == "not done: later"
+
+
+def test_a_part_is_begun_only_if_it_fits_the_minutes_that_there_are_and_all_fit_a_quarter_of_an_hour(tmp_path, capsys):
+    parts = {"long": Part(lambda bench: {}, 90), "short": Part(lambda bench: {}, 20)}
+    results = tmp_path / "parts.jsonl"
+    gpu_quarter_hour.measure(parts, Bench(tmp_path, Scale()), results, parts, minutes=1)
+    assert [line["part"] for line in lines_of(results)] == ["short"]
+    assert "long      not begun: it should take 90 s, and 60 are left" in capsys.readouterr().out
+    together = sum(part.estimate_s for part in gpu_quarter_hour.PARTS.values()) / 60
+    assert together <= 15 and f"{together:.1f} minutes together" in gpu_quarter_hour.__doc__
+    told = ", ".join(f"{name} {part.estimate_s}" for name, part in gpu_quarter_hour.PARTS.items())
+    assert told in " ".join((ROOT / "docs/gpu.md").read_text().split())
+
+
+def is_gone(pid):
+    status = Path("/proc", pid, "status")
+    return not status.exists() or "\nState:\tZ" in status.read_text()
 
 
 def test_a_part_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
-    child = "import time; time.sleep(600)"
     script = tmp_path / "long.py"
     script.write_text(
         "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', '{child}'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
         "time.sleep(600)\n"
     )
@@ -221,10 +267,30 @@ def test_a_part_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
         bench.call(script)
 
     results = tmp_path / "parts.jsonl"
-    gpu_quarter_hour.measure(["endless"], Bench(tmp_path, Scale()), results, {"endless": Part(endless, 3)})
+    gpu_quarter_hour.measure(["endless"], Bench(tmp_path, Scale()), results, {"endless": Part(endless, 2)})
     assert lines_of(results)[0]["fault"] == "not done in 3 s"
-    status = Path("/proc", (tmp_path / "pid").read_text(), "status")
-    assert not status.exists() or "\nState:\tZ" in status.read_text()
+    assert is_gone((tmp_path / "pid").read_text())
+
+
+def test_killed_in_a_part_it_leaves_no_process_on_the_gpu(tmp_path):
+    script, pid = tmp_path / "long.py", tmp_path / "pid"
+    script.write_text("import os, time\nopen(os.environ['SAYS'], 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.gpu_quarter_hour import *\n"
+        "Bench(Path(sys.argv[1]), Scale()).call(Path(sys.argv[2]), env={'SAYS': sys.argv[3]})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path, script, pid], cwd=ROOT)
+    wait_until(lambda: pid.exists() and pid.read_text())
+    process.kill()
+    process.wait()
+    wait_until(lambda: is_gone(pid.read_text()))
+
+
+def wait_until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_figures_of_a_run_are_means_over_its_steps_and_empty_columns_count_for_nothing(tmp_path):

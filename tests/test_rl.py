@@ -124,6 +124,8 @@ def test_a_finished_run_leaves_checkpoints_metrics_and_the_last_state(whole_run)
     metrics = json.loads((whole_run / "metrics.json").read_bytes())
     manifest = json.loads((whole_run / "manifest.json").read_bytes())
     assert metrics["steps"] == manifest["parameters"]["steps"] == 8
+    used = {"tokens_per_microbatch": 0, "token_budget": 2048, "processes": 1}  # as asked for, and as used
+    assert used.items() <= manifest["parameters"].items()
     assert metrics["num_rollouts"] == sum(row["num_rollouts"] for row in RunDir(whole_run).log_rows())
     assert metrics["mismatch_alarms"] == 0
     assert manifest["template_digest"] == OWN_PROMPTS

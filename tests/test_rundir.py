@@ -130,6 +130,15 @@ def test_an_exact_run_does_not_go_on_where_rounding_changes(tmp_path):
     assert files(directory.path) == before
 
 
+def test_a_run_with_steps_done_says_what_its_micro_batches_were_planned_with_and_a_fresh_one_does_not(tmp_path):
+    directory = RunDir(tmp_path / "rl")
+    assert directory.planned_budget() == 0
+    directory.begin(replace(ROUNDED, parameters={**ROUNDED.parameters, "token_budget": 4096}), False)
+    assert directory.planned_budget() == 0
+    saved(directory, 1)
+    assert RunDir(directory.path).planned_budget() == 4096
+
+
 def flip(path):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 64]) + path.read_bytes()[1:])
 

@@ -40,8 +40,8 @@ def run(options: Options) -> None:
     from stages.core.grading import verifier
     from stages.core.lifetime import end_with_parent, going_on
     from stages.core.policy.acceleration import compute_exactly
-    from stages.rl.rundir import RunDir
-    from stages.rl.trainer import start_accelerator
+    from stages.rl.rundir import BUDGET, RunDir
+    from stages.rl.trainer import start_accelerator, token_budget
 
     end_with_parent()
     ranks = Ranks(options.tensor_parallel)
@@ -49,11 +49,14 @@ def run(options: Options) -> None:
     if options.exact:
         compute_exactly()
     accelerator = ranks.together(lambda: start_accelerator(options, options.out))
-    inputs, rounding = recorded([request.path, options.problems], ranks), {"processes": ranks.num_ranks}
+    inputs, directory = recorded([request.path, options.problems], ranks), RunDir(options.out)
+    planned = token_budget(request.path, accelerator, options)
+    if not options.tokens_per_microbatch:  # a run goes on with what it was planned with, on whatever GPU
+        planned = ranks.on_first(directory.planned_budget) or planned
+    rounding = {"processes": ranks.num_ranks, BUDGET: planned}
     identity = identify("rl", options, inputs, versions() | verifier.VERSION, rounding, **request.resolved)
     seen = {**identity.inputs.digests, **identity.versions, **request.seen}
     ranks.refuse_differences(seen | (recorded([options.valid], ranks).digests if options.valid else {}))
-    directory = RunDir(options.out)
     with ExitStack() as stack:
         finished, done = ranks.on_first(lambda: _begin(directory, identity, options, stack))
         if not finished:
@@ -93,8 +96,8 @@ def _read(options: Options, ranks: Ranks) -> "Request":
     adapters.check(request.path, options)
     _refuse_unreachable(options.entropy_target, request.path)
     acceleration.check(options)
-    if options.rollout_dtype == "fp8" and not acceleration.is_bfloat16_on_gpu(options.dtype):
-        raise InputError("--rollout-dtype fp8: it takes a GPU that computes in bfloat16: leave it out")
+    if options.rollout_dtype == "fp8" and (fault := acceleration.fp8_fault(options.dtype, acceleration.capability())):
+        raise InputError(f"--rollout-dtype fp8: {fault}: leave it out")
     if options.valid and (fault := request.too_long(VALID)):  # fewer problems would give another figure
         raise InputError(f"--valid {options.valid}: {fault}: lower it, or remove them")
     if ranks.is_first and (fault := request.too_long(TRAIN)):
@@ -145,6 +148,7 @@ def _explore(
     from stages.core.policy import memory
     from stages.rl import validation
     from stages.rl.explorer import Explorer, StartPolicy
+    from stages.rl.rundir import BUDGET
     from stages.rl.trainer import Trainer
 
     if options.tracker != "none":
@@ -158,6 +162,7 @@ def _explore(
             warn(line)
     engine = _start_engine(request, options)
     trainer = Trainer(path, accelerator, options)
+    trainer.token_budget = identity.parameters[BUDGET]
     with request.rewards.grader() as grader, stop_signal() as stop_flag:
         explorer = Explorer(
             options, ranks, accelerator, engine, grader, trainer, request.sets[TRAIN], request.sampling, policy,

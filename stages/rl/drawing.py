@@ -18,6 +18,7 @@ from stages.core.errors import InputError
 from stages.core.grading.scores import Grader
 from stages.core.lifetime import Stopped
 from stages.core.ranks import Ranks
+from stages.core.records import Rollout
 from stages.rl import dapo
 from stages.rl.batching import ProblemStream
 from stages.rl.options import Settings
@@ -40,10 +41,11 @@ class Clock:
 
 @dataclass
 class StepGroups:
-    """One step's groups: all that were drawn, those that fill the batch, and the seconds that took."""
+    """One step's groups: all that were drawn, their records so far, those that fill the batch, the seconds it took."""
 
     rounds: Rounds
     drawn: list[Group] = field(default_factory=list)
+    records: list[list[Rollout]] = field(default_factory=list, repr=False)
     kept: list[Group] = field(default_factory=list)
     generate_s: float = 0.0
     verify_s: float = 0.0

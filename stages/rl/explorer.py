@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,7 +21,7 @@ from stages.core.lifetime import Stopped, StopSignal, granted_s
 from stages.core.policy.acceleration import memory_in_use
 from stages.core.progress import StepProgress, warn
 from stages.core.ranks import Ranks
-from stages.core.records import LogRow, Rollout
+from stages.core.records import LogRow
 from stages.rl import agreement, dapo, steplog
 from stages.rl.agreement import Bound, LogProbDifference
 from stages.rl.drawing import (
@@ -156,7 +157,7 @@ class Explorer:
         outcome = StepOutcome(step, groups, stats, lr, handover_s, clock.lap())
         outcome.entropy_drawn, outcome.entropy_weight = entropy, entropy_weight
         outcome.peak_memory_gib, outcome.num_preemptions = self._memory_and_preemptions(num_preemptions, memory_gib)
-        self._write(step, groups.drawn, outcome.trained)
+        self._write(step, groups, outcome.trained)
         return outcome
 
     def _entropy(self, groups: StepGroups) -> tuple[float, float]:
@@ -177,7 +178,7 @@ class Explorer:
         """The step's groups. If drawing is stopped, the state of the step before is saved and this one forgotten."""
 
         def on_round(groups: StepGroups) -> None:
-            self._write(step, groups.drawn, [])
+            self._write(step, groups, [])
             self.progress.note(f"generate {len(groups.kept)}/{groups.rounds.batch_size} groups")
 
         self.progress.note(f"generate 0/{self.settings.problems_per_step} groups")
@@ -229,20 +230,23 @@ class Explorer:
             for completion, advantage in zip(completions, values, strict=True)
         ]
 
-    def _write(self, step: int, drawn: Sequence[Group], trained: Sequence[Group]) -> None:
+    def _write(self, step: int, groups: StepGroups, trained: Sequence[Group]) -> None:
+        """Write all rollouts of a step. A group is made records of once, for its tokens take time to pack."""
         if not self.ranks.is_first:
             return
-        in_update = {id(group) for group in trained}
-        first_sample: Counter[str] = Counter()  # a problem may come twice in a step, at the seam of two epochs
-        records: list[Rollout] = []
-        for group in drawn:
+        first_sample = Counter(record["problem_id"] for records in groups.records for record in records)
+        for group in groups.drawn[len(groups.records) :]:
             problem_id = group.prompt.problem["id"]
             rollouts = group.rollouts(self.policy.name, step, first_sample[problem_id])
-            first_sample[problem_id] += len(rollouts)
-            for rollout, shaped in zip(rollouts, shaped_rewards(group, self.settings), strict=True):
-                extra = {"trained": id(group) in in_update, "shaped_reward": shaped}
-                records.append({**rollout, **extra})  # type: ignore[typeddict-item]
-        self.directory.write_rollouts(step, records)
+            first_sample[problem_id] += len(rollouts)  # a problem may come twice in a step, at the seam of two epochs
+            for rollout, reward in zip(rollouts, shaped_rewards(group, self.settings), strict=True):
+                rollout["trained"], rollout["shaped_reward"] = False, reward
+            groups.records.append(rollouts)
+        in_update = {id(group) for group in trained}
+        for group, records in zip(groups.drawn, groups.records, strict=True):
+            for record in records if id(group) in in_update else ():
+                record["trained"] = True
+        self.directory.write_rollouts(step, chain.from_iterable(groups.records))
 
     def _validate(self, step: int) -> Measured:
         """Measure the policy after `step` on the validation set, if that is due and no rank is to stop."""

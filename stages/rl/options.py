@@ -62,8 +62,8 @@ class Settings(TrainingOptions, RequestOptions):
     ] = False
     rollout_dtype: Annotated[
         str,
-        "fp8: on a GPU with vLLM 0.32 or newer the engine's linear layers compute in FP8, their weights rounded anew "
-        "at each hand-over; auto: as --dtype",
+        "fp8: the engine's linear layers compute in FP8, their weights rounded anew at each hand-over, on a GPU that "
+        "has it (RTX 40, L40S, H100 and newer); auto: as --dtype",
         one_of("auto", "fp8"),
     ] = "auto"
     lr: Annotated[float, "learning rate of AdamW after the warm-up", at_least(0), at_most(1)] = 1e-6

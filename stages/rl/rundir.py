@@ -25,6 +25,7 @@ from stages.core.records import Rollout
 from stages.core.tabular import append_tsv, read_tsv
 
 OWN = {"rollouts", "checkpoints", "log.tsv", "metrics.json", "state", "tracker"}
+BUDGET = "token_budget"  # in a run's parameters: tokens of a micro-batch as used, where the option may be 0
 DIGESTS = "digests.json"  # in a state: SHA-256 of each of its other files
 _STEP = re.compile(r"step_(\d{6,})(?:\.jsonl)?")
 
@@ -115,6 +116,10 @@ class RunDir:
             warn(f"{self.path} is begun anew; what it held is now in {aside}")
         self.state.mkdir(parents=True, exist_ok=True)
         write_json(self.state / "run.json", identity.record)
+
+    def planned_budget(self) -> int:
+        """The tokens of a micro-batch that the steps that are done were planned with; 0 if there are none."""
+        return int((self._known() or {}).get("parameters", {}).get(BUDGET, 0)) if self._num_done() else 0
 
     def resume_step(self) -> int:
         """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away.

@@ -105,11 +105,7 @@ class Trainer:
             prefixes.add_prefixes(model)
         if settings.compile_layers:
             acceleration.compile_layers(model)
-        vocabulary = model.config.get_text_config().vocab_size
-        gpus = memory.Gpus(memory.gpu_memory(), accelerator.num_processes, accelerator.is_fsdp2)
-        tokens = memory.planned_tokens(memory.planned_shape(path, gpus.gib), settings, gpus)
-        budget = heads.token_budget(tokens, vocabulary)
-        self.token_budget = min(self.ranks.gather(budget))  # all plan the passes of all, also on another kind of GPU
+        self.token_budget = token_budget(path, accelerator, settings)
         optimizer = torch.optim.AdamW(
             adapters.trained(model).values(),
             lr=0.0,
@@ -405,6 +401,15 @@ def without_dropout(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "attention_dropout"):  # a number in most decoders, not a module
             module.attention_dropout = 0.0
+
+
+def token_budget(path: Path, accelerator: Accelerator, settings: Settings) -> int:
+    """The tokens of a micro-batch, given or by the memory plan; one for all ranks, also on GPUs of several kinds."""
+    gpus = memory.Gpus(memory.gpu_memory(), accelerator.num_processes, accelerator.is_fsdp2)
+    tokens = memory.planned_tokens(memory.planned_shape(path, gpus.gib), settings, gpus)
+    vocabulary = checkpoints.load_config(path).get_text_config().vocab_size
+    ranks = Ranks(settings.tensor_parallel, accelerator.process_index, accelerator.num_processes)
+    return min(ranks.gather(heads.token_budget(tokens, vocabulary)))
 
 
 def start_accelerator(settings: Settings, out: Path = Path()) -> Accelerator:

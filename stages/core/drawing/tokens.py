@@ -16,7 +16,8 @@ def pack_ids(ids: Sequence[int]) -> str:
     import numpy as np
 
     numbers = np.asarray(ids, dtype=np.uint32)
-    bits = numbers[:, None] >> np.arange(0, 35, 7, dtype=np.uint32)  # what is left of an id at each of its five bytes
+    width = max(7, int(numbers.max(initial=0)).bit_length())
+    bits = numbers[:, None] >> np.arange(0, width, 7, dtype=np.uint32)  # what is left of an id at each of its bytes
     bytes_ = (bits & 127 | (bits > 127) << 7).astype(np.uint8)
     bits[:, 0] |= 1  # the first byte is always there
     return base64.b64encode(bytes_[bits > 0].tobytes()).decode()

@@ -19,6 +19,7 @@ from stages.core.policy import adapters, checkpoints
 from stages.core.policy.memory import FLASH_PACKAGES, TrainingOptions
 
 COMPILER = "inductor"
+FP8_SINCE = (8, 9)  # compute capability
 
 # Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
 logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
@@ -39,6 +40,22 @@ def uses_bfloat16(dtype: str) -> bool:
 def is_bfloat16_on_gpu(dtype: str) -> bool:
     """Whether there is a GPU, and `--dtype` means bfloat16 on it."""
     return torch.cuda.is_available() and uses_bfloat16(dtype)
+
+
+def capability() -> tuple[int, int] | None:
+    """The compute capability of this process's GPU; None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def fp8_fault(dtype: str, capability: tuple[int, int] | None) -> str:
+    """Why an engine on such a GPU can't compute in FP8 beside a trainer in `--dtype`; "" if it can.
+
+    Before 8.9 vLLM holds weights in FP8 and multiplies in bfloat16; in 0.23 its captured graphs then use a workspace
+    that sleep and hand-over have given back.
+    """
+    if capability is None or dtype == "float32":
+        return "it takes a GPU that computes in bfloat16"
+    return "" if capability >= FP8_SINCE else "this GPU has no products in FP8, as RTX 40, L40S, H100 and newer ones do"
 
 
 def check(options: TrainingOptions) -> None:
@@ -81,9 +98,9 @@ def compute_exactly() -> None:
 
     The same work then gives the same bits, at some cost in speed. A CPU does so anyway.
     """
-    if not torch.cuda.is_available():
+    if (version := capability()) is None:
         return
-    for name, value in exact_environment(torch.cuda.get_device_capability()).items():
+    for name, value in exact_environment(version).items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
 
