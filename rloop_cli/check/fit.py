@@ -105,7 +105,7 @@ def _plan(call: Call, shape: Shape, launch: Launch, gpu_gib: float) -> Plan:
 
 
 def lines(plans: Sequence[Plan], gpu_gib: float, longest: Mapping[str, int]) -> Iterator[str]:
-    """What each plan comes to."""
+    """A line for each plan: GiB by moment, and what the cache holds."""
     for plan in plans:
         said = [f"{moment} in {parts['sum']:.1f}" for moment, parts in plan.moments.items()]
         if plan.call.stage != "rft" and not gpu_gib:

@@ -130,7 +130,7 @@ class Counts:
             raise InputError(f"--policy {self.wanted}: the rollouts are of {', '.join(self._names)}")
 
     def _read(self, file: jsonl.LineSource, source: RolloutFile, index: int) -> Iterator[int]:
-        """Count the rollouts of one file; yield the offset reached every so many lines."""
+        """Count the rollouts of one file; yield the offset reached every FLUSH_LINES lines."""
         steps, min_reward, keep_truncated = self.steps, self.min_reward, self.keep_truncated
         keep_failures = self.keep_failures
         add_success, add_failure = self.successes.buffer.extend, self.failures.buffer.extend

@@ -144,7 +144,7 @@ class Choice:
         return dict(self._table.execute("SELECT problem, count(*) FROM candidate GROUP BY problem"))
 
     def chosen(self, max_per_problem: int) -> Iterator[tuple[int, int, int]]:
-        """(source, offset, problem number) of the chosen, in that order; at most so many of a problem, 0 for all."""
+        """(source, offset, problem number) of the chosen, in that order; at most `max_per_problem` each, 0 for all."""
         yield from self._table.execute(
             "SELECT source, offset, problem FROM (SELECT source, offset, problem,"
             " row_number() OVER (PARTITION BY problem ORDER BY luck) AS turn FROM candidate)"

@@ -65,7 +65,7 @@ class Job(Generic[T]):
     attempt: int = 1
 
     def after(self, num_done: int) -> "Job[T]":
-        """What is left of it when so many items have their replies."""
+        """What is left of it once the first `num_done` items have their replies."""
         attempt = 1 if num_done else self.attempt
         return replace(self, items=self.items[num_done:], futures=self.futures[num_done:], attempt=attempt)
 

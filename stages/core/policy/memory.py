@@ -34,7 +34,7 @@ HEAD_TILE = 4096 * 32768  # logits that TRL's fused head holds at a time
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(LoraOptions):
-    """What a stage that trains adds to its options, and what the memory of an update hangs on."""
+    """What a stage that trains adds to its options, on which the memory of an update depends."""
 
     tokens_per_microbatch: Annotated[
         int,

@@ -124,7 +124,7 @@ ALWAYS = frozenset(("num_samples", "num_correct", "num_truncated"))  # what ever
 
 
 def usual_ks(num_samples: int) -> list[int]:
-    """The k of pass@k where none is named: those of KS that so many samples allow, or else their number itself."""
+    """The k of pass@k where none is named: those of KS that `num_samples` allows, or that number itself."""
     return [k for k in KS if k <= num_samples] or [num_samples]
 
 
