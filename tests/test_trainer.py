@@ -489,6 +489,20 @@ def test_a_rank_without_memory_for_a_sharded_update_ends_all_with_a_line(toy, tm
     assert "while updating in step 1 (OutOfMemoryError: CUDA out of memory): lower --tokens-per-microbatch" in line
 
 
+def test_in_bfloat16_on_a_cpu_short_sequences_and_no_others_have_their_attention_by_plain_products(
+    tiny_policy, monkeypatch
+):
+    exact = gradient_and_sums(tiny_policy, some_rollouts(31))[0]
+    errors = {}
+    for longest in (512, 0):
+        monkeypatch.setattr(acceleration, "SHORT_TOKENS", longest)
+        trainer = trainer_in("bfloat16", tiny_policy)
+        trainer.gradient(some_rollouts(31))
+        errors[trainer.model.config._attn_implementation] = (gradient_of(trainer) - exact).norm()
+    assert 0 < errors["eager"] < 1.2 * errors["sdpa"]
+    assert trainer_in("float32", tiny_policy).model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.slow
 def test_in_bfloat16_only_the_products_are_rounded(tiny_policy, both_ranks):
     """Log-probabilities and sums over ranks are float32, and so differ from bfloat16's few values.

@@ -29,7 +29,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from stages.core.errors import CollapseError, InputError
 from stages.core.policy import adapters, checkpoints, heads, memory
-from stages.core.policy.acceleration import compile_layers, reduce_in_float32, save_policy, uses_bfloat16
+from stages.core.policy.acceleration import (
+    choose_attention,
+    compile_layers,
+    reduce_in_float32,
+    save_policy,
+    uses_bfloat16,
+)
 from stages.core.policy.checkpoints import IGNORED, PADDING
 from stages.core.progress import StepProgress
 from stages.core.ranks import process_state
@@ -109,6 +115,7 @@ def fine_tune(
         )
         if not torch.cuda.is_available():  # in the place of the fused one that it has added
             heads.add_plain_head(trainer.model)
+            choose_attention(trainer.model, options.attn_implementation, trainer.args.bf16)
         trainer.schedule = (options.warmup_share, options.min_lr_share)
         if options.kl or any(row.weight != 1 for row in rows):
             trainer.start, trainer.kl = start, options.kl

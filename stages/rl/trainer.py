@@ -103,6 +103,7 @@ class Trainer:
         self._shares_prompts = not (torch.cuda.is_available() or accelerator.is_fsdp2) and prefixes.fits(model)
         if self._shares_prompts:
             prefixes.add_prefixes(model)
+        acceleration.choose_attention(model, settings.attn_implementation, self.dtype is torch.bfloat16)
         if settings.compile_layers:
             acceleration.compile_layers(model)
         self.token_budget = token_budget(path, accelerator, settings)

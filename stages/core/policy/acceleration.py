@@ -1,10 +1,12 @@
 """How rl and rft use accelerate: float32 gradients under bfloat16, whole weights from shards."""
 
+import functools
 import importlib.util
 import logging
 import math
 import os
 import shutil
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from stages.core.policy.memory import FLASH_PACKAGES, TrainingOptions
 
 COMPILER = "inductor"
 FP8_SINCE = (8, 9)  # compute capability
+SHORT_TOKENS = 512  # up to which the attention weights of all pairs of a sequence's tokens are kept
 
 # Torch 2.11 warns of an output head that does not run; the fused loss takes its weights instead, see Trainer.log_probs.
 logging.getLogger("torch.distributed.fsdp.fully_shard").setLevel(logging.ERROR)
@@ -91,6 +94,26 @@ def compile_layers(model: Any) -> None:
     torch._dynamo.config.disable = False  # as an engine on the CPU has it
     for layer in layers:
         layer.compile(dynamic=True, backend=COMPILER)
+
+
+def choose_attention(model: Any, name: str, is_bfloat16: bool) -> None:
+    """With the `name` auto, let a CPU's passes in bfloat16 over short sequences compute attention by plain products.
+
+    Torch's fused attention takes two to three times as long there. Plain products keep the weights of all pairs of
+    tokens, so long sequences have the fused one. Call it after heads and prefixes are added, before it is wrapped.
+    """
+    if torch.cuda.is_available() or not is_bfloat16 or name != "auto" or model.config._attn_implementation != "sdpa":
+        return
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        prefixes = kwargs.get("prefixes")
+        longest = input_ids.shape[1] + (0 if prefixes is None else prefixes.ids.shape[1])
+        self.set_attn_implementation("eager" if longest <= SHORT_TOKENS else "sdpa")
+        return original(input_ids, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
 
 
 def compute_exactly() -> None:

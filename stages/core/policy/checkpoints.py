@@ -246,7 +246,7 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def load_model(path: Path, dtype: "torch.dtype", attention: str = "sdpa", by_first: bool = False) -> Any:
+def load_model(path: Path, dtype: "torch.dtype", attention: str = "auto", by_first: bool = False) -> Any:
     """The causal language model of a checkpoint in `dtype`, on the CPU, with an `attention` by transformers' name.
 
     With `by_first`, for a model that FSDP then shards, only the first rank of a node reads it, if the launcher's
@@ -259,7 +259,7 @@ def load_model(path: Path, dtype: "torch.dtype", attention: str = "sdpa", by_fir
     logging.disable_progress_bar()
     config = load_config(path)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    if attention != "sdpa":
+    if attention not in ("auto", "sdpa"):
         options["attn_implementation"] = attention
     elif getattr(config.get_text_config(), "attn_logit_softcapping", None):
         options["attn_implementation"] = "eager"  # torch's fused attention leaves the cap out

@@ -53,10 +53,11 @@ class TrainingOptions(LoraOptions):
     ] = "auto"
     attn_implementation: Annotated[
         str,
-        "the attention that transformers computes with; flash_attention_2 and 3 want a GPU, bfloat16 and their package",
-        one_of("sdpa", "eager", *FLASH_PACKAGES),
+        "the attention that transformers computes with; auto is sdpa, on a CPU in bfloat16 eager for short sequences; "
+        "flash_attention_2 and 3 want a GPU, bfloat16 and their package",
+        one_of("auto", "sdpa", "eager", *FLASH_PACKAGES),
         ROUNDING,
-    ] = "sdpa"
+    ] = "auto"
     compile_layers: Annotated[
         bool, "compile the decoder's layers, in place: the first updates take minutes longer, later ones less", ROUNDING
     ] = False
