@@ -187,19 +187,19 @@ def test_the_mismatch_is_never_that_of_weights_which_the_steps_own_updates_have_
 
 
 @pytest.mark.slow
-def test_compiled_layers_are_compiled_and_keep_the_names_of_weights_whatever_the_lengths(tiny_policy, monkeypatch):
+def test_layers_are_compiled_as_often_for_ten_as_for_one_and_keep_the_names_of_weights(make_policy, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(acceleration, "COMPILER", counter)
     torch._dynamo.reset()
-    trainer = Trainer(tiny_policy, Accelerator(), replace(OPTIONS, compile_layers=True))
+    policy = make_policy(num_hidden_layers=10)
+    trainer = Trainer(policy, Accelerator(), replace(OPTIONS, compile_layers=True))
     trainer.gradient(some_rollouts(12))
-    first = counter.frame_count
     trainer.gradient(some_rollouts(24, seed=1))
     trainer.log_probs(some_rollouts(7, seed=2))
-    assert 0 < counter.frame_count <= 2 * first
-    assert dict(trainer.weights()).keys() == dict(checkpoints.disk_weights(tiny_policy)).keys()
+    assert 0 < counter.frame_count <= 4, "whatever the lengths; torch gives up at eight"
+    assert dict(trainer.weights()).keys() == dict(checkpoints.disk_weights(policy)).keys()
 
 
 @pytest.mark.parametrize(

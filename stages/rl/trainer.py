@@ -100,7 +100,8 @@ class Trainer:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         heads.add_head(model, settings.temperature)
-        self._shares_prompts = not (torch.cuda.is_available() or accelerator.is_fsdp2) and prefixes.fits(model)
+        keeps_whole = torch.cuda.is_available() or accelerator.is_fsdp2 or settings.compile_layers
+        self._shares_prompts = not keeps_whole and prefixes.fits(model)  # a cache is compiled anew for each layer
         if self._shares_prompts:
             prefixes.add_prefixes(model)
         acceleration.choose_attention(model, settings.attn_implementation, self.dtype is torch.bfloat16)
