@@ -130,13 +130,28 @@ def test_an_exact_run_does_not_go_on_where_rounding_changes(tmp_path):
     assert files(directory.path) == before
 
 
-def test_a_run_with_steps_done_says_what_its_micro_batches_were_planned_with_and_a_fresh_one_does_not(tmp_path):
-    directory = RunDir(tmp_path / "rl")
-    assert directory.planned_budget() == 0
-    directory.begin(replace(ROUNDED, parameters={**ROUNDED.parameters, "token_budget": 4096}), False)
-    assert directory.planned_budget() == 0
+def test_a_run_with_steps_done_says_what_its_micro_batches_were_planned_with_but_not_to_another_run(tmp_path):
+    directory, rounding = RunDir(tmp_path / "rl"), ROUNDED.rounding | {"token_budget"}
+    here = replace(ROUNDED, parameters={**ROUNDED.parameters, "token_budget": 4096}, rounding=rounding)
+    assert directory.planned_budget(here) == 0
+    directory.begin(here, False)
+    assert directory.planned_budget(here) == 0
     saved(directory, 1)
-    assert RunDir(directory.path).planned_budget() == 4096
+    smaller_gpu = replace(here, parameters={**here.parameters, "token_budget": 512})
+    assert RunDir(directory.path).planned_budget(smaller_gpu) == 4096
+    assert directory.planned_budget(replace(smaller_gpu, inputs=Inputs({"policy": "a larger one"}, {}))) == 0
+
+
+def test_a_run_that_was_begun_before_something_that_only_rounds_was_noted_goes_on(tmp_path, capsys):
+    directory = RunDir(tmp_path / "rl")
+    directory.begin(ROUNDED, False)
+    saved(directory, 1)
+    rounding = ROUNDED.rounding | {"token_budget"}
+    newer = replace(ROUNDED, parameters={**ROUNDED.parameters, "token_budget": 4096}, rounding=rounding)
+    assert directory.planned_budget(newer) == 0
+    assert directory.begin(newer, True) is False
+    assert directory.resume_step() == 1
+    assert "token_budget was None, is now 4096" in capsys.readouterr().err
 
 
 def flip(path):

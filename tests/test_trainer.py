@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from stages import rl
@@ -501,6 +502,19 @@ def test_in_bfloat16_on_a_cpu_short_sequences_and_no_others_have_their_attention
         errors[trainer.model.config._attn_implementation] = (gradient_of(trainer) - exact).norm()
     assert 0 < errors["eager"] < 1.2 * errors["sdpa"]
     assert trainer_in("float32", tiny_policy).model.config._attn_implementation == "sdpa"
+
+
+def test_a_policy_whose_attention_transformers_does_not_exchange_keeps_it():
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    falcon, llama = (
+        AutoModelForCausalLM.from_config(kind(**sizes, **own))
+        for kind, own in ((FalconConfig, {}), (LlamaConfig, {"intermediate_size": 16}))
+    )
+    for model in (falcon, llama):
+        acceleration.choose_attention(model, "auto", is_bfloat16=True)
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert falcon.config._attn_implementation == "sdpa" and "forward" not in vars(falcon)
+    assert llama.config._attn_implementation == "eager"
 
 
 @pytest.mark.slow

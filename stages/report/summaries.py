@@ -266,7 +266,7 @@ def overall(rows: pd.DataFrame, start: str = AVERAGE) -> pd.DataFrame:
 
 
 def compared(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows by which methods are compared: without the set that checkpoints are chosen on, which favours them."""
+    """The rows by which methods are compared: where several other sets are left, without the one chosen on."""
     return overall(rows, WITHOUT)
 
 

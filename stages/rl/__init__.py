@@ -9,6 +9,7 @@ entropy term only with --entropy-target.
 import importlib.util
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,11 @@ def run(options: Options) -> None:
         compute_exactly()
     accelerator = ranks.together(lambda: start_accelerator(options, options.out))
     inputs, directory = recorded([request.path, options.problems], ranks), RunDir(options.out)
-    planned = token_budget(request.path, accelerator, options)
-    if not options.tokens_per_microbatch:  # a run goes on with what it was planned with, on whatever GPU
-        planned = ranks.on_first(directory.planned_budget) or planned
-    rounding = {"processes": ranks.num_ranks, BUDGET: planned}
+    rounding = {"processes": ranks.num_ranks, BUDGET: token_budget(request.path, accelerator, options)}
     identity = identify("rl", options, inputs, versions() | verifier.VERSION, rounding, **request.resolved)
+    if not options.tokens_per_microbatch:  # a run goes on with what it was planned with, on whatever GPU
+        known = ranks.on_first(lambda: directory.planned_budget(identity))
+        identity = replace(identity, parameters={**identity.parameters, BUDGET: known or rounding[BUDGET]})
     seen = {**identity.inputs.digests, **identity.versions, **request.seen}
     ranks.refuse_differences(seen | (recorded([options.valid], ranks).digests if options.valid else {}))
     with ExitStack() as stack:
@@ -158,7 +159,8 @@ def _explore(
     policy = StartPolicy(name, path, identity.inputs.digests[str(path)])
     if ranks.is_first:
         gpus = memory.Gpus(memory.gpu_memory(), ranks.num_ranks, accelerator.is_fsdp2)
-        for line in _advice(path, options, request.longest(), gpus):
+        used = replace(options, tokens_per_microbatch=identity.parameters[BUDGET])
+        for line in _advice(path, used, request.longest(), gpus):
             warn(line)
     engine = _start_engine(request, options)
     trainer = Trainer(path, accelerator, options)

@@ -73,7 +73,8 @@ class RunDir:
     def _fault(self, known: Mapping[str, Any], identity: Identity) -> str:
         """Why the run that is `known` can't go on as one of this `identity`; "" if it can."""
         settings = known.get("parameters") or {}
-        if unknown := [name for name in identity.parameters if name not in {*settings, *identity.free}]:
+        may_lack = identity.free | identity.rounding
+        if unknown := [name for name in identity.parameters if name not in {*settings, *may_lack}]:
             return f"was begun by another version of rloop, without {', '.join(unknown)}: finish it with that one"
         if changes := identity.differences(known, free={"steps"}):
             return f"was begun with other settings: {'; '.join(changes)}. Give those again to go on"
@@ -117,9 +118,14 @@ class RunDir:
         self.state.mkdir(parents=True, exist_ok=True)
         write_json(self.state / "run.json", identity.record)
 
-    def planned_budget(self) -> int:
-        """The tokens of a micro-batch that the steps that are done were planned with; 0 if there are none."""
-        return int((self._known() or {}).get("parameters", {}).get(BUDGET, 0)) if self._num_done() else 0
+    def planned_budget(self, identity: Identity) -> int:
+        """The tokens of a micro-batch that the steps that are done of this run were planned with; 0 if there are none.
+
+        Another run, which is refused or moved aside, says nothing: its policy may be a smaller one.
+        """
+        known = self._known()
+        goes_on = known is not None and self._num_done() > 0 and not self._fault(known, identity)
+        return int(known["parameters"].get(BUDGET, 0)) if known and goes_on else 0
 
     def resume_step(self) -> int:
         """The step to go on after, 0 for a fresh start; what lies beyond it is cleared away.

@@ -104,6 +104,8 @@ def choose_attention(model: Any, name: str, is_bfloat16: bool) -> None:
     """
     if torch.cuda.is_available() or not is_bfloat16 or name != "auto" or model.config._attn_implementation != "sdpa":
         return
+    if not model._can_set_attn_implementation():  # Falcon: transformers would warn in each pass, and change nothing
+        return
     original = model.forward
 
     @functools.wraps(type(model).forward)
