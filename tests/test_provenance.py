@@ -13,7 +13,7 @@ from stages import STAGES, load
 from stages.core import outputs, provenance
 from stages.core.errors import InputError
 from stages.core.options import ROUNDING, WITHOUT_EFFECT, Following, OptionGroup, declared
-from stages.core.provenance import Identity, Inputs, identify, is_done
+from stages.core.provenance import Identity, Inputs, identify, is_done, manifest_of
 
 
 def options_with(kind, **changed):
@@ -188,3 +188,16 @@ def test_a_manifest_says_what_ran_on_what(tmp_path):
     assert (back["stage"], back["parameters"], back["inputs"]) == ("filter", {"seed": 0}, {"a": "12"})
     assert back["counts"] == {"examples": 3}
     assert back["versions"]["python"] == sys.version.split()[0]
+
+
+def test_the_manifest_of_an_output_is_found_within_it_also_from_there_and_beside_a_file(tmp_path, monkeypatch):
+    (tmp_path / "rl/state").mkdir(parents=True)
+    for path, name in (
+        ("manifest.json", "rl"),
+        ("rl/state/run.json", "going on"),
+        ("examples.manifest.json", "chosen"),
+    ):
+        outputs.write_json(tmp_path / path, {"stage": name})
+    monkeypatch.chdir(tmp_path)
+    found = [manifest_of(Path(path)).get("stage") for path in (".", "rl", "examples.jsonl", "nothing")]
+    assert found == ["rl", "going on", "chosen", None]

@@ -648,12 +648,16 @@ def test_several_runs_count_by_the_sets_that_all_have_and_are_told_where_they_di
         rows = [row for _, row in jsonl.read(file)]
         file.unlink()
         jsonl.write(file, [row for row in rows if row["problem_id"] != "valid/0"])
+    for root, metric in ((fewer, "avg@4"), (shorter, "pass@2")):
+        manifest = {"set": "valid", "parameters": {"select": metric}}
+        outputs.write_json(root / "eval/loop/valid/manifest.json", manifest)
     report.run(report.Options(runs=[seeds[1], fewer, shorter], ks=[2, 8], table=True))
     printed, said = capsys.readouterr()
     assert "valid (chosen on it)" in printed and "far" not in printed.partition("Left out")[0]
     for line in (
         "Left out: far: evaluated in 2 of 3 runs.",
         f"evaluations of valid differ in number of problems: 3 ({seeds[1]}, {fewer}), 2 ({shorter})",
+        f"evaluations of valid differ in select: avg@4 ({fewer}), pass@2 ({shorter})",
         f"runs differ in their steps: 4 of RL and 4 of RLoop ({seeds[1]}), 4 of RL and 4 of RLoop ({fewer}), 3 of RL",
     ):
         assert line in printed and line.removeprefix("Left out: ").rstrip(".") in said

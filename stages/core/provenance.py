@@ -132,7 +132,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def manifest_of(output: Path) -> dict[str, Any]:
     """The manifest within a directory or beside a file; of an rl run that goes on, what it began with; {} for none."""
-    files = (output / "manifest.json", output / "state/run.json", output.with_suffix(".manifest.json"))
+    beside = output.parent / f"{output.stem}.manifest.json"
+    files = (output / "manifest.json", output / "state/run.json", beside)
     return next((manifest for file in files if (manifest := read_manifest(file))), {})
 
 

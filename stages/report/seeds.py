@@ -102,6 +102,7 @@ def unequal(studies: Sequence[Study]) -> list[str]:
             (name, "number of problems"): str(max(map(len, each.results.values())))
             for name, each in study.evaluations.items()
         }
+        counts |= {(study.valid, "select"): study.select} if study.select else {}
         own = {key: list(values) for key, values in study.lineage.settings(study.homes).items()}
         for key, values in (own | {key: [count] for key, count in counts.items()}).items():
             for value in values:
