@@ -5,6 +5,7 @@ import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes in: on tiny policies a second thread only waits
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where there is one, it leaves its core to the other tests
 
 import pytest
 
