@@ -124,7 +124,7 @@ class RunDir:
         Another run, which is refused or moved aside, says nothing: its policy may be a smaller one.
         """
         known = self._known()
-        goes_on = known is not None and self._num_done() > 0 and not self._fault(known, identity)
+        goes_on = known is not None and not self._fault(known, identity) and self._num_done() > 0
         return int(known["parameters"].get(BUDGET, 0)) if known and goes_on else 0
 
     def resume_step(self) -> int:
